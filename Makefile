@@ -1,0 +1,42 @@
+# Everything runs in .venv. The first target that needs it sets it up; later ones find it ready, until
+# the pins or the project file change. Only Python 3.11 or newer with pip, and make, must be there.
+PYTHON ?= python3
+PYTEST_FLAGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint types check clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "make %-7s %s\n", $$1, $$2 }'
+
+run: $(READY) ## Fine-tune the embedded model on unequal simulated clients, and write the report
+	$(BIN)/fedflame run --overwrite
+
+test: $(READY) ## Run the tests (PYTEST_FLAGS="-k name" picks some)
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+lint: $(READY) ## Check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY) ## Check types
+	$(BIN)/mypy
+
+check: lint types test ## Everything that CI checks
+
+clean: ## Remove .venv, caches and builds; runs/ stays
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --no-build-isolation: the build back end is pinned beside everything else, so nothing unpinned is fetched.
+$(READY): requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		found=$$($(PYTHON) --version 2>&1) || found="not there"; \
+		echo "fedflame needs Python 3.11 or newer, $(PYTHON) is $$found; try: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "Setting up .venv (once, a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

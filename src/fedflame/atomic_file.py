@@ -1,0 +1,36 @@
+"""Files that are either the old or the new whole, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fedflame.errors import UserError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write aside, fsync, rename, fsync the folder.
+
+    Raises:
+        UserError: the disk is full or not writable; what was at `path` is untouched.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write {len(content)} bytes: {error.strerror}") from error
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,131 @@
+"""Load the frozen base: the embedded model, a folder, or a hub id, in the dtype that suits the CPU."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from fedflame.config import EMBEDDED_MODEL
+from fedflame.errors import UserError
+from fedflame.model_shape import ModelShape, read_model_shape
+
+PROBE_ROWS, PROBE_RANK, PROBE_REPEATS = 64, 8, 9
+CLEAR_GAIN = 1.5
+"""bfloat16 is taken only when so many times faster: native support gives 2 to 3 on large experts,
+so that noise on a busy machine does not change the answer, nor the bytes of a run."""
+
+
+def resolve_model(name_or_path: str) -> str:
+    """The folder of the embedded model for its name; every other name is returned as it is."""
+    if name_or_path == EMBEDDED_MODEL:
+        return str(files("fedflame") / "assets" / EMBEDDED_MODEL)
+    return name_or_path
+
+
+def model_config_path(name_or_path: str) -> Path:
+    """The model's config.json, or a folder with it, without its weights.
+
+    Raises:
+        UserError: a hub id that cannot be reached.
+    """
+    source = resolve_model(name_or_path)
+    if Path(source).exists() or source.endswith(".json"):
+        return Path(source)
+    try:
+        return Path(str(cached_file(source, "config.json")))
+    except (OSError, ValueError) as error:
+        raise UserError(_load_error(name_or_path, error)) from error
+
+
+def load_base_model(name_or_path: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in evaluation mode and tokenizer.
+
+    Args:
+        name_or_path: `olmoe-tiny`, a folder in Hugging Face layout, or a hub id.
+        dtype: `float32`, `bfloat16`, or `auto` for the faster of the two on this machine.
+
+    Raises:
+        UserError: the model is dense, the folder is missing or incomplete, or the hub cannot be reached.
+    """
+    source = resolve_model(name_or_path)
+    shape = read_model_shape(model_config_path(name_or_path))
+    torch_dtype = faster_dtype(shape) if dtype == "auto" else getattr(torch, dtype)
+    try:
+        _require_folder_complete(source)
+        model, loading = _from_pretrained(source, torch_dtype)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(_load_error(name_or_path, error)) from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"model {name_or_path}: {len(missing)} weights are missing, the first is {missing[0]}"
+        )
+    return model.eval(), tokenizer
+
+
+def faster_dtype(shape: ModelShape) -> torch.dtype:
+    """bfloat16 where this CPU trains experts of this shape clearly faster in it, else float32.
+
+    AVX-512 BF16 and AMX make large products two to three times faster; thin ones, as a small model
+    has them, run several times slower. So the probe times one expert's products, forward and backward.
+    """
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        clocks = []
+        for _ in range(PROBE_REPEATS):
+            start = time.perf_counter()
+            _expert_products(shape, dtype)
+            clocks.append(time.perf_counter() - start)
+        seconds[dtype] = statistics.median(clocks)
+    gain = seconds[torch.float32] / seconds[torch.bfloat16]
+    return torch.bfloat16 if gain >= CLEAR_GAIN else torch.float32
+
+
+def _expert_products(shape: ModelShape, dtype: torch.dtype) -> None:
+    """The gate and up products of one expert with LoRA, and their gradients."""
+    rows = torch.ones(PROBE_ROWS, shape.hidden_size, dtype=dtype, requires_grad=True)
+    base = torch.ones(2 * shape.expert_size, shape.hidden_size, dtype=dtype)
+    low = torch.ones(PROBE_RANK, shape.hidden_size, dtype=dtype, requires_grad=True)
+    high = torch.ones(2 * shape.expert_size, PROBE_RANK, dtype=dtype, requires_grad=True)
+    output = rows @ base.T + (rows @ low.T) @ high.T
+    output.backward(torch.ones_like(output))
+
+
+def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    return loaded[0], loaded[1]
+
+
+def _require_folder_complete(source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {source}: the folder has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model {source}: the folder has no .safetensors weights")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"model {source}: the folder has no tokenizer (tokenizer.json)")
+
+
+def _load_error(name_or_path: str, error: Exception) -> str:
+    if Path(name_or_path).is_dir():
+        return f"model {name_or_path}: cannot be loaded: {str(error).splitlines()[0]}"
+    return (
+        f"model {name_or_path!r}: no such folder, and not loadable from the hub (offline, or no such id); "
+        f"use {EMBEDDED_MODEL!r}, a folder, or a hub id"
+    )

@@ -1,0 +1,344 @@
+"""What a client pays for k active experts: FLOPs, bytes and memory, from the model's shape alone.
+
+A multiply-add is 2 FLOPs. Matrix products are counted; element-wise work (norms, softmax, activation,
+rotation, rescaler) and recomputation (gradient checkpointing) are not. Attention scores are whole [S,S]
+products, no causal half and no sliding window: so counts `torch.utils.flop_counter`, too.
+
+Shape legend: H hidden size, I expert width, E experts per layer, k active experts, R LoRA rank,
+S sequence length, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+from fedflame.errors import UserError
+from fedflame.model_shape import ModelShape, Projection, base_parameters, read_model_shape
+
+__all__ = [
+    "AdapterSize",
+    "FlopTerms",
+    "MemoryEstimate",
+    "ModelShape",
+    "Tier",
+    "TierCost",
+    "adapter_parameters",
+    "base_parameters",
+    "count_tiers",
+    "forward_flops_per_token",
+    "read_model_shape",
+    "tier_costs",
+    "training_flops_per_token",
+    "training_memory",
+    "validate_tiers",
+]
+
+# What backward needs of norms, attention and its LoRA, in bytes per token, layer and unit of H. Measured
+# with saved-tensor hooks on OLMoE with sdpa: 40.6 in fp32, 42.6 in bf16 (where norms keep fp32 copies).
+_SAVED_BYTES_PER_WIDTH = 43
+
+
+@dataclass(frozen=True)
+class FlopTerms:
+    """FLOPs per token, term by term."""
+
+    attention_projections: float = 0.0
+    attention_scores: float = 0.0
+    router: float = 0.0
+    experts: float = 0.0
+    expert_lora: float = 0.0
+    attention_lora: float = 0.0
+    shared_experts: float = 0.0
+    dense_layers: float = 0.0
+    head: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return float(sum(astuple(self)))
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """Values of one adapter and bytes of one client's round, file headers left out."""
+
+    experts: int
+    attention: int
+    rescalers: int
+    counts: int
+
+    @property
+    def total(self) -> int:
+        """LoRA parameters; the rescalers come on top."""
+        return self.experts + self.attention
+
+    @property
+    def bytes_down(self) -> int:
+        """The whole adapter and the rescalers in fp32."""
+        return 4 * (self.total + self.rescalers)
+
+    @property
+    def bytes_up(self) -> int:
+        """An upper bound, since experts without a token are not sent; with the int64 counts."""
+        return self.bytes_down + 8 * self.counts
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one client holds at the peak of a training step."""
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+@dataclass(frozen=True)
+class Tier:
+    """The clients that afford the same number of active experts."""
+
+    active_experts: int
+    clients: int
+
+
+@dataclass(frozen=True)
+class TierCost:
+    """What each client of a tier pays: FLOPs per token, bytes per round."""
+
+    active_experts: int
+    clients: int
+    forward_flops_per_token: float
+    relative_to_full: float
+    """Forward FLOPs over those at the model's own num_experts_per_tok."""
+    training_flops_per_token: float
+    bytes_down: int
+    bytes_up: int
+
+
+def forward_flops_per_token(
+    shape: ModelShape,
+    active_experts: int,
+    r: int,
+    target_modules: Collection[str],
+    sequence_length: int,
+    labelled_share: float = 1.0,
+    head: bool = True,
+) -> FlopTerms:
+    """FLOPs of one forward pass per token of a sequence of S tokens.
+
+    r is the rank of the expert LoRA and of the attention LoRA on `target_modules`; 0 for the base model.
+    The head runs at labelled positions only: `labelled_share` of the tokens.
+    """
+    targets = _targets(shape, target_modules)
+    layers = [
+        _layer_forward(shape, active_experts, r, targets, sequence_length, sparse)
+        for sparse in shape.sparse_layers
+    ]
+    return _sum([*layers, FlopTerms(head=_head(shape, labelled_share) if head else 0.0)])
+
+
+def training_flops_per_token(
+    shape: ModelShape,
+    active_experts: int,
+    r: int,
+    target_modules: Collection[str],
+    sequence_length: int,
+    labelled_share: float = 1.0,
+) -> FlopTerms:
+    """FLOPs of forward and backward per token, with base and routers frozen.
+
+    Backward is what autograd must do and no more: a frozen matrix gives its input gradient (as much as
+    its forward), a LoRA pair also its weight gradients (twice its forward in all), the two score products
+    a gradient to each of q, k, v and the softmax (twice their forward). Nothing flows to the embeddings:
+    what reads the input of the first trained layer gives no input gradient, and a frozen branch below
+    the lowest LoRA has no backward at all. The optimizer is not counted.
+    """
+    targets = _targets(shape, target_modules)
+    terms = [
+        forward_flops_per_token(shape, active_experts, r, targets, sequence_length, labelled_share),
+        FlopTerms(head=_head(shape, labelled_share)),
+    ]
+    flows = False
+    for sparse in shape.sparse_layers:
+        terms.append(_attention_backward(shape, r, targets, sequence_length, flows))
+        flows = flows or bool(targets)
+        terms.append(_mlp_backward(shape, active_experts, r, sparse, flows))
+        flows = flows or sparse
+    return _sum(terms)
+
+
+def adapter_parameters(shape: ModelShape, r: int, target_modules: Collection[str]) -> AdapterSize:
+    """Sizes of the banks A1 [E,2R,H], B1 [E,2I,R], A2 [E,R,I], B2 [E,H,R] and of A [R,in], B [out,R]."""
+    targets = _targets(shape, target_modules)
+    expert = 3 * r * (shape.hidden_size + shape.expert_size)
+    attention = sum(r * (p.fan_in + p.fan_out) for p in shape.attention if p.name in targets)
+    return AdapterSize(
+        experts=shape.moe_layers * shape.num_experts * expert,
+        attention=len(shape.sparse_layers) * attention,
+        rescalers=shape.moe_layers,
+        counts=shape.moe_layers * shape.num_experts,
+    )
+
+
+def training_memory(
+    shape: ModelShape,
+    active_experts: int,
+    r: int,
+    target_modules: Collection[str],
+    tokens_per_step: int,
+    dtype: Literal["float32", "bfloat16"],
+    labelled_share: float = 1.0,
+) -> MemoryEstimate:
+    """Base in `dtype`; adapter, gradients and AdamW's two moments in fp32; an estimate of activations.
+
+    Activations, without gradient checkpointing: the measured share of norms and attention, then per
+    expert choice what the expert function keeps (gate and up before the activation, three rank-R
+    products), shared and dense MLPs likewise, one layer's transient rows, and the logits in `dtype`, in
+    fp32 and as fp32 gradient. It guides the choice of tokens_per_step; it is no bound.
+    """
+    size = 4 if dtype == "float32" else 2
+    adapter = 4 * adapter_parameters(shape, r, target_modules).total
+    h, inner, layers = shape.hidden_size, shape.expert_size, len(shape.sparse_layers)
+    sparse = size * (active_experts * (2 * inner + 3 * r) + 3 * shape.shared_size)
+    dense = size * 3 * shape.dense_size
+    transient = size * active_experts * (2 * h + 3 * inner)
+    logits = labelled_share * shape.vocab_size * (size + 8)
+    mlps = shape.moe_layers * sparse + (layers - shape.moe_layers) * dense
+    per_token = layers * _SAVED_BYTES_PER_WIDTH * h + mlps + transient + logits
+    return MemoryEstimate(
+        base=size * base_parameters(shape),
+        adapter=adapter,
+        gradients=adapter,
+        optimizer=2 * adapter,
+        activations=round(tokens_per_step * per_token),
+    )
+
+
+def count_tiers(active_experts: Iterable[int]) -> list[Tier]:
+    """Tiers, dearest first, of the clients' active experts (one number per client)."""
+    return [Tier(k, clients) for k, clients in sorted(Counter(active_experts).items(), reverse=True)]
+
+
+def validate_tiers(tiers: Sequence[Tier], shape: ModelShape) -> None:
+    """Raises UserError for a number of active experts that the model cannot run."""
+    full = shape.num_experts_per_tok
+    for tier in tiers:
+        if not 1 <= tier.active_experts <= full:
+            raise UserError(
+                f"active_experts {tier.active_experts}: must be between 1 and {full} "
+                "(the model's num_experts_per_tok)"
+            )
+
+
+def tier_costs(
+    shape: ModelShape,
+    tiers: Sequence[Tier],
+    r: int,
+    target_modules: Collection[str],
+    sequence_length: int,
+    labelled_share: float = 1.0,
+) -> list[TierCost]:
+    """One row per tier, in the order given; the adapter, and so its bytes, is the same for all."""
+    validate_tiers(tiers, shape)
+    size = adapter_parameters(shape, r, target_modules)
+    setting = (r, target_modules, sequence_length, labelled_share)
+    full = forward_flops_per_token(shape, shape.num_experts_per_tok, *setting).total
+    costs = []
+    for tier in tiers:
+        forward = forward_flops_per_token(shape, tier.active_experts, *setting).total
+        training = training_flops_per_token(shape, tier.active_experts, *setting).total
+        costs.append(
+            TierCost(
+                active_experts=tier.active_experts,
+                clients=tier.clients,
+                forward_flops_per_token=forward,
+                relative_to_full=forward / full,
+                training_flops_per_token=training,
+                bytes_down=size.bytes_down,
+                bytes_up=size.bytes_up,
+            )
+        )
+    return costs
+
+
+def _targets(shape: ModelShape, target_modules: Collection[str]) -> frozenset[str]:
+    names = [p.name for p in shape.attention]
+    for module in target_modules:
+        if module not in names:
+            raise UserError(
+                f"target_modules {module!r}: must be attention projections of {shape.model_type}: "
+                f"{', '.join(names)}"
+            )
+    return frozenset(target_modules)
+
+
+def _sum(terms: Sequence[FlopTerms]) -> FlopTerms:
+    return FlopTerms(*(sum(column) for column in zip(*map(astuple, terms), strict=True)))
+
+
+def _head(shape: ModelShape, labelled_share: float) -> float:
+    return 2 * shape.hidden_size * shape.vocab_size * labelled_share
+
+
+def _lora(p: Projection, r: int) -> int:
+    return 2 * r * (p.fan_in + p.fan_out)
+
+
+def _layer_forward(
+    shape: ModelShape, k: int, r: int, targets: frozenset[str], sequence_length: int, sparse: bool
+) -> FlopTerms:
+    h, inner = shape.hidden_size, shape.expert_size
+    score_width = shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim)
+    return FlopTerms(
+        attention_projections=sum(2 * p.fan_in * p.fan_out for p in shape.attention),
+        attention_scores=2 * sequence_length * score_width,
+        router=2 * h * shape.num_experts * sparse,
+        experts=6 * k * h * inner * sparse,
+        expert_lora=6 * k * r * (h + inner) * sparse,
+        attention_lora=sum(_lora(p, r) for p in shape.attention if p.name in targets),
+        shared_experts=(6 * h * shape.shared_size + 2 * h * shape.shared_gate) * sparse,
+        dense_layers=6 * h * shape.dense_size * (not sparse),
+    )
+
+
+def _attention_backward(
+    shape: ModelShape, r: int, targets: frozenset[str], sequence_length: int, flows: bool
+) -> FlopTerms:
+    """`flows`: the layer's input needs a gradient. Only q, k or v that carry one pass it on."""
+    projections = lora = 0
+    live = set("qkv") if flows else set()
+    for p in shape.attention:
+        input_needs_gradient = bool(live & set(p.path))
+        if input_needs_gradient:
+            projections += 2 * p.fan_in * p.fan_out
+        if p.name in targets:
+            # Both weight gradients, the gradient between B and A, and that of A's input if it is needed.
+            lora += _lora(p, r) + 2 * r * p.fan_out + 2 * r * p.fan_in * input_needs_gradient
+            if p is not shape.attention[-1]:
+                live |= set(p.path)
+    product = 2 * sequence_length * shape.num_attention_heads
+    scores = product * shape.qk_head_dim * (("q" in live) + ("k" in live))
+    scores += product * shape.v_head_dim * (bool(live & {"q", "k"}) + ("v" in live))
+    return FlopTerms(attention_projections=projections, attention_scores=scores, attention_lora=lora)
+
+
+def _mlp_backward(shape: ModelShape, k: int, r: int, sparse: bool, flows: bool) -> FlopTerms:
+    """`flows`: the MLP's input needs a gradient; without it only the experts' insides have a backward."""
+    h, inner = shape.hidden_size, shape.expert_size
+    if not sparse:
+        return FlopTerms(dense_layers=6 * h * shape.dense_size * flows)
+    lora = 6 * r * (h + inner)
+    return FlopTerms(
+        router=2 * h * shape.num_experts * flows,
+        experts=k * (2 * h * inner + 4 * h * inner * flows),
+        # Weight gradients, then input gradients; those of A1, gate and up, reach the MLP's input.
+        expert_lora=k * (lora + lora - 4 * r * h * (not flows)),
+        shared_experts=(6 * h * shape.shared_size + 2 * h * shape.shared_gate) * flows,
+    )

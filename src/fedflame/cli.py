@@ -1,0 +1,193 @@
+"""The `fedflame` command. Arguments are parsed first; torch is imported by the work itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from fedflame.config import RunConfig, load_config
+from fedflame.errors import UserError
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+app = typer.Typer(
+    help="Federated fine-tuning of sparse-mixture-of-experts language models on unequal machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[
+    Path | None, typer.Argument(help="TOML file; without it, the embedded model and data.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value, over the file; may be repeated.")
+]
+Data = Annotated[
+    str | None, typer.Option("--data", help="`skills`, a data file or a hub id (data.dataset_name).")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", help="`olmoe-tiny`, a folder or a hub id (model.model_name_or_path).")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def run(
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    output_dir: Annotated[str | None, typer.Option(help="The run folder (output_dir).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in the run folder.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune one model across unequal clients; leaves adapter, metrics and report in a run folder."""
+    console = Console()
+    with _user_errors(debug):
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite exclude each other; give one")
+        config = _config(config_file, overrides, data, model, output_dir)
+        text = config_file.read_text(encoding="utf-8") if config_file else ""
+        _quiet_libraries()
+        from fedflame.commands.run import execute
+
+        existing: Literal["refuse", "resume", "overwrite"] = (
+            "resume" if resume else "overwrite" if overwrite else "refuse"
+        )
+        folder = execute(config, text, existing, console)
+        console.print(f"report: {folder / 'report.html'}\nadapter: {folder / 'adapter'}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="FLOPs for rows of so many tokens, head at each, whatever the data."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print partition, tiers, FLOPs, bytes and memory of a run without loading weights."""
+    with _user_errors(debug):
+        config = _config(config_file, overrides, data, model, None)
+        _quiet_libraries()
+        from fedflame.commands.plan import print_plan
+
+        print_plan(config, sequence_length, as_json, Console())
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A run folder, an adapter folder or a base model.")],
+    active_experts: Annotated[str | None, typer.Option(help="k to evaluate at, such as 8,4,2,1.")] = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Score a run, an adapter or a base model on held-out rows at any k."""
+    with _user_errors(debug):
+        _quiet_libraries()
+        from fedflame.commands.evaluate import print_scores
+
+        given = _flags(overrides, data, model, None)
+        print_scores(source, active_experts, given, as_json, Console())
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    debug: Debug = False,
+) -> None:
+    """Write report.html of a run folder anew."""
+    with _user_errors(debug):
+        from fedflame.report import write_report
+
+        Console().print(f"report: {write_report(run_folder)}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="A stock checkpoint instead of an adapter.")] = False,
+    active_experts: Annotated[
+        int | None, typer.Option(help="With --merge: the k whose rescaler is folded in; default the model's.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's adapter for PEFT, or merge it into a stock checkpoint."""
+    with _user_errors(debug):
+        if active_experts is not None and not merge:
+            raise UserError("--active-experts needs --merge; an adapter serves every k")
+        _quiet_libraries()
+        from fedflame.commands.export import export_run
+
+        Console().print(
+            f"written: {export_run(run_folder, to, merge, active_experts, overwrite)}", soft_wrap=True
+        )
+
+
+def _config(
+    config_file: Path | None,
+    overrides: list[str] | None,
+    data: str | None,
+    model: str | None,
+    output_dir: str | None,
+) -> RunConfig:
+    return load_config(config_file, _flags(overrides, data, model, output_dir))
+
+
+def _flags(
+    overrides: list[str] | None, data: str | None, model: str | None, output_dir: str | None
+) -> list[str]:
+    """The short flags as overrides; they come last and win."""
+    short = {"data.dataset_name": data, "model.model_name_or_path": model, "output_dir": output_dir}
+    return [*(overrides or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
+
+
+def _quiet_libraries() -> None:
+    """No progress bars and no advice from libraries between our own lines."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@contextmanager
+def _user_errors(debug: bool) -> Iterator[None]:
+    """One line on stderr for what the user can mend; an interrupt says how to go on."""
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        print(f"fedflame: {error}", file=sys.stderr)
+        raise typer.Exit(USER_ERROR) from error
+    except KeyboardInterrupt as error:
+        print("fedflame: interrupted; `fedflame run --resume` goes on from the last round", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def print_json(value: Any) -> None:
+    """JSON on standard output, two spaces deep."""
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,94 @@
+"""`fedflame evaluate`: score a run, an adapter or a base model on held-out rows at any k."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fedflame.commands.run import Workbench, assemble, saved_config
+from fedflame.commands.tables import score_table
+from fedflame.config import RunConfig, parse_tiers, with_overrides
+from fedflame.errors import UserError
+from fedflame.evaluation import Scores, evaluate, total
+from fedflame.export import load_adapter, load_rescalers, read_settings
+from fedflame.server.checkpoint import read_checkpoint
+from fedflame.strategies.base import ServerState
+
+
+def print_scores(
+    source: str, active_experts: str | None, overrides: list[str], as_json: bool, console: Console
+) -> None:
+    """Print scores per k as a table, or per k and category as JSON.
+
+    Args:
+        source: a run folder, an adapter folder, or a base model by folder or name.
+        active_experts: the k to evaluate at, such as "8,4"; None for the tiers of the configuration.
+        overrides: configuration over the run's own, or over the defaults.
+        as_json: print one JSON object.
+        console: where tables go.
+
+    Raises:
+        UserError: a source that is none of these, or a k that the model does not have.
+    """
+    config = _source_config(source, overrides)
+    bench = assemble(config, Console(quiet=True))
+    state = _source_state(source, bench)
+    scores: dict[int, dict[str, Any]] = {}
+    for k in _wanted(active_experts) or bench.tiers:
+        rescaler = state.rescalers.get(k, torch.ones(len(bench.adapted.layers)))
+        by_category = evaluate(bench.adapted, bench.held_out, state.adapter, k, rescaler, generate=True)
+        scores[k] = {"all": _plain(total(by_category))}
+        scores[k] |= {category: _plain(value) for category, value in by_category.items()}
+    if as_json:
+        print(json.dumps(scores, indent=2))
+    else:
+        console.print(score_table(scores))
+
+
+def _wanted(active_experts: str | None) -> list[int]:
+    try:
+        return parse_tiers(active_experts) if active_experts else []
+    except ValueError as error:
+        raise UserError(f"--active-experts {active_experts!r}: {error}") from error
+
+
+def _is_adapter(source: str) -> bool:
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+def _is_run(source: str) -> bool:
+    return (Path(source) / "metrics.jsonl").is_file()
+
+
+def _source_config(source: str, overrides: list[str]) -> RunConfig:
+    if _is_run(source):
+        return with_overrides(saved_config(Path(source)), overrides)
+    if not _is_adapter(source):
+        return with_overrides(RunConfig(), [f"model.model_name_or_path={source}", *overrides])
+    settings = read_settings(Path(source))
+    described = RunConfig(adapter=settings.adapter)
+    return with_overrides(described, [f"model.model_name_or_path={settings.base_model}", *overrides])
+
+
+def _source_state(source: str, bench: Workbench) -> ServerState:
+    if _is_run(source):
+        return read_checkpoint(Path(source)).state
+    if _is_adapter(source):
+        return ServerState(
+            load_adapter(Path(source), bench.adapted), load_rescalers(Path(source), bench.adapted)
+        )
+    return ServerState(bench.adapted.initial_adapter(bench.config.seed), {})
+
+
+def _plain(scores: Scores) -> dict[str, Any]:
+    return {
+        "loss": scores.loss,
+        "exact_match": scores.exact_match,
+        "rouge_l": scores.rouge_l,
+        "rows": scores.rows,
+        "response_tokens": scores.response_tokens,
+    }

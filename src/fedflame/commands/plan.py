@@ -1,0 +1,64 @@
+"""`fedflame plan`: partition, tiers and costs of a run, without loading weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from fedflame.base_model import faster_dtype, model_config_path
+from fedflame.budgets import ModelShape, read_model_shape
+from fedflame.commands.tables import cost_table, partition_table
+from fedflame.config import RunConfig
+from fedflame.cost import RunCost, has_tokenizer, run_cost
+from fedflame.data.federation import describe, encode_federation, load_federation
+
+
+def print_plan(config: RunConfig, sequence_length: int | None, as_json: bool, console: Console) -> None:
+    """Print the plan as tables or JSON.
+
+    Args:
+        config: the run that is planned.
+        sequence_length: FLOPs are for rows of so many tokens with the head at each of them; None for
+            the rows of the data, or `data.max_length` where the model folder has no tokenizer.
+        as_json: print one JSON object.
+        console: where tables go.
+
+    Raises:
+        UserError: unusable data or model, or tiers that the model cannot run.
+    """
+    path = model_config_path(config.model.model_name_or_path)
+    shape = read_model_shape(path)
+    federation = load_federation(config)
+    length, share, truncated = sequence_length or config.data.max_length, 1.0, 0
+    folder = path if path.is_dir() else path.parent
+    if sequence_length is None and has_tokenizer(folder):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        encoded = encode_federation(federation, tokenizer, config.data.max_length)
+        length, share, truncated = encoded.mean_length, encoded.labelled_share, encoded.truncated
+    clients = describe(federation, config.tiers())
+    cost = run_cost(config, shape, _dtype(config, shape), length, share)
+    if as_json:
+        print(json.dumps({"clients": clients, **cost.to_json()}, indent=2))
+        return
+    console.print(partition_table(clients, truncated))
+    console.print(cost_table(cost))
+    console.print(_adapter_line(config, cost))
+
+
+def _dtype(config: RunConfig, shape: ModelShape) -> Any:
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return str(faster_dtype(shape)).removeprefix("torch.")
+
+
+def _adapter_line(config: RunConfig, cost: RunCost) -> str:
+    adapter, share = cost.adapter, config.server.fraction_train
+    clients = max(1, round(share * config.clients.num_clients))
+    return (
+        f"adapter: {adapter.total:,} parameters ({adapter.experts:,} on experts, {adapter.attention:,} on "
+        f"attention); per round {clients} clients, {clients * adapter.bytes_down:,} bytes down, at most "
+        f"{clients * adapter.bytes_up:,} up"
+    )

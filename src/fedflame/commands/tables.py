@@ -1,0 +1,85 @@
+"""The tables that a person sees on the console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from fedflame.cost import RunCost
+from fedflame.report.numbers import decimal, percent, si
+from fedflame.report.records import Run
+from fedflame.report.results import SCORE_LABELS, score_format
+
+CATEGORIES_SHOWN = 3
+
+
+def partition_table(clients: Sequence[dict[str, Any]], truncated: int) -> Table:
+    """Per client: k, rows, and its largest categories."""
+    table = _table(f"Partition ({truncated} rows truncated)", "client", "k", "rows", "largest categories")
+    for client in clients:
+        ranked = sorted(client["per_category"].items(), key=lambda item: -item[1])
+        largest = ", ".join(f"{name} {rows}" for name, rows in ranked[:CATEGORIES_SHOWN] if rows)
+        table.add_row(str(client["client"]), str(client["active_experts"]), f"{client['rows']:,}", largest)
+    return table
+
+
+def cost_table(cost: RunCost) -> Table:
+    """Per tier: FLOPs per token, adapter bytes per round, expected memory."""
+    rows, head = f"rows of {cost.sequence_length} tokens", f"head at {cost.labelled_share:.0%} of them"
+    columns = ("k", "clients", "forward FLOPs", "of full k", "training FLOPs", "down", "up to", "memory")
+    table = _table(f"Cost per token ({rows}, {head}), bytes per client and round", *columns)
+    for tier, memory in zip(cost.tiers, cost.memory, strict=True):
+        table.add_row(
+            str(tier.active_experts),
+            str(tier.clients),
+            si(tier.forward_flops_per_token),
+            percent(tier.relative_to_full),
+            si(tier.training_flops_per_token),
+            si(tier.bytes_down, "B"),
+            si(tier.bytes_up, "B"),
+            si(memory.total, "B"),
+        )
+    return table
+
+
+def result_table(run: Run) -> Table:
+    """Per tier: loss and score before and after, cost, tokens and bytes; the run's last word."""
+    score = run.score_name()
+    label = SCORE_LABELS[score].lower() if score else "score"
+    title = f"Global model by tier: loss and {label}, before and after"
+    columns = ("k", "clients", "loss", "", label, "", "forward FLOPs", "tokens", "up", "down")
+    table = _table(title, *columns)
+    flops = {tier["active_experts"]: tier["forward_flops_per_token"] for tier in run.plan.get("tiers", [])}
+    show = score_format(score) if score else decimal
+    for tier in run.tiers():
+        updates = [update for update in run.updates if update.active_experts == tier]
+        scores = run.before_after(score, tier) if score else (None, None)
+        table.add_row(
+            str(tier),
+            str(sum(k == tier for k in run.clients().values())),
+            *(decimal(value) for value in run.before_after("loss", tier)),
+            *(show(value) for value in scores),
+            si(flops.get(tier)),
+            si(sum(update.tokens for update in updates)),
+            si(sum(update.bytes_up for update in updates), "B"),
+            si(sum(update.bytes_down for update in updates), "B"),
+        )
+    return table
+
+
+def score_table(scores: dict[int, dict[str, Any]]) -> Table:
+    """Per k: loss, exact match and ROUGE-L over all held-out rows."""
+    table = _table("Held-out rows", "k", "loss", "exact match", "ROUGE-L", "rows")
+    for k, values in scores.items():
+        together = values["all"]
+        table.add_row(
+            str(k),
+            decimal(together["loss"]),
+            percent(together["exact_match"]),
+            decimal(together["rouge_l"], 3),
+            str(together["rows"]),
+        )
+    return table

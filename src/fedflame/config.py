@@ -1,0 +1,224 @@
+"""The run configuration: frozen models at the edge; every field is one flat scalar.
+
+A TOML file has one table per section; `--set section.key=value` overrides it. Engines carry flat
+scalars only, so a list is written out as a string (`"8,4,2,1"`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fedflame.errors import UserError
+
+EMBEDDED_MODEL = "olmoe-tiny"
+SKILLS = "skills"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    model_name_or_path: str = EMBEDDED_MODEL
+    """`olmoe-tiny` (embedded), a folder in Hugging Face layout, or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base; `auto` takes bfloat16 where the machine multiplies it faster."""
+
+
+class AdapterConfig(_Section):
+    r: Annotated[int, Field(ge=1)] = 8
+    """LoRA rank of every projection, the same on every client."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The update is scaled by lora_alpha / r."""
+    target_modules: str = "q_proj,k_proj,v_proj,o_proj"
+    """Attention projections with LoRA, comma-separated; empty for experts only."""
+
+
+class DataConfig(_Section):
+    dataset_name: str = SKILLS
+    """`skills`, a .jsonl, .jsonl.gz, .parquet or .csv file, or a hub id."""
+    split: str = "train"
+    """Split of a hub data set."""
+    instruction_field: str = ""
+    """Column of the instruction; empty to recognise Alpaca, Dolly and question/answer names."""
+    context_field: str = ""
+    """Column of the context or input."""
+    response_field: str = ""
+    """Column of the response."""
+    category_field: str = ""
+    """Label column for the partition and for evaluation by category."""
+    max_rows: Annotated[int, Field(ge=0)] = 0
+    """Use a seeded sample of at most so many rows; 0 for all. Skills: rows to generate."""
+    max_length: Annotated[int, Field(ge=8)] = 256
+    """Tokens per row, prompt and response; longer rows are truncated and counted."""
+    partition: Literal["iid", "dirichlet", "by_label"] = "dirichlet"
+    """How rows are split over the clients."""
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    """Concentration of the Dirichlet partition; smaller is more skewed."""
+
+
+class ClientsConfig(_Section):
+    num_clients: Annotated[int, Field(ge=1)] = 4
+    """Number of clients."""
+    active_experts: str = "8,4,2,1"
+    """Experts per token that the clients afford, repeated in turn over the clients."""
+
+    @field_validator("active_experts")
+    @classmethod
+    def _tiers_are_positive_integers(cls, value: str) -> str:
+        parse_tiers(value)
+        return value
+
+
+class TrainingConfig(_Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    """Of AdamW, constant."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW, on experts that saw a token."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows per optimizer step."""
+    max_steps: Annotated[int, Field(ge=1)] = 25
+    """Optimizer steps per client and round."""
+
+
+class StrategyConfig(_Section):
+    name: Literal["flame", "fedavg"] = "flame"
+    """`flame`, or `fedavg`: every client runs the same number of experts."""
+    temperature: Annotated[float, Field(ge=0)] = 2.0
+    """FLAME: exponent t on the activation frequency; 0 gives FedAvg weights."""
+    rescaler: Literal["learned", "none", "static", "mass"] = "learned"
+    """FLAME: how the routed output is rescaled on clients with k < K."""
+    active_experts: str = "min"
+    """FedAvg: `min` (the smallest client's, the paper's baseline) or a number."""
+
+    @field_validator("active_experts")
+    @classmethod
+    def _min_or_number(cls, value: str) -> str:
+        if value != "min" and not (value.isdecimal() and int(value) >= 1):
+            raise ValueError("must be 'min' or an integer of at least 1")
+        return value
+
+
+class ServerConfig(_Section):
+    num_server_rounds: Annotated[int, Field(ge=1)] = 4
+    """Federated rounds."""
+    fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the clients sampled in each round."""
+    min_clients: Annotated[int, Field(ge=1)] = 1
+    """Usable updates a round needs; with fewer the run stops and keeps its checkpoint."""
+
+
+class EvaluationConfig(_Section):
+    rows_per_category: Annotated[int, Field(ge=1)] = 20
+    """Held-out rows per category."""
+    generate_every: Annotated[int, Field(ge=0)] = 1
+    """Rounds between scores by generation; 0 for before and after the run only."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 24
+    """Tokens generated per row."""
+    batch_size: Annotated[int, Field(ge=1)] = 50
+    """Rows per evaluation batch."""
+
+
+class RunConfig(_Section):
+    """The whole configuration of one run."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    output_dir: str = "runs/first-light"
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    clients: ClientsConfig = ClientsConfig()
+    training: TrainingConfig = TrainingConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def tiers(self) -> list[int]:
+        """Active experts k of each client, in client order."""
+        cycle = parse_tiers(self.clients.active_experts)
+        return [cycle[client % len(cycle)] for client in range(self.clients.num_clients)]
+
+
+def parse_tiers(text: str) -> list[int]:
+    """`"8,4,2,1"` as integers; ValueError on anything that is not a list of positive integers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise ValueError('must be integers of at least 1, comma-separated, such as "8,4,2,1"')
+    return [int(part) for part in parts]
+
+
+def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
+    """The configuration of a TOML file (None: the defaults) with `section.key=value` overrides.
+
+    Raises UserError for a missing or broken file, an unknown key or a value that is not allowed.
+    """
+    return _resolve(_read_toml(path) if path is not None else {}, overrides)
+
+
+def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """The configuration with `section.key=value` overrides; raises UserError as `load_config` does."""
+    return _resolve(config.model_dump(), overrides)
+
+
+def _resolve(values: dict[str, Any], overrides: list[str]) -> RunConfig:
+    for override in overrides:
+        _apply_override(values, override)
+    _refuse_unknown_keys(values)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"config: {where} = {first['input']!r}: {first['msg']}") from error
+
+
+def valid_keys() -> list[str]:
+    """Every key in flat form, such as `data.alpha`."""
+    keys = []
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path}: not TOML: {error}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override!r}: must be section.key=value, such as data.alpha=0.1")
+    section, dot, name = key.strip().partition(".")
+    if not dot:
+        values[section] = text.strip()
+        return
+    target = values.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise UserError(f"config: unknown key {key.strip()!r}; {section} is a value, not a section")
+    target[name] = text.strip()
+
+
+def _refuse_unknown_keys(values: dict[str, Any]) -> None:
+    valid = valid_keys()
+    sections = {key.partition(".")[0] for key in valid if "." in key}
+    for name, value in values.items():
+        if name in sections and not isinstance(value, dict):
+            raise UserError(f"config: {name} is a section; write {name}.key=value")
+        flat = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
+        for key in flat:
+            if key not in valid:
+                nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
+                raise UserError(f"config: unknown key {key!r}; the nearest valid key is {nearest!r}")

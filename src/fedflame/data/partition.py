@@ -1,0 +1,114 @@
+"""Partitions of the rows over the clients: IID, Dirichlet over labels, and by label.
+
+Dirichlet label skew as in Hsu, Qi, Brown (arXiv 1909.06335), drawn per label over the clients.
+Every kind gives each row to exactly one client and leaves no client empty.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedflame.errors import UserError
+
+PartitionKind = Literal["iid", "dirichlet", "by_label"]
+_Counts = NDArray[np.int64]
+
+
+def partition(
+    labels: Sequence[str], num_clients: int, kind: PartitionKind, alpha: float, seed: int
+) -> list[list[int]]:
+    """Row indices per client, ascending; each row belongs to exactly one client.
+
+    How many rows of a label a client gets depends on the seed, the label counts and the sorting
+    order of the labels, not on the order of the rows. A client left without a row takes one of the
+    largest client's rows, of the label that one has most of.
+
+    Args:
+        labels: the label of every row.
+        num_clients: how many parts to make.
+        kind: `iid`: sizes differ by at most one; `dirichlet`: each label is split over the clients
+            in proportions drawn from Dirichlet(alpha); `by_label`: the sorted labels are dealt to
+            the clients in turn, and with more clients than labels those of one label share its rows.
+        alpha: concentration of the Dirichlet distribution; other kinds ignore it.
+        seed: of every draw.
+
+    Raises:
+        UserError: more clients than rows, or an alpha the distribution is not defined for.
+    """
+    if num_clients > len(labels):
+        raise UserError(
+            f"clients.num_clients = {num_clients}: the data has {len(labels)} rows, "
+            "and every client needs at least one"
+        )
+    rng = np.random.default_rng(seed)
+    if kind == "iid":
+        shuffled = rng.permutation(len(labels))
+        return [sorted(part.tolist()) for part in np.array_split(shuffled, num_clients)]
+    rows_of: dict[str, list[int]] = {label: [] for label in sorted(set(labels))}
+    for row, label in enumerate(labels):
+        rows_of[label].append(row)
+    sizes = [len(rows) for rows in rows_of.values()]
+    if kind == "dirichlet":
+        counts = _dirichlet_counts(sizes, num_clients, alpha, rng)
+    else:
+        counts = _by_label_counts(sizes, num_clients)
+    _fill_empty_clients(counts)
+    return _deal(list(rows_of.values()), counts, rng)
+
+
+def partition_statistics(labels: Sequence[str], parts: Sequence[Sequence[int]]) -> list[dict[str, int]]:
+    """Rows per label for every client; every label is listed, in sorted order, also with 0 rows."""
+    names = sorted(set(labels))
+    tallies = [Counter(labels[row] for row in part) for part in parts]
+    return [{name: tally[name] for name in names} for tally in tallies]
+
+
+def _dirichlet_counts(
+    sizes: Sequence[int], num_clients: int, alpha: float, rng: np.random.Generator
+) -> _Counts:
+    """Rows of each label (one matrix row) for each client (one column)."""
+    if not (np.isfinite(alpha) and alpha > 0):
+        raise UserError(f"data.alpha = {alpha}: must be a finite number above 0")
+    concentration = np.full(num_clients, alpha)
+    return np.stack([_shares(size, rng.dirichlet(concentration)) for size in sizes])
+
+
+def _shares(size: int, proportions: NDArray[np.float64]) -> _Counts:
+    """`size` split in whole numbers by the method of the largest remainder."""
+    exact = size * proportions
+    counts = np.floor(exact).astype(np.int64)
+    left = size - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:left]] += 1
+    return counts
+
+
+def _by_label_counts(sizes: Sequence[int], num_clients: int) -> _Counts:
+    counts = np.zeros((len(sizes), num_clients), dtype=np.int64)
+    for label, size in enumerate(sizes):
+        clients = range(label % num_clients, num_clients, len(sizes))
+        for place, client in enumerate(clients):
+            counts[label, client] = size // len(clients) + (place < size % len(clients))
+    return counts
+
+
+def _fill_empty_clients(counts: _Counts) -> None:
+    """Moves single rows, in place; with no fewer rows than clients the largest has two or more."""
+    for client in np.flatnonzero(counts.sum(axis=0) == 0):
+        largest = counts.sum(axis=0).argmax()
+        label = counts[:, largest].argmax()
+        counts[label, largest] -= 1
+        counts[label, client] += 1
+
+
+def _deal(rows_of: Sequence[list[int]], counts: _Counts, rng: np.random.Generator) -> list[list[int]]:
+    parts: list[list[int]] = [[] for _ in range(counts.shape[1])]
+    for rows, shares in zip(rows_of, counts, strict=True):
+        pieces = np.split(rng.permutation(rows), np.cumsum(shares)[:-1])
+        for part, piece in zip(parts, pieces, strict=True):
+            part.extend(piece.tolist())
+    return [sorted(part) for part in parts]

@@ -1,0 +1,18 @@
+"""A finished run as others read it: a PEFT adapter folder, or a merged stock checkpoint.
+
+`peft_folder` writes and reads the adapter, `merged_folder` writes the checkpoint; `description` words
+the model card, `fit` refuses a base model that is not the run's, `new_folder` keeps every write whole.
+"""
+
+from __future__ import annotations
+
+from fedflame.export.merged_folder import merge
+from fedflame.export.peft_folder import (
+    AdapterSettings,
+    export_adapter,
+    load_adapter,
+    load_rescalers,
+    read_settings,
+)
+
+__all__ = ["AdapterSettings", "export_adapter", "load_adapter", "load_rescalers", "merge", "read_settings"]

@@ -1,0 +1,110 @@
+"""What an exported folder says of itself: `fedflame.json`, and the model card that the hub shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedflame import __version__
+from fedflame.config import EMBEDDED_MODEL, RunConfig
+from fedflame.moe.families import MoELayer
+from fedflame.strategies.base import ServerState
+
+FORMAT_VERSION = 1
+
+
+def run_facts(
+    state: ServerState, config: RunConfig, layers: Sequence[MoELayer], rounds: int
+) -> dict[str, Any]:
+    """The content of `fedflame.json`."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "fedflame_version": __version__,
+        "base_model": config.model.model_name_or_path,
+        "strategy": config.strategy.model_dump(),
+        "rounds": rounds,
+        "num_experts_per_tok": layers[0].num_experts_per_tok,
+        "tiers": sorted(state.rescalers, reverse=True),
+    }
+
+
+def adapter_card(state: ServerState, config: RunConfig, full_k: int, rounds: int) -> str:
+    """How the adapter was trained, its tiers, and how to load it."""
+    line, base = _base_expression(config)
+    tiers = "\n".join(
+        f"| {k} | {float(s.mean()):.4f} | {float(s.min()):.4f} to {float(s.max()):.4f} |"
+        for k, s in sorted(state.rescalers.items(), reverse=True)
+    )
+    return f"""{_front_matter(config, "peft", "lora")}
+
+# LoRA adapter for {config.model.model_name_or_path}, trained with fedflame
+
+{_training(config, rounds)}
+
+```python
+{line}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "path/to/this/folder")
+```
+
+This runs all {full_k} experts per token of the base model. With fewer, the routed output of each MoE layer
+is multiplied by a rescaler s, one per layer and number of experts k. PEFT has no place for it: it matters
+only at k < {full_k}, and `rescalers.safetensors` holds it ("k1" for k = 1). `fedflame evaluate` applies it;
+`fedflame export --merge` writes a plain checkpoint for one k with s inside.
+
+| k | s, mean over layers | range |
+|---|---|---|
+{tiers}
+"""
+
+
+def merged_card(config: RunConfig, k: int, full_k: int, rounds: int) -> str:
+    """How the merged model was trained, its k, and how to load it."""
+    return f"""{_front_matter(config, "transformers")}
+
+# {config.model.model_name_or_path}, fine-tuned with fedflame, {k} of {full_k} experts per token
+
+{_training(config, rounds)}
+
+The LoRA adapter and the rescalers of k = {k} are merged into the weights; it loads as any checkpoint:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def _front_matter(config: RunConfig, library: str, *tags: str) -> str:
+    base = config.model.model_name_or_path
+    # The hub refuses a card whose base_model is a path.
+    lines = [] if Path(base).is_dir() else [f"base_model: {base}"]
+    lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
+    return "\n".join(
+        ["---", *lines, *(f"- {tag}" for tag in ("fedflame", "federated-learning", "moe", *tags)), "---"]
+    )
+
+
+def _training(config: RunConfig, rounds: int) -> str:
+    # The data set is not named: a card is made to be shared, the data stays with its owners.
+    training, lora = config.training, config.adapter
+    strategy = "FLAME (arXiv 2506.16600)" if config.strategy.name == "flame" else config.strategy.name
+    attention = f" and on {lora.target_modules}" if lora.target_modules else ""
+    return (
+        f"Trained with fedflame {__version__}, strategy {strategy}: {rounds} federated "
+        f"{'round' if rounds == 1 else 'rounds'} over {config.clients.num_clients} clients that afford "
+        f"{config.clients.active_experts} experts per token, at most {training.max_steps} steps per client "
+        f"and round, learning rate {training.learning_rate:g}. "
+        f"LoRA r = {lora.r}, lora_alpha = {lora.lora_alpha:g} on every expert{attention}."
+    )
+
+
+def _base_expression(config: RunConfig) -> tuple[str, str]:
+    """An import line and the Python expression of the base model's place."""
+    name = config.model.model_name_or_path
+    if name == EMBEDDED_MODEL:
+        return "from fedflame.base_model import resolve_model\n", f"resolve_model({name!r})"
+    return "", repr(name)

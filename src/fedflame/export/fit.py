@@ -1,0 +1,46 @@
+"""Does a run's adapter fit a base model? The folder or hub id may have changed since the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedflame.errors import UserError
+from fedflame.messages import Adapter
+from fedflame.moe.families import MoELayer
+
+Shape = tuple[int, ...]
+
+
+def bank_shapes(layers: Sequence[MoELayer], r: int) -> dict[str, Shape]:
+    """The name and shape of every expert bank of rank r; see `messages.Adapter`."""
+    shapes: dict[str, Shape] = {}
+    for index, layer in enumerate(layers):
+        experts, hidden, width = layer.num_experts, layer.hidden_size, layer.expert_width
+        shapes[f"{index}.A1"] = (experts, 2 * r, hidden)
+        shapes[f"{index}.B1"] = (experts, 2 * width, r)
+        shapes[f"{index}.A2"] = (experts, r, width)
+        shapes[f"{index}.B2"] = (experts, hidden, r)
+    return shapes
+
+
+def require_fit(adapter: Adapter, model: nn.Module, layers: Sequence[MoELayer], r: int) -> None:
+    """Refuse a model whose experts or projections differ in number or shape from the adapter's.
+
+    Raises:
+        UserError: naming the first value that does not fit.
+    """
+    wanted = bank_shapes(layers, r)
+    modules = dict(model.named_modules())
+    for name in adapter.attention:
+        module, _, letter = name.rpartition(".")
+        weight = getattr(modules.get(module), "weight", None)
+        if weight is not None:
+            wanted[name] = (r, weight.shape[1]) if letter == "A" else (weight.shape[0], r)
+    values = {**adapter.experts, **adapter.attention}
+    for name in sorted(wanted.keys() | values.keys()):
+        got = tuple(values[name].shape) if name in values else None
+        if got != wanted.get(name):
+            needs = wanted.get(name, "nothing")
+            raise UserError(f"the base model is not the run's: {name} is {got}; the model needs {needs}")

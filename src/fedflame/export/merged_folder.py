@@ -1,0 +1,108 @@
+"""A finished run as a stock checkpoint: LoRA and the rescalers of one k inside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedflame.base_model import load_base_model, resolve_model
+from fedflame.config import RunConfig
+from fedflame.errors import UserError
+from fedflame.export.description import merged_card, run_facts
+from fedflame.export.fit import require_fit
+from fedflame.export.new_folder import RUN_FILE, new_folder, require_free, write_json
+from fedflame.messages import Adapter
+from fedflame.moe.families import MoELayer, find_moe_layers
+from fedflame.strategies.base import ServerState
+
+
+def merge(
+    state: ServerState, config: RunConfig, k: int, to: Path, rounds: int, overwrite: bool = False
+) -> None:
+    """Write a stock checkpoint that needs neither PEFT nor fedflame; outputs equal ours at k active experts.
+
+    W + (lora_alpha/r) B A for every expert and attention projection; s of the tier multiplies the down
+    projections, because the down projection is the last map before the routed sum. For k < K the saved
+    config asks for k experts per token. A plain base is loaded in its own dtype, each product is formed
+    in float32 and rounded to that dtype once. The tokenizer is saved beside it.
+
+    Args:
+        state: adapter and rescalers of the run.
+        config: the run's configuration; names the base model.
+        k: the model's K, or a tier of the run.
+        to: the folder to make.
+        rounds: federated rounds that led to `state`, for the model card.
+        overwrite: replace an earlier export; no other folder is ever replaced.
+
+    Raises:
+        UserError: `to` holds something, the disk is full, the base cannot be loaded or is not the run's,
+            or k is no tier.
+    """
+    require_free(to.resolve(), overwrite)
+    model, tokenizer = _load_plain_base(config.model.model_name_or_path)
+    layers = find_moe_layers(model)
+    require_fit(state.adapter, model, layers, config.adapter.r)
+    scalars = _rescaler_of(state, k, layers)
+    _merge_into(model, layers, state.adapter, config.adapter.lora_alpha / config.adapter.r, scalars)
+    _set_active_experts(model, layers, k)
+    with new_folder(to, overwrite) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / RUN_FILE, {**run_facts(state, config, layers, rounds), "merged_at": k})
+        card = merged_card(config, k, layers[0].num_experts_per_tok, rounds)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _load_plain_base(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        dtype = AutoConfig.from_pretrained(resolve_model(name_or_path)).dtype
+    except (OSError, ValueError):  # load_base_model says what is wrong
+        dtype = None
+    return load_base_model(name_or_path, str(dtype or torch.float32).removeprefix("torch."))
+
+
+def _rescaler_of(state: ServerState, k: int, layers: Sequence[MoELayer]) -> Tensor:
+    full = layers[0].num_experts_per_tok
+    if k in state.rescalers:
+        return state.rescalers[k]
+    if k != full:
+        allowed = ", ".join(str(tier) for tier in sorted({*state.rescalers, full}, reverse=True))
+        raise UserError(f"merge at k = {k}: no client had this tier; allowed are {allowed}")
+    return torch.ones(len(layers))
+
+
+@torch.no_grad()
+def _merge_into(
+    model: PreTrainedModel, layers: Sequence[MoELayer], adapter: Adapter, scaling: float, scalars: Tensor
+) -> None:
+    for index, (layer, s) in enumerate(zip(layers, scalars, strict=True)):
+        a1, b1, a2, b2 = (adapter.experts[f"{index}.{name}"] for name in ("A1", "B1", "A2", "B2"))
+        r, width = a2.shape[1], layer.expert_width
+        gate_up, down = (layer.experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
+        for expert in range(layer.num_experts):  # one at a time: only one expert in float32
+            gate = b1[expert, :width] @ a1[expert, :r]
+            up = b1[expert, width:] @ a1[expert, r:]
+            gate_up[expert] = gate_up[expert].float() + scaling * torch.cat([gate, up])
+            down[expert] = s * (down[expert].float() + scaling * (b2[expert] @ a2[expert]))
+    for name in adapter.attention:
+        if name.endswith(".A"):
+            module = name.removesuffix(".A")
+            weight = model.get_submodule(module).get_parameter("weight")
+            weight.copy_(
+                weight.float() + scaling * (adapter.attention[f"{module}.B"] @ adapter.attention[name])
+            )
+
+
+def _set_active_experts(model: PreTrainedModel, layers: Sequence[MoELayer], k: int) -> None:
+    full = layers[0].num_experts_per_tok
+    if k == full:
+        return
+    if getattr(model.config, "num_experts_per_tok", None) != full:
+        raise UserError(
+            f"merge at k = {k}: {model.config.model_type} has no num_experts_per_tok; allowed is {full}"
+        )
+    model.config.num_experts_per_tok = k

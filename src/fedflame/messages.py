@@ -1,0 +1,222 @@
+"""What travels: `RoundPlan` down to a client, `ClientUpdate` up, their codec and their validation.
+
+Shape legend: L MoE layers, E experts per layer, H hidden size, I expert width, R rank.
+
+The codec is one safetensors buffer: thousands of small arrays ruin every transport. Of an update
+only the experts that the client activated are written. That is lossless: an expert without
+activations did not move, so its delta is zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA values in fp32; also used for their deltas.
+
+    `experts` holds the banks `"{layer}.A1"` [E,2R,H], `"{layer}.B1"` [E,2I,R], `"{layer}.A2"` [E,R,I]
+    and `"{layer}.B2"` [E,H,R] (gate rows before up rows in A1 and B1); layer counts MoE layers from 0.
+    `attention` holds `"{module}.A"` [R,in] and `"{module}.B"` [out,R].
+    """
+
+    experts: Mapping[str, Tensor]
+    attention: Mapping[str, Tensor]
+
+    def combine(self, other: Adapter, rule: Callable[[Tensor, Tensor], Tensor]) -> Adapter:
+        """A new adapter: `rule` on each pair of values of the same name."""
+        return Adapter(
+            {name: rule(value, other.experts[name]) for name, value in self.experts.items()},
+            {name: rule(value, other.attention[name]) for name, value in self.attention.items()},
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All values under names that tell the two kinds apart."""
+        experts = {f"experts.{name}": value for name, value in self.experts.items()}
+        return experts | {f"attention.{name}": value for name, value in self.attention.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Adapter:
+        """The inverse of `tensors`; other names are ignored."""
+
+        def named(prefix: str) -> dict[str, Tensor]:
+            return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+        return cls(named("experts."), named("attention."))
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """The server's request to one client for one round."""
+
+    round: int
+    client: int
+    seed: int
+    active_experts: int
+    rescaler: Literal["learned", "fixed", "mass"]
+    """`learned` trains s, `fixed` keeps it, `mass` measures it on the client's rows and keeps that."""
+    rescaler_values: Tensor
+    """[L] s per MoE layer at the start of the round."""
+    adapter: Adapter
+    learning_rate: float
+    weight_decay: float
+    batch_size: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """A client's answer: what it learned and how often it really used each expert."""
+
+    round: int
+    client: int
+    active_experts: int
+    delta: Adapter
+    rescaler_values: Tensor
+    """[L] s per MoE layer after training."""
+    counts: Tensor
+    """[L,E] int64, non-padding tokens routed to each expert while training (c in the paper)."""
+    tokens: int
+    """Non-padding tokens trained on (T)."""
+    num_examples: int
+    """Rows the client holds (|D|)."""
+    steps: int
+    loss: float
+    """Mean response loss over the round's steps, nats per token."""
+
+
+class InvalidMessage(Exception):
+    """A buffer or an update that must not be used; the message is the reason."""
+
+
+def encode_plan(plan: RoundPlan) -> bytes:
+    """One buffer with everything the client needs."""
+    tensors = plan.adapter.tensors() | {"rescaler_values": plan.rescaler_values}
+    return _encode("plan", plan, tensors)
+
+
+def decode_plan(buffer: bytes) -> RoundPlan:
+    """The inverse of `encode_plan`, bit for bit. Raises InvalidMessage."""
+    header, tensors = _decode("plan", buffer)
+    plan: RoundPlan = _build(RoundPlan, header, tensors, adapter=Adapter.from_tensors(tensors))
+    return plan
+
+
+def encode_update(update: ClientUpdate) -> bytes:
+    """One buffer; of the expert banks only the slices of experts that were activated."""
+    tensors = {f"attention.{name}": value for name, value in update.delta.attention.items()}
+    for name, delta in update.delta.experts.items():
+        tensors[f"experts.{name}"] = delta[_activated(name, update.counts)]
+    tensors |= {"rescaler_values": update.rescaler_values, "counts": update.counts}
+    return _encode("update", update, tensors)
+
+
+def decode_update(buffer: bytes) -> ClientUpdate:
+    """The inverse of `encode_update`: untouched experts come back as zeros. Raises InvalidMessage."""
+    header, tensors = _decode("update", buffer)
+    packed = Adapter.from_tensors(tensors)
+    try:
+        experts = {name: _unpack(name, rows, tensors["counts"]) for name, rows in packed.experts.items()}
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        raise InvalidMessage(f"expert banks do not fit the activation counts: {error}") from error
+    update: ClientUpdate = _build(ClientUpdate, header, tensors, delta=Adapter(experts, packed.attention))
+    return update
+
+
+def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
+    """Refuse what must not reach aggregation.
+
+    Raises:
+        InvalidMessage: another round or client, names or shapes that differ from the plan's
+            adapter, a value that is not finite, or counts that the tokens cannot explain.
+    """
+    for field in ("round", "client", "active_experts"):
+        got, wanted = getattr(update, field), getattr(plan, field)
+        if got != wanted:
+            raise InvalidMessage(f"update is for {field} {got}; {wanted} was asked for")
+    _validate_values(update.delta.tensors(), plan.adapter.tensors())
+    _validate_values({"rescaler_values": update.rescaler_values}, {"rescaler_values": plan.rescaler_values})
+    _validate_counts(update, plan)
+    if not math.isfinite(update.loss):
+        raise InvalidMessage(f"update has loss {update.loss}; it must be finite")
+    if update.num_examples < 1 or update.steps < 1:
+        raise InvalidMessage(
+            f"update has {update.num_examples} examples and {update.steps} steps; both must be >= 1"
+        )
+
+
+def _validate_values(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    if values.keys() != like.keys():
+        name = sorted(values.keys() ^ like.keys())[0]
+        raise InvalidMessage(f"update and plan differ in tensor {name}")
+    for name, value in values.items():
+        if value.shape != like[name].shape or value.dtype != torch.float32:
+            got, wanted = tuple(value.shape), tuple(like[name].shape)
+            raise InvalidMessage(f"update has {name} as {value.dtype} {got}; float32 {wanted} is needed")
+        if not bool(torch.isfinite(value).all()):
+            raise InvalidMessage(f"update has a value in {name} that is not finite")
+
+
+def _validate_counts(update: ClientUpdate, plan: RoundPlan) -> None:
+    counts, k = update.counts, plan.active_experts
+    layers = len(plan.rescaler_values)
+    num_experts = next(iter(plan.adapter.experts.values())).shape[0]
+    if counts.shape != (layers, num_experts) or counts.dtype != torch.int64:
+        raise InvalidMessage(
+            f"counts are {counts.dtype} {tuple(counts.shape)}; int64 {(layers, num_experts)} is needed"
+        )
+    if update.tokens < 1 or int(counts.min()) < 0 or int(counts.max()) > update.tokens:
+        raise InvalidMessage(f"counts must lie between 0 and the {update.tokens} tokens trained on")
+    if bool((counts.sum(1) > update.tokens * k).any()):
+        raise InvalidMessage(f"counts of a layer exceed tokens x k = {update.tokens} x {k}")
+
+
+def _activated(bank: str, counts: Tensor) -> Tensor:
+    return torch.nonzero(counts[int(bank.split(".")[0])] > 0).flatten()
+
+
+def _unpack(bank: str, rows: Tensor, counts: Tensor) -> Tensor:
+    indices = _activated(bank, counts)
+    if len(indices) != len(rows):
+        raise ValueError(f"{bank} has {len(rows)} experts, {len(indices)} were activated")
+    return torch.zeros(counts.shape[1], *rows.shape[1:], dtype=rows.dtype).index_copy(0, indices, rows)
+
+
+def _encode(kind: str, message: RoundPlan | ClientUpdate, tensors: dict[str, Tensor]) -> bytes:
+    scalars = {name: value for name, value in vars(message).items() if isinstance(value, int | float | str)}
+    header = {"fedflame": json.dumps({"kind": kind, "version": FORMAT_VERSION, **scalars})}
+    return save({name: value.contiguous() for name, value in tensors.items()}, metadata=header)
+
+
+def _decode(kind: str, buffer: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        tensors = load(buffer)
+        size = int.from_bytes(buffer[:8], "little")
+        header = json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InvalidMessage(f"not a fedflame {kind}: {error}") from error
+    if (header.get("kind"), header.get("version")) != (kind, FORMAT_VERSION):
+        got = f"{header.get('kind')} version {header.get('version')}"
+        raise InvalidMessage(f"got a {got}; a {kind} version {FORMAT_VERSION} is needed")
+    return header, tensors
+
+
+def _build(cls: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], **parts: Adapter) -> Any:
+    scalars = {name: value for name, value in header.items() if name not in ("kind", "version")}
+    arrays = {name: tensors[name] for name in ("rescaler_values", "counts") if name in tensors}
+    try:
+        return cls(**scalars, **arrays, **parts)
+    except TypeError as error:
+        raise InvalidMessage(f"fields missing or unknown: {error}") from error

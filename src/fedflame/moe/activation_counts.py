@@ -1,0 +1,45 @@
+"""Activation counts: c_i[l,j], the non-padding tokens that client i routed to expert j of layer l."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ActivationCounts:
+    """Counts routed tokens while training, each token once per step.
+
+    `begin_step` opens a step with its padding mask, the experts function calls `record`, and
+    `end_step` closes it. Outside a step (evaluation, generation) nothing is counted. A second
+    `record` of a layer within a step is the recomputation of gradient checkpointing: not counted.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.total = torch.zeros(num_layers, num_experts, dtype=torch.int64)
+        self._step = torch.zeros_like(self.total)
+        self._recorded: set[int] = set()
+        self._token_mask: Tensor | None = None
+
+    def reset(self) -> None:
+        """Start a client's round at zero."""
+        self.total.zero_()
+
+    def begin_step(self, token_mask: Tensor) -> None:
+        """Open a step; `token_mask` [batch, sequence] is true at tokens that are not padding."""
+        self._token_mask = token_mask.reshape(-1).bool()
+        self._recorded.clear()
+        self._step.zero_()
+
+    def record(self, layer: int, top_k_index: Tensor) -> None:
+        """Count `top_k_index` [N,k] for one layer, if a step is open."""
+        if self._token_mask is None or layer in self._recorded:
+            return
+        self._recorded.add(layer)
+        experts = top_k_index[self._token_mask].reshape(-1)
+        self._step[layer] = torch.bincount(experts, minlength=self._step.shape[1]).cpu()
+
+    def end_step(self) -> Tensor:
+        """Close the step, add it to `total`, and return which experts saw a token, bool [L,E]."""
+        self._token_mask = None
+        self.total += self._step
+        return self._step > 0

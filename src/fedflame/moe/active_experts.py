@@ -1,0 +1,32 @@
+"""Adaptive activation: run the top k_i experts instead of the model's own K (FLAME, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from fedflame.errors import UserError
+from fedflame.moe.families import MoELayer
+
+
+@contextmanager
+def active_experts(layers: Sequence[MoELayer], k: int) -> Iterator[None]:
+    """Within the block every router picks k experts per token; then it picks K again.
+
+    The router copied K from the config when it was built, so editing the config would do nothing.
+
+    Raises:
+        UserError: k is not between 1 and the model's K.
+    """
+    trained = min(layer.num_experts_per_tok for layer in layers)
+    if not 1 <= k <= trained:
+        raise UserError(
+            f"active_experts {k}: must be between 1 and {trained} (the model's num_experts_per_tok)"
+        )
+    for layer in layers:
+        layer.router.top_k = k  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.router.top_k = layer.num_experts_per_tok  # type: ignore[assignment]

@@ -1,0 +1,125 @@
+"""One resident base model with every adapter part attached; clients differ only by what is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedflame.errors import UserError
+from fedflame.messages import Adapter
+from fedflame.moe.activation_counts import ActivationCounts
+from fedflame.moe.active_experts import active_experts
+from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION, ExpertLoRA, initial_banks
+from fedflame.moe.families import find_moe_layers
+from fedflame.seeds import generator
+
+
+class AdaptedModel:
+    """A frozen Hugging Face SMoE model with expert LoRA, attention LoRA, rescalers and counts.
+
+    Args:
+        model: the base model; it is frozen and changed in place.
+        r: LoRA rank, the same everywhere.
+        lora_alpha: the low-rank product is scaled by lora_alpha / r.
+        target_modules: attention projections for PEFT's injection; empty for experts only.
+
+    Raises:
+        UserError: the model is no supported SMoE, or has none of the target modules.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, r: int, lora_alpha: float, target_modules: Iterable[str]
+    ) -> None:
+        self.model = model.requires_grad_(False)
+        self.layers = find_moe_layers(model)
+        # First, because PEFT freezes every parameter that is not its own.
+        self.attention = _inject_attention_lora(model, r, lora_alpha, list(target_modules))
+        self.r = r
+        self.counts = ActivationCounts(len(self.layers), self.layers[0].num_experts)
+        self.loras = [
+            ExpertLoRA(layer, index, r, lora_alpha, self.counts) for index, layer in enumerate(self.layers)
+        ]
+        for layer, lora in zip(self.layers, self.loras, strict=True):
+            layer.experts.fedflame = lora
+        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """K, the model's own number of active experts."""
+        return self.layers[0].num_experts_per_tok
+
+    def initial_adapter(self, seed: int) -> Adapter:
+        """The adapter every run starts from: A drawn from the seed, B zero."""
+        experts = {
+            f"{index}.{name}": bank
+            for index, layer in enumerate(self.layers)
+            for name, bank in initial_banks(layer, self.r, generator(seed, "experts", index)).items()
+        }
+        attention = {}
+        for name, parameter in self.attention.items():
+            value = torch.zeros_like(parameter)
+            if name.endswith(".A"):
+                bound = parameter.shape[1] ** -0.5
+                value = value.uniform_(-bound, bound, generator=generator(seed, "attention", name))
+            attention[name] = value
+        return Adapter(experts, attention)
+
+    def load(self, adapter: Adapter, rescaler_values: Tensor) -> None:
+        """Overwrite banks, attention LoRA and s [L] with the given values."""
+        with torch.no_grad():
+            for name, parameter in self._expert_parameters().items():
+                parameter.copy_(adapter.experts[name])
+            for name, parameter in self.attention.items():
+                parameter.copy_(adapter.attention[name])
+            for lora, value in zip(self.loras, rescaler_values, strict=True):
+                lora.s.copy_(value)
+
+    def adapter(self) -> Adapter:
+        """A copy of the values attached now."""
+        return Adapter(
+            {name: parameter.detach().clone() for name, parameter in self._expert_parameters().items()},
+            {name: parameter.detach().clone() for name, parameter in self.attention.items()},
+        )
+
+    def rescaler_values(self) -> Tensor:
+        """[L] the s attached now."""
+        return torch.stack([lora.s.detach().clone() for lora in self.loras])
+
+    @contextmanager
+    def active_experts(self, k: int) -> Iterator[None]:
+        """Run k experts per token within the block; see `moe.active_experts`."""
+        with active_experts(self.layers, k):
+            yield
+
+    def _expert_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{lora.index}.{name}": bank for lora in self.loras for name, bank in lora.banks().items()}
+
+
+def _inject_attention_lora(
+    model: PreTrainedModel, r: int, lora_alpha: float, target_modules: list[str]
+) -> dict[str, nn.Parameter]:
+    if not target_modules:
+        return {}
+    config = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules)  # type: ignore[arg-type]
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        wanted = ",".join(target_modules)
+        raise UserError(
+            f"adapter.target_modules {wanted!r}: {type(model).__name__} has no such module"
+        ) from error
+    parameters = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            # PEFT takes the base's dtype here; the master is fp32, and PEFT's forward casts to it.
+            for letter, linear in (("A", module.lora_A["default"]), ("B", module.lora_B["default"])):
+                parameter = linear.float().get_parameter("weight")
+                parameter.requires_grad_(True)
+                parameters[f"{name}.{letter}"] = parameter
+    return parameters

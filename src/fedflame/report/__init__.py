@@ -1,0 +1,19 @@
+"""The report of a run: one self-contained HTML page made from the run folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedflame.atomic_file import write_atomically
+from fedflame.report.page import page
+from fedflame.report.records import read_run
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into the run folder and return its path.
+
+    Unfinished runs give a report of what there is; UserError where `run` is not a run folder.
+    """
+    target = run / "report.html"
+    write_atomically(target, page(read_run(run)).encode())
+    return target

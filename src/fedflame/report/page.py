@@ -1,0 +1,124 @@
+"""The whole page: header, sections in order, configuration and environment."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from importlib import resources
+from typing import Any
+
+from fedflame.report import clients, results
+from fedflame.report.markup import Markup, element, join, note, section, table
+from fedflame.report.numbers import plural, si
+from fedflame.report.records import Run
+
+_SECTIONS = (
+    results.headline,
+    results.charts,
+    results.categories,
+    clients.activation,
+    clients.rescaler,
+    clients.partition,
+    clients.cost,
+    clients.rounds,
+)
+
+
+def page(run: Run) -> str:
+    """The report as one HTML document that loads nothing."""
+    style = resources.files("fedflame.report").joinpath("style.css").read_text(encoding="utf-8")
+    name = run.folder.resolve().name
+    head = element(
+        "head",
+        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        element("title", f"{name} · fedflame"),
+        element("style", Markup(style)),
+    )
+    body = [_header(run, name), *[make(run) for make in _SECTIONS], _settings(run)]
+    document = element("html", head, "\n", element("body", element("main", *body)), lang="en")
+    return f"<!DOCTYPE html>\n{document}\n"
+
+
+def _header(run: Run, name: str) -> Markup:
+    facts = [("Strategy", _strategy(run)), ("Model", run.setting("model", "model_name_or_path"))]
+    facts += [("Data", _data(run)), ("Rounds", _rounds(run)), ("Clients", _clients(run))]
+    facts += [("Adapter", _adapter(run)), ("Date", _date(run)), ("fedflame", _version(run))]
+    items = [element("div", element("dt", key), element("dd", value)) for key, value in facts]
+    return element(
+        "header",
+        element("p", "fedflame run report", class_="kicker"),
+        element("h1", name),
+        element("dl", *items),
+    )
+
+
+def _strategy(run: Run) -> str:
+    strategy: dict[str, Any] = run.config["strategy"]
+    relevant = {"flame": ("temperature", "rescaler"), "fedavg": ("active_experts",)}
+    keys = relevant.get(str(strategy.get("name")), ())
+    details = [f"{key.replace('_', ' ')} {strategy[key]}" for key in keys if key in strategy]
+    return ", ".join([str(strategy.get("name")), *details])
+
+
+def _data(run: Run) -> str:
+    data: dict[str, Any] = run.config.get("data", {})
+    text = f"{data.get('dataset_name')}, {data.get('partition')}"
+    return f"{text} (alpha {data.get('alpha')})" if data.get("partition") == "dirichlet" else text
+
+
+def _rounds(run: Run) -> str:
+    done = len({event.round for event in run.rounds})
+    return f"{done} of {run.setting('server', 'num_server_rounds')} finished"
+
+
+def _clients(run: Run) -> str:
+    known = run.clients()
+    if not known:
+        return str(run.setting("clients", "num_clients"))
+    share = run.setting("server", "fraction_train")
+    sampled = f", {share:.0%} sampled per round" if isinstance(share, float) and share < 1 else ""
+    return f"{len(known)} in {plural(len(set(known.values())), 'tier')}{sampled}"
+
+
+def _adapter(run: Run) -> str:
+    text = f"LoRA r {run.setting('adapter', 'r')}"
+    if "adapter_parameters" in run.plan:
+        text += f", {si(run.plan['adapter_parameters'])} parameters"
+    return f"{text}, {si(run.plan['adapter_bytes'], 'B')}" if "adapter_bytes" in run.plan else text
+
+
+def _date(run: Run) -> str:
+    """When the run began: as it recorded it, else when its configuration was written."""
+    if "date" in run.environment:
+        return str(run.environment["date"])
+    written = (run.folder / "config.json").stat().st_mtime
+    return datetime.fromtimestamp(written).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _version(run: Run) -> str:
+    return str(run.environment.get("fedflame", "unknown version"))
+
+
+def _settings(run: Run) -> Markup:
+    """Configuration and environment, folded."""
+    environment: object = note("Not recorded.")
+    if run.environment:
+        environment = table(["Name", "Value"], run.environment.items(), "settings")
+    folds = [
+        _fold("Configuration", table(["Key", "Value"], _flat(run.config), "settings")),
+        _fold("Environment", environment),
+    ]
+    return section("Settings", join(folds))
+
+
+def _fold(title: str, content: object) -> Markup:
+    return element("details", element("summary", title), content)
+
+
+def _flat(config: dict[str, Any]) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    for name, value in config.items():
+        if isinstance(value, dict):
+            rows += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        else:
+            rows.append((name, value))
+    return rows

@@ -1,0 +1,207 @@
+"""What a run folder holds, as typed records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fedflame.config import SKILLS
+from fedflame.errors import UserError
+
+ScoreName = Literal["exact_match", "rouge_l"]
+SCORES: tuple[ScoreName, ...] = ("exact_match", "rouge_l")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss and score of one tier after one round; category None is all rows."""
+
+    round: int
+    active_experts: int
+    category: str | None
+    loss: float | None
+    exact_match: float | None
+    rouge_l: float | None
+
+    def value(self, name: str) -> float | None:
+        """The named measure; None where it was not taken."""
+        number: float | None = getattr(self, name)
+        return number
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """What one client did and sent in one round."""
+
+    round: int
+    client: int
+    active_experts: int
+    loss: float
+    tokens: int
+    num_examples: int
+    seconds: float
+    training_flops: float
+    bytes_up: int
+    bytes_down: int
+    rescaler: list[float]
+    counts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A client whose update was left out of a round."""
+
+    round: int
+    client: int
+    active_experts: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundEnd:
+    """A finished round."""
+
+    round: int
+    clients: int
+    seconds: float
+
+
+Event = Evaluation | ClientRound | Exclusion | RoundEnd
+_EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
+    "evaluation": (Evaluation, ("round", "active_experts", "category")),
+    "client": (ClientRound, ("round", "client")),
+    "excluded": (Exclusion, ("round", "client")),
+    "round": (RoundEnd, ("round",)),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run folder; what is missing is empty."""
+
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    partition: dict[str, Any]
+    plan: dict[str, Any]
+    events: list[Event]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Evaluations in the order they were taken."""
+        return [event for event in self.events if isinstance(event, Evaluation)]
+
+    @property
+    def updates(self) -> list[ClientRound]:
+        """Accepted client updates."""
+        return [event for event in self.events if isinstance(event, ClientRound)]
+
+    @property
+    def exclusions(self) -> list[Exclusion]:
+        """Refused client updates."""
+        return [event for event in self.events if isinstance(event, Exclusion)]
+
+    @property
+    def rounds(self) -> list[RoundEnd]:
+        """Finished rounds."""
+        return [event for event in self.events if isinstance(event, RoundEnd)]
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of the resolved configuration, None if absent."""
+        return self.config.get(section, {}).get(key)
+
+    def clients(self) -> dict[int, int]:
+        """Each client's k: as it trained where it did (FedAvg overrules the budget), else its budget."""
+        found = {c["client"]: c["active_experts"] for c in self.partition.get("clients", [])}
+        found |= {event.client: event.active_experts for event in self.exclusions}
+        found |= {event.client: event.active_experts for event in self.updates}
+        return dict(sorted(found.items()))
+
+    def tiers(self) -> list[int]:
+        """Every k that trained or was evaluated, largest first."""
+        evaluated = {evaluation.active_experts for evaluation in self.evaluations}
+        return sorted(evaluated | set(self.clients().values()), reverse=True)
+
+    def score_name(self) -> ScoreName | None:
+        """The score this run was measured by: ROUGE-L for free text, where an exact match means little."""
+        preferred = SCORES if self.setting("data", "dataset_name") == SKILLS else SCORES[::-1]
+        taken = (n for n in preferred if any(e.value(n) is not None for e in self.evaluations))
+        return next(taken, None)
+
+    def history(self, name: str, tier: int, category: str | None = None) -> list[tuple[int, float]]:
+        """(round, value) of one measure, finite values only, in round order."""
+        points = [
+            (evaluation.round, value)
+            for evaluation in self.evaluations
+            if (evaluation.active_experts, evaluation.category) == (tier, category)
+            and (value := evaluation.value(name)) is not None
+            and math.isfinite(value)
+        ]
+        return sorted(points)
+
+    def before_after(
+        self, name: str, tier: int, category: str | None = None
+    ) -> tuple[float | None, float | None]:
+        """The value before training and the last one after it; None where not taken."""
+        history = self.history(name, tier, category)
+        before = next((value for at, value in history if at == 0), None)
+        after = history[-1][1] if history and history[-1][0] > 0 else None
+        return before, after
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; UserError where it is none or a file in it is damaged."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder}: {what}; a report needs a run folder, which holds a config.json")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: not a run folder: config.json is missing")
+    config = _read_object(folder / "config.json")
+    if missing := [name for name in ("strategy", "server") if not isinstance(config.get(name), dict)]:
+        raise UserError(f"{folder}: not a run folder: config.json has no section {' and no '.join(missing)}")
+    names = ("environment.json", "partition.json", "plan.json")
+    environment, partition, plan = (_read_object(folder / name) for name in names)
+    return Run(folder, config, environment, partition, plan, _read_events(folder / "metrics.jsonl"))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}; it must hold a JSON object")
+    return value
+
+
+def _read_events(path: Path) -> list[Event]:
+    if not path.exists():
+        return []
+    # What follows the last newline is a line that was still being written.
+    lines = path.read_bytes().split(b"\n")[:-1]
+    # A resumed run may have logged part of a round twice: the later line counts.
+    latest: dict[tuple[object, ...], Event] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            parsed = _parse_event(json.loads(line)) if line.strip() else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, line {number}: not an event of a run: {error!r}") from error
+        if parsed is not None:
+            latest[parsed[0]] = parsed[1]
+    return list(latest.values())
+
+
+def _parse_event(line: dict[str, Any]) -> tuple[tuple[object, ...], Event] | None:
+    kind = line["event"]
+    # Kinds that later versions add are no reason to refuse the report.
+    if kind not in _EVENTS:
+        return None
+    record, identity = _EVENTS[kind]
+    event = record(**{field.name: line[field.name] for field in dataclasses.fields(record)})
+    return (kind, *(line[name] for name in identity)), event

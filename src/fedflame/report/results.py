@@ -1,0 +1,161 @@
+"""What came out of a run: the headline table, loss and score over rounds, and by category."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fedflame.report.charts import TIER_COLOURS, Series, legend, line_chart
+from fedflame.report.markup import Markup, element, join, note, section, table
+from fedflame.report.numbers import MISSING, decimal, percent, si
+from fedflame.report.records import Run, ScoreName
+
+SCORE_LABELS: dict[ScoreName, str] = {"exact_match": "Exact match", "rouge_l": "ROUGE-L"}
+
+
+def tier_colours(run: Run) -> dict[int, int]:
+    """The line colour of each tier, the same in every chart of the page."""
+    return {tier: i % TIER_COLOURS for i, tier in enumerate(run.tiers())}
+
+
+def headline(run: Run) -> Markup:
+    """One row per tier: what it reached and what it cost."""
+    tiers = run.tiers()
+    if not tiers:
+        return section("Results by tier", note("Nothing is recorded yet."))
+    score = run.score_name()
+    flops = _forward_flops(run)
+    full = max(flops, default=None)
+    headers = ["Tier", "Clients", "Response loss", SCORE_LABELS[score] if score else "Score"]
+    headers += ["Forward cost / token", f"of k = {full}" if full else "of full k"]
+    headers += ["Tokens trained", "Sent up", "Sent down"]
+    rows = [_headline_row(run, tier, score, flops) for tier in tiers]
+    return section("Results by tier", table(headers, rows, "headline"), _headline_note(run))
+
+
+def _headline_note(run: Run) -> Markup:
+    text = "k is the number of experts that run per token. Loss and score are of held-out rows, "
+    text += "before training → after the last round measured."
+    if not run.score_name():
+        text += " This run has no scores by generation."
+    return note(text)
+
+
+def _headline_row(run: Run, tier: int, score: ScoreName | None, flops: dict[int, float]) -> list[object]:
+    updates = [update for update in run.updates if update.active_experts == tier]
+    cost = flops.get(tier)
+    score_cell: object = MISSING
+    if score:
+        score_cell = _change(run.before_after(score, tier), score_format(score), rising=True)
+    return [
+        tier_name(tier),
+        sum(k == tier for k in run.clients().values()),
+        _change(run.before_after("loss", tier), decimal, rising=False),
+        score_cell,
+        si(cost, "FLOP"),
+        percent(cost / flops[max(flops)]) if cost is not None else MISSING,
+        si(sum(update.tokens for update in updates)),
+        si(sum(update.bytes_up for update in updates), "B"),
+        si(sum(update.bytes_down for update in updates), "B"),
+    ]
+
+
+def tier_name(tier: int) -> str:
+    """`k = 8`."""
+    return f"k = {tier}"
+
+
+def score_format(score: ScoreName) -> Callable[[float | None], str]:
+    """Exact match is a percentage, ROUGE-L a number between 0 and 1."""
+    return percent if score == "exact_match" else lambda value: decimal(value, 3)
+
+
+def _forward_flops(run: Run) -> dict[int, float]:
+    tiers: list[dict[str, Any]] = run.plan.get("tiers", [])
+    return {tier["active_experts"]: tier["forward_flops_per_token"] for tier in tiers}
+
+
+def _change(
+    values: tuple[float | None, float | None], show: Callable[[float | None], str], rising: bool
+) -> Markup:
+    before, after = values
+    mood = "after"
+    if before is not None and after is not None and before != after:
+        mood += " better" if (after > before) == rising else " worse"
+    return join(
+        [
+            element("span", show(before), class_="before"),
+            element("span", " → ", class_="arrow"),
+            element("span", show(after), class_=mood),
+        ]
+    )
+
+
+def charts(run: Run) -> Markup:
+    """Loss and score of every tier over rounds."""
+    score = run.score_name()
+    drawn = [_chart(run, "loss", "Response loss", 1.0)]
+    if score == "exact_match":
+        drawn.append(_chart(run, score, "Exact match (%)", 100.0))
+    elif score == "rouge_l":
+        drawn.append(_chart(run, score, "ROUGE-L", 1.0))
+    figures = [figure for figure in drawn if figure]
+    if not figures:
+        return section("Over rounds", note("No evaluation is recorded yet."))
+    return section("Over rounds", element("div", *figures, class_="columns"))
+
+
+def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
+    colours = tier_colours(run)
+    series = [
+        Series(
+            tier_name(tier), colours[tier], [(at, factor * value) for at, value in run.history(name, tier)]
+        )
+        for tier in run.tiers()
+    ]
+    shown = [line for line in series if line.points]
+    if not shown:
+        return None
+    return element(
+        "figure",
+        element("figcaption", label),
+        legend([(f"t{line.colour}", line.label) for line in shown]),
+        line_chart(shown, label, from_zero=name != "loss"),
+    )
+
+
+def categories(run: Run) -> Markup:
+    """Last score and loss of every category at every tier."""
+    names = list(dict.fromkeys(e.category for e in run.evaluations if e.category is not None))
+    if not names:
+        return section("By category", note("No evaluation by category is recorded yet."))
+    parts = []
+    if score := run.score_name():
+        parts.append(_category_table(run, names, score, SCORE_LABELS[score], score_format(score)))
+    parts.append(_category_table(run, names, "loss", "Response loss", decimal))
+    explained = note("At the last round measured; the stronger the shade, the better.")
+    return section("By category", element("div", *parts, class_="columns"), explained)
+
+
+def _category_table(
+    run: Run, names: list[str], measure: str, title: str, show: Callable[[float | None], str]
+) -> Markup:
+    tiers = run.tiers()
+    last = {
+        (name, tier): history[-1][1]
+        for name in names
+        for tier in tiers
+        if (history := run.history(measure, tier, name))
+    }
+    low, high = (min(last.values()), max(last.values())) if last else (0.0, 0.0)
+
+    def cell(name: str, tier: int) -> Markup:
+        value = last.get((name, tier))
+        if value is None:
+            return element("td", MISSING)
+        shade = value if measure != "loss" else (high - value) / (high - low) if high > low else 0.5
+        return element("td", show(value), class_="shaded", style=f"--shade:{shade:.3f}")
+
+    rows = [[name, *[cell(name, tier) for tier in tiers]] for name in names]
+    caption = element("figcaption", title)
+    return element("figure", caption, table(["Category", *map(tier_name, tiers)], rows))

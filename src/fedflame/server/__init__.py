@@ -1,0 +1,1 @@
+"""The federated loop in one process (`rounds`) and what survives a crash (`checkpoint`)."""

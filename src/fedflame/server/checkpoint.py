@@ -1,0 +1,72 @@
+"""The checkpoint: one safetensors file with everything that the next round needs.
+
+Written aside, fsynced and renamed, so that a crash or a full disk leaves the previous one whole.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedflame.atomic_file import write_atomically
+from fedflame.errors import UserError
+from fedflame.messages import Adapter
+from fedflame.strategies.base import ServerState
+
+FILE_NAME = "checkpoint/state.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after `round` rounds, and how long metrics.jsonl was then, in bytes."""
+
+    round: int
+    metrics_bytes: int
+    state: ServerState
+
+
+def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
+    """Replace the run's checkpoint atomically.
+
+    Raises:
+        UserError: the disk is full or not writable; the previous checkpoint is untouched.
+    """
+    tensors = checkpoint.state.adapter.tensors()
+    tensors |= {f"rescalers.{k}": values for k, values in checkpoint.state.rescalers.items()}
+    header = {"version": FORMAT_VERSION, "round": checkpoint.round, "metrics_bytes": checkpoint.metrics_bytes}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(run / FILE_NAME, save(contiguous, metadata={"fedflame": json.dumps(header)}))
+
+
+def read_checkpoint(run: Path) -> Checkpoint:
+    """The run's checkpoint, bit for bit as written.
+
+    Raises:
+        UserError: there is none, or the file is truncated or foreign.
+    """
+    path = run / FILE_NAME
+    try:
+        buffer = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; the run has no checkpoint to go on from") from error
+    try:
+        tensors = load(buffer)
+        size = int.from_bytes(buffer[:8], "little")
+        header = json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"])
+        version, number, metrics_bytes = (int(header[key]) for key in ("version", "round", "metrics_bytes"))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: truncated or no fedflame checkpoint ({error}); nothing was changed"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: checkpoint version {version}; this fedflame reads version {FORMAT_VERSION}")
+    prefix = "rescalers."
+    rescalers = {
+        int(name[len(prefix) :]): value for name, value in tensors.items() if name.startswith(prefix)
+    }
+    return Checkpoint(number, metrics_bytes, ServerState(Adapter.from_tensors(tensors), rescalers))

@@ -1,0 +1,228 @@
+"""The federated loop in one process: sample, train, validate, aggregate, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedflame.client import fine_tune
+from fedflame.config import RunConfig
+from fedflame.data.batches import EncodedRow
+from fedflame.errors import UserError
+from fedflame.evaluation import HeldOut, Scores, evaluate, total
+from fedflame.messages import (
+    ClientUpdate,
+    InvalidMessage,
+    RoundPlan,
+    decode_plan,
+    decode_update,
+    encode_plan,
+    encode_update,
+    validate_update,
+)
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.seeds import derive_seed
+from fedflame.server.checkpoint import Checkpoint, write_checkpoint
+from fedflame.strategies.base import ClientProfile, ServerState, Strategy
+from fedflame.tracking import MetricsFile, Reporter
+
+TrainClient = Callable[[RoundPlan, Reporter], ClientUpdate]
+"""Runs one client; in process it is `LocalClients.train`, on an engine a call over the wire."""
+
+
+@dataclass(frozen=True)
+class LocalClients:
+    """All clients in this process, sharing one resident base model."""
+
+    adapted: AdaptedModel
+    rows: Sequence[Sequence[EncodedRow]]
+    pad_token_id: int
+
+    def train(self, plan: RoundPlan, reporter: Reporter) -> ClientUpdate:
+        return fine_tune(self.adapted, self.rows[plan.client], plan, self.pad_token_id, reporter.step)
+
+
+@dataclass(frozen=True)
+class Server:
+    """What stays the same over the rounds of a run."""
+
+    config: RunConfig
+    run: Path
+    strategy: Strategy
+    clients: Sequence[ClientProfile]
+    tiers: Sequence[int]
+    """The k to evaluate at, largest first."""
+    training_flops: Callable[[int], float]
+    """Per token, from k."""
+    train_client: TrainClient
+    adapted: AdaptedModel
+    held_out: HeldOut
+    metrics: MetricsFile
+    reporter: Reporter
+
+
+def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
+    """Go on from `checkpoint` to the last configured round; every round ends in a checkpoint.
+
+    Raises:
+        UserError: fewer than `min_clients` usable updates in a round, or the disk is full. The last
+            round's checkpoint stays, and the run can be resumed.
+    """
+    if checkpoint.round == 0 and checkpoint.metrics_bytes == 0:
+        _evaluate_tiers(server, checkpoint.state, 0)
+        checkpoint = _keep(server, 0, checkpoint.state)
+    for round_number in range(checkpoint.round + 1, server.config.server.num_server_rounds + 1):
+        start = time.monotonic()
+        updates = _Updates(server, checkpoint.state, round_number)
+        state = server.strategy.aggregate_train(checkpoint.state, iter(updates))
+        _require_quorum(server, round_number, updates.usable)
+        server.metrics.log(
+            "round", round=round_number, clients=updates.usable, seconds=round(time.monotonic() - start, 3)
+        )
+        _evaluate_tiers(server, state, round_number)
+        checkpoint = _keep(server, round_number, state)
+    return checkpoint
+
+
+def sample_clients(
+    clients: Sequence[ClientProfile], fraction: float, seed: int, round_number: int
+) -> list[ClientProfile]:
+    """A seeded sample of at least one client, in client order."""
+    count = max(1, round(fraction * len(clients)))
+    chosen = random.Random(derive_seed(seed, "sample", round_number)).sample(list(clients), count)
+    return sorted(chosen, key=lambda profile: profile.client)
+
+
+class _Updates:
+    """The stream of a round's valid updates in client order; counts them as they pass."""
+
+    def __init__(self, server: Server, state: ServerState, round_number: int) -> None:
+        self._server, self._state, self._round = server, state, round_number
+        self.usable = 0
+
+    def __iter__(self) -> Iterator[ClientUpdate]:
+        server = self._server
+        fraction, seed = server.config.server.fraction_train, server.config.seed
+        for profile in sample_clients(server.clients, fraction, seed, self._round):
+            update = self._train(profile)
+            if update is not None:
+                self.usable += 1
+                yield update
+
+    def _train(self, profile: ClientProfile) -> ClientUpdate | None:
+        """One client's update by way of the wire format; None and a logged reason if it is unusable."""
+        server = self._server
+        plan = _round_plan(server, self._state, profile, self._round)
+        server.reporter.start_client(self._round, profile.client, plan.active_experts, plan.max_steps)
+        start = time.monotonic()
+        down = encode_plan(plan)
+        try:
+            up = encode_update(server.train_client(decode_plan(down), server.reporter))
+            update = decode_update(up)
+            validate_update(update, plan)
+        # Whatever goes wrong in a client, its round goes on without it.
+        except Exception as error:
+            reason = str(error) if isinstance(error, InvalidMessage) else f"{type(error).__name__}: {error}"
+            server.metrics.log(
+                "excluded",
+                round=self._round,
+                client=profile.client,
+                active_experts=plan.active_experts,
+                reason=reason,
+            )
+            server.reporter.message(f"round {self._round}: client {profile.client} is left out: {reason}")
+            return None
+        self._log(update, len(down), len(up), time.monotonic() - start)
+        return update
+
+    def _log(self, update: ClientUpdate, bytes_down: int, bytes_up: int, seconds: float) -> None:
+        server, k = self._server, update.active_experts
+        server.metrics.log(
+            "client",
+            round=update.round,
+            client=update.client,
+            active_experts=k,
+            loss=update.loss,
+            tokens=update.tokens,
+            steps=update.steps,
+            num_examples=update.num_examples,
+            seconds=round(seconds, 3),
+            training_flops=update.tokens * server.training_flops(k),
+            bytes_up=bytes_up,
+            bytes_down=bytes_down,
+            rescaler=update.rescaler_values.tolist(),
+            counts=update.counts.tolist(),
+        )
+        server.reporter.message(
+            f"round {update.round}: client {update.client} (k={k}) loss {update.loss:.3f}, "
+            f"{update.tokens:,} tokens, {update.tokens / seconds:,.0f} tokens/s"
+        )
+
+
+def _round_plan(server: Server, state: ServerState, profile: ClientProfile, round_number: int) -> RoundPlan:
+    instructions = server.strategy.configure_train(state, profile)
+    training = server.config.training
+    return RoundPlan(
+        round=round_number,
+        client=profile.client,
+        seed=server.config.seed,
+        active_experts=instructions.active_experts,
+        rescaler=instructions.rescaler,
+        rescaler_values=instructions.rescaler_values,
+        adapter=instructions.adapter,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        batch_size=training.per_device_train_batch_size,
+        max_steps=training.max_steps,
+    )
+
+
+def _require_quorum(server: Server, round_number: int, usable: int) -> None:
+    needed = server.config.server.min_clients
+    if usable < needed:
+        raise UserError(
+            f"round {round_number}: {usable} usable updates; server.min_clients = {needed} are needed. "
+            "The checkpoint of the round before is kept; --resume tries this round again"
+        )
+
+
+def _evaluate_tiers(server: Server, state: ServerState, round_number: int) -> None:
+    """Scores of the global model at every tier's k with that tier's rescaler."""
+    every, last = server.config.evaluation.generate_every, server.config.server.num_server_rounds
+    generate = round_number in (0, last) or (every > 0 and round_number % every == 0)
+    for k in server.tiers:
+        scores = evaluate(server.adapted, server.held_out, state.adapter, k, state.rescalers[k], generate)
+        together = total(scores)
+        _log_scores(server.metrics, round_number, k, None, together)
+        for category, category_scores in scores.items():
+            _log_scores(server.metrics, round_number, k, category, category_scores)
+        exact = "" if together.exact_match is None else f", exact match {together.exact_match:.1%}"
+        rouge = "" if together.rouge_l is None else f", ROUGE-L {together.rouge_l:.3f}"
+        server.reporter.message(
+            f"round {round_number}: global model at k={k}: loss {together.loss:.3f}{exact}{rouge}"
+        )
+
+
+def _log_scores(
+    metrics: MetricsFile, round_number: int, k: int, category: str | None, scores: Scores
+) -> None:
+    metrics.log(
+        "evaluation",
+        round=round_number,
+        active_experts=k,
+        category=category,
+        loss=scores.loss,
+        exact_match=scores.exact_match,
+        rouge_l=scores.rouge_l,
+        rows=scores.rows,
+        response_tokens=scores.response_tokens,
+    )
+
+
+def _keep(server: Server, round_number: int, state: ServerState) -> Checkpoint:
+    checkpoint = Checkpoint(round_number, server.metrics.sync(), state)
+    write_checkpoint(server.run, checkpoint)
+    return checkpoint

@@ -1,0 +1,113 @@
+"""What a federated method is: three pure functions over an explicit server state.
+
+A method is a frozen dataclass in a file of its own. It knows tensors and messages, not models, not
+configs and not the engine that carries the messages. The hook names are Flower's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedflame.messages import Adapter, ClientUpdate
+
+RescalerMode = Literal["learned", "fixed", "mass"]
+"""How a client treats s: train it, keep it, or measure it on its rows and keep that."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server carries from one round to the next, and all that evaluation needs."""
+
+    adapter: Adapter
+    rescalers: Mapping[int, Tensor]
+    """Tier k -> [L] s, for clients of that tier and for evaluation at that k."""
+
+
+@dataclass(frozen=True)
+class ClientProfile:
+    """What the server knows of a client."""
+
+    client: int
+    active_experts: int
+    """Experts per token that its machine affords (k_i)."""
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class TrainInstructions:
+    """The part of a `RoundPlan` that the method decides."""
+
+    active_experts: int
+    adapter: Adapter
+    rescaler: RescalerMode
+    rescaler_values: Tensor
+
+
+class Strategy(Protocol):
+    """One federated method."""
+
+    def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
+        """The state before round 1, with a rescaler [num_layers] for every k in `tiers`."""
+
+    def configure_train(self, state: ServerState, client: ClientProfile) -> TrainInstructions:
+        """What this client shall train and how; a rank method cuts the adapter here."""
+
+    def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+        """The next state, from a stream of valid updates in rising client order."""
+
+
+def in_client_order(updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
+    """Pass the stream on, refusing one whose order would change the sums' last bits."""
+    last = -1
+    for update in updates:
+        if update.client <= last:
+            raise ValueError(f"updates must come in rising client order: {update.client} after {last}")
+        last = update.client
+        yield update
+
+
+class WeightedMean:
+    """Running sum of w x and of w per name, in fp32: one accumulator, whatever the clients' number.
+
+    A weight is a number, or [E] values for banks whose first dimension is the expert.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor, weight: Tensor | float) -> None:
+        weights = torch.as_tensor(weight, dtype=torch.float32)
+        if name not in self._sums:
+            self._sums[name] = torch.zeros_like(value, dtype=torch.float32)
+            self._weights[name] = torch.zeros_like(weights)
+        self._sums[name] += (
+            value * weights.view(-1, *[1] * (value.dim() - 1)) if weights.dim() else value * weights
+        )
+        self._weights[name] += weights
+
+    def names(self) -> list[str]:
+        return list(self._sums)
+
+    def mean(self, name: str) -> Tensor:
+        """Sum of w x over sum of w; zero where the weights sum to zero."""
+        weights = self._weights[name]
+        if weights.dim():
+            weights = weights.view(-1, *[1] * (self._sums[name].dim() - 1))
+        return torch.where(weights > 0, self._sums[name] / weights, 0.0)
+
+
+def apply_delta(value: Tensor, delta: Tensor) -> Tensor:
+    """The value plus its delta, with the value's own bits where the delta is zero."""
+    return torch.where(delta == 0, value, value + delta)
+
+
+def mean_rescalers(state: ServerState, means: WeightedMean) -> ServerState:
+    """Replace s of every tier that has a mean under the name of its k; other tiers keep theirs."""
+    measured = {int(name): means.mean(name) for name in means.names()}
+    return replace(state, rescalers={**state.rescalers, **measured})

@@ -1,0 +1,22 @@
+"""What every test shares: no hub, and the folder of real instruction data where there is one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
+CHECKOUT = Path(__file__).parents[1]
+SHARED_DATA = Path(os.environ.get("FEDFLAME_SHARED_DATA", CHECKOUT.parent / "shared" / "data"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("shared_data") and not SHARED_DATA.is_dir():
+        pytest.skip(f"no shared data: {SHARED_DATA} is not a folder (FEDFLAME_SHARED_DATA names another)")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real instruction data; for tests marked `shared_data`."""
+    return SHARED_DATA

@@ -1,0 +1,444 @@
+"""Exported adapters and merged checkpoints, held against our own forward and against numpy."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+from fedflame.config import AdapterConfig, ModelConfig, RunConfig
+from fedflame.errors import UserError
+from fedflame.export import export_adapter, load_adapter, load_rescalers, merge, read_settings
+from fedflame.messages import Adapter
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.strategies.base import ServerState
+
+# No two sizes agree: H = 32, 2I = 40, R = 4, E = 6, kv width 16.
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+K, TIERS, R, ALPHA = 3, (3, 2, 1), 4, 6.0
+TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8], [49, 7, 9, 32, 38, 46, 2, 1]])
+MODELS = {
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(intermediate_size=20, **SIZES)),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(moe_intermediate_size=20, shared_expert_intermediate_size=24, **SIZES)
+    ),
+}
+
+FRESH_PROCESS = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, adapter, tokens, result = sys.argv[1:]
+tokens = torch.load(tokens)
+with torch.no_grad():
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    outputs = {"base": plain(tokens).logits}
+    outputs["peft"] = PeftModel.from_pretrained(plain, adapter)(tokens).logits
+assert not any(name.startswith("fedflame") for name in sys.modules)
+torch.save(outputs, result)
+"""
+
+
+def save_base(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    for parameter in model.parameters():  # larger than by default, so that every error shows in the logits
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.to(dtype).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(50)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w1").save_pretrained(
+        folder
+    )
+    return folder
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def adapt(
+    folder: Path, r: int = R, alpha: float = ALPHA, targets: str = "q_proj,k_proj,v_proj,o_proj"
+) -> AdaptedModel:
+    return AdaptedModel(load(folder), r, alpha, targets.split(","))
+
+
+def random_state(adapted: AdaptedModel) -> ServerState:
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(value: torch.Tensor) -> torch.Tensor:
+        return torch.randn(value.shape, generator=generator) * 0.2
+
+    start = adapted.initial_adapter(0)
+    adapter = Adapter(
+        {name: noise(value) for name, value in start.experts.items()},
+        {name: noise(value) for name, value in start.attention.items()},
+    )
+    return ServerState(
+        adapter, {3: torch.ones(2), 2: torch.tensor([1.25, 0.75]), 1: torch.tensor([1.5, 2.25])}
+    )
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def our_logits(adapted: AdaptedModel, state: ServerState, k: int) -> torch.Tensor:
+    adapted.load(state.adapter, state.rescalers[k])
+    with adapted.active_experts(k):
+        return logits(adapted.model)
+
+
+def run_config(base: Path) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(model_name_or_path=str(base)), adapter=AdapterConfig(r=R, lora_alpha=ALPHA)
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("olmoe", tmp_path_factory.mktemp("models") / "olmoe")
+
+
+@pytest.fixture(scope="module")
+def adapted(base: Path) -> AdaptedModel:
+    return adapt(base)
+
+
+@pytest.fixture(scope="module")
+def state(adapted: AdaptedModel) -> ServerState:
+    return random_state(adapted)
+
+
+@pytest.fixture
+def exported(base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Path) -> Path:
+    export_adapter(state, run_config(base), adapted.model, tmp_path / "adapter", rounds=4)
+    return tmp_path / "adapter"
+
+
+def test_peft_in_a_fresh_process_gives_our_logits(
+    base: Path, adapted: AdaptedModel, state: ServerState, exported: Path, tmp_path: Path
+) -> None:
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    arguments = [base, exported, tmp_path / "tokens.pt", tmp_path / "result.pt"]
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "missing" not in run.stderr.lower()
+    assert "unexpected" not in run.stderr.lower()
+    got = torch.load(tmp_path / "result.pt")
+    ours = our_logits(adapted, state, K)
+    torch.testing.assert_close(got["peft"], ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+    assert float((got["base"] - ours).abs().max()) > 0.1 * float(ours.abs().max())
+
+
+def test_the_names_and_values_of_one_expert(exported: Path, state: ServerState) -> None:
+    tensors = load_file(exported / "adapter_model.safetensors")
+    assert len(tensors) == 2 * (6 * 3 * 2 + 4 * 2)
+    prefix, bank = "base_model.model.model.layers.1.mlp.experts.4.", state.adapter.experts
+    expected = {
+        "gate_proj.lora_A": bank["1.A1"][4, :4],
+        "up_proj.lora_A": bank["1.A1"][4, 4:],
+        "gate_proj.lora_B": bank["1.B1"][4, :20],
+        "up_proj.lora_B": bank["1.B1"][4, 20:],
+        "down_proj.lora_A": bank["1.A2"][4],
+        "down_proj.lora_B": bank["1.B2"][4],
+    }
+    for name, value in expected.items():
+        assert torch.equal(tensors[f"{prefix}{name}.weight"], value), name
+    attention = tensors["base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"]
+    assert torch.equal(attention, state.adapter.attention["model.layers.0.self_attn.k_proj.B"])
+
+
+def test_a_model_without_weights_exports_the_same_bytes(
+    base: Path, adapted: AdaptedModel, state: ServerState, exported: Path, tmp_path: Path
+) -> None:
+    with torch.device("meta"):
+        hollow = MODELS["olmoe"]()
+    export_adapter(state, run_config(base), hollow, tmp_path / "hollow", rounds=4)
+    files = sorted(path.name for path in exported.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "hollow").iterdir())
+    for name in files:
+        assert (exported / name).read_bytes() == (tmp_path / "hollow" / name).read_bytes(), name
+
+
+def test_what_the_folder_says(base: Path, exported: Path) -> None:
+    facts = json.loads((exported / "fedflame.json").read_text())
+    assert facts["base_model"] == str(base)
+    assert facts["num_experts_per_tok"] == K
+    assert facts["tiers"] == [3, 2, 1]
+    assert facts["rounds"] == 4
+    assert facts["strategy"]["name"] == "flame"
+    settings = json.loads((exported / "adapter_config.json").read_text())
+    assert settings["target_modules"] == "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    assert (settings["r"], settings["lora_alpha"], settings["task_type"]) == (4, 6.0, "CAUSAL_LM")
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\n")
+    assert "4 federated rounds" in card
+    assert "| 1 | 1.8750 | 1.5000 to 2.2500 |" in card
+
+
+def test_the_card_names_a_base_of_the_hub(adapted: AdaptedModel, state: ServerState, tmp_path: Path) -> None:
+    export_adapter(state, run_config(Path("allenai/OLMoE")), adapted.model, tmp_path / "a", rounds=1)
+    assert (tmp_path / "a" / "README.md").read_text().startswith("---\nbase_model: allenai/OLMoE\n")
+
+
+def test_round_trip_is_exact(base: Path, adapted: AdaptedModel, state: ServerState, exported: Path) -> None:
+    settings = read_settings(exported)
+    assert settings.base_model == str(base)
+    assert settings.adapter == run_config(base).adapter
+    back = load_adapter(exported, adapted)
+    assert back.tensors().keys() == state.adapter.tensors().keys()
+    for name, value in state.adapter.tensors().items():
+        assert torch.equal(back.tensors()[name], value), name
+    rescalers = load_rescalers(exported, adapted)
+    assert {k: s.tolist() for k, s in rescalers.items()} == {3: [1, 1], 2: [1.25, 0.75], 1: [1.5, 2.25]}
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))  # qwen2_moe has a shared expert, which s must not touch
+@pytest.mark.parametrize("k", TIERS)
+def test_merged_checkpoint_gives_our_logits(kind: str, k: int, tmp_path: Path) -> None:
+    base = save_base(kind, tmp_path / "base")
+    adapted = adapt(base)
+    state = random_state(adapted)
+    merge(state, run_config(base), k, tmp_path / "merged", rounds=4)
+    merged = load(tmp_path / "merged")
+    assert merged.config.num_experts_per_tok == k
+    ours = our_logits(adapted, state, k)
+    torch.testing.assert_close(logits(merged), ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+    assert float((logits(load(base)) - ours).abs().max()) > 0.1 * float(ours.abs().max())
+    words = PreTrainedTokenizerFast.from_pretrained(tmp_path / "merged")("w7 w9")["input_ids"]
+    assert words == [7, 9]
+
+
+def test_merged_weights_by_hand_in_the_dtype_of_the_base(tmp_path: Path, state: ServerState) -> None:
+    base = save_base("olmoe", tmp_path / "base", torch.bfloat16)
+    merge(state, run_config(base), 1, tmp_path / "merged", rounds=4)
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    bank = {name: value.double().numpy() for name, value in state.adapter.experts.items()}
+    low = {
+        "gate_proj": bank["1.B1"][4, :20] @ bank["1.A1"][4, :4],
+        "up_proj": bank["1.B1"][4, 20:] @ bank["1.A1"][4, 4:],
+        "down_proj": bank["1.B2"][4] @ bank["1.A2"][4],
+    }
+    for projection, product in low.items():
+        name = f"model.layers.1.mlp.experts.4.{projection}.weight"
+        s = 2.25 if projection == "down_proj" else 1.0
+        expected = s * (before[name].double().numpy() + 1.5 * product)
+        error = np.abs(after[name].double().numpy() - expected)
+        assert (error <= np.abs(expected) * 2.0**-8 + 1e-6).all(), projection  # one rounding to 8 bits
+    for name in ("model.layers.1.mlp.gate.weight", "model.embed_tokens.weight"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_merge_refuses_a_k_that_no_client_had(base: Path, state: ServerState, tmp_path: Path) -> None:
+    few = ServerState(state.adapter, {1: torch.ones(2)})
+    with pytest.raises(UserError, match="k = 2: no client had this tier; allowed are 3, 1"):
+        merge(few, run_config(base), 2, tmp_path / "merged", rounds=1)
+    assert not list(tmp_path.iterdir())
+    merge(few, run_config(base), 3, tmp_path / "merged", rounds=1)
+
+
+def test_merge_leaves_the_k_of_the_base_at_full_k_without_a_tier(
+    base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Path
+) -> None:
+    merge(ServerState(state.adapter, {}), run_config(base), K, tmp_path / "merged", rounds=1)
+    ours = our_logits(adapted, state, K)
+    torch.testing.assert_close(
+        logits(load(tmp_path / "merged")), ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max())
+    )
+
+
+def test_a_base_that_is_not_the_runs_is_refused(state: ServerState, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        other = OlmoeForCausalLM(OlmoeConfig(intermediate_size=24, **SIZES))
+    with pytest.raises(
+        UserError, match=r"not the run's: 0\.A2 is \(6, 4, 20\); the model needs \(6, 4, 24\)"
+    ):
+        export_adapter(state, run_config(tmp_path), other, tmp_path / "adapter", rounds=1)
+    with torch.device("meta"):
+        other = OlmoeForCausalLM(OlmoeConfig(intermediate_size=20, **{**SIZES, "num_key_value_heads": 4}))
+    with pytest.raises(UserError, match=r"self_attn\.k_proj\.B is \(16, 4\); the model needs \(32, 4\)"):
+        export_adapter(state, run_config(tmp_path), other, tmp_path / "adapter", rounds=1)
+
+
+def test_merging_into_another_base_is_refused(base: Path, state: ServerState, tmp_path: Path) -> None:
+    deeper = ServerState(
+        Adapter({**state.adapter.experts, "2.A1": torch.ones(6, 8, 32)}, {}), state.rescalers
+    )
+    with pytest.raises(UserError, match=r"not the run's: 2\.A1 is \(6, 8, 32\); the model needs nothing"):
+        merge(deeper, run_config(base), K, tmp_path / "merged", rounds=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_that_peft_does_not_convert_is_refused(state: ServerState, tmp_path: Path) -> None:
+    sizes = {("num_local_experts" if key == "num_experts" else key): value for key, value in SIZES.items()}
+    with torch.device("meta"):
+        mixtral = MixtralForCausalLM(MixtralConfig(intermediate_size=20, **sizes))
+    with pytest.raises(UserError, match="no per-expert adapter for mixtral models; use --merge"):
+        export_adapter(state, run_config(tmp_path), mixtral, tmp_path / "adapter", rounds=1)
+
+
+def test_an_earlier_export_is_replaced_only_when_asked(
+    base: Path, adapted: AdaptedModel, state: ServerState, exported: Path
+) -> None:
+    (exported / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="holds an earlier export; --overwrite replaces it"):
+        export_adapter(state, run_config(base), adapted.model, exported, rounds=5)
+    assert (exported / "mine.txt").read_text() == "kept"
+    export_adapter(state, run_config(base), adapted.model, exported, rounds=5, overwrite=True)
+    assert not (exported / "mine.txt").exists()
+    assert json.loads((exported / "fedflame.json").read_text())["rounds"] == 5
+    assert list(exported.parent.iterdir()) == [exported]
+
+
+def test_a_folder_of_something_else_is_never_replaced(
+    base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(UserError, match="not empty and no earlier export"):
+        export_adapter(state, run_config(base), adapted.model, home, rounds=1, overwrite=True)
+    with pytest.raises(UserError, match="not empty and no earlier export"):
+        merge(state, run_config(base), K, home, rounds=1, overwrite=True)
+    with pytest.raises(UserError, match="is a file"):
+        export_adapter(state, run_config(base), adapted.model, tmp_path / "file", rounds=1, overwrite=True)
+    assert (home / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    export_adapter(state, run_config(base), adapted.model, tmp_path / "empty", rounds=1)
+    assert read_settings(tmp_path / "empty").adapter.r == R
+
+
+@pytest.mark.parametrize("what", ["adapter", "merged"])
+def test_a_full_disk_leaves_the_old_export_and_nothing_half_written(
+    what: str, base: Path, adapted: AdaptedModel, state: ServerState, exported: Path
+) -> None:
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # a write beyond it fails as on a full disk
+    try:
+        with pytest.raises(UserError, match=r"cannot write: .*nothing was changed"):
+            if what == "adapter":
+                export_adapter(state, run_config(base), adapted.model, exported, rounds=5, overwrite=True)
+            else:
+                merge(state, run_config(base), K, exported, rounds=5, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(exported.parent.iterdir()) == [exported]
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    prefix = "base_model.model.model.layers.0.mlp.experts.5."
+    for name, value in changes.items():
+        tensors.pop(f"{prefix}{name}.lora_A.weight", None)
+        if value is not None:
+            tensors[f"{prefix}{name}.lora_A.weight"] = value
+    save_file(tensors, path)
+
+
+BROKEN = {
+    "adapter_config.json: No such file": lambda folder: (folder / "adapter_config.json").unlink(),
+    "not JSON": lambda folder: (folder / "adapter_config.json").write_text("{"),
+    "not a JSON object": lambda folder: (folder / "adapter_config.json").write_text("[]"),
+    "no LoRA adapter": lambda folder: edit_config(folder, peft_type="IA3"),
+    "target_modules lack gate_proj": lambda folder: edit_config(folder, target_modules=["q_proj"]),
+    "LoRA with use_rslora is not supported": lambda folder: edit_config(folder, use_rslora=True),
+    "names no base model": lambda folder: edit_config(folder, base_model_name_or_path=None),
+    "r = 'four', lora_alpha = 6.0": lambda folder: edit_config(folder, r="four"),
+    "r = 8; the model is prepared for r = 4": lambda folder: edit_config(folder, r=8),
+    "lora_alpha / r = 4.0; the model has 1.5": lambda folder: edit_config(folder, lora_alpha=16),
+    "adapter_model.safetensors: No such file": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "truncated or no safetensors": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12"),
+    "lacks .*experts.5.up_proj.lora_A": lambda folder: edit_tensors(folder, up_proj=None),
+    "unlike the model, .*experts.5.side_proj": lambda folder: edit_tensors(
+        folder, side_proj=torch.ones(4, 32)
+    ),
+    r"experts.5.up_proj.lora_A.weight is \(32, 4\); .* \(4, 32\)": lambda folder: edit_tensors(
+        folder, up_proj=torch.ones(32, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", list(BROKEN))
+def test_a_broken_or_foreign_adapter_is_one_line(reason: str, exported: Path, adapted: AdaptedModel) -> None:
+    BROKEN[reason](exported)
+    with pytest.raises(UserError, match=reason) as caught:
+        load_adapter(exported, adapted)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_for_other_attention_projections_is_refused(base: Path, exported: Path) -> None:
+    with pytest.raises(UserError, match=r"has, unlike the model, .*layers\.0\.self_attn\.k_proj"):
+        load_adapter(exported, adapt(base, targets="q_proj"))
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"k2": torch.ones(3)}, {"k2": torch.tensor([1.0, torch.nan])}, {"two": torch.ones(2)}]
+)
+def test_rescalers_that_do_not_fit_are_refused(
+    tensors: dict[str, torch.Tensor], exported: Path, adapted: AdaptedModel
+) -> None:
+    save_file(tensors, exported / "rescalers.safetensors")
+    with pytest.raises(UserError, match="no finite s for each of 2 MoE layers"):
+        load_rescalers(exported, adapted)
+    (exported / "rescalers.safetensors").unlink()
+    with pytest.raises(UserError, match="No such file"):
+        load_rescalers(exported, adapted)
+
+
+def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file or directory; no adapter folder"):
+        read_settings(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="No such file or directory; no adapter folder"):
+        read_settings(tmp_path)
