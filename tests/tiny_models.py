@@ -107,6 +107,15 @@ def merged(adapted: AdaptedModel, stock: OlmoeForCausalLM) -> OlmoeForCausalLM:
     return stock
 
 
+def exact_token_losses(model: OlmoeForCausalLM, batch: Batch) -> Tensor:
+    """Negative log-likelihood of each labelled token, row after row (transformers rounds to float32)."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    likelihoods = logits[:, :-1].log_softmax(-1)
+    targets = batch.labels[:, 1:]
+    chosen = likelihoods.gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return -chosen[targets >= 0]
+
+
 def router_logits(model: OlmoeForCausalLM, batch: Batch) -> list[Tensor]:
     """[N,E] per layer: the input of every router times its weights, padding included."""
     logits: list[Tensor] = []

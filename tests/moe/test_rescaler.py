@@ -10,6 +10,7 @@ from tests.tiny_models import (
     EXPERTS,
     HIDDEN,
     LAYERS,
+    exact_token_losses,
     merged,
     random_adapter,
     random_batch,
@@ -51,7 +52,7 @@ def test_the_routed_output_is_scaled_exactly() -> None:
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_gradient_of_s_equals_the_finite_difference_of_the_loss(k: int) -> None:
-    adapted, batch, at, step = tiny_adapted(), random_batch(), torch.tensor([0.8, 1.4]), 1e-4
+    adapted, batch, at, step = tiny_adapted(), random_batch(), torch.tensor([0.8, 1.4]), 0.001
     adapter = random_adapter(adapted)
     adapted.load(adapter, at)
     with adapted.active_experts(k):
@@ -71,8 +72,9 @@ def test_the_gradient_of_s_equals_the_finite_difference_of_the_loss(k: int) -> N
         offset = torch.zeros(LAYERS, dtype=torch.float64)
         offset[layer] = step
         slope = (exact_loss(at.double() + offset) - exact_loss(at.double() - offset)) / (2 * step)
-        assert abs(slope) > 1e-3
-        assert gradient == pytest.approx(slope, rel=1e-4)
+        assert abs(slope) > 0.01
+        # transformers rounds norms and routing to float32: 1e-7 in the loss, over the step.
+        assert gradient == pytest.approx(slope, abs=5e-4)
 
 
 def test_mass_ratio_is_the_mass_at_full_k_over_the_mass_at_k() -> None:

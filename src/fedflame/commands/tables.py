@@ -83,3 +83,10 @@ def score_table(scores: dict[int, dict[str, Any]]) -> Table:
             str(together["rows"]),
         )
     return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "largest categories" else "right", no_wrap=True)
+    return table
