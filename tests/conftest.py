@@ -20,3 +20,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def shared_data() -> Path:
     """The folder of real instruction data; for tests marked `shared_data`."""
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random OLMoE with its tokenizer, saved as Hugging Face saves it."""
+    from tests.tiny_models import character_tokenizer, tiny_olmoe
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_olmoe().save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder

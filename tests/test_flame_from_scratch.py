@@ -25,7 +25,7 @@ from fedflame.strategies import Flame
 from fedflame.strategies.base import ClientProfile, ServerState
 
 HIDDEN, WIDTH, EXPERTS, K, LAYERS, VOCABULARY = 24, 20, 6, 4, 2, 50
-RANK, ALPHA, TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY = 8, 5.0, 2.0, 3e-3, 0.5
+RANK, ALPHA, TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY = 3, 5.0, 2.0, 3e-3, 0.5
 TIERS, ROWS = (4, 2, 1, 2), (7, 5, 4, 3)
 ROUNDS, STEPS, BATCH_SIZE, SEED, PAD = 2, 3, 2, 11, 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from fedflame.errors import UserError
@@ -24,7 +25,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.replace(path)
         _fsync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be no such folder, or a folder in its place
+            partial.unlink()
         raise UserError(f"{path}: cannot write {len(content)} bytes: {error.strerror}") from error
 
 

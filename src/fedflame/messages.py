@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -129,7 +129,7 @@ def decode_update(buffer: bytes) -> ClientUpdate:
     packed = Adapter.from_tensors(tensors)
     try:
         experts = {name: _unpack(name, rows, tensors["counts"]) for name, rows in packed.experts.items()}
-    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as error:
         raise InvalidMessage(f"expert banks do not fit the activation counts: {error}") from error
     update: ClientUpdate = _build(ClientUpdate, header, tensors, delta=Adapter(experts, packed.attention))
     return update
@@ -204,12 +204,12 @@ def _decode(kind: str, buffer: bytes) -> tuple[dict[str, Any], dict[str, Tensor]
     try:
         tensors = load(buffer)
         size = int.from_bytes(buffer[:8], "little")
-        header = json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        header = dict(json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"]))
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidMessage(f"not a fedflame {kind}: {error}") from error
     if (header.get("kind"), header.get("version")) != (kind, FORMAT_VERSION):
         got = f"{header.get('kind')} version {header.get('version')}"
-        raise InvalidMessage(f"got a {got}; a {kind} version {FORMAT_VERSION} is needed")
+        raise InvalidMessage(f"got {got}; {kind} version {FORMAT_VERSION} is needed")
     return header, tensors
 
 
@@ -217,6 +217,18 @@ def _build(cls: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], *
     scalars = {name: value for name, value in header.items() if name not in ("kind", "version")}
     arrays = {name: tensors[name] for name in ("rescaler_values", "counts") if name in tensors}
     try:
-        return cls(**scalars, **arrays, **parts)
+        message = cls(**scalars, **arrays, **parts)
     except TypeError as error:
         raise InvalidMessage(f"fields missing or unknown: {error}") from error
+    for field in fields(cls):
+        _validate_type(field.name, str(field.type), getattr(message, field.name))
+    return message
+
+
+def _validate_type(name: str, wanted: str, value: object) -> None:
+    """Refuse what JSON can hold and the field cannot: NaN tokens or rows would pass every comparison."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise InvalidMessage(f"{name} is an integer of more than 64 bits")
+    allowed = {"int": (int,), "float": (float, int), "Tensor": (Tensor,)}.get(wanted)
+    if allowed is not None and type(value) not in allowed:
+        raise InvalidMessage(f"{name} is of type {type(value).__name__}; {wanted} is needed")

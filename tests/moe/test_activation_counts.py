@@ -2,12 +2,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny_models import (
+    EXPERTS,
+    LAYERS,
+    PAD,
+    TOP_K,
+    random_batch,
+    router_logits,
+    tiny_adapted,
+    with_active_experts,
+)
 from torch import Tensor
 
 from fedflame.client import token_losses
 from fedflame.data.batches import Batch
 from fedflame.moe.activation_counts import ActivationCounts
-from tests.tiny_models import EXPERTS, LAYERS, PAD, TOP_K, random_batch, router_logits, tiny_adapted, with_active_experts
 
 
 def hand_count(batch: Batch, k: int) -> list[list[int]]:

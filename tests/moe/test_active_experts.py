@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny_models import LAYERS, TOP_K, random_batch, tiny_adapted, tiny_olmoe
 from torch import Tensor, nn
 
 from fedflame.errors import UserError
 from fedflame.moe.active_experts import active_experts
 from fedflame.moe.families import find_moe_layers
-from tests.tiny_models import LAYERS, TOP_K, random_batch, tiny_adapted, tiny_olmoe
 
 
 def chosen_experts(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -17,7 +17,9 @@ def chosen_experts(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     handles = []
     for block in model.model.layers:
         handles.append(block.mlp.gate.register_forward_hook(lambda _, __, output: logits.append(output[0])))
-        handles.append(block.mlp.experts.register_forward_pre_hook(lambda _, inputs: chosen.append(inputs[1])))
+        handles.append(
+            block.mlp.experts.register_forward_pre_hook(lambda _, inputs: chosen.append(inputs[1]))
+        )
     batch = random_batch()
     with torch.no_grad():
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
@@ -56,7 +58,9 @@ def test_k_outside_one_to_the_models_own_is_refused(k: int) -> None:
     model = tiny_olmoe()
     with pytest.raises(UserError) as caught, active_experts(find_moe_layers(model), k):
         pass
-    assert str(caught.value) == f"active_experts {k}: must be between 1 and 4 (the model's num_experts_per_tok)"
+    assert (
+        str(caught.value) == f"active_experts {k}: must be between 1 and 4 (the model's num_experts_per_tok)"
+    )
     assert [block.mlp.gate.top_k for block in model.model.layers] == [TOP_K] * LAYERS
 
 

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.moe.expert_lora import BANKS, RoutedRows, initial_banks
-from fedflame.moe.families import find_moe_layers
 from tests.tiny_models import (
     ALPHA,
     EXPERTS,
@@ -25,6 +21,11 @@ from tests.tiny_models import (
     tiny_olmoe,
     with_active_experts,
 )
+from torch import Tensor, nn
+
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.expert_lora import BANKS, RoutedRows, initial_banks
+from fedflame.moe.families import find_moe_layers
 
 ROUTINGS = {
     "k=1, experts 3 and 4 idle": [[0], [2], [2], [5], [1]],
@@ -37,7 +38,9 @@ ROUTINGS = {
 }
 
 
-def attached(layer: int = 1, r: int = RANK, dtype: torch.dtype = torch.float32, width: int = WIDTH) -> nn.Module:
+def attached(
+    layer: int = 1, r: int = RANK, dtype: torch.dtype = torch.float32, width: int = WIDTH
+) -> nn.Module:
     """The experts module of one layer with random banks and a rescaler that is not 1."""
     model = tiny_olmoe(intermediate_size=width).to(dtype)
     adapted = AdaptedModel(model, r, ALPHA, [])
@@ -45,7 +48,9 @@ def attached(layer: int = 1, r: int = RANK, dtype: torch.dtype = torch.float32, 
     return adapted.layers[layer].experts
 
 
-def leaves(experts: nn.Module, routing: list[list[int]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def leaves(
+    experts: nn.Module, routing: list[list[int]], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Everything the output has a gradient for."""
     generator = torch.Generator().manual_seed(7)
     tokens, k = len(routing), len(routing[0])
@@ -160,7 +165,7 @@ def test_with_b_zero_and_s_one_the_logits_are_exactly_those_of_the_stock_model_b
 
 def test_the_stock_models_of_two_k_differ() -> None:
     everything = [logits(with_active_experts(k)) for k in (1, 2, 3, TOP_K)]
-    for one, other in zip(everything, everything[1:], strict=False):
+    for one, other in itertools.pairwise(everything):
         assert (one - other).abs().max() > 0.05
 
 
@@ -216,7 +221,9 @@ def test_initial_a_fills_the_peft_bounds_and_b_is_zero() -> None:
 
 def test_initial_banks_follow_their_generator_only() -> None:
     layer = find_moe_layers(tiny_olmoe())[0]
-    first, again, other = (initial_banks(layer, RANK, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        initial_banks(layer, RANK, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
     assert all(torch.equal(first[name], again[name]) for name in BANKS)
     assert not torch.equal(first["A1"], other["A1"]) and not torch.equal(first["A2"], other["A2"])
 

@@ -2,10 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
-from fedflame.client import token_losses
-from fedflame.moe.rescaler import mass_ratio, rescale
 from tests.tiny_models import (
     EXPERTS,
     HIDDEN,
@@ -17,6 +13,10 @@ from tests.tiny_models import (
     tiny_adapted,
     with_active_experts,
 )
+from torch import Tensor
+
+from fedflame.client import token_losses
+from fedflame.moe.rescaler import mass_ratio, rescale
 
 
 def routed_output(s: float | Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def test_the_routed_output_is_scaled_exactly() -> None:
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_gradient_of_s_equals_the_finite_difference_of_the_loss(k: int) -> None:
-    adapted, batch, at, step = tiny_adapted(), random_batch(), torch.tensor([0.8, 1.4]), 0.001
+    adapted, batch, at, step = tiny_adapted(), random_batch(), torch.tensor([0.8, 1.4]), 1e-3
     adapter = random_adapter(adapted)
     adapted.load(adapter, at)
     with adapted.active_experts(k):
@@ -66,16 +66,18 @@ def test_the_gradient_of_s_equals_the_finite_difference_of_the_loss(k: int) -> N
         for layer, s in zip(oracle.model.layers, values, strict=True):
             layer.mlp.experts.down_proj.data *= s
         with torch.no_grad():
-            return oracle(**vars(batch)).loss.item()
+            return exact_token_losses(oracle, batch).mean().item()
 
     for layer, gradient in enumerate(gradients):
         offset = torch.zeros(LAYERS, dtype=torch.float64)
         offset[layer] = step
         slope = (exact_loss(at.double() + offset) - exact_loss(at.double() - offset)) / (2 * step)
-        assert abs(slope) > 0.01
+        assert abs(slope) > 5e-3
         # transformers rounds norms and routing to float32: 1e-7 in the loss, over the step.
-        assert gradient == pytest.approx(slope, abs=5e-4)
+        assert gradient == pytest.approx(slope, abs=5e-5)
 
 
 def test_mass_ratio_is_the_mass_at_full_k_over_the_mass_at_k() -> None:
-    assert mass_ratio(torch.tensor([0.9, 0.6]), torch.tensor([0.45, 0.4])).tolist() == pytest.approx([2.0, 1.5])
+    assert mass_ratio(torch.tensor([0.9, 0.6]), torch.tensor([0.45, 0.4])).tolist() == pytest.approx(
+        [2.0, 1.5]
+    )

@@ -99,8 +99,8 @@ def execute(config: RunConfig, config_text: str, existing: Existing, console: Co
             could not start, and with the last checkpoint where it could.
     """
     run = Path(config.output_dir)
-    config = _check_run_folder(run, config, existing)
-    bench = assemble(config, console)
+    _check_run_folder(run, config, existing)
+    bench = assemble(config, console, _dtype(run, config, existing))
     if existing == "overwrite" and run.exists():
         shutil.rmtree(run)
     checkpoint = _starting_point(run, bench)
@@ -116,48 +116,69 @@ def execute(config: RunConfig, config_text: str, existing: Existing, console: Co
             checkpoint = run_rounds(_server(bench, run, metrics, progress), checkpoint)
     finally:
         metrics.close()
-        if (run / CHECKPOINT_FILE).exists():
-            write_report(run)
-    export_adapter(
-        checkpoint.state, config, bench.adapted.model, run / "adapter", checkpoint.round, overwrite=True
-    )
-    write_report(run)
+        write_report(run)
+    _export(run, bench, checkpoint, console)
     console.print(result_table(read_run(run)))
     return run
 
 
-def assemble(config: RunConfig, console: Console) -> Workbench:
+def assemble(config: RunConfig, console: Console, dtype: str | None = None) -> Workbench:
     """Load and check everything that a run or an evaluation needs, and say what was found.
+
+    Args:
+        config: what to load.
+        console: where tables go.
+        dtype: of the frozen base; None for `model.dtype`.
 
     Raises:
         UserError: see `load_base_model`, `load_federation`, `AdaptedModel` and `run_cost`.
     """
     federation = load_federation(config)
     _say_skipped(federation, console)
-    model, tokenizer = load_base_model(config.model.model_name_or_path, config.model.dtype)
+    model, tokenizer = load_base_model(config.model.model_name_or_path, dtype or config.model.dtype)
     adapted = AdaptedModel(model, config.adapter.r, config.adapter.lora_alpha, target_modules(config))
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
     encoded = encode_federation(federation, tokenizer, config.data.max_length)
-    dtype: Any = str(model.dtype).removeprefix("torch.")
-    cost = run_cost(config, shape, dtype, encoded.mean_length, encoded.labelled_share)
+    base_dtype: Any = str(model.dtype).removeprefix("torch.")
+    cost = run_cost(config, shape, base_dtype, encoded.mean_length, encoded.labelled_share)
     strategy = build_strategy(config.strategy, config.tiers(), adapted.num_experts_per_tok)
     bench = Workbench(config, adapted, tokenizer, shape, federation, encoded, strategy, cost)
-    console.print(f"model {config.model.model_name_or_path} in {dtype}, {torch.get_num_threads()} threads")
+    console.print(
+        f"model {config.model.model_name_or_path} in {base_dtype}, {torch.get_num_threads()} threads"
+    )
     console.print(partition_table(describe(federation, config.tiers()), encoded.truncated))
     console.print(cost_table(cost))
     return bench
 
 
-def _check_run_folder(run: Path, config: RunConfig, existing: Existing) -> RunConfig:
-    """The configuration to run with; refuses a folder that must not be touched."""
+def _export(run: Path, bench: Workbench, checkpoint: Checkpoint, console: Console) -> None:
+    """Write the run's adapter folder, or say why this model family can only be merged."""
+    try:
+        export_adapter(
+            checkpoint.state,
+            bench.config,
+            bench.adapted.model,
+            run / "adapter",
+            checkpoint.round,
+            overwrite=True,
+        )
+    except UserError as error:
+        console.print(f"no adapter folder: {error}", markup=False, soft_wrap=True)
+
+
+def _check_run_folder(run: Path, config: RunConfig, existing: Existing) -> None:
+    """Refuse a folder that must not be touched, and a resumption with another configuration."""
     if existing == "resume":
-        return _resumed_config(run, config)
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
-        return config
-    if existing == "refuse":
-        raise UserError(f"{run}: exists already; --resume goes on with it, --overwrite starts anew")
-    saved_config(run)
-    return config
+        saved = saved_config(run)
+        if differing := _differing_keys(saved.model_dump(), config.model_dump()):
+            raise UserError(
+                f"{run}: --resume needs the configuration it was started with; {differing[0]} differs "
+                f"(config.json in the run folder has it)"
+            )
+    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        if existing == "refuse":
+            raise UserError(f"{run}: exists already; --resume goes on with it, --overwrite starts anew")
+        saved_config(run)
 
 
 def saved_config(run: Path) -> RunConfig:
@@ -168,16 +189,12 @@ def saved_config(run: Path) -> RunConfig:
         raise UserError(f"{run}: not a run folder (no config.json of a run); it is left as it is") from error
 
 
-def _resumed_config(run: Path, config: RunConfig) -> RunConfig:
-    saved = saved_config(run)
-    if differing := _differing_keys(saved.model_dump(), config.model_dump()):
-        raise UserError(
-            f"{run}: --resume needs the configuration it was started with; {differing[0]} differs "
-            f"(config.json in the run folder has it)"
-        )
-    # A probe of the machine must not change the numbers half-way.
-    dtype = json.loads((run / "environment.json").read_text())["dtype"]
-    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+def _dtype(run: Path, config: RunConfig, existing: Existing) -> str:
+    """The base's dtype: on resumption the one it began with, lest a new probe change the numbers."""
+    path = run / "environment.json"
+    if existing == "resume" and path.exists():
+        return str(json.loads(path.read_text())["dtype"])
+    return config.model.dtype
 
 
 def _differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:

@@ -29,8 +29,8 @@ def partition_table(clients: Sequence[dict[str, Any]], truncated: int) -> Table:
 def cost_table(cost: RunCost) -> Table:
     """Per tier: FLOPs per token, adapter bytes per round, expected memory."""
     rows, head = f"rows of {cost.sequence_length} tokens", f"head at {cost.labelled_share:.0%} of them"
-    columns = ("k", "clients", "forward FLOPs", "of full k", "training FLOPs", "down", "up to", "memory")
-    table = _table(f"Cost per token ({rows}, {head}), bytes per client and round", *columns)
+    columns = ("k", "clients", "forward", "of full k", "training", "down", "up to", "memory")
+    table = _table(f"FLOPs per token ({rows}, {head}), bytes per client and round", *columns)
     for tier, memory in zip(cost.tiers, cost.memory, strict=True):
         table.add_row(
             str(tier.active_experts),
@@ -49,8 +49,8 @@ def result_table(run: Run) -> Table:
     """Per tier: loss and score before and after, cost, tokens and bytes; the run's last word."""
     score = run.score_name()
     label = SCORE_LABELS[score].lower() if score else "score"
-    title = f"Global model by tier: loss and {label}, before and after"
-    columns = ("k", "clients", "loss", "", label, "", "forward FLOPs", "tokens", "up", "down")
+    title = f"Global model: loss and {label} before and after; forward FLOPs per token; tokens trained"
+    columns = ("k", "clients", "loss", "", label.split()[-1], "", "FLOPs", "tokens", "up", "down")
     table = _table(title, *columns)
     flops = {tier["active_experts"]: tier["forward_flops_per_token"] for tier in run.plan.get("tiers", [])}
     show = score_format(score) if score else decimal
@@ -86,7 +86,7 @@ def score_table(scores: dict[int, dict[str, Any]]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="left" if column == "largest categories" else "right", no_wrap=True)
     return table

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedflame.moe.activation_counts import ActivationCounts
@@ -98,8 +98,8 @@ def experts_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_we
 
 def _expert_outputs(experts: nn.Module, lora: ExpertLoRA, routed: Tensor, offsets: Tensor) -> Tensor:
     """Composed path: each routed row [S,H] through its expert with LoRA, [S,H]."""
-    a1, b1, a2, b2 = (bank.to(routed.dtype) for bank in lora.banks().values())
-    r, width = lora.r, b1.shape[1] // 2
+    a1, b1, a2, b2 = _aligned_banks(lora, routed.dtype)
+    r, width = a2.shape[1], b1.shape[1] // 2
     low = _grouped_linear(routed, a1, offsets)
     low_gate_up = torch.cat(
         [
@@ -114,6 +114,24 @@ def _expert_outputs(experts: nn.Module, lora: ExpertLoRA, routed: Tensor, offset
     hidden = experts._apply_gate(gate_up)  # type: ignore[operator]
     low_down = _grouped_linear(_grouped_linear(hidden, a2, offsets), b2, offsets)
     return _grouped_linear(hidden, experts.get_parameter("down_proj"), offsets) + lora.scaling * low_down
+
+
+def _aligned_banks(lora: ExpertLoRA, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The banks in the compute dtype, their rank filled up with zeros to rows of 16 bytes.
+
+    grouped_mm refuses other strides; the zeros change no product.
+    """
+    a1, b1, a2, b2 = (bank.to(dtype) for bank in lora.banks().values())
+    spare = -lora.r % (16 // dtype.itemsize)
+    if spare == 0:
+        return a1, b1, a2, b2
+    gate_and_up = a1.unflatten(1, (2, lora.r))
+    return (
+        pad(gate_and_up, (0, 0, 0, spare)).flatten(1, 2),
+        pad(b1, (0, spare)),
+        pad(a2, (0, 0, 0, spare)),
+        pad(b2, (0, spare)),
+    )
 
 
 def _grouped_linear(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:

@@ -59,14 +59,12 @@ def read_checkpoint(run: Path) -> Checkpoint:
         size = int.from_bytes(buffer[:8], "little")
         header = json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"])
         version, number, metrics_bytes = (int(header[key]) for key in ("version", "round", "metrics_bytes"))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        prefix = "rescalers."
+        rescalers = {int(name[len(prefix) :]): tensors[name] for name in tensors if name.startswith(prefix)}
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path}: truncated or no fedflame checkpoint ({error}); nothing was changed"
         ) from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: checkpoint version {version}; this fedflame reads version {FORMAT_VERSION}")
-    prefix = "rescalers."
-    rescalers = {
-        int(name[len(prefix) :]): value for name, value in tensors.items() if name.startswith(prefix)
-    }
     return Checkpoint(number, metrics_bytes, ServerState(Adapter.from_tensors(tensors), rescalers))

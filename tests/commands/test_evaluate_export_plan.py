@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_models import LAYERS, TOP_K
+from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, tiny_run
+from transformers import AutoModelForCausalLM
+
+MODELS = Path(__file__).parents[2] / "configs" / "models"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    tiny_run(tiny_folder, run, "server.num_server_rounds=2", "training.learning_rate=0.02")
+    return run
+
+
+def scores(*command: str | Path) -> dict[str, dict[str, dict[str, float]]]:
+    result = invoke("evaluate", *command, "--json")
+    assert result.exit_code == 0, result.stderr
+    parsed: dict[str, dict[str, dict[str, float]]] = json.loads(result.stdout)
+    return parsed
+
+
+def final_losses(run: Path) -> dict[str, float]:
+    last = [e for e in events(run, "evaluation") if e["category"] is None and e["round"] == 2]
+    return {str(event["active_experts"]): event["loss"] for event in last}
+
+
+def test_evaluating_a_run_repeats_its_last_evaluation(finished: Path) -> None:
+    again = {k: values["all"]["loss"] for k, values in scores(finished).items()}
+    assert again == pytest.approx(final_losses(finished), rel=1e-6)
+
+
+def test_evaluating_the_exported_adapter_gives_the_runs_losses(finished: Path, tiny_folder: Path) -> None:
+    settings = [part for setting in SETTINGS if "adapter" not in setting for part in ("--set", setting)]
+    again = {k: values["all"]["loss"] for k, values in scores(finished / "adapter", *settings).items()}
+    assert again == pytest.approx(final_losses(finished), rel=1e-6)
+
+
+def test_evaluating_the_base_model_gives_the_losses_before_round_1(finished: Path, tiny_folder: Path) -> None:
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    before = [e for e in events(finished, "evaluation") if e["category"] is None and e["round"] == 0]
+    base = scores(tiny_folder, *settings)
+    assert {k: values["all"]["loss"] for k, values in base.items()} == pytest.approx(
+        {str(e["active_experts"]): e["loss"] for e in before}, rel=1e-6
+    )
+
+
+def test_evaluate_at_a_k_that_no_client_had(finished: Path) -> None:
+    assert list(scores(finished, "--active-experts", "3")) == ["3"]
+
+
+def test_evaluate_refuses_a_k_above_the_models(finished: Path) -> None:
+    result = invoke("evaluate", finished, "--active-experts", "5")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "fedflame: active_experts 5: must be between 1 and 4 (the model's num_experts_per_tok)\n"
+    )
+
+
+def test_export_writes_the_runs_adapter(finished: Path, tmp_path: Path) -> None:
+    result = invoke("export", finished, "--to", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter_bytes(finished)
+
+
+def test_merged_export_is_a_stock_checkpoint_with_the_runs_loss(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    result = invoke("export", finished, "--to", tmp_path / "merged", "--merge", "--active-experts", "1")
+    assert result.exit_code == 0, result.stderr
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert stock.config.num_experts_per_tok == 1
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    one_tier = ("--set", "clients.active_experts=1")
+    again = scores(tmp_path / "merged", *settings, *one_tier)["1"]["all"]["loss"]
+    assert again == pytest.approx(final_losses(finished)["1"], rel=1e-4)
+
+
+def test_export_refuses_active_experts_without_merge(finished: Path, tmp_path: Path) -> None:
+    result = invoke("export", finished, "--to", tmp_path / "out", "--active-experts", "1")
+    assert (result.exit_code, (tmp_path / "out").exists()) == (2, False)
+
+
+def test_report_is_written_anew(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    result = invoke("report", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+def test_report_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    result = invoke("report", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr == f"fedflame: {tmp_path}: not a run folder: config.json is missing\n"
+
+
+def test_plan_answers_for_a_model_that_is_only_a_config() -> None:
+    settings = ("--set", "adapter.r=16", "--sequence-length", "128", "--json")
+    result = invoke("plan", "--model", MODELS / "OLMoE-1B-7B-0924", *settings)
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    gflop = {tier["active_experts"]: tier["forward_flops_per_token"] * 128 / 1e9 for tier in plan["tiers"]}
+    # The slope is the paper's: (342.8 - 158.0) / 7 = 26.4 GFLOP per expert over 128 tokens.
+    assert (gflop[8] - gflop[1]) / 7 == pytest.approx(26.4, abs=0.05)
+    assert plan["adapter_parameters"] == 150_994_944 + 16 * 4 * 16 * (2048 + 2048)
+    assert sum(client["rows"] for client in plan["clients"]) == 8000
+
+
+def test_plan_loads_no_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").unlink()
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    result = invoke("plan", "--model", folder, *settings)
+    assert result.exit_code == 0, result.stderr
+    assert "training" in result.stdout
+
+
+def test_plan_refuses_tiers_that_the_model_cannot_run() -> None:
+    result = invoke(
+        "plan", "--model", MODELS / "Mixtral-8x7B" / "config.json", "--set", "clients.active_experts=3"
+    )
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "fedflame: active_experts 3: must be between 1 and 2 (the model's num_experts_per_tok)\n"
+    )
+
+
+def test_plan_matches_what_the_run_wrote(finished: Path, tiny_folder: Path) -> None:
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    plan = json.loads(invoke("plan", "--model", tiny_folder, *settings, "--json").stdout)
+    written = json.loads((finished / "plan.json").read_text())
+    assert plan["tiers"] == written["tiers"]
+    assert plan["clients"] == json.loads((finished / "partition.json").read_text())["clients"]
+    assert len(json.loads((finished / "config.json").read_text())["clients"]) == LAYERS
+    assert max(tier["active_experts"] for tier in plan["tiers"]) == TOP_K
+
+
+def test_merged_weights_are_finite(finished: Path, tmp_path: Path) -> None:
+    invoke("export", finished, "--to", tmp_path / "merged", "--merge")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert all(bool(torch.isfinite(value).all()) for value in stock.state_dict().values())

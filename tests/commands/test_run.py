@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny_models import EXPERTS, LAYERS, TOP_K, tiny_olmoe
+from tests.tiny_runs import (
+    adapter_bytes,
+    arguments,
+    checkpoint_bytes,
+    events,
+    invoke,
+    tiny_config,
+    tiny_run,
+)
+
+from fedflame.client import fine_tune
+from fedflame.errors import UserError
+from fedflame.export import export_adapter
+from fedflame.messages import Adapter, ClientUpdate, RoundPlan
+from fedflame.server.checkpoint import read_checkpoint
+
+Misbehave = Callable[[RoundPlan, ClientUpdate], ClientUpdate]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    tiny_run(tiny_folder, run)
+    return run
+
+
+@pytest.fixture
+def misbehave(monkeypatch: pytest.MonkeyPatch) -> Callable[[Misbehave], None]:
+    """Let clients' updates pass through a function before they are sent."""
+
+    def install(change: Misbehave) -> None:
+        def changed(adapted, examples, plan, pad_token_id, on_step):  # type: ignore[no-untyped-def]
+            return change(plan, fine_tune(adapted, examples, plan, pad_token_id, on_step))
+
+        monkeypatch.setattr("fedflame.server.rounds.fine_tune", changed)
+
+    return install
+
+
+def test_a_run_leaves_everything_the_design_names(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "adapter", "checkpoint", "config.json", "config.toml", "environment.json", "metrics.jsonl",
+        "partition.json", "plan.json", "report.html",
+    }  # fmt: skip
+    assert "<html" in (finished / "report.html").read_text()
+
+
+def test_counts_and_tokens_of_every_client_add_up(finished: Path) -> None:
+    updates = events(finished, "client")
+    assert [(e["round"], e["client"], e["active_experts"]) for e in updates] == [
+        (round_number, client, k) for round_number in (1, 2, 3) for client, k in enumerate((4, 2, 1))
+    ]
+    for event in updates:
+        counts = torch.tensor(event["counts"])
+        assert counts.shape == (LAYERS, EXPERTS)
+        assert counts.sum(1).tolist() == [event["tokens"] * event["active_experts"]] * LAYERS
+
+
+def test_every_tier_is_evaluated_before_and_after_every_round(finished: Path) -> None:
+    together = [e for e in events(finished, "evaluation") if e["category"] is None]
+    assert [(e["round"], e["active_experts"]) for e in together] == [
+        (round_number, k) for round_number in range(4) for k in (4, 2, 1)
+    ]
+    generated = [e["round"] for e in together if e["exact_match"] is not None]
+    assert sorted(set(generated)) == [0, 3]
+
+
+def test_only_activated_experts_travel_up(finished: Path) -> None:
+    for event in events(finished, "client"):
+        activated = sum(count > 0 for layer in event["counts"] for count in layer)
+        complete = activated == LAYERS * EXPERTS
+        assert complete or event["bytes_up"] < event["bytes_down"]
+
+
+def test_the_exported_adapter_is_the_last_checkpoint(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_folder, finished)
+    checkpoint = read_checkpoint(finished)
+    export_adapter(checkpoint.state, config, tiny_olmoe(), tmp_path / "again", checkpoint.round)
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == adapter_bytes(finished)
+    assert checkpoint.round == 3
+    assert any(bool(bank.abs().max() > 0) for bank in checkpoint.state.adapter.experts.values())
+
+
+def test_the_same_run_twice_gives_the_same_bytes(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    tiny_run(tiny_folder, tmp_path / "again")
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(finished)
+    assert checkpoint_states_equal(tmp_path / "again", finished)
+
+
+def test_another_seed_gives_other_bytes(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    tiny_run(tiny_folder, tmp_path / "other", "seed=1")
+    assert adapter_bytes(tmp_path / "other") != adapter_bytes(finished)
+
+
+@pytest.mark.timeout(240)
+def test_killed_at_three_instants_and_resumed_it_ends_in_the_same_bytes(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run, rng = tmp_path / "killed", random.Random(time.time_ns())
+    lines = len((finished / "metrics.jsonl").read_text().splitlines())
+    goals = sorted(rng.sample(range(1, lines - 1), 3))
+    for number, goal in enumerate(goals):
+        process = start(tiny_folder, run, *(["--resume"] if number else []))
+        wait_for_lines(process, run / "metrics.jsonl", goal)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        assert process.wait(20) == -signal.SIGKILL, f"goals {goals}"
+    process = start(tiny_folder, run, "--resume" if (run / "config.json").exists() else "--overwrite")
+    assert process.wait(60) == 0, f"goals {goals}"
+    assert adapter_bytes(run) == adapter_bytes(finished), f"goals {goals}"
+    assert checkpoint_states_equal(run, finished)
+    assert timeless(run) == timeless(finished)
+
+
+@pytest.mark.timeout(120)
+def test_an_interrupt_says_how_to_go_on_and_keeps_the_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    process = start(tiny_folder, tmp_path / "run")
+    wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 34)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.strip() == "fedflame: interrupted; `fedflame run --resume` goes on from the last round"
+    assert read_checkpoint(tmp_path / "run").round <= 3
+
+
+def test_an_existing_run_is_neither_touched_nor_forgotten(finished: Path, tiny_folder: Path) -> None:
+    before = checkpoint_bytes(finished)
+    result = invoke(*arguments(tiny_folder, finished))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"fedflame: {finished}: exists already; --resume goes on with it, --overwrite starts anew\n"
+    )
+    assert checkpoint_bytes(finished) == before
+
+
+def test_overwrite_starts_anew(tiny_folder: Path, tmp_path: Path) -> None:
+    tiny_run(tiny_folder, tmp_path / "run")
+    tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1", existing="overwrite")
+    assert read_checkpoint(tmp_path / "run").round == 1
+    assert len(events(tmp_path / "run", "round")) == 1
+
+
+def test_overwrite_keeps_the_old_run_if_the_new_one_cannot_start(tiny_folder: Path, tmp_path: Path) -> None:
+    tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+    before = checkpoint_bytes(tmp_path / "run")
+    with pytest.raises(UserError, match="num_clients"):
+        tiny_run(tiny_folder, tmp_path / "run", "clients.num_clients=400", existing="overwrite")
+    assert checkpoint_bytes(tmp_path / "run") == before
+
+
+def test_overwrite_removes_no_folder_that_is_not_a_run(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a run folder"):
+        tiny_run(tiny_folder, tmp_path / "thesis", existing="overwrite")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_resume_refuses_another_configuration_and_names_the_key(finished: Path, tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.learning_rate differs"):
+        tiny_run(tiny_folder, finished, "training.learning_rate=0.5", existing="resume")
+
+
+def test_resume_without_a_run_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not a run folder"):
+        tiny_run(tiny_folder, tmp_path / "nothing", existing="resume")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_a_truncated_checkpoint_is_refused_and_left_alone(
+    kept: int, tiny_folder: Path, tmp_path: Path
+) -> None:
+    tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+    path = tmp_path / "run" / "checkpoint" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    damaged, metrics = path.read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="truncated or no fedflame checkpoint") as error:
+        tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1", existing="resume")
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == damaged
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_client_that_raises_is_left_out_and_the_round_goes_on(
+    misbehave: Callable[[Misbehave], None], tiny_folder: Path, tmp_path: Path
+) -> None:
+    def raise_for_client_1(plan: RoundPlan, update: ClientUpdate) -> ClientUpdate:
+        if plan.client == 1:
+            raise MemoryError("device is full")
+        return update
+
+    misbehave(raise_for_client_1)
+    shown = tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+    assert "round 1: client 1 is left out: MemoryError: device is full" in shown
+    assert [e["clients"] for e in events(tmp_path / "run", "round")] == [2]
+    assert [e["client"] for e in events(tmp_path / "run", "client")] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda bank: bank.fill_(float("nan")), "update has a value in experts.0.A1 that is not finite"),
+        (lambda bank: bank[:, :1], "float32 (6, 6, 24) is needed"),
+    ],
+)
+def test_nonsense_is_left_out_with_its_reason(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    reason: str,
+    misbehave: Callable[[Misbehave], None],
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    def spoil_client_0(plan: RoundPlan, update: ClientUpdate) -> ClientUpdate:
+        if plan.client:
+            return update
+        experts = {**update.delta.experts, "0.A1": change(update.delta.experts["0.A1"].clone())}
+        return replace(update, delta=Adapter(experts, update.delta.attention))
+
+    misbehave(spoil_client_0)
+    tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+    (excluded,) = events(tmp_path / "run", "excluded")
+    assert (excluded["client"], excluded["active_experts"]) == (0, 4)
+    assert reason in excluded["reason"]
+    values = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values()
+    assert all(bool(torch.isfinite(value).all()) for value in values)
+
+
+def test_too_few_usable_updates_stop_the_run_and_it_resumes_from_the_round_before(
+    misbehave: Callable[[Misbehave], None],
+    monkeypatch: pytest.MonkeyPatch,
+    finished: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    def fail_in_round_2(plan: RoundPlan, update: ClientUpdate) -> ClientUpdate:
+        if plan.round == 2 and plan.client == 2:
+            raise RuntimeError("gone")
+        return update
+
+    quorum = "server.min_clients=3"
+    with monkeypatch.context():
+        misbehave(fail_in_round_2)
+        with pytest.raises(UserError, match=r"round 2: 2 usable updates; server\.min_clients = 3"):
+            tiny_run(tiny_folder, tmp_path / "run", quorum)
+    assert read_checkpoint(tmp_path / "run").round == 1
+    misbehave(lambda plan, update: update)
+    tiny_run(tiny_folder, tmp_path / "run", quorum, existing="resume")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+    assert not events(tmp_path / "run", "excluded"), "the failed attempt is cut off on resume"
+
+
+def test_a_full_disk_while_checkpointing_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+
+    def full_in_round_2(descriptor: int) -> None:
+        if len(events(run, "round")) == 2 and ".partial" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_in_round_2)
+        with pytest.raises(UserError, match=r"cannot write .* bytes: No space left on device"):
+            tiny_run(tiny_folder, run)
+    assert read_checkpoint(run).round == 1
+    assert not list(run.rglob("*.partial"))
+    tiny_run(tiny_folder, run, existing="resume")
+    assert adapter_bytes(run) == adapter_bytes(finished)
+
+
+def test_fedavg_at_the_smallest_k_runs_and_is_evaluated_at_every_tier(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    tiny_run(tiny_folder, tmp_path / "run", "strategy.name=fedavg", "server.num_server_rounds=1")
+    assert {e["active_experts"] for e in events(tmp_path / "run", "client")} == {1}
+    assert {e["active_experts"] for e in events(tmp_path / "run", "evaluation")} == {4, 2, 1}
+
+
+@pytest.mark.parametrize("rescaler", ["none", "static", "mass"])
+def test_every_rescaler_option_runs(rescaler: str, tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny_run(tiny_folder, run, f"strategy.rescaler={rescaler}", "server.num_server_rounds=1")
+    values = {event["active_experts"]: event["rescaler"] for event in events(run, "client")}
+    assert values[TOP_K] == [1.0] * LAYERS
+    if rescaler == "none":
+        assert values[1] == [1.0] * LAYERS
+    elif rescaler == "static":
+        assert values[1] == [float(TOP_K)] * LAYERS
+    else:
+        assert all(1 < mass < TOP_K for mass in values[1])
+
+
+def test_a_fraction_of_the_clients_is_sampled(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny_run(tiny_folder, run, "server.fraction_train=0.4", "server.num_server_rounds=6")
+    per_round = [[e["client"] for e in events(run, "client") if e["round"] == r] for r in range(1, 7)]
+    assert all(len(clients) == 1 for clients in per_round)
+    assert len({clients[0] for clients in per_round}) > 1
+
+
+def start(model: Path, run: Path, *flags: str) -> subprocess.Popen[str]:
+    """`fedflame run` as a process of its own, on the threads that this one has."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "fedflame", *arguments(model, run), *flags]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_lines(process: subprocess.Popen[str], metrics: Path, goal: int) -> None:
+    """Until metrics.jsonl has `goal` lines; fails if the process ends before."""
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < goal:
+        assert process.poll() is None, "ended before it could be stopped"
+        assert time.monotonic() < deadline, f"{goal} lines in a minute"
+        time.sleep(0.002)
+
+
+def checkpoint_states_equal(one: Path, other: Path) -> bool:
+    """Every tensor bit for bit; the header differs in the length of metrics.jsonl."""
+    first, second = (load_file(run / "checkpoint" / "state.safetensors") for run in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def timeless(run: Path) -> list[dict[str, object]]:
+    """The metrics without what a clock wrote."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]

@@ -1,0 +1,355 @@
+"""FLAME's aggregation against a plain float64 computation, and its limits."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedflame.messages import Adapter, ClientUpdate
+from fedflame.strategies import FedAvg, Flame
+from fedflame.strategies.base import ClientProfile, ServerState, Strategy
+
+LAYERS, EXPERTS, RANK, HIDDEN, WIDTH = 2, 5, 3, 7, 4
+K = 8
+TEMPERATURES = (0.0, 1.0, 2.0, 4.0)
+BANKS = {
+    "A1": (EXPERTS, 2 * RANK, HIDDEN),
+    "B1": (EXPERTS, 2 * WIDTH, RANK),
+    "A2": (EXPERTS, RANK, WIDTH),
+    "B2": (EXPERTS, HIDDEN, RANK),
+}
+
+seeds = st.integers(0, 2**32)
+
+
+def an_adapter(generator: torch.Generator, scale: float = 1.0) -> Adapter:
+    experts = {
+        f"{layer}.{name}": scale * torch.randn(shape, generator=generator)
+        for layer in range(LAYERS)
+        for name, shape in BANKS.items()
+    }
+    attention = {
+        "q_proj.A": scale * torch.randn(RANK, 6, generator=generator),
+        "q_proj.B": scale * torch.randn(9, RANK, generator=generator),
+    }
+    return Adapter(experts, attention)
+
+
+def an_update(generator: torch.Generator, client: int, active_experts: int = 2) -> ClientUpdate:
+    """Random values; about a third of the counts are zero, and deltas are nowhere zero."""
+    tokens = int(torch.randint(1, 100_000, (), generator=generator))
+    counts = (torch.rand(LAYERS, EXPERTS, generator=generator) * 1.5 - 0.5).clamp(min=0.0).mul(tokens).long()
+    return ClientUpdate(
+        round=1,
+        client=client,
+        active_experts=active_experts,
+        delta=an_adapter(generator, scale=0.1),
+        rescaler_values=1 + torch.rand(LAYERS, generator=generator),
+        counts=counts,
+        tokens=tokens,
+        num_examples=int(torch.randint(1, 1000, (), generator=generator)),
+        steps=5,
+        loss=1.0,
+    )
+
+
+def a_round(seed: int, clients: int) -> tuple[ServerState, list[ClientUpdate]]:
+    generator = torch.Generator().manual_seed(seed)
+    tiers = (8, 4, 2, 1)
+    state = Flame(K).initialize(an_adapter(generator), tiers, LAYERS)
+    return state, [an_update(generator, client, tiers[client % 4]) for client in range(clients)]
+
+
+def bits(value: Tensor) -> Tensor:
+    return value.contiguous().view(torch.int32)
+
+
+def gamma_float64(updates: list[ClientUpdate], layer: int, expert: int, temperature: float) -> list[float]:
+    """f^t |D| with f = c / T, in Python's floats."""
+    return [
+        (int(update.counts[layer, expert]) / update.tokens) ** temperature * update.num_examples
+        for update in updates
+    ]
+
+
+# Activation-aware aggregation
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, clients=st.integers(1, 5))
+def test_experts_are_the_gamma_weighted_mean_computed_in_float64(
+    temperature: float, seed: int, clients: int
+) -> None:
+    state, updates = a_round(seed, clients)
+    new = Flame(K, temperature).aggregate_train(state, updates)
+    for name, value in state.adapter.experts.items():
+        layer = int(name[0])
+        for expert in range(EXPERTS):
+            weights = np.array(gamma_float64(updates, layer, expert, temperature))
+            deltas = np.stack([update.delta.experts[name][expert].double().numpy() for update in updates])
+            start = value[expert].double().numpy()
+            got = new.adapter.experts[name][expert].double().numpy()
+            total = weights.sum()
+            mean = np.tensordot(weights, deltas, 1) / total if total > 0 else np.zeros_like(start)
+            scale = np.tensordot(weights, np.abs(deltas), 1) / total if total > 0 else np.zeros_like(start)
+            assert (np.abs(got - (start + mean)) <= 1e-6 * (scale + np.abs(start))).all(), (name, expert)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, clients=st.integers(1, 5))
+def test_attention_is_the_mean_weighted_by_rows_whatever_the_counts(
+    temperature: float, seed: int, clients: int
+) -> None:
+    state, updates = a_round(seed, clients)
+    new = Flame(K, temperature).aggregate_train(state, updates)
+    rows = np.array([update.num_examples for update in updates], dtype=np.float64)
+    for name, value in state.adapter.attention.items():
+        deltas = np.stack([update.delta.attention[name].double().numpy() for update in updates])
+        start, got = value.double().numpy(), new.adapter.attention[name].double().numpy()
+        error = np.abs(got - (start + np.tensordot(rows, deltas, 1) / rows.sum()))
+        scale = np.tensordot(rows, np.abs(deltas), 1) / rows.sum()
+        assert (error <= 1e-6 * (scale + np.abs(start))).all(), name
+
+
+def test_two_clients_by_hand() -> None:
+    """f = 1/2 and 1/4 with |D| = 10 and 80: gamma at t = 2 is 2.5 and 5, so a third and two thirds."""
+    state = Flame(K).initialize(filled(0.0), (2,), LAYERS)
+    one = replace(zero_update(0), delta=filled(1.0), tokens=8, num_examples=10)
+    other = replace(zero_update(1), delta=filled(4.0), tokens=16, num_examples=80)
+    one.counts[:], other.counts[:] = 4, 4
+    new = Flame(K, temperature=2.0).aggregate_train(state, [one, other])
+    for value in new.adapter.experts.values():
+        torch.testing.assert_close(value, torch.full_like(value, 3.0), rtol=1e-6, atol=0)
+    for value in new.adapter.attention.values():
+        torch.testing.assert_close(value, torch.full_like(value, (10 + 320) / 90), rtol=1e-6, atol=0)
+
+
+@given(seeds, st.integers(1, 5))
+@settings(max_examples=25, deadline=None)
+def test_temperature_zero_is_fedavg_to_the_last_bit(seed: int, clients: int) -> None:
+    state, updates = a_round(seed, clients)
+    flame = Flame(K, temperature=0.0).aggregate_train(state, updates).adapter.tensors()
+    fedavg = FedAvg(2).aggregate_train(state, updates).adapter.tensors()
+    assert flame.keys() == fedavg.keys()
+    assert all(torch.equal(bits(flame[name]), bits(value)) for name, value in fedavg.items())
+
+
+@given(seeds, st.integers(1, 5), st.sampled_from(TEMPERATURES))
+@settings(max_examples=25, deadline=None)
+def test_equal_counts_on_all_clients_give_fedavg_to_rounding(
+    seed: int, clients: int, temperature: float
+) -> None:
+    state, updates = a_round(seed, clients)
+    counts, tokens = updates[0].counts + 1, updates[0].tokens + 1
+    alike = [replace(update, counts=counts, tokens=tokens) for update in updates]
+    flame = Flame(K, temperature).aggregate_train(state, alike).adapter.tensors()
+    fedavg = FedAvg(2).aggregate_train(state, alike).adapter.tensors()
+    for name, value in fedavg.items():
+        torch.testing.assert_close(flame[name], value, rtol=1e-6, atol=1e-6)
+
+
+@given(seeds, st.integers(1, 5), st.sampled_from(TEMPERATURES))
+@settings(max_examples=25, deadline=None)
+def test_equal_deltas_in_give_the_same_delta_out(seed: int, clients: int, temperature: float) -> None:
+    state, updates = a_round(seed, clients)
+    delta = updates[0].delta
+    alike = [
+        replace(update, delta=delta, counts=update.counts + 1, tokens=update.tokens + 1) for update in updates
+    ]
+    new = Flame(K, temperature).aggregate_train(state, alike).adapter
+    for name, wanted in state.adapter.combine(delta, torch.add).tensors().items():
+        torch.testing.assert_close(new.tensors()[name], wanted, rtol=1e-6, atol=1e-7)
+
+
+@given(seeds, st.integers(1, 4), st.sampled_from((1.0, 2.0, 4.0)))
+@settings(max_examples=25, deadline=None)
+def test_a_delta_of_a_client_that_did_not_activate_the_expert_has_no_weight(
+    seed: int, clients: int, temperature: float
+) -> None:
+    state, updates = a_round(seed, clients + 1)
+    silent = replace(updates[0], counts=torch.zeros_like(updates[0].counts))
+    with_silent = Flame(K, temperature).aggregate_train(state, [silent, *updates[1:]]).adapter.experts
+    without = Flame(K, temperature).aggregate_train(state, updates[1:]).adapter.experts
+    assert all(torch.equal(bits(with_silent[name]), bits(value)) for name, value in without.items())
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_an_expert_that_nobody_activated_keeps_its_bits(temperature: float) -> None:
+    """Also -0.0 and a denormal, which a sum with zero would change or could flush."""
+    state, updates = a_round(3, 4)
+    for name, value in state.adapter.experts.items():
+        value[3].view(-1)[:3] = torch.tensor([-0.0, 0.0, 1e-45])
+        for update in updates:
+            update.delta.experts[name][3] = 0.0  # a count of zero means a delta of zero
+    for update in updates:
+        update.counts[:, 3] = 0
+    new = Flame(K, temperature).aggregate_train(state, updates)
+    for name, value in state.adapter.experts.items():
+        assert bits(value[3]).view(-1)[:3].tolist() == [-(2**31), 0, 1]
+        assert torch.equal(bits(new.adapter.experts[name][3]), bits(value[3])), name
+        assert not torch.equal(new.adapter.experts[name][2], value[2]), name
+
+
+def test_a_value_whose_mean_delta_is_zero_keeps_its_bits_on_an_activated_expert() -> None:
+    state = Flame(K).initialize(filled(-0.0), (2,), LAYERS)
+    update = zero_update(0)
+    update.counts[:] = 1
+    new = Flame(K).aggregate_train(state, [update])
+    assert all((bits(value) == -(2**31)).all() for value in new.adapter.tensors().values())
+
+
+# Rescalers
+
+
+def test_each_tiers_rescaler_is_the_mean_of_its_clients_weighted_by_rows() -> None:
+    state = Flame(K).initialize(filled(0.0), (4, 2, 1), LAYERS)
+    state = replace(state, rescalers={**state.rescalers, 1: torch.tensor([1.5, 0.7])})
+    updates = [
+        replace(zero_update(0, 2), rescaler_values=torch.tensor([1.0, 2.0]), num_examples=30),
+        replace(zero_update(1, 4), rescaler_values=torch.tensor([1.25, 1.75]), num_examples=1),
+        replace(zero_update(2, 2), rescaler_values=torch.tensor([2.0, 4.0]), num_examples=10),
+    ]
+    rescalers = Flame(K).aggregate_train(state, updates).rescalers
+    assert rescalers.keys() == {4, 2, 1}
+    torch.testing.assert_close(rescalers[2], torch.tensor([1.25, 2.5]), rtol=1e-6, atol=0)
+    assert rescalers[4].tolist() == [1.25, 1.75]
+    assert torch.equal(rescalers[1], torch.tensor([1.5, 0.7])), "no client of tier 1 took part"
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_a_rescaler_of_one_stays_exactly_one(rows: list[int]) -> None:
+    state = Flame(K).initialize(filled(0.0), (K,), LAYERS)
+    updates = [replace(zero_update(client, K), num_examples=count) for client, count in enumerate(rows)]
+    assert Flame(K).aggregate_train(state, updates).rescalers[K].tolist() == [1.0] * LAYERS
+
+
+@given(st.sampled_from((3, 5, 6, 7)), st.lists(st.integers(1, 1000), min_size=2, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_a_static_rescaler_stays_k_over_k_i_to_the_last_bit(k: int, rows: list[int]) -> None:
+    strategy = Flame(K, rescaler="static")
+    state = strategy.initialize(filled(0.0), (k,), LAYERS)
+    updates = [
+        replace(zero_update(client, k), rescaler_values=state.rescalers[k], num_examples=count)
+        for client, count in enumerate(rows)
+    ]
+    assert torch.equal(strategy.aggregate_train(state, updates).rescalers[k], torch.full((LAYERS,), K / k))
+
+
+@pytest.mark.parametrize(
+    ("rescaler", "start"), [("learned", 1.0), ("none", 1.0), ("mass", 1.0), ("static", K / 2)]
+)
+def test_rescalers_start_at_one_or_for_static_at_k_over_k_i(rescaler: str, start: float) -> None:
+    state = Flame(K, rescaler=rescaler).initialize(filled(0.0), (K, 2), LAYERS)  # type: ignore[arg-type]
+    assert {k: value.tolist() for k, value in state.rescalers.items()} == {K: [1.0] * 2, 2: [start] * 2}
+
+
+@pytest.mark.parametrize(
+    ("rescaler", "mode"), [("learned", "learned"), ("none", "fixed"), ("mass", "mass"), ("static", "fixed")]
+)
+def test_a_client_gets_its_tiers_rescaler_the_global_adapter_and_its_own_k(rescaler: str, mode: str) -> None:
+    strategy = Flame(K, rescaler=rescaler)  # type: ignore[arg-type]
+    state = strategy.initialize(filled(0.5), (K, 2), LAYERS)
+    told = strategy.configure_train(state, ClientProfile(client=4, active_experts=2, num_examples=10))
+    assert (told.active_experts, told.rescaler) == (2, mode)
+    assert told.adapter is state.adapter
+    assert told.rescaler_values is state.rescalers[2]
+
+
+@pytest.mark.parametrize("rescaler", ["learned", "none", "mass", "static"])
+def test_at_the_models_own_k_the_rescaler_is_one_and_fixed(rescaler: str) -> None:
+    strategy = Flame(K, rescaler=rescaler)  # type: ignore[arg-type]
+    state = strategy.initialize(filled(0.5), (K, 2), LAYERS)
+    told = strategy.configure_train(state, ClientProfile(client=4, active_experts=K, num_examples=10))
+    assert (told.rescaler, told.rescaler_values.tolist()) == ("fixed", [1.0, 1.0])
+
+
+# The stream
+
+
+def test_a_round_without_updates_changes_nothing() -> None:
+    state, _ = a_round(0, 1)
+    assert Flame(K).aggregate_train(state, iter([])) is state
+
+
+@pytest.mark.parametrize("strategy", [Flame(K), FedAvg(1)], ids=["flame", "fedavg"])
+def test_updates_out_of_client_order_are_refused(strategy: Strategy) -> None:
+    state, updates = a_round(1, 3)
+    with pytest.raises(ValueError, match="rising client order: 1 after 2"):
+        strategy.aggregate_train(state, [updates[0], updates[2], updates[1]])
+    with pytest.raises(ValueError, match="rising client order: 1 after 1"):
+        strategy.aggregate_train(state, [updates[1], updates[1]])
+
+
+@pytest.mark.parametrize("strategy", [Flame(K), FedAvg(1)], ids=["flame", "fedavg"])
+def test_aggregation_leaves_the_old_state_and_the_updates_alone(strategy: Strategy) -> None:
+    state, updates = a_round(2, 3)
+    same_state, same_updates = a_round(2, 3)
+    strategy.aggregate_train(state, updates)
+    pairs = [(state.adapter, same_state.adapter)]
+    pairs += [(update.delta, same.delta) for update, same in zip(updates, same_updates, strict=True)]
+    for now, before in pairs:
+        assert all(torch.equal(now.tensors()[name], value) for name, value in before.tensors().items())
+    assert all((state.rescalers[k] == 1).all() for k in state.rescalers)
+
+
+@pytest.mark.parametrize("strategy", [Flame(K), FedAvg(1)], ids=["flame", "fedavg"])
+def test_of_a_stream_one_update_at_most_is_alive_when_the_next_is_made(strategy: Strategy) -> None:
+    state, _ = a_round(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    made: list[tuple[weakref.ref[ClientUpdate], weakref.ref[Tensor]]] = []
+    alive: list[tuple[int, int]] = []
+
+    def stream() -> Iterator[ClientUpdate]:
+        for client in range(6):
+            alive.append(alive_now())
+            update = an_update(generator, client)
+            made.append((weakref.ref(update), weakref.ref(update.delta.experts["0.A1"])))
+            yield update
+            del update
+
+    def alive_now() -> tuple[int, int]:
+        updates, tensors = zip(*made, strict=True) if made else ((), ())
+        return sum(ref() is not None for ref in updates), sum(ref() is not None for ref in tensors)
+
+    strategy.aggregate_train(state, stream())
+    assert len(made) == 6
+    assert max(alive) == (1, 1)
+    assert alive_now() == (0, 0)
+
+
+def filled(value: float) -> Adapter:
+    experts = {
+        f"{layer}.{name}": torch.full(shape, value)
+        for layer in range(LAYERS)
+        for name, shape in BANKS.items()
+    }
+    return Adapter(
+        experts, {"q_proj.A": torch.full((RANK, 6), value), "q_proj.B": torch.full((9, RANK), value)}
+    )
+
+
+def zero_update(client: int, active_experts: int = 2) -> ClientUpdate:
+    """An update that changes nothing: zero deltas, s = 1, no counts."""
+    return ClientUpdate(
+        round=1,
+        client=client,
+        active_experts=active_experts,
+        delta=filled(0.0),
+        rescaler_values=torch.ones(LAYERS),
+        counts=torch.zeros(LAYERS, EXPERTS, dtype=torch.int64),
+        tokens=8,
+        num_examples=10,
+        steps=1,
+        loss=1.0,
+    )

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.tiny_models import character_tokenizer, tiny_olmoe
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedflame.base_model import faster_dtype, load_base_model, resolve_model
+from fedflame.errors import UserError
+from fedflame.model_shape import read_model_shape
+from fedflame.moe.families import find_moe_layers
+
+SECONDS = 10.0
+"""What a refusal may take at most, without the import of the libraries."""
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A complete model folder of the test's own, to be spoilt."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def refusal(name_or_path: str | Path) -> str:
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load_base_model(str(name_or_path), "float32")
+    assert time.monotonic() - start < SECONDS
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def rewrite_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# What loads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_complete_folder_gives_its_model_in_the_dtype_asked_for(
+    tiny_folder: Path, dtype: torch.dtype
+) -> None:
+    model, tokenizer = load_base_model(str(tiny_folder), str(dtype).removeprefix("torch."))
+    assert not model.training and model.dtype == dtype
+    expected = tiny_olmoe().to(dtype).state_dict()
+    assert expected.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    text = "Response: x\n"
+    assert tokenizer.encode(text) == character_tokenizer().encode(text)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_auto_takes_the_faster_dtype_which_is_one_of_two(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert faster_dtype(read_model_shape(tiny_folder)) in (torch.float32, torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("fedflame.base_model.faster_dtype", lambda *_, dtype=dtype: dtype)
+        assert load_base_model(str(tiny_folder), "auto")[0].dtype == dtype
+
+
+def test_the_faster_dtype_is_bfloat16_only_where_it_is_clearly_faster(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clock_with(seconds: dict[torch.dtype, float]) -> None:
+        now = 0.0
+
+        def products(_: object, dtype: torch.dtype) -> None:
+            nonlocal now
+            now += seconds[dtype]
+
+        monkeypatch.setattr("fedflame.base_model._expert_products", products)
+        monkeypatch.setattr("fedflame.base_model.time.perf_counter", lambda: now)
+
+    shape = read_model_shape(tiny_folder)
+    for bfloat16, expected in (
+        (1.0, torch.bfloat16),
+        (1.3, torch.bfloat16),
+        (1.4, torch.float32),
+        (9, torch.float32),
+    ):
+        clock_with({torch.float32: 2.0, torch.bfloat16: bfloat16})
+        assert faster_dtype(shape) == expected
+
+
+def test_only_the_name_of_the_embedded_model_is_resolved() -> None:
+    folder = Path(resolve_model("olmoe-tiny"))
+    assert folder.parts[-3:] == ("fedflame", "assets", "olmoe-tiny")
+    assert resolve_model("allenai/OLMoE-1B-7B-0924") == "allenai/OLMoE-1B-7B-0924"
+    assert resolve_model("./olmoe-tiny") == "./olmoe-tiny"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "name", ["nope", "./no/such/folder", "/no/such/folder", "nobody/no-such-model", "a/b/c"]
+)
+def test_a_missing_folder_or_an_id_without_the_hub(name: str) -> None:
+    assert refusal(name) == (
+        f"model {name!r}: no such folder, and not loadable from the hub (offline, or no such id); "
+        "use 'olmoe-tiny', a folder, or a hub id"
+    )
+
+
+def test_a_folder_without_a_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert refusal(folder) == f"model {folder}: the folder has no config.json"
+
+
+def test_a_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == f"model {folder}: the folder has no .safetensors weights"
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    assert refusal(folder) == f"model {folder}: the folder has no tokenizer (tokenizer.json)"
+
+
+def test_a_config_that_is_no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{nope")
+    assert refusal(folder).startswith(f"model {folder}: config.json is not JSON: ")
+
+
+def test_a_missing_weight(folder: Path) -> None:
+    rewrite_weights(folder, lambda weights: weights.pop("model.norm.weight"))
+    assert refusal(folder) == f"model {folder}: 1 weights are missing, the first is model.norm.weight"
+
+
+def test_a_layer_without_its_experts(folder: Path) -> None:
+    def drop(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if ".1.mlp.experts." in name]:
+            del weights[name]
+
+    rewrite_weights(folder, drop)
+    first = "model.layers.1.mlp.experts.down_proj"
+    assert refusal(folder) == f"model {folder}: 2 weights are missing, the first is {first}"
+
+
+def test_one_missing_expert(folder: Path) -> None:
+    rewrite_weights(folder, lambda weights: weights.pop("model.layers.0.mlp.experts.1.down_proj.weight"))
+    assert refusal(folder).startswith(f"model {folder}: ")
+
+
+def test_a_weight_of_another_shape(folder: Path) -> None:
+    rewrite_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(5)}))
+    assert refusal(folder).startswith(f"model {folder}: ")
+
+
+@pytest.mark.parametrize("kept", [0, 3000])
+def test_weights_that_were_cut_off(folder: Path, kept: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    assert refusal(folder).startswith(f"model {folder}: cannot be loaded: ")
+
+
+def test_a_broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{nope")
+    assert refusal(folder).startswith(f"model {folder}: cannot be loaded: ")
+
+
+def test_an_unknown_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "nonesuch"}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refusal(folder)
+    assert message.startswith(f"model {folder}: cannot be loaded: ") and "nonesuch" in message
+
+
+def test_a_dense_model(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=94, hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    assert refusal(tmp_path) == (
+        f"model {tmp_path}: llama is no sparse mixture of experts: "
+        "it has no num_experts, num_local_experts or n_routed_experts"
+    )
+    with pytest.raises(UserError):
+        find_moe_layers(LlamaForCausalLM(config))
+
+
+# Without HF_HUB_OFFLINE
+
+CHILD = """
+import sys, time
+from fedflame.base_model import load_base_model
+from fedflame.errors import UserError
+start = time.monotonic()
+try:
+    load_base_model("nobody/no-such-model", "float32")
+except UserError as error:
+    print(f"{time.monotonic() - start}|{error}")
+"""
+
+
+def test_a_hub_that_cannot_be_reached_is_refused_soon_and_in_one_line(tmp_path: Path) -> None:
+    # Nothing listens on port 9: the connection is refused, as without any network.
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "no_proxy": "*"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    seconds, _, message = done.stdout.strip().partition("|")
+    assert float(seconds) < SECONDS
+    assert message == (
+        "model 'nobody/no-such-model': no such folder, and not loadable from the hub (offline, or no such id); "
+        "use 'olmoe-tiny', a folder, or a hub id"
+    )
+    assert "Retrying" not in done.stderr

@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_models import (
+    ALPHA,
+    ATTENTION,
+    EXPERTS,
+    LAYERS,
+    PAD,
+    TOP_K,
+    VOCABULARY,
+    exact_token_losses,
+    forbid_expert,
+    merged,
+    random_adapter,
+    random_batch,
+    router_logits,
+    tiny_adapted,
+    tiny_olmoe,
+    with_active_experts,
+)
+from torch import Tensor
+
+from fedflame.client import MASS_BATCHES, fine_tune, measure_mass, token_losses
+from fedflame.data.batches import Batch, EncodedRow, collate
+from fedflame.errors import UserError
+from fedflame.messages import RoundPlan, encode_update, validate_update
+from fedflame.moe.adapted_model import AdaptedModel
+
+
+def rows(count: int, seed: int = 0) -> list[EncodedRow]:
+    """Random rows of 6 to 13 tokens, a third of them prompt or so."""
+    draw = random.Random(seed)
+    lengths = [draw.randint(6, 13) for _ in range(count)]
+    return [
+        EncodedRow([draw.randrange(3, VOCABULARY) for _ in range(n)], draw.randint(1, 4), False)
+        for n in lengths
+    ]
+
+
+def plan_for(adapted: AdaptedModel, **changes: Any) -> RoundPlan:
+    plan = RoundPlan(
+        round=3,
+        client=5,
+        seed=11,
+        active_experts=2,
+        rescaler="learned",
+        rescaler_values=torch.tensor([0.9, 1.2]),
+        adapter=adapted.initial_adapter(0),
+        learning_rate=0.01,
+        weight_decay=0.1,
+        batch_size=4,
+        max_steps=3,
+    )
+    return replace(plan, **changes)
+
+
+def train(adapted: AdaptedModel, examples: list[EncodedRow], **changes: Any) -> bytes:
+    return encode_update(fine_tune(adapted, examples, plan_for(adapted, **changes), PAD))
+
+
+# The loss
+
+
+@pytest.mark.parametrize("k", [1, TOP_K])
+def test_the_loss_is_that_of_transformers_on_the_same_batch(k: int) -> None:
+    adapted, batch = tiny_adapted(), collate(rows(5), PAD)
+    adapted.load(adapted.initial_adapter(0), torch.ones(LAYERS))
+    stock = with_active_experts(k)
+    with torch.no_grad(), adapted.active_experts(k):
+        ours, theirs = token_losses(adapted, batch), stock(**vars(batch)).loss
+    assert len(ours) == sum(len(row.ids) - row.prompt_length for row in rows(5))
+    torch.testing.assert_close(ours.mean(), theirs, rtol=1e-6, atol=0)
+
+
+def test_token_losses_come_row_after_row_in_order() -> None:
+    adapted, batch = tiny_adapted(), collate(rows(5), PAD)
+    adapted.load(random_adapter(adapted), torch.tensor([0.7, 1.3]))
+    with torch.no_grad():
+        ours, exact = token_losses(adapted, batch), exact_token_losses(merged(adapted, tiny_olmoe()), batch)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+# One round of one client
+
+
+def gradients_of_a_merged_model(adapted: AdaptedModel, k: int, batch: Batch) -> dict[str, Tensor]:
+    """Of every LoRA value and s by the chain rule, from the stock model in float64."""
+    oracle = merged(adapted, with_active_experts(k))
+    exact_token_losses(oracle, batch).mean().backward()
+    scaling, adapter, gradients = adapted.loras[0].scaling, adapted.adapter(), {}
+    for layer, s in enumerate(adapted.rescaler_values().double()):
+        a1, b1, a2, b2 = (adapter.experts[f"{layer}.{bank}"].double() for bank in ("A1", "B1", "A2", "B2"))
+        experts = oracle.model.layers[layer].mlp.experts
+        halves = zip(a1.chunk(2, 1), b1.chunk(2, 1), experts.gate_up_proj.grad.chunk(2, 1), strict=True)
+        down = s * experts.down_proj.grad
+        pairs = [(scaling * b.mT @ w, scaling * w @ a.mT) for a, b, w in halves]
+        gradients[f"experts.{layer}.A1"] = torch.cat([a for a, _ in pairs], 1)
+        gradients[f"experts.{layer}.B1"] = torch.cat([b for _, b in pairs], 1)
+        gradients[f"experts.{layer}.A2"] = scaling * b2.mT @ down
+        gradients[f"experts.{layer}.B2"] = scaling * down @ a2.mT
+        gradients[f"s.{layer}"] = (experts.down_proj.grad * experts.down_proj).sum().detach() / s
+    for name in adapter.attention:
+        module, part = name.rsplit(".", 1)
+        weight = oracle.get_parameter(f"{module}.weight").grad
+        a, b = (adapter.attention[f"{module}.{other}"].double() for other in "AB")
+        gradients[f"attention.{name}"] = scaling * (b.mT @ weight if part == "A" else weight @ a.mT)
+    return gradients
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_first_step_is_adamw_by_hand_on_the_gradients_of_a_merged_model(k: int) -> None:
+    adapted, examples, rate, decay = tiny_adapted(), rows(4), 0.01, 0.1
+    plan = plan_for(adapted, adapter=random_adapter(adapted), active_experts=k, max_steps=1)
+    adapted.load(plan.adapter, plan.rescaler_values)
+    gradients = gradients_of_a_merged_model(adapted, k, collate(examples, PAD))
+    update = fine_tune(adapted, examples, plan, PAD)
+    touched = update.counts > 0
+
+    def step(name: str, value: Tensor, weight_decay: float) -> Tensor:
+        gradient = gradients[name]
+        return -rate * (gradient / (gradient.abs() + 1e-8) + weight_decay * value.double())
+
+    for name, delta in update.delta.tensors().items():
+        expected = step(name, plan.adapter.tensors()[name], decay)
+        clear = gradients[name].abs() > 1e-5  # of smaller ones rounding may take the sign
+        if name.startswith("experts."):
+            layer = int(name.split(".")[1])
+            expected = expected * touched[layer].view(-1, 1, 1)
+            clear |= ~touched[layer].view(-1, 1, 1)
+        assert clear[expected != 0].double().mean() > 0.7
+        torch.testing.assert_close(delta[clear].double(), expected[clear], rtol=0, atol=2e-3 * rate)
+    for layer, (old, new) in enumerate(zip(plan.rescaler_values, update.rescaler_values, strict=True)):
+        assert float(new - old) == pytest.approx(float(step(f"s.{layer}", old, 0.0)), rel=1e-4)
+
+
+def test_the_update_says_who_trained_what_on_how_much() -> None:
+    adapted, examples, steps = tiny_adapted(), rows(10), []
+    plan = plan_for(adapted, max_steps=6)
+    update = fine_tune(adapted, examples, plan, PAD, steps.append)
+    assert (update.round, update.client, update.active_experts) == (3, 5, 2)
+    assert (update.num_examples, update.steps) == (10, 6)
+    tokens = sum(len(row.ids) for row in examples)
+    assert sum(steps[:3]) == sum(steps[3:]) == tokens
+    assert update.tokens == 2 * tokens
+    assert update.counts.sum(1).tolist() == [update.tokens * 2] * LAYERS
+    validate_update(update, plan)
+
+
+def test_counts_are_those_of_the_router_logits_over_one_epoch() -> None:
+    adapted, examples, k = tiny_adapted(), rows(10), 2
+    plan = plan_for(adapted, rescaler="fixed", rescaler_values=torch.ones(LAYERS), learning_rate=1e-12)
+    update = fine_tune(adapted, examples, plan, PAD)
+    batch = collate(examples, PAD)
+    real = batch.attention_mask.flatten().bool()
+    for layer, logits in enumerate(router_logits(with_active_experts(k), batch)):
+        expected = torch.zeros(EXPERTS, dtype=torch.int64)
+        for row in logits[real].tolist():
+            expected[sorted(range(EXPERTS), key=lambda expert: -row[expert])[:k]] += 1
+        assert update.counts[layer].tolist() == expected.tolist()
+
+
+def test_the_reported_loss_is_the_mean_over_the_steps() -> None:
+    adapted, examples = tiny_adapted(), rows(4)
+    frozen = {"learning_rate": 1e-12, "rescaler": "fixed", "rescaler_values": torch.ones(LAYERS)}
+    update = fine_tune(adapted, examples, plan_for(adapted, batch_size=3, max_steps=2, **frozen), PAD)
+    stock = with_active_experts(2)
+    # Two batches, of 3 rows and of 1: which row is alone is the seed's choice.
+    splits = [
+        (collate([row for row in examples if row is not alone], PAD), collate([alone], PAD))
+        for alone in examples
+    ]
+    with torch.no_grad():
+        means = [sum(stock(**vars(batch)).loss.item() for batch in split) / 2 for split in splits]
+    assert min(abs(update.loss - mean) for mean in means) < 1e-5
+
+
+def test_the_loss_falls_on_a_task_that_can_be_learned_by_heart() -> None:
+    adapted, examples = tiny_adapted(), rows(4)
+    first = fine_tune(adapted, examples, plan_for(adapted, max_steps=1), PAD)
+    trained = fine_tune(adapted, examples, plan_for(adapted, max_steps=60), PAD)
+    learned = plan_for(adapted).adapter.combine(trained.delta, torch.add)
+    again = plan_for(adapted, adapter=learned, rescaler_values=trained.rescaler_values, max_steps=1)
+    last = fine_tune(adapted, examples, again, PAD)
+    assert first.loss > 4
+    assert last.loss < 0.2 * first.loss
+    assert last.loss < trained.loss < first.loss
+
+
+def test_an_expert_that_was_never_activated_has_a_delta_of_exactly_zero() -> None:
+    adapted, forbidden = tiny_adapted(), 3
+    forbid_expert(adapted, forbidden)
+    changes = {"active_experts": 1, "adapter": random_adapter(adapted), "weight_decay": 0.5, "max_steps": 8}
+    update = fine_tune(adapted, rows(9), plan_for(adapted, **changes), PAD)
+    assert update.counts[:, forbidden].tolist() == [0] * LAYERS
+    for name, delta in update.delta.experts.items():
+        used = update.counts[int(name.split(".")[0])] > 0
+        assert delta.flatten(1).any(1).tolist() == used.tolist()
+
+
+def test_the_base_model_its_routers_and_its_k_are_as_before() -> None:
+    adapted = tiny_adapted()
+    mine = {id(p) for lora in adapted.loras for p in lora.parameters()} | {
+        id(p) for p in adapted.attention.values()
+    }
+    base = {name: p for name, p in adapted.model.named_parameters() if id(p) not in mine}
+    before = {name: p.detach().clone() for name, p in base.items()}
+    for rescaler in ("learned", "mass"):
+        train(adapted, rows(9), active_experts=1, rescaler=rescaler)
+    assert {"model.layers.0.mlp.gate.weight", "model.embed_tokens.weight", "lm_head.weight"} <= base.keys()
+    assert all(torch.equal(base[name], value) for name, value in before.items())
+    assert [layer.router.top_k for layer in adapted.layers] == [TOP_K] * LAYERS
+
+
+@pytest.mark.parametrize("rescaler", ["learned", "mass"])
+@pytest.mark.parametrize("k", [0, TOP_K + 1])
+def test_a_k_that_the_model_does_not_have_is_refused(rescaler: str, k: int) -> None:
+    adapted = tiny_adapted()
+    with pytest.raises(UserError) as caught:
+        train(adapted, rows(3), active_experts=k, rescaler=rescaler)
+    assert (
+        str(caught.value) == f"active_experts {k}: must be between 1 and 4 (the model's num_experts_per_tok)"
+    )
+
+
+def test_a_bfloat16_base_gives_a_valid_update() -> None:
+    adapted = AdaptedModel(tiny_olmoe(intermediate_size=40).to(torch.bfloat16), 8, ALPHA, ATTENTION)
+    plan = plan_for(adapted)
+    update = fine_tune(adapted, rows(9), plan, PAD)
+    validate_update(update, plan)
+    assert all(delta.any() for delta in update.delta.tensors().values())
+
+
+# Rescaler modes
+
+
+def exact_first_loss(adapted: AdaptedModel, examples: list[EncodedRow], plan: RoundPlan, s: Tensor) -> float:
+    adapted.load(plan.adapter, s)
+    with torch.no_grad():
+        oracle = merged(adapted, with_active_experts(plan.active_experts))
+        return exact_token_losses(oracle, collate(examples, PAD)).mean().item()
+
+
+@pytest.mark.parametrize("rescaler", ["learned", "fixed"])
+def test_the_first_loss_uses_the_plans_k_adapter_and_rescalers(rescaler: str) -> None:
+    adapted, examples = tiny_adapted(), rows(4)
+    plan = plan_for(adapted, rescaler=rescaler, adapter=random_adapter(adapted), max_steps=1)
+    expected = exact_first_loss(adapted, examples, plan, plan.rescaler_values)
+    assert fine_tune(adapted, examples, plan, PAD).loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_learned_trains_every_rescaler_from_the_plans_value() -> None:
+    adapted, start = tiny_adapted(), torch.tensor([0.9, 1.2])
+    one_step = fine_tune(adapted, rows(9), plan_for(adapted, max_steps=1), PAD).rescaler_values
+    assert (one_step - start).abs().tolist() == pytest.approx([0.01, 0.01], rel=1e-3)
+    more = fine_tune(adapted, rows(9), plan_for(adapted, max_steps=8), PAD).rescaler_values
+    assert not torch.isclose(more, one_step).any()
+
+
+def test_fixed_keeps_the_plans_rescalers_bit_for_bit() -> None:
+    adapted, start = tiny_adapted(), torch.tensor([0.9, 1.2])
+    assert torch.equal(
+        fine_tune(adapted, rows(9), plan_for(adapted, rescaler="fixed"), PAD).rescaler_values, start
+    )
+
+
+def mass_by_hand(k: int, batches: list[Batch]) -> Tensor:
+    """Per layer, the sum over real tokens of the k largest softmax values, in the stock model with k."""
+    masses = torch.zeros(LAYERS, dtype=torch.float64)
+    for batch in batches:
+        real = batch.attention_mask.flatten().bool()
+        for layer, logits in enumerate(router_logits(with_active_experts(k), batch)):
+            probabilities = logits[real].double().softmax(-1)
+            masses[layer] += probabilities.sort(descending=True).values[:, :k].sum()
+    return masses
+
+
+@pytest.mark.parametrize("k", [1, 2, TOP_K])
+def test_measured_mass_is_that_of_the_router_logits_without_padding(k: int) -> None:
+    adapted = tiny_adapted()
+    adapted.load(adapted.initial_adapter(0), torch.ones(LAYERS))
+    batches = [random_batch(seed, lengths=(12, 5, 3)) for seed in range(MASS_BATCHES)]
+    ratio = measure_mass(adapted, iter([*batches, random_batch(99)]), k)
+    expected = mass_by_hand(TOP_K, batches) / mass_by_hand(k, batches)
+    torch.testing.assert_close(ratio.double(), expected, rtol=1e-5, atol=0)
+    assert (k == TOP_K) == bool((ratio == 1).all())
+
+
+def test_measuring_leaves_no_hook_no_count_and_the_models_own_k() -> None:
+    adapted = tiny_adapted()
+    measure_mass(adapted, iter([random_batch()]), 1)
+    assert not any(layer.router._forward_hooks for layer in adapted.layers)
+    assert [layer.router.top_k for layer in adapted.layers] == [TOP_K] * LAYERS
+    assert not adapted.counts.total.any()
+
+
+def test_mass_trains_with_the_measured_ratio_and_keeps_it() -> None:
+    adapted, examples = tiny_adapted(), rows(4)
+    plan = plan_for(adapted, rescaler="mass", rescaler_values=torch.ones(LAYERS), max_steps=1)
+    whole = [collate(examples, PAD)]  # each of the measured batches holds all four rows
+    expected = mass_by_hand(TOP_K, whole) / mass_by_hand(2, whole)
+    one_step = fine_tune(adapted, examples, plan, PAD)
+    torch.testing.assert_close(one_step.rescaler_values.double(), expected, rtol=1e-5, atol=0)
+    assert one_step.loss == pytest.approx(exact_first_loss(adapted, examples, plan, expected), rel=1e-5)
+    more = fine_tune(adapted, examples, replace(plan, max_steps=5), PAD)
+    assert torch.equal(more.rescaler_values, one_step.rescaler_values)
+    assert more.tokens == 5 * one_step.tokens == 5 * whole[0].tokens
+
+
+# The same bytes
+
+
+@pytest.mark.parametrize("rescaler", ["learned", "fixed", "mass"])
+def test_two_runs_give_the_same_bytes_whatever_the_global_generators_hold(rescaler: str) -> None:
+    first = train(tiny_adapted(), rows(9), rescaler=rescaler)
+    torch.manual_seed(77)
+    random.seed(77)
+    assert train(tiny_adapted(), rows(9), rescaler=rescaler) == first
+
+
+def test_training_leaves_the_global_generators_alone() -> None:
+    adapted = tiny_adapted()
+    before = torch.get_rng_state(), random.getstate()
+    train(adapted, rows(9), rescaler="mass")
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+
+
+@pytest.mark.parametrize("part", ["seed", "round", "client"])
+def test_batches_follow_seed_round_and_client(part: str) -> None:
+    adapted = tiny_adapted()
+    one, other = (
+        fine_tune(adapted, rows(9), plan_for(adapted, max_steps=1, **{part: value}), PAD) for value in (1, 2)
+    )
+    assert one.loss != other.loss
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"active_experts": 1, "rescaler": "learned", "max_steps": 5},
+        {"active_experts": TOP_K, "rescaler": "mass"},
+        {"active_experts": 3, "rescaler": "fixed", "rescaler_values": torch.tensor([3.0, -1.0])},
+    ],
+    ids=lambda other: other["rescaler"],
+)
+@pytest.mark.parametrize("rescaler", ["learned", "fixed", "mass"])
+def test_a_client_after_another_gives_the_bytes_it_gives_alone(rescaler: str, other: dict[str, Any]) -> None:
+    alone = train(tiny_adapted(), rows(9), rescaler=rescaler)
+    shared = tiny_adapted()
+    train(shared, rows(7, seed=1), client=4, adapter=random_adapter(shared), **other)
+    assert train(shared, rows(9), rescaler=rescaler) == alone
+
+
+def test_the_plans_tensors_are_not_changed() -> None:
+    adapted = tiny_adapted()
+    plan = plan_for(adapted)
+    before = {name: value.clone() for name, value in plan.adapter.tensors().items()}
+    fine_tune(adapted, rows(9), plan, PAD)
+    assert all(torch.equal(before[name], value) for name, value in plan.adapter.tensors().items())
+    assert plan.rescaler_values.tolist() == torch.tensor([0.9, 1.2]).tolist()
+
+
+# A client that breaks: its round goes on without it
+
+
+def broken(*_: object) -> None:
+    raise MemoryError("broken")
+
+
+def break_forward(adapted: AdaptedModel) -> Any:
+    return adapted.layers[1].router.register_forward_pre_hook(broken)
+
+
+def break_backward(adapted: AdaptedModel) -> Any:
+    return adapted.loras[0].A1.register_hook(broken)
+
+
+@pytest.mark.parametrize("break_in", [break_forward, break_backward])
+def test_a_client_after_one_that_broke_gives_the_bytes_it_gives_alone(
+    break_in: Callable[[AdaptedModel], Any],
+) -> None:
+    alone = train(tiny_adapted(), rows(9))
+    shared = tiny_adapted()
+    hook = break_in(shared)
+    with pytest.raises(MemoryError):
+        train(shared, rows(7, seed=1), client=4)
+    hook.remove()
+    assert train(shared, rows(9)) == alone
+
+
+@pytest.mark.parametrize("break_in", [break_forward, break_backward])
+def test_the_model_can_be_evaluated_after_a_client_broke(break_in: Callable[[AdaptedModel], Any]) -> None:
+    adapted = tiny_adapted()
+    hook = break_in(adapted)
+    with pytest.raises(MemoryError):
+        train(adapted, rows(7, seed=1))
+    hook.remove()
+    batch = random_batch()
+    adapted.load(adapted.initial_adapter(0), torch.ones(LAYERS))
+    with torch.no_grad():
+        torch.testing.assert_close(token_losses(adapted, batch).mean(), tiny_olmoe()(**vars(batch)).loss)

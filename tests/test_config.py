@@ -1,0 +1,278 @@
+"""The configuration: precedence, and one exact line for everything a user can get wrong."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fedflame.config import RunConfig, load_config, parse_tiers, valid_keys, with_overrides
+from fedflame.errors import UserError
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every value under its flat key."""
+    values: dict[str, Any] = {}
+    for name, value in config.model_dump().items():
+        values |= (
+            {f"{name}.{key}": inner for key, inner in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return values
+
+
+def message(*overrides: str, path: Path | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(path, list(overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# Values and precedence
+
+
+def test_without_file_and_overrides_every_value_is_the_default() -> None:
+    assert load_config(None, []) == RunConfig()
+
+
+def test_an_override_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
+    path = toml(tmp_path, "seed = 5\n[data]\nalpha = 0.25\nmax_rows = 100\n[clients]\nnum_clients = 3\n")
+    config = load_config(path, ["data.alpha=0.125", " clients.num_clients = 7 "])
+    wanted = flat(RunConfig()) | {
+        "seed": 5,
+        "data.alpha": 0.125,
+        "data.max_rows": 100,
+        "clients.num_clients": 7,
+    }
+    assert flat(config) == wanted
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert load_config(None, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_an_override_may_hold_equals_signs_and_be_empty() -> None:
+    config = load_config(None, ["model.model_name_or_path=a=b", "adapter.target_modules="])
+    assert (config.model.model_name_or_path, config.adapter.target_modules) == ("a=b", "")
+
+
+def test_overrides_of_a_configuration_leave_it_and_its_other_values_alone() -> None:
+    config = load_config(None, ["seed=5", "data.alpha=0.25"])
+    changed = with_overrides(config, ["data.alpha=0.125", "output_dir=elsewhere"])
+    assert flat(changed) == flat(config) | {"data.alpha": 0.125, "output_dir": "elsewhere"}
+    assert config.data.alpha == 0.25
+    with pytest.raises(UserError, match=r"nearest valid key is 'data\.alpha'"):
+        with_overrides(config, ["data.alhpa=1"])
+
+
+def test_every_field_is_a_flat_scalar_and_valid_keys_names_it() -> None:
+    values = flat(RunConfig())
+    assert valid_keys() == list(values)
+    assert {type(value) for value in values.values()} <= {str, int, float}
+    assert {"seed", "output_dir", "data.alpha", "training.per_device_train_batch_size"} <= values.keys()
+
+
+@pytest.mark.parametrize("key", valid_keys())
+def test_every_key_takes_its_default_as_an_override(key: str) -> None:
+    assert load_config(None, [f"{key}={flat(RunConfig())[key]}"]) == RunConfig()
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = load_config(None, [])
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        config.data.alpha = 1.0
+
+
+# Tiers
+
+
+@pytest.mark.parametrize(
+    ("num_clients", "active_experts", "tiers"),
+    [
+        (6, "4,2,1", [4, 2, 1, 4, 2, 1]),
+        (5, "8, 4", [8, 4, 8, 4, 8]),
+        (2, "8,4,2,1", [8, 4]),
+        (3, "2", [2, 2, 2]),
+        (1, "1", [1]),
+    ],
+)
+def test_tiers_are_repeated_in_turn_over_the_clients(
+    num_clients: int, active_experts: str, tiers: list[int]
+) -> None:
+    config = load_config(
+        None, [f"clients.num_clients={num_clients}", f"clients.active_experts={active_experts}"]
+    )
+    assert config.tiers() == tiers
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 10**6), min_size=1))
+def test_a_list_of_tiers_is_read_with_and_without_blanks(tiers: list[int]) -> None:
+    assert parse_tiers(",".join(map(str, tiers))) == tiers
+    assert parse_tiers(" , ".join(map(str, tiers))) == tiers
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="0123456789,.-+ eE_²٣x\n", max_size=12))
+def test_any_text_is_a_list_of_positive_tiers_or_a_value_error(text: str) -> None:
+    try:
+        tiers = parse_tiers(text)
+    except ValueError as error:
+        assert str(error) == 'must be integers of at least 1, comma-separated, such as "8,4,2,1"'
+    else:
+        assert tiers and all(k >= 1 for k in tiers)
+
+
+# What a user can get wrong
+
+LIST_ERROR = 'Value error, must be integers of at least 1, comma-separated, such as "8,4,2,1"'
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("data.alhpa=1", "config: unknown key 'data.alhpa'; the nearest valid key is 'data.alpha'"),
+        ("sed=1", "config: unknown key 'sed'; the nearest valid key is 'seed'"),
+        (
+            "training.lr=1",
+            "config: unknown key 'training.lr'; the nearest valid key is 'training.learning_rate'",
+        ),
+        (
+            "servers.min_clients=1",
+            "config: unknown key 'servers.min_clients'; the nearest valid key is 'server.min_clients'",
+        ),
+        ("seed.x=1", "config: unknown key 'seed.x'; the nearest valid key is 'seed'"),
+        ("data=1", "config: data is a section; write data.key=value"),
+        ("seed", "--set 'seed': must be section.key=value, such as data.alpha=0.1"),
+        ("", "--set '': must be section.key=value, such as data.alpha=0.1"),
+        (
+            "seed=many",
+            "config: seed = 'many': Input should be a valid integer, unable to parse string as an integer",
+        ),
+        ("seed=-1", "config: seed = '-1': Input should be greater than or equal to 0"),
+        (
+            "clients.num_clients=2.5",
+            "config: clients.num_clients = '2.5': Input should be a valid integer, "
+            "unable to parse string as an integer",
+        ),
+        (
+            "clients.num_clients=0",
+            "config: clients.num_clients = '0': Input should be greater than or equal to 1",
+        ),
+        (
+            "training.learning_rate=fast",
+            "config: training.learning_rate = 'fast': Input should be a valid number, "
+            "unable to parse string as a number",
+        ),
+        ("training.learning_rate=0", "config: training.learning_rate = '0': Input should be greater than 0"),
+        (
+            "server.fraction_train=1.5",
+            "config: server.fraction_train = '1.5': Input should be less than or equal to 1",
+        ),
+        (
+            "model.dtype=float16",
+            "config: model.dtype = 'float16': Input should be 'auto', 'float32' or 'bfloat16'",
+        ),
+        ("strategy.name=fedprox", "config: strategy.name = 'fedprox': Input should be 'flame' or 'fedavg'"),
+        ("clients.active_experts=", f"config: clients.active_experts = '': {LIST_ERROR}"),
+        ("clients.active_experts=8,,4", f"config: clients.active_experts = '8,,4': {LIST_ERROR}"),
+        ("clients.active_experts=8,4,", f"config: clients.active_experts = '8,4,': {LIST_ERROR}"),
+        ("clients.active_experts=8,0", f"config: clients.active_experts = '8,0': {LIST_ERROR}"),
+        ("clients.active_experts=8,-2", f"config: clients.active_experts = '8,-2': {LIST_ERROR}"),
+        ("clients.active_experts=8;4", f"config: clients.active_experts = '8;4': {LIST_ERROR}"),
+        (
+            "strategy.active_experts=max",
+            "config: strategy.active_experts = 'max': Value error, must be 'min' or an integer of at least 1",
+        ),
+        (
+            "strategy.active_experts=0",
+            "config: strategy.active_experts = '0': Value error, must be 'min' or an integer of at least 1",
+        ),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_says_what_is_allowed(override: str, wanted: str) -> None:
+    assert message(override) == wanted
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "key", [key for key, default in flat(RunConfig()).items() if isinstance(default, float)]
+)
+def test_a_number_that_is_not_finite_is_refused(key: str, value: str) -> None:
+    assert message(f"{key}={value}").startswith(f"config: {key} = '{value}': Input should be ")
+
+
+def test_a_deeper_key_under_a_value_is_a_user_error_wherever_the_value_came_from(tmp_path: Path) -> None:
+    path = toml(tmp_path, "seed = 3\n[data]\nalpha = 0.5\n")
+    assert "seed" in message("seed.x=1", path=path)
+    assert "data.alpha" in message("data.alpha.x=1", path=path)
+    assert "seed" in message("seed=1", "seed.x=1")
+    assert "data" in message("data=1", "data.alpha=0.5")
+    assert "data.alpha" in message("data.alpha.x=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("[data]\nalhpa = 1\n", "config: unknown key 'data.alhpa'; the nearest valid key is 'data.alpha'"),
+        ("data = 1\n", "config: data is a section; write data.key=value"),
+        ("[[data]]\nalpha = 1\n", "config: data is a section; write data.key=value"),
+        (
+            "[clients]\nactive_experts = [8, 4]\n",
+            "config: clients.active_experts = [8, 4]: Input should be a valid string",
+        ),
+        (
+            "seed = 1.5\n",
+            "config: seed = 1.5: Input should be a valid integer, got a number with a fractional part",
+        ),
+        ("[seed]\nx = 1\n", "config: unknown key 'seed.x'; the nearest valid key is 'seed'"),
+        ("output_dir = 7\n", "config: output_dir = 7: Input should be a valid string"),
+    ],
+)
+def test_a_wrong_value_in_the_file_is_one_line_that_says_what_is_allowed(
+    tmp_path: Path, text: str, wanted: str
+) -> None:
+    assert message(path=toml(tmp_path, text)) == wanted
+
+
+def test_a_missing_file_a_folder_and_no_toml_are_user_errors(tmp_path: Path) -> None:
+    missing = tmp_path / "none.toml"
+    assert message(path=missing) == f"config file {missing}: No such file or directory"
+    assert message(path=tmp_path) == f"config file {tmp_path}: Is a directory"
+    path = toml(tmp_path, "seed: 3\n")
+    assert message(path=path).startswith(f"config file {path}: not TOML: ")
+    path.write_bytes(b"seed = 3 # \xff\n")
+    assert message(path=path).startswith(f"config file {path}: not TOML: ")
+
+
+keys = st.sampled_from(
+    [*valid_keys(), "data", "seed.x", "data.alpha.x", "a.b.c", "", ".", "data.", ".data", "output"]
+)
+values = st.sampled_from(
+    ("1", "0", "-1", "0.5", "x", "", "8,4", "min", "nan", "1e400", "9" * 5000, "a\nb", "='")
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(keys, st.just("=") | st.just(""), values).map("".join), max_size=4))
+def test_any_overrides_give_a_configuration_or_one_line(overrides: list[str]) -> None:
+    try:
+        config = load_config(None, overrides)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(math.isfinite(value) for value in flat(config).values() if isinstance(value, float))

@@ -1,0 +1,69 @@
+"""Runs of a few seconds on the tiny model, in process or through the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from fedflame.cli import app
+from fedflame.commands.run import Existing, execute
+from fedflame.config import RunConfig, load_config
+
+SETTINGS = (
+    "data.max_rows=48",
+    "data.max_length=120",
+    "clients.num_clients=3",
+    "clients.active_experts=4,2,1",
+    "adapter.r=3",
+    "training.max_steps=2",
+    "training.per_device_train_batch_size=4",
+    "server.num_server_rounds=3",
+    "evaluation.rows_per_category=1",
+    "evaluation.max_new_tokens=2",
+    "evaluation.generate_every=0",
+)
+
+
+def tiny_config(model: Path, run: Path, *overrides: str) -> RunConfig:
+    """Three clients with k = 4, 2, 1 of K = 4, three rounds of two steps."""
+    places = (f"model.model_name_or_path={model}", f"output_dir={run}")
+    return load_config(None, [*SETTINGS, *places, *overrides])
+
+
+def tiny_run(model: Path, run: Path, *overrides: str, existing: Existing = "refuse") -> str:
+    """Run in process and return what the console showed."""
+    shown = io.StringIO()
+    execute(tiny_config(model, run, *overrides), "", existing, Console(file=shown, width=100))
+    return shown.getvalue()
+
+
+def arguments(model: Path, run: Path, *overrides: str) -> list[str]:
+    """The same run as arguments of `fedflame`."""
+    settings = [part for setting in (*SETTINGS, *overrides) for part in ("--set", setting)]
+    return ["run", "--model", str(model), "--output-dir", str(run), *settings]
+
+
+def invoke(*command: str | Path) -> Result:
+    """`fedflame` with these arguments, in process."""
+    return CliRunner().invoke(app, [str(part) for part in command])
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind in a run's metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def adapter_bytes(run: Path) -> bytes:
+    """The exported adapter of a finished run."""
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def checkpoint_bytes(run: Path) -> bytes:
+    """The run's checkpoint."""
+    return (run / "checkpoint" / "state.safetensors").read_bytes()
