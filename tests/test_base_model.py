@@ -22,6 +22,10 @@ from fedflame.moe.families import find_moe_layers
 
 SECONDS = 10.0
 """What a refusal may take at most, without the import of the libraries."""
+NOT_LOADABLE = (
+    "model '{}': no such folder, and not loadable from the hub (offline, or no such id); "
+    "use 'olmoe-tiny', a folder, or a hub id"
+)
 
 
 @pytest.fixture
@@ -110,10 +114,7 @@ def test_only_the_name_of_the_embedded_model_is_resolved() -> None:
     "name", ["nope", "./no/such/folder", "/no/such/folder", "nobody/no-such-model", "a/b/c"]
 )
 def test_a_missing_folder_or_an_id_without_the_hub(name: str) -> None:
-    assert refusal(name) == (
-        f"model {name!r}: no such folder, and not loadable from the hub (offline, or no such id); "
-        "use 'olmoe-tiny', a folder, or a hub id"
-    )
+    assert refusal(name) == NOT_LOADABLE.format(name)
 
 
 def test_a_folder_without_a_config(folder: Path) -> None:
@@ -217,8 +218,5 @@ def test_a_hub_that_cannot_be_reached_is_refused_soon_and_in_one_line(tmp_path: 
     )
     seconds, _, message = done.stdout.strip().partition("|")
     assert float(seconds) < SECONDS
-    assert message == (
-        "model 'nobody/no-such-model': no such folder, and not loadable from the hub (offline, or no such id); "
-        "use 'olmoe-tiny', a folder, or a hub id"
-    )
+    assert message == NOT_LOADABLE.format("nobody/no-such-model")
     assert "Retrying" not in done.stderr

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tiny_models import END, PAD, character_tokenizer, random_adapter, tiny_adapted
 from tokenizers.processors import TemplateProcessing
@@ -116,6 +116,7 @@ def test_truncation_takes_the_response_beyond_half_and_then_the_prompt(
     assert row.truncated == (prompt + response + len(MARKER) > 60)
 
 
+@settings(deadline=None)
 @given(st.integers(14, 80), st.integers(2, 80), st.integers(16, 120))
 def test_no_row_is_longer_than_allowed_and_each_keeps_its_marker_and_a_label(
     prompt: int, response: int, max_length: int

@@ -67,8 +67,19 @@ def test_nothing_is_counted_outside_a_step() -> None:
     counts.record(0, torch.tensor([[0]]))
     counts.begin_step(torch.ones(1, 1))
     counts.end_step()
-    counts.record(0, torch.tensor([[0]]))
+    counts.record(0, torch.tensor([[0], [1]]))  # of another size than the step's mask
     assert counts.total.tolist() == [[0, 0, 0]]
+
+
+def test_a_layer_that_did_not_run_in_a_step_adds_nothing() -> None:
+    counts = ActivationCounts(2, 3)
+    counts.begin_step(torch.ones(1, 1))
+    counts.record(0, torch.tensor([[2]]))
+    counts.end_step()
+    counts.begin_step(torch.ones(1, 1))
+    counts.record(1, torch.tensor([[1]]))
+    assert counts.end_step().tolist() == [[False] * 3, [False, True, False]]
+    assert counts.total.tolist() == [[0, 0, 1], [0, 1, 0]]
 
 
 def counted_step(k: int, checkpointing: bool = False) -> tuple[Tensor, list[int]]:

@@ -134,6 +134,12 @@ def test_experts_with_another_layout_are_refused_with_every_reason() -> None:
     )
 
 
+def test_a_block_without_a_router_that_owns_top_k_is_refused() -> None:
+    model = tiny_olmoe()
+    del model.model.layers[0].mlp.gate.top_k
+    assert refusal(model) == "OlmoeSparseMoeBlock: 0 routers with a top_k; 1 is needed"
+
+
 def test_expert_parallelism_is_refused() -> None:
     model = tiny_olmoe()
     model.model.layers[1].mlp.experts._is_expert_parallel = True

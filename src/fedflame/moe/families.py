@@ -52,7 +52,14 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def _describe(name: str, router: nn.Module, experts: nn.Module) -> MoELayer:
-    num_experts, hidden_size, expert_width = experts.get_parameter("down_proj").shape
+    down = experts.get_parameter("down_proj")
+    num_experts, hidden_size, expert_width = down.shape
+    if any(size * down.dtype.itemsize % 16 for size in (hidden_size, expert_width)):
+        raise UserError(
+            f"{type(experts).__name__} of hidden size {hidden_size} and width {expert_width}: rows in "
+            f"{str(down.dtype).removeprefix('torch.')} are no multiple of 16 bytes, as grouped_mm needs; "
+            "try model.dtype=float32"
+        )
     top_k = int(router.top_k)  # type: ignore[arg-type]
     return MoELayer(name, router, experts, num_experts, top_k, hidden_size, expert_width)
 
