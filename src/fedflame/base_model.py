@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +25,8 @@ from fedflame.errors import UserError
 from fedflame.model_shape import ModelShape, read_model_shape
 
 PROBE_ROWS, PROBE_RANK, PROBE_REPEATS = 64, 8, 15
+NARROW = 256
+HUB_TIMEOUT_SECONDS = 10.0
 CLEAR_GAIN = 1.5
 """bfloat16 is taken only when so many times faster: native support gives 2 to 3 on large experts,
 so that noise on a busy machine does not change the answer, nor the bytes of a run."""
@@ -45,7 +49,7 @@ def model_config_path(name_or_path: str) -> Path:
     if Path(source).exists() or source.endswith(".json"):
         return Path(source)
     try:
-        return Path(str(cached_file(source, "config.json")))
+        return Path(str(cached_file(source, "config.json", local_files_only=not _hub_answers(source))))
     except (OSError, ValueError) as error:
         raise UserError(_load_error(name_or_path, error)) from error
 
@@ -66,8 +70,8 @@ def load_base_model(name_or_path: str, dtype: str) -> tuple[PreTrainedModel, Pre
     try:
         _require_folder_complete(source)
         model, loading = _from_pretrained(source, torch_dtype)
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=_is_local(source))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_error(name_or_path, error)) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -80,9 +84,12 @@ def load_base_model(name_or_path: str, dtype: str) -> tuple[PreTrainedModel, Pre
 def faster_dtype(shape: ModelShape) -> torch.dtype:
     """bfloat16 where this CPU trains experts of this shape clearly faster in it, else float32.
 
-    AVX-512 BF16 and AMX make large products two to three times faster; thin ones, as a small model
-    has them, run several times slower. So the probe times one expert's products, forward and backward.
+    AVX-512 BF16 and AMX make large products two to three times faster; the thin ones of a small model
+    run slower, so narrow experts stay in float32 unasked. Others are timed: one expert's products,
+    forward and backward.
     """
+    if min(shape.hidden_size, shape.expert_size) < NARROW:
+        return torch.float32
     seconds = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
     for _ in range(PROBE_REPEATS):
         for dtype in seconds:
@@ -104,9 +111,43 @@ def _expert_products(shape: ModelShape, dtype: torch.dtype) -> None:
     output.backward(torch.ones_like(output))
 
 
+@functools.cache
+def _hub_answers(name: str) -> bool:
+    """Whether the hub has this id; transformers alone would retry for a minute before it took the cache."""
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception:  # the HTTP library, and so its errors, differ between versions
+        return False
+    return True
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).is_dir() or not _hub_answers(source)
+
+
 def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, local_files_only=_is_local(source)
+    )
     return loaded[0], loaded[1]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises UserError where it is broken."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"model {folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _require_folder_complete(source: str) -> None:
@@ -117,13 +158,13 @@ def _require_folder_complete(source: str) -> None:
         raise UserError(f"model {source}: the folder has no config.json")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model {source}: the folder has no .safetensors weights")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(folder):
         raise UserError(f"model {source}: the folder has no tokenizer (tokenizer.json)")
 
 
 def _load_error(name_or_path: str, error: Exception) -> str:
     if Path(name_or_path).is_dir():
-        return f"model {name_or_path}: cannot be loaded: {str(error).splitlines()[0]}"
+        return f"model {name_or_path}: cannot be loaded: {_first_line(error)}"
     return (
         f"model {name_or_path!r}: no such folder, and not loadable from the hub (offline, or no such id); "
         f"use {EMBEDDED_MODEL!r}, a folder, or a hub id"

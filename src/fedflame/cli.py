@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -69,7 +68,8 @@ def run(
             "resume" if resume else "overwrite" if overwrite else "refuse"
         )
         folder = execute(config, text, existing, console)
-        console.print(f"report: {folder / 'report.html'}\nadapter: {folder / 'adapter'}", soft_wrap=True)
+        written = [folder / name for name in ("report.html", "adapter") if (folder / name).exists()]
+        console.print("\n".join(f"{path.stem}: {path}" for path in written), soft_wrap=True)
 
 
 @app.command()
@@ -131,7 +131,8 @@ def export(
     to: Annotated[Path, typer.Option(help="The folder to write.")],
     merge: Annotated[bool, typer.Option("--merge", help="A stock checkpoint instead of an adapter.")] = False,
     active_experts: Annotated[
-        int | None, typer.Option(help="With --merge: the k whose rescaler is folded in; default the model's.")
+        int | None,
+        typer.Option(min=1, help="With --merge: the k whose rescaler is folded in; default the model's."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
     debug: Debug = False,
@@ -178,7 +179,7 @@ def _quiet_libraries() -> None:
 
 @contextmanager
 def _user_errors(debug: bool) -> Iterator[None]:
-    """One line on stderr for what the user can mend; an interrupt says how to go on."""
+    """One line on stderr for what the user can mend."""
     try:
         yield
     except UserError as error:
@@ -187,10 +188,5 @@ def _user_errors(debug: bool) -> Iterator[None]:
         print(f"fedflame: {error}", file=sys.stderr)
         raise typer.Exit(USER_ERROR) from error
     except KeyboardInterrupt as error:
-        print("fedflame: interrupted; `fedflame run --resume` goes on from the last round", file=sys.stderr)
+        print(f"fedflame: interrupted{str(error) and '; '}{error}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from error
-
-
-def print_json(value: Any) -> None:
-    """JSON on standard output, two spaces deep."""
-    print(json.dumps(value, indent=2))

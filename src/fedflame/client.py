@@ -127,9 +127,15 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
 
 def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, batch: Batch) -> float:
     adapted.counts.begin_step(batch.attention_mask)
-    loss = token_losses(adapted, batch).mean()
-    loss.backward()
-    optimizer.step(adapted.counts.end_step())
+    try:
+        loss = token_losses(adapted, batch).mean()
+        loss.backward()
+        optimizer.step(adapted.counts.end_step())
+    except BaseException:
+        # The rounds go on with this model: no half step may reach the next client or an evaluation.
+        adapted.counts.abandon_step()
+        adapted.model.zero_grad()
+        raise
     return float(loss.detach())
 
 

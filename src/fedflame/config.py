@@ -38,12 +38,18 @@ class AdapterConfig(_Section):
     target_modules: str = "q_proj,k_proj,v_proj,o_proj"
     """Attention projections with LoRA, comma-separated; empty for experts only."""
 
+    def attention_modules(self) -> list[str]:
+        """The names in `target_modules`."""
+        return [name.strip() for name in self.target_modules.split(",") if name.strip()]
+
 
 class DataConfig(_Section):
     dataset_name: str = SKILLS
     """`skills`, a .jsonl, .jsonl.gz, .parquet or .csv file, or a hub id."""
     split: str = "train"
     """Split of a hub data set."""
+    dataset_config_name: str = ""
+    """Configuration of a hub data set that has several, such as `main`."""
     instruction_field: str = ""
     """Column of the instruction; empty to recognise Alpaca, Dolly and question/answer names."""
     context_field: str = ""
@@ -89,8 +95,9 @@ class TrainingConfig(_Section):
 class StrategyConfig(_Section):
     name: Literal["flame", "fedavg"] = "flame"
     """`flame`, or `fedavg`: every client runs the same number of experts."""
-    temperature: Annotated[float, Field(ge=0)] = 2.0
-    """FLAME: exponent t on the activation frequency; 0 gives FedAvg weights."""
+    temperature: Annotated[float, Field(ge=0, le=8)] = 2.0
+    """FLAME: exponent t on the activation frequency; 0 gives FedAvg weights. Above 8 the weights of
+    rarely used experts would vanish in fp32."""
     rescaler: Literal["learned", "none", "static", "mass"] = "learned"
     """FLAME: how the routed output is rescaled on clients with k < K."""
     active_experts: str = "min"
@@ -102,6 +109,13 @@ class StrategyConfig(_Section):
         if value != "min" and not (value.isdecimal() and int(value) >= 1):
             raise ValueError("must be 'min' or an integer of at least 1")
         return value
+
+    def trained_experts(self, tiers: list[int]) -> list[int]:
+        """The k each client trains with, given what it affords: FedAvg overrules the budgets."""
+        if self.name == "flame":
+            return tiers
+        k = min(tiers) if self.active_experts == "min" else int(self.active_experts)
+        return [k] * len(tiers)
 
 
 class ServerConfig(_Section):
@@ -127,7 +141,7 @@ class EvaluationConfig(_Section):
 class RunConfig(_Section):
     """The whole configuration of one run."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     output_dir: str = "runs/first-light"
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -142,6 +156,18 @@ class RunConfig(_Section):
         """Active experts k of each client, in client order."""
         cycle = parse_tiers(self.clients.active_experts)
         return [cycle[client % len(cycle)] for client in range(self.clients.num_clients)]
+
+    def trained_experts(self) -> list[int]:
+        """The k each client trains with, in client order."""
+        return self.strategy.trained_experts(self.tiers())
+
+    def evaluated_experts(self) -> list[int]:
+        """Every k that a client affords or trains with, largest first."""
+        return sorted({*self.tiers(), *self.trained_experts()}, reverse=True)
+
+    def clients_per_round(self) -> int:
+        """Clients sampled in each round."""
+        return max(1, round(self.server.fraction_train * self.clients.num_clients))
 
 
 def parse_tiers(text: str) -> list[int]:
@@ -170,11 +196,27 @@ def _resolve(values: dict[str, Any], overrides: list[str]) -> RunConfig:
         _apply_override(values, override)
     _refuse_unknown_keys(values)
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"config: {where} = {first['input']!r}: {first['msg']}") from error
+    _refuse_contradictions(config)
+    return config
+
+
+def _refuse_contradictions(config: RunConfig) -> None:
+    tiers, clients = len(parse_tiers(config.clients.active_experts)), config.clients.num_clients
+    if tiers > clients:
+        raise UserError(
+            f"config: clients.active_experts has {tiers} entries for clients.num_clients = {clients}; "
+            "it must have at most one per client"
+        )
+    if config.server.min_clients > config.clients_per_round():
+        raise UserError(
+            f"config: server.min_clients = {config.server.min_clients}: server.fraction_train = "
+            f"{config.server.fraction_train} samples only {config.clients_per_round()} of {clients} clients"
+        )
 
 
 def valid_keys() -> list[str]:

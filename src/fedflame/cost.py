@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from fedflame.budgets import (
     AdapterSize,
     MemoryEstimate,
     ModelShape,
+    Tier,
     TierCost,
     adapter_parameters,
-    count_tiers,
     tier_costs,
     training_memory,
 )
@@ -55,26 +53,18 @@ def run_cost(
     sequence_length: int,
     labelled_share: float,
 ) -> RunCost:
-    """Costs of every tier of the configuration on a model of this shape.
+    """Costs of every k that a client affords or trains with, on a model of this shape.
 
     Raises:
         UserError: a tier's k is 0 or above the model's own.
     """
-    targets, r = target_modules(config), config.adapter.r
-    costs = tier_costs(shape, count_tiers(config.tiers()), r, targets, sequence_length, labelled_share)
+    targets, r = config.adapter.attention_modules(), config.adapter.r
+    trained = config.trained_experts()
+    tiers = [Tier(k, trained.count(k)) for k in config.evaluated_experts()]
+    costs = tier_costs(shape, tiers, r, targets, sequence_length, labelled_share)
     tokens = sequence_length * config.training.per_device_train_batch_size
     memory = [
         training_memory(shape, cost.active_experts, r, targets, tokens, dtype, labelled_share)
         for cost in costs
     ]
     return RunCost(costs, memory, adapter_parameters(shape, r, targets), sequence_length, labelled_share)
-
-
-def target_modules(config: RunConfig) -> Sequence[str]:
-    """The attention projections with LoRA."""
-    return [name.strip() for name in config.adapter.target_modules.split(",") if name.strip()]
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder holds a tokenizer, so that rows can be measured in tokens."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

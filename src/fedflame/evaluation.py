@@ -116,8 +116,8 @@ def _score_rows(adapted: AdaptedModel, held_out: HeldOut, indices: list[int], ge
 
 def generate_responses(adapted: AdaptedModel, held_out: HeldOut, rows: Sequence[Instruction]) -> list[str]:
     """Greedy answers by transformers' `generate`, prompts padded on the left, as text without blanks."""
-    pad = pad_token(held_out.tokenizer)
-    prompts = [encode_prompt(row, held_out.tokenizer, held_out.max_length) for row in rows]
+    pad, room = pad_token(held_out.tokenizer), held_out.max_length - held_out.max_new_tokens
+    prompts = [encode_prompt(row, held_out.tokenizer, room) for row in rows]
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])

@@ -148,9 +148,13 @@ def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
             raise InvalidMessage(f"update is for {field} {got}; {wanted} was asked for")
     _validate_values(update.delta.tensors(), plan.adapter.tensors())
     _validate_values({"rescaler_values": update.rescaler_values}, {"rescaler_values": plan.rescaler_values})
+    if plan.rescaler == "fixed" and not torch.equal(update.rescaler_values, plan.rescaler_values):
+        raise InvalidMessage("update has other rescaler_values than the fixed ones of the plan")
     _validate_counts(update, plan)
     if not math.isfinite(update.loss):
         raise InvalidMessage(f"update has loss {update.loss}; it must be finite")
+    if update.steps > plan.max_steps:
+        raise InvalidMessage(f"update has {update.steps} steps; at most {plan.max_steps} were asked for")
     if update.num_examples < 1 or update.steps < 1:
         raise InvalidMessage(
             f"update has {update.num_examples} examples and {update.steps} steps; both must be >= 1"

@@ -23,7 +23,7 @@ class MetricsFile:
         """Open for appending after the first `size` bytes; what follows them is cut off."""
         self._path = path
         try:
-            self._file = path.open("r+b" if size else "wb")
+            self._file = path.open("r+b" if size else "wb", buffering=0)
             self._file.truncate(size)
             self._file.seek(size)
         except OSError as error:
@@ -35,16 +35,18 @@ class MetricsFile:
         return self._file.tell()
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one object and flush it."""
+        """Append one object."""
         try:
             self._file.write(json.dumps({"event": event, **values}).encode() + b"\n")
-            self._file.flush()
         except OSError as error:
             raise UserError(f"{self._path}: cannot write: {error.strerror}") from error
 
     def sync(self) -> int:
         """Force the lines to disk and return `size`."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write: {error.strerror}") from error
         return self.size
 
     def close(self) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fedflame.commands.run import Workbench, assemble, saved_config
+from fedflame.base_model import model_config_path
+from fedflame.commands.run import Workbench, assemble, saved_config, saved_dtype
 from fedflame.commands.tables import score_table
 from fedflame.config import RunConfig, parse_tiers, with_overrides
 from fedflame.errors import UserError
 from fedflame.evaluation import Scores, evaluate, total
-from fedflame.export import load_adapter, load_rescalers, read_settings
+from fedflame.export import load_adapter, load_rescalers, read_settings, rescaler_tiers
+from fedflame.model_shape import read_model_shape
 from fedflame.server.checkpoint import read_checkpoint
 from fedflame.strategies.base import ServerState
 
@@ -34,11 +36,12 @@ def print_scores(
     Raises:
         UserError: a source that is none of these, or a k that the model does not have.
     """
-    config = _source_config(source, overrides)
-    bench = assemble(config, Console(quiet=True))
+    wanted = _wanted(active_experts)
+    config = _source_config(source, wanted, overrides)
+    bench = assemble(config, Console(quiet=True), saved_dtype(Path(source)) if _is_run(source) else None)
     state = _source_state(source, bench)
     scores: dict[int, dict[str, Any]] = {}
-    for k in _wanted(active_experts) or bench.tiers:
+    for k in wanted or config.evaluated_experts():
         rescaler = state.rescalers.get(k, torch.ones(len(bench.adapted.layers)))
         by_category = evaluate(bench.adapted, bench.held_out, state.adapter, k, rescaler, generate=True)
         scores[k] = {"all": _plain(total(by_category))}
@@ -64,14 +67,20 @@ def _is_run(source: str) -> bool:
     return (Path(source) / "metrics.jsonl").is_file()
 
 
-def _source_config(source: str, overrides: list[str]) -> RunConfig:
+def _source_config(source: str, wanted: list[int], overrides: list[str]) -> RunConfig:
+    """The run's configuration, or the defaults with the source's model, adapter and tiers."""
     if _is_run(source):
         return with_overrides(saved_config(Path(source)), overrides)
-    if not _is_adapter(source):
-        return with_overrides(RunConfig(), [f"model.model_name_or_path={source}", *overrides])
-    settings = read_settings(Path(source))
-    described = RunConfig(adapter=settings.adapter)
-    return with_overrides(described, [f"model.model_name_or_path={settings.base_model}", *overrides])
+    name, adapter, tiers = source, RunConfig().adapter, wanted
+    if _is_adapter(source):
+        settings = read_settings(Path(source))
+        name, adapter = settings.base_model, settings.adapter
+        tiers = wanted or rescaler_tiers(Path(source))
+    shape = read_model_shape(model_config_path(name))
+    tiers = tiers or [shape.num_experts_per_tok]
+    given = [f"model.model_name_or_path={name}", f"clients.num_clients={len(tiers)}"]
+    given.append(f"clients.active_experts={','.join(map(str, tiers))}")
+    return with_overrides(RunConfig(adapter=adapter), [*given, *overrides])
 
 
 def _source_state(source: str, bench: Workbench) -> ServerState:

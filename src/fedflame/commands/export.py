@@ -32,7 +32,7 @@ def export_run(run: Path, to: Path, merged: bool, active_experts: int | None, ov
     checkpoint = read_checkpoint(run)
     path = model_config_path(config.model.model_name_or_path)
     if merged:
-        k = active_experts or read_model_shape(path).num_experts_per_tok
+        k = read_model_shape(path).num_experts_per_tok if active_experts is None else active_experts
         merge(checkpoint.state, config, k, to, checkpoint.round, overwrite)
         return to
     with torch.device("meta"):

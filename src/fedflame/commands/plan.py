@@ -6,13 +6,12 @@ import json
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoTokenizer
 
-from fedflame.base_model import faster_dtype, model_config_path
+from fedflame.base_model import faster_dtype, has_tokenizer, load_tokenizer, model_config_path
 from fedflame.budgets import ModelShape, read_model_shape
 from fedflame.commands.tables import cost_table, partition_table
 from fedflame.config import RunConfig
-from fedflame.cost import RunCost, has_tokenizer, run_cost
+from fedflame.cost import RunCost, run_cost
 from fedflame.data.federation import describe, encode_federation, load_federation
 
 
@@ -35,13 +34,14 @@ def print_plan(config: RunConfig, sequence_length: int | None, as_json: bool, co
     length, share, truncated = sequence_length or config.data.max_length, 1.0, 0
     folder = path if path.is_dir() else path.parent
     if sequence_length is None and has_tokenizer(folder):
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        encoded = encode_federation(federation, tokenizer, config.data.max_length)
+        encoded = encode_federation(federation, load_tokenizer(folder), config.data.max_length)
         length, share, truncated = encoded.mean_length, encoded.labelled_share, encoded.truncated
     clients = describe(federation, config.tiers())
     cost = run_cost(config, shape, _dtype(config, shape), length, share)
     if as_json:
-        print(json.dumps({"clients": clients, **cost.to_json()}, indent=2))
+        rows = {"truncated_rows": truncated, "skipped_rows": len(federation.skipped)}
+        sampled = {"clients_per_round": config.clients_per_round()}
+        print(json.dumps({"clients": clients, **rows, **sampled, **cost.to_json()}, indent=2))
         return
     console.print(partition_table(clients, truncated))
     console.print(cost_table(cost))
@@ -55,8 +55,7 @@ def _dtype(config: RunConfig, shape: ModelShape) -> Any:
 
 
 def _adapter_line(config: RunConfig, cost: RunCost) -> str:
-    adapter, share = cost.adapter, config.server.fraction_train
-    clients = max(1, round(share * config.clients.num_clients))
+    adapter, clients = cost.adapter, config.clients_per_round()
     return (
         f"adapter: {adapter.total:,} parameters ({adapter.experts:,} on experts, {adapter.attention:,} on "
         f"attention); per round {clients} clients, {clients * adapter.bytes_down:,} bytes down, at most "

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -23,7 +24,7 @@ from fedflame.base_model import load_base_model, model_config_path
 from fedflame.budgets import ModelShape, read_model_shape, training_flops_per_token
 from fedflame.commands.tables import cost_table, partition_table, result_table
 from fedflame.config import RunConfig
-from fedflame.cost import RunCost, run_cost, target_modules
+from fedflame.cost import RunCost, run_cost
 from fedflame.data.batches import pad_token
 from fedflame.data.federation import (
     EncodedFederation,
@@ -34,7 +35,7 @@ from fedflame.data.federation import (
 )
 from fedflame.errors import UserError
 from fedflame.evaluation import HeldOut
-from fedflame.export import export_adapter
+from fedflame.export import NoPeftLayoutError, export_adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.report import write_report
 from fedflame.report.records import read_run
@@ -79,11 +80,6 @@ class Workbench:
         parts = zip(self.config.tiers(), self.federation.parts, strict=True)
         return [ClientProfile(client, k, len(part)) for client, (k, part) in enumerate(parts)]
 
-    @property
-    def tiers(self) -> list[int]:
-        """The distinct k of the clients, largest first."""
-        return sorted(set(self.config.tiers()), reverse=True)
-
 
 def execute(config: RunConfig, config_text: str, existing: Existing, console: Console) -> Path:
     """Run the configuration to its end and return the run folder.
@@ -100,23 +96,25 @@ def execute(config: RunConfig, config_text: str, existing: Existing, console: Co
     """
     run = Path(config.output_dir)
     _check_run_folder(run, config, existing)
-    bench = assemble(config, console, _dtype(run, config, existing))
+    bench = assemble(config, console, saved_dtype(run) if existing == "resume" else None)
     if existing == "overwrite" and run.exists():
-        shutil.rmtree(run)
+        _remove(run)
     checkpoint = _starting_point(run, bench)
     if checkpoint.round == 0 and checkpoint.metrics_bytes == 0:
         _write_run_files(run, bench, config_text)
-    steps = config.training.max_steps * max(
-        1, round(config.server.fraction_train * config.clients.num_clients)
-    )
+    steps = config.training.max_steps * config.clients_per_round()
     remaining = (config.server.num_server_rounds - checkpoint.round) * steps
     metrics = MetricsFile(run / "metrics.jsonl", checkpoint.metrics_bytes)
     try:
         with reporter(console, remaining) as progress:
             checkpoint = run_rounds(_server(bench, run, metrics, progress), checkpoint)
+    except KeyboardInterrupt as error:
+        hint = f"the same command with --resume goes on after round {_rounds_kept(run)}"
+        raise KeyboardInterrupt(hint) from error
     finally:
         metrics.close()
-        write_report(run)
+        with suppress(UserError):  # a full disk has been reported already
+            write_report(run)
     _export(run, bench, checkpoint, console)
     console.print(result_table(read_run(run)))
     return run
@@ -136,12 +134,15 @@ def assemble(config: RunConfig, console: Console, dtype: str | None = None) -> W
     federation = load_federation(config)
     _say_skipped(federation, console)
     model, tokenizer = load_base_model(config.model.model_name_or_path, dtype or config.model.dtype)
-    adapted = AdaptedModel(model, config.adapter.r, config.adapter.lora_alpha, target_modules(config))
+    _require_context(config, model.config)
+    adapted = AdaptedModel(
+        model, config.adapter.r, config.adapter.lora_alpha, config.adapter.attention_modules()
+    )
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
+    strategy = build_strategy(config.strategy, config.tiers(), adapted.num_experts_per_tok)
     encoded = encode_federation(federation, tokenizer, config.data.max_length)
     base_dtype: Any = str(model.dtype).removeprefix("torch.")
     cost = run_cost(config, shape, base_dtype, encoded.mean_length, encoded.labelled_share)
-    strategy = build_strategy(config.strategy, config.tiers(), adapted.num_experts_per_tok)
     bench = Workbench(config, adapted, tokenizer, shape, federation, encoded, strategy, cost)
     console.print(
         f"model {config.model.model_name_or_path} in {base_dtype}, {torch.get_num_threads()} threads"
@@ -149,6 +150,20 @@ def assemble(config: RunConfig, console: Console, dtype: str | None = None) -> W
     console.print(partition_table(describe(federation, config.tiers()), encoded.truncated))
     console.print(cost_table(cost))
     return bench
+
+
+def _require_context(config: RunConfig, model_config: Any) -> None:
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and config.data.max_length > context:
+        raise UserError(
+            f"data.max_length = {config.data.max_length}: the model's context is {context} tokens "
+            "(max_position_embeddings)"
+        )
+    if config.evaluation.max_new_tokens >= config.data.max_length:
+        raise UserError(
+            f"evaluation.max_new_tokens = {config.evaluation.max_new_tokens}: must be below "
+            f"data.max_length = {config.data.max_length}, which prompt and answer share"
+        )
 
 
 def _export(run: Path, bench: Workbench, checkpoint: Checkpoint, console: Console) -> None:
@@ -162,7 +177,7 @@ def _export(run: Path, bench: Workbench, checkpoint: Checkpoint, console: Consol
             checkpoint.round,
             overwrite=True,
         )
-    except UserError as error:
+    except NoPeftLayoutError as error:
         console.print(f"no adapter folder: {error}", markup=False, soft_wrap=True)
 
 
@@ -170,7 +185,7 @@ def _check_run_folder(run: Path, config: RunConfig, existing: Existing) -> None:
     """Refuse a folder that must not be touched, and a resumption with another configuration."""
     if existing == "resume":
         saved = saved_config(run)
-        if differing := _differing_keys(saved.model_dump(), config.model_dump()):
+        if differing := _differing_keys(saved.model_dump(), config.model_dump(exclude={"output_dir"})):
             raise UserError(
                 f"{run}: --resume needs the configuration it was started with; {differing[0]} differs "
                 f"(config.json in the run folder has it)"
@@ -189,17 +204,16 @@ def saved_config(run: Path) -> RunConfig:
         raise UserError(f"{run}: not a run folder (no config.json of a run); it is left as it is") from error
 
 
-def _dtype(run: Path, config: RunConfig, existing: Existing) -> str:
-    """The base's dtype: on resumption the one it began with, lest a new probe change the numbers."""
+def saved_dtype(run: Path) -> str | None:
+    """The base's dtype in a run folder: a new probe of the machine must not change the numbers."""
     path = run / "environment.json"
-    if existing == "resume" and path.exists():
-        return str(json.loads(path.read_text())["dtype"])
-    return config.model.dtype
+    return str(json.loads(path.read_text())["dtype"]) if path.exists() else None
 
 
 def _differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
     keys = []
-    for name, value in one.items():
+    for name in other:
+        value = one[name]
         if isinstance(value, dict):
             keys += _differing_keys(value, other[name], f"{prefix}{name}.")
         elif value != other[name]:
@@ -210,9 +224,36 @@ def _differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = ""
 def _starting_point(run: Path, bench: Workbench) -> Checkpoint:
     """The run's checkpoint, or round 0 where none was written yet."""
     if (run / CHECKPOINT_FILE).exists():
+        _require_same_data(run, bench)
         return read_checkpoint(run)
     adapter = bench.adapted.initial_adapter(bench.config.seed)
-    return Checkpoint(0, 0, bench.strategy.initialize(adapter, bench.tiers, len(bench.adapted.layers)))
+    return Checkpoint(
+        0, 0, bench.strategy.initialize(adapter, bench.config.evaluated_experts(), len(bench.adapted.layers))
+    )
+
+
+def _require_same_data(run: Path, bench: Workbench) -> None:
+    if json.loads((run / "partition.json").read_text()) != _partition(bench):
+        raise UserError(
+            f"{run}: --resume needs the data it was started with; {bench.config.data.dataset_name} now gives "
+            "another partition (partition.json in the run folder has it)"
+        )
+
+
+def _rounds_kept(run: Path) -> int:
+    return read_checkpoint(run).round if (run / CHECKPOINT_FILE).exists() else 0
+
+
+def _remove(run: Path) -> None:
+    """Delete a run folder; renamed first, so that a kill on the way does not leave half of one."""
+    aside = run.with_name(run.name + ".removed")
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        run.rename(aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise UserError(f"{run}: cannot be replaced: {error.strerror}") from error
 
 
 def _server(bench: Workbench, run: Path, metrics: MetricsFile, progress: Reporter) -> Server:
@@ -222,7 +263,7 @@ def _server(bench: Workbench, run: Path, metrics: MetricsFile, progress: Reporte
         run=run,
         strategy=bench.strategy,
         clients=bench.profiles,
-        tiers=bench.tiers,
+        tiers=bench.config.evaluated_experts(),
         training_flops=partial(_training_flops, bench),
         train_client=clients.train,
         adapted=bench.adapted,
@@ -234,7 +275,7 @@ def _server(bench: Workbench, run: Path, metrics: MetricsFile, progress: Reporte
 
 def _training_flops(bench: Workbench, k: int) -> float:
     config, cost = bench.config, bench.cost
-    targets = target_modules(config)
+    targets = config.adapter.attention_modules()
     return training_flops_per_token(
         bench.shape, k, config.adapter.r, targets, cost.sequence_length, cost.labelled_share
     ).total
@@ -247,11 +288,14 @@ def _write_run_files(run: Path, bench: Workbench, config_text: str) -> None:
     _write_json(run / "environment.json", _environment(bench))
     _write_json(run / "partition.json", _partition(bench))
     _write_json(run / "plan.json", bench.cost.to_json())
+    skipped = [{"where": row.where, "reason": row.reason} for row in bench.federation.skipped]
+    write_atomically(run / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped).encode())
 
 
 def _partition(bench: Workbench) -> dict[str, Any]:
     data, federation = bench.config.data, bench.federation
     return {
+        "data_digest": federation.digest,
         "partition": data.partition,
         "alpha": data.alpha if data.partition == "dirichlet" else None,
         "rows": len(federation.training),
@@ -284,4 +328,4 @@ def _say_skipped(federation: Federation, console: Console) -> None:
     for row in federation.skipped[:SKIPPED_ROWS_SHOWN]:
         console.print(f"skipped {row.where}: {row.reason}", markup=False, highlight=False)
     if federation.skipped:
-        console.print(f"{len(federation.skipped)} rows skipped, {len(federation.training)} rows to train on")
+        console.print(f"{len(federation.skipped)} rows skipped (all in skipped.jsonl of the run folder)")

@@ -61,16 +61,16 @@ def encode(row: Instruction, tokenizer: PreTrainedTokenizerBase, max_length: int
     total = len(prompt) + len(marker) + len(response)
     if total > max_length:
         room = max(max_length - len(prompt) - len(marker), max_length // 2)
-        response = response[:room]
+        response = response[: min(room, max_length - len(marker))]
         prompt = prompt[: max(0, max_length - len(marker) - len(response))]
     ids = prompt + marker + response
     return EncodedRow(ids, len(prompt) + len(marker), total > max_length)
 
 
 def encode_prompt(row: Instruction, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-    """The prompt with its marker, as generation starts from it, in at most `max_length` tokens."""
+    """The prompt with its marker, as generation starts from it; cut to `max_length`, the marker stays."""
     marker = _ids(tokenizer, RESPONSE_MARKER)
-    return _ids(tokenizer, format_prompt(row))[: max_length - len(marker)] + marker
+    return _ids(tokenizer, format_prompt(row))[: max(0, max_length - len(marker))] + marker
 
 
 def collate(rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:

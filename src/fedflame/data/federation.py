@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ from fedflame.data.partition import partition, partition_statistics
 from fedflame.errors import UserError
 from fedflame.seeds import derive_seed
 
-SKILLS_ROWS = 8000
+SKILLS_ROWS = 12000
 """Rows of generated skills where `data.max_rows` says nothing."""
 
 
@@ -31,7 +33,14 @@ class Federation:
     skipped: list[SkippedRow]
 
     @property
+    def digest(self) -> str:
+        """A hash of every row, training before held-out."""
+        rows = [astuple(row) for row in [*self.training, *self.held_out]]
+        return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+
+    @property
     def categories(self) -> list[str]:
+        """The labels of the training rows."""
         return sorted({row.category for row in self.training})
 
 
@@ -76,6 +85,7 @@ def load_federation(config: RunConfig) -> Federation:
         loaded = load_instructions(
             dataset_name=data.dataset_name,
             split=data.split,
+            dataset_config_name=data.dataset_config_name,
             instruction_field=data.instruction_field,
             context_field=data.context_field,
             response_field=data.response_field,

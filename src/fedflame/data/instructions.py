@@ -78,6 +78,7 @@ def load_instructions(
     *,
     dataset_name: str,
     split: str = "train",
+    dataset_config_name: str = "",
     instruction_field: str = "",
     context_field: str = "",
     response_field: str = "",
@@ -89,6 +90,7 @@ def load_instructions(
         dataset_name: a file if it ends in one of `SUFFIXES`, exists, or starts with `./`, `../`
             or `/`; otherwise a hub id.
         split: split of a hub data set.
+        dataset_config_name: configuration of a hub data set that has several; empty for its default.
         instruction_field: column of the instruction; empty to recognise `LAYOUTS`.
         context_field: likewise of the context, which a row may lack.
         response_field: likewise of the response.
@@ -103,7 +105,11 @@ def load_instructions(
         "response": response_field,
         "category": category_field,
     }
-    source = _open_file(dataset_name) if _is_file(dataset_name) else _open_hub(dataset_name, split)
+    source = (
+        _open_file(dataset_name)
+        if _is_file(dataset_name)
+        else _open_hub(dataset_name, dataset_config_name, split)
+    )
     columns = _resolve_columns(source, given)
     rows: list[Instruction] = []
     skipped: list[SkippedRow] = []
@@ -321,13 +327,13 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[_RawRow]:
                     yield f"{path}:row {number}", fields
 
 
-def _open_hub(name: str, split: str) -> _Source:
+def _open_hub(name: str, config_name: str, split: str) -> _Source:
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
     with _quiet():
         _ask_hub(name)
         try:
-            dataset = datasets.load_dataset(name, split=split)
+            dataset = datasets.load_dataset(name, config_name or None, split=split)
         except Exception as error:  # of datasets, fsspec, pyarrow or the HTTP library beneath
             raise UserError(
                 f"data.dataset_name = {name!r}, data.split = {split!r}: "

@@ -9,10 +9,21 @@ from __future__ import annotations
 from fedflame.export.merged_folder import merge
 from fedflame.export.peft_folder import (
     AdapterSettings,
+    NoPeftLayoutError,
     export_adapter,
     load_adapter,
     load_rescalers,
     read_settings,
+    rescaler_tiers,
 )
 
-__all__ = ["AdapterSettings", "export_adapter", "load_adapter", "load_rescalers", "merge", "read_settings"]
+__all__ = [
+    "AdapterSettings",
+    "NoPeftLayoutError",
+    "export_adapter",
+    "load_adapter",
+    "load_rescalers",
+    "merge",
+    "read_settings",
+    "rescaler_tiers",
+]

@@ -47,6 +47,10 @@ _UNSUPPORTED_LORA = (
 )
 
 
+class NoPeftLayoutError(UserError):
+    """PEFT cannot read an adapter of this model family; a merged checkpoint can be written."""
+
+
 @dataclass(frozen=True)
 class AdapterSettings:
     """What has to be known of an adapter folder before its model can be prepared."""
@@ -84,7 +88,7 @@ def export_adapter(
     layers = find_moe_layers(model)
     require_fit(state.adapter, model, layers, config.adapter.r)
     _require_per_expert_layout(model, state.adapter)
-    attention = [name.strip() for name in config.adapter.target_modules.split(",") if name.strip()]
+    attention = config.adapter.attention_modules()
     with new_folder(to, overwrite) as folder:
         _write_tensors(folder / WEIGHTS_FILE, _peft_tensors(state.adapter, layers, config.adapter.r))
         _write_tensors(folder / RESCALERS_FILE, ((f"k{k}", s) for k, s in state.rescalers.items()))
@@ -145,6 +149,14 @@ def load_adapter(path: Path, adapted: AdaptedModel) -> Adapter:
     return Adapter(experts, attention)
 
 
+def rescaler_tiers(path: Path) -> list[int]:
+    """The k that an exported adapter has rescalers for, largest first; none for an adapter of others."""
+    if not (path / RESCALERS_FILE).exists():
+        return []
+    names = (name.removeprefix("k") for name in _read_tensors(path / RESCALERS_FILE))
+    return sorted((int(k) for k in names if k.isdecimal()), reverse=True)
+
+
 def load_rescalers(path: Path, adapted: AdaptedModel) -> dict[int, Tensor]:
     """Tier k -> s [L] of an exported adapter.
 
@@ -189,10 +201,10 @@ def _require_per_expert_layout(model: PreTrainedModel, adapter: Adapter) -> None
     probe = LoraConfig(target_modules=list(EXPERT_PROJECTIONS))
     convert_peft_config_for_transformers(probe, model, conversions=None)
     if set(probe.target_parameters or ()) != {"gate_up_proj", "down_proj"}:
-        raise UserError(f"PEFT reads no per-expert adapter for {kind} models; use --merge")
+        raise NoPeftLayoutError(f"PEFT reads no per-expert adapter for {kind} models; use --merge")
     for name in adapter.attention:
         if name.split(".")[-2] in EXPERT_PROJECTIONS:
-            raise UserError(f"PEFT reads no adapter with {name} beside the experts' own; use --merge")
+            raise NoPeftLayoutError(f"PEFT reads no adapter with {name} beside the experts' own; use --merge")
 
 
 def _require_same_scaling(path: Path, settings: AdapterConfig, adapted: AdaptedModel) -> None:

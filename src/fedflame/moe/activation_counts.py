@@ -38,6 +38,10 @@ class ActivationCounts:
         experts = top_k_index[self._token_mask].reshape(-1)
         self._step[layer] = torch.bincount(experts, minlength=self._step.shape[1]).cpu()
 
+    def abandon_step(self) -> None:
+        """Close the step without counting it."""
+        self._token_mask = None
+
     def end_step(self) -> Tensor:
         """Close the step, add it to `total`, and return which experts saw a token, bool [L,E]."""
         self._token_mask = None

@@ -11,22 +11,23 @@ from fedflame.moe.families import MoELayer
 
 @contextmanager
 def active_experts(layers: Sequence[MoELayer], k: int) -> Iterator[None]:
-    """Within the block every router picks k experts per token; then it picks K again.
+    """Within the block every router picks k experts per token; then it picks as many as before.
 
     The router copied K from the config when it was built, so editing the config would do nothing.
 
     Raises:
         UserError: k is not between 1 and the model's K.
     """
-    trained = min(layer.num_experts_per_tok for layer in layers)
-    if not 1 <= k <= trained:
+    full_k = min(layer.num_experts_per_tok for layer in layers)
+    if not 1 <= k <= full_k:
         raise UserError(
-            f"active_experts {k}: must be between 1 and {trained} (the model's num_experts_per_tok)"
+            f"active_experts {k}: must be between 1 and {full_k} (the model's num_experts_per_tok)"
         )
+    before = [layer.router.top_k for layer in layers]
     for layer in layers:
         layer.router.top_k = k  # type: ignore[assignment]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.router.top_k = layer.num_experts_per_tok  # type: ignore[assignment]
+        for layer, top_k in zip(layers, before, strict=True):
+            layer.router.top_k = top_k

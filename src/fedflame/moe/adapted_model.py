@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -71,12 +71,14 @@ class AdaptedModel:
         return Adapter(experts, attention)
 
     def load(self, adapter: Adapter, rescaler_values: Tensor) -> None:
-        """Overwrite banks, attention LoRA and s [L] with the given values."""
+        """Overwrite banks, attention LoRA and s [L] with the given values.
+
+        Raises:
+            UserError: the values are not those of this model, rank and target modules.
+        """
         with torch.no_grad():
-            for name, parameter in self._expert_parameters().items():
-                parameter.copy_(adapter.experts[name])
-            for name, parameter in self.attention.items():
-                parameter.copy_(adapter.attention[name])
+            _overwrite(self._expert_parameters(), adapter.experts)
+            _overwrite(self.attention, adapter.attention)
             for lora, value in zip(self.loras, rescaler_values, strict=True):
                 lora.s.copy_(value)
 
@@ -101,6 +103,16 @@ class AdaptedModel:
         return {f"{lora.index}.{name}": bank for lora in self.loras for name, bank in lora.banks().items()}
 
 
+def _overwrite(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name in sorted(parameters.keys() | values.keys()):
+        wanted, got = (tuple(kind[name].shape) if name in kind else None for kind in (parameters, values))
+        if wanted != got:
+            raise UserError(
+                f"adapter value {name}: the adapter has {got or 'none'}, the model needs {wanted or 'none'}"
+            )
+        parameters[name].copy_(values[name])
+
+
 def _inject_attention_lora(
     model: PreTrainedModel, r: int, lora_alpha: float, target_modules: list[str]
 ) -> dict[str, nn.Parameter]:
@@ -108,7 +120,8 @@ def _inject_attention_lora(
         return {}
     config = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules)  # type: ignore[arg-type]
     try:
-        inject_adapter_in_model(config, model)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws values that `load` overwrites
+            inject_adapter_in_model(config, model)
     except ValueError as error:
         wanted = ",".join(target_modules)
         raise UserError(

@@ -8,6 +8,9 @@ from torch import nn
 
 from fedflame.errors import UserError
 
+FIXED_ROUTERS = ("PhimoeTopKRouter", "DeepseekV4HashRouter")
+"""Routers that have a `top_k` and pick as many experts as ever when it is changed."""
+
 
 @dataclass(frozen=True)
 class MoELayer:
@@ -41,6 +44,8 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         routers = [child for child in block.children() if hasattr(child, "top_k")]
         if len(routers) != 1:
             raise UserError(f"{type(block).__name__}: {len(routers)} routers with a top_k; 1 is needed")
+        if type(routers[0]).__name__ in FIXED_ROUTERS:
+            raise UserError(f"{type(routers[0]).__name__} does not obey its top_k: not supported")
         layers.append(_describe(name, routers[0], experts))
     if not layers:
         kind = type(model).__name__
@@ -80,6 +85,7 @@ def _refuse_unsupported(kind: str, experts: nn.Module) -> None:
 
 def _refuse_scaled_logits(model: nn.Module) -> None:
     # The loss applies the output embedding itself, at labelled positions only.
-    for key in ("logits_scaling", "final_logit_softcapping"):
-        if getattr(model.config, key, None) not in (None, 1, 1.0):
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
             raise UserError(f"{type(model).__name__} changes its logits by {key}: not supported")

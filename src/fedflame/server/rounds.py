@@ -88,10 +88,9 @@ def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def sample_clients(
-    clients: Sequence[ClientProfile], fraction: float, seed: int, round_number: int
+    clients: Sequence[ClientProfile], count: int, seed: int, round_number: int
 ) -> list[ClientProfile]:
-    """A seeded sample of at least one client, in client order."""
-    count = max(1, round(fraction * len(clients)))
+    """A seeded sample of `count` clients, in client order."""
     chosen = random.Random(derive_seed(seed, "sample", round_number)).sample(list(clients), count)
     return sorted(chosen, key=lambda profile: profile.client)
 
@@ -105,8 +104,8 @@ class _Updates:
 
     def __iter__(self) -> Iterator[ClientUpdate]:
         server = self._server
-        fraction, seed = server.config.server.fraction_train, server.config.seed
-        for profile in sample_clients(server.clients, fraction, seed, self._round):
+        count, seed = server.config.clients_per_round(), server.config.seed
+        for profile in sample_clients(server.clients, count, seed, self._round):
             update = self._train(profile)
             if update is not None:
                 self.usable += 1
@@ -123,6 +122,7 @@ class _Updates:
             up = encode_update(server.train_client(decode_plan(down), server.reporter))
             update = decode_update(up)
             validate_update(update, plan)
+            _validate_rows(update, profile)
         # Whatever goes wrong in a client, its round goes on without it.
         except Exception as error:
             reason = str(error) if isinstance(error, InvalidMessage) else f"{type(error).__name__}: {error}"
@@ -159,6 +159,14 @@ class _Updates:
         server.reporter.message(
             f"round {update.round}: client {update.client} (k={k}) loss {update.loss:.3f}, "
             f"{update.tokens:,} tokens, {update.tokens / seconds:,.0f} tokens/s"
+        )
+
+
+def _validate_rows(update: ClientUpdate, profile: ClientProfile) -> None:
+    # |D| is a weight of the mean: a client must not choose its own.
+    if update.num_examples != profile.num_examples:
+        raise InvalidMessage(
+            f"update claims {update.num_examples} rows; the client has {profile.num_examples}"
         )
 
 

@@ -26,7 +26,7 @@ def build_strategy(config: StrategyConfig, tiers: Iterable[int], num_experts_per
     """
     if config.name == "flame":
         return Flame(num_experts_per_tok, config.temperature, config.rescaler)
-    k = min(tiers) if config.active_experts == "min" else int(config.active_experts)
+    k = config.trained_experts(list(tiers))[0]
     if k > num_experts_per_tok:
         raise UserError(
             f"strategy.active_experts {k}: must be 'min' or between 1 and {num_experts_per_tok} "
