@@ -162,10 +162,10 @@ FedAvg with every client at k = 8, which an unequal federation cannot afford. Th
 model `olmoe-tiny`; Dolly was not in its pre-training. The paper used OLMoE-1B-7B: nothing here
 says what would come out there.
 
-8 clients, k = 8, 8, 4, 4, 2, 2, 1, 1, Dirichlet(0.5) over category, a seeded sample of 6,000 rows of at
-most 192 tokens (longer ones truncated), 6 rounds of 15 steps of 8 rows, AdamW 3e-3, LoRA r = 8 on
+8 clients, k = 8, 8, 4, 4, 2, 2, 1, 1, Dirichlet(0.5) over category, a seeded sample of 4,000 rows of at
+most 160 tokens (longer ones truncated), 5 rounds of 12 steps of 8 rows, AdamW 3e-3, LoRA r = 8 on
 every expert and on q, k, v, o. Seeds 0, 1, 2 change sample, partition, adapter and batches, and are
-the same for all methods. {rows} held-out rows, 25 per category. The learning rate was not tuned per method.
+the same for all methods. {rows} held-out rows, 20 per category. The learning rate was not tuned per method.
 
     python benchmarks/dolly-tiers/run.py --data dolly-15k.jsonl.gz --work WORK_FOLDER
 
@@ -181,7 +181,7 @@ Differences, seed by seed (below zero: FLAME is better):
 | --- | --- | --- | --- | --- |
 {paired}
 
-## ROUGE-L of greedy answers of at most 32 tokens
+## ROUGE-L of greedy answers of at most 24 tokens
 
 {rouge}
 

@@ -82,13 +82,13 @@ class ClientsConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     """Of AdamW, constant."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of AdamW, on experts that saw a token."""
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows per optimizer step."""
-    max_steps: Annotated[int, Field(ge=1)] = 25
+    max_steps: Annotated[int, Field(ge=1)] = 40
     """Optimizer steps per client and round."""
 
 
@@ -119,7 +119,7 @@ class StrategyConfig(_Section):
 
 
 class ServerConfig(_Section):
-    num_server_rounds: Annotated[int, Field(ge=1)] = 4
+    num_server_rounds: Annotated[int, Field(ge=1)] = 10
     """Federated rounds."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the clients sampled in each round."""
@@ -130,7 +130,7 @@ class ServerConfig(_Section):
 class EvaluationConfig(_Section):
     rows_per_category: Annotated[int, Field(ge=1)] = 20
     """Held-out rows per category."""
-    generate_every: Annotated[int, Field(ge=0)] = 1
+    generate_every: Annotated[int, Field(ge=0)] = 5
     """Rounds between scores by generation; 0 for before and after the run only."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 24
     """Tokens generated per row."""

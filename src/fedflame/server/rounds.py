@@ -90,8 +90,9 @@ def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
 def sample_clients(
     clients: Sequence[ClientProfile], count: int, seed: int, round_number: int
 ) -> list[ClientProfile]:
-    """A seeded sample of `count` clients, in client order."""
-    chosen = random.Random(derive_seed(seed, "sample", round_number)).sample(list(clients), count)
+    """A seeded sample of `count` clients, in client order, in whatever order they are given."""
+    ordered = sorted(clients, key=lambda profile: profile.client)
+    chosen = random.Random(derive_seed(seed, "sample", round_number)).sample(ordered, count)
     return sorted(chosen, key=lambda profile: profile.client)
 
 

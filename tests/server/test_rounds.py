@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from fedflame.server.rounds import sample_clients
+from fedflame.strategies.base import ClientProfile
+
+CLIENTS = [ClientProfile(client, 1 + client % 4, 10 + client) for client in range(9)]
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_a_sample_has_its_size_no_client_twice_and_client_order(count: int) -> None:
+    numbers = [profile.client for profile in sample_clients(CLIENTS, count, 3, 1)]
+    assert len(numbers) == count
+    assert numbers == sorted(set(numbers))
+
+
+def test_the_order_in_which_clients_are_listed_changes_nothing() -> None:
+    shuffled = list(CLIENTS)
+    random.Random(5).shuffle(shuffled)
+    assert shuffled != CLIENTS
+    for round_number in range(1, 6):
+        assert sample_clients(shuffled, 4, 3, round_number) == sample_clients(CLIENTS, 4, 3, round_number)
+
+
+def test_samples_differ_by_round_and_by_seed_and_reach_every_client() -> None:
+    rounds = [tuple(p.client for p in sample_clients(CLIENTS, 4, 3, number)) for number in range(1, 41)]
+    assert len(set(rounds)) > 20
+    assert rounds[:5] != [tuple(p.client for p in sample_clients(CLIENTS, 4, 4, n)) for n in range(1, 6)]
+    seen = Counter(client for sample in rounds for client in sample)
+    assert set(seen) == set(range(9))
+    # 40 rounds of 4 of 9: 17.8 on average, 5 standard deviations are 15.7.
+    assert max(seen.values()) < 34
