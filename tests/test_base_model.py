@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,10 @@ def test_the_faster_dtype_is_bfloat16_only_where_it_is_clearly_faster(
         monkeypatch.setattr("fedflame.base_model._expert_products", products)
         monkeypatch.setattr("fedflame.base_model.time.perf_counter", lambda: now)
 
-    shape = read_model_shape(tiny_folder)
+    narrow = read_model_shape(tiny_folder)
+    shape = replace(narrow, hidden_size=512, expert_size=256)
+    clock_with({torch.float32: 9.0, torch.bfloat16: 1.0})
+    assert faster_dtype(narrow) == torch.float32
     for bfloat16, expected in (
         (1.0, torch.bfloat16),
         (1.3, torch.bfloat16),

@@ -70,7 +70,7 @@ def scores_at(
 
 def answer_by_hand(model: OlmoeForCausalLM, row: Instruction) -> tuple[str, bool]:
     """Greedy, one full forward per token, one row at a time; and whether the end token ended it."""
-    prompt = encode_prompt(row, TOKENIZER, MAX_LENGTH)
+    prompt = encode_prompt(row, TOKENIZER, MAX_LENGTH - NEW_TOKENS)
     ids = list(prompt)
     while len(ids) < len(prompt) + NEW_TOKENS:
         with torch.no_grad():

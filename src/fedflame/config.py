@@ -7,6 +7,7 @@ scalars only, so a list is written out as a string (`"8,4,2,1"`).
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,7 +84,9 @@ class ClientsConfig(_Section):
 
 class TrainingConfig(_Section):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
-    """Of AdamW, constant."""
+    """Of AdamW in round 1, constant within a round."""
+    lr_scheduler_type: Literal["constant", "cosine"] = "cosine"
+    """How the learning rate goes on over the rounds; `cosine` falls towards zero after the last."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of AdamW, on experts that saw a token."""
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 16
@@ -164,6 +167,13 @@ class RunConfig(_Section):
     def evaluated_experts(self) -> list[int]:
         """Every k that a client affords or trains with, largest first."""
         return sorted({*self.tiers(), *self.trained_experts()}, reverse=True)
+
+    def learning_rate(self, round_number: int) -> float:
+        """Of one round, counted from 1."""
+        training, rounds = self.training, self.server.num_server_rounds
+        if training.lr_scheduler_type == "constant":
+            return training.learning_rate
+        return training.learning_rate * (1 + math.cos(math.pi * (round_number - 1) / rounds)) / 2
 
     def clients_per_round(self) -> int:
         """Clients sampled in each round."""

@@ -56,9 +56,12 @@ def test_broken_and_empty_rows_are_named_counted_and_skipped(tiny_folder: Path, 
     settings = (f"data.dataset_name={path}", "data.max_rows=0", "server.num_server_rounds=1")
     result = invoke(*arguments(tiny_folder, run, *settings))
     assert result.exit_code == 0, result.stderr
-    assert "rows.jsonl:1:" in result.stdout
-    assert "rows.jsonl:32:" in result.stdout
-    assert "2 rows skipped" in result.stdout
+    shown = result.stdout.replace("\n", "")
+    assert "rows.jsonl:1:" in shown
+    assert "rows.jsonl:32:" in shown
+    assert "2 rows skipped" in shown
+    skipped = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [Path(row["where"]).name for row in skipped] == ["rows.jsonl:1", "rows.jsonl:32"]
     partition = json.loads((run / "partition.json").read_text())
     assert partition["skipped_rows"] == 2
     assert partition["rows"] + partition["held_out_rows"] == 30
@@ -113,6 +116,21 @@ def test_active_experts_above_the_models(tiny_folder: Path, tmp_path: Path) -> N
 def test_fedavg_with_more_experts_than_the_models(tiny_folder: Path, tmp_path: Path) -> None:
     line = refuse(tiny_folder, tmp_path / "run", "strategy.name=fedavg", "strategy.active_experts=5")
     assert line.startswith("strategy.active_experts 5: must be 'min' or between 1 and 4")
+
+
+def test_more_tiers_than_clients(tiny_folder: Path, tmp_path: Path) -> None:
+    line = refuse(tiny_folder, tmp_path / "run", "clients.active_experts=4,4,2,1")
+    assert line.startswith("config: clients.active_experts has 4 entries for clients.num_clients = 3")
+
+
+def test_a_quorum_that_no_round_can_reach(tiny_folder: Path, tmp_path: Path) -> None:
+    line = refuse(tiny_folder, tmp_path / "run", "server.min_clients=3", "server.fraction_train=0.5")
+    assert line.startswith("config: server.min_clients = 3: server.fraction_train = 0.5 samples only 2 of 3")
+
+
+def test_rows_longer_than_the_models_context(tiny_folder: Path, tmp_path: Path) -> None:
+    line = refuse(tiny_folder, tmp_path / "run", "data.max_length=513")
+    assert line.startswith("data.max_length = 513: the model's context is 512 tokens")
 
 
 def test_rank_zero(tiny_folder: Path, tmp_path: Path) -> None:

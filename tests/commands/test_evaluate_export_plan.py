@@ -10,6 +10,8 @@ from tests.tiny_models import LAYERS, TOP_K
 from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, tiny_run
 from transformers import AutoModelForCausalLM
 
+from fedflame.data.federation import SKILLS_ROWS
+
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 
 
@@ -111,7 +113,7 @@ def test_plan_answers_for_a_model_that_is_only_a_config() -> None:
     # The slope is the paper's: (342.8 - 158.0) / 7 = 26.4 GFLOP per expert over 128 tokens.
     assert (gflop[8] - gflop[1]) / 7 == pytest.approx(26.4, abs=0.05)
     assert plan["adapter_parameters"] == 150_994_944 + 16 * 4 * 16 * (2048 + 2048)
-    assert sum(client["rows"] for client in plan["clients"]) == 8000
+    assert sum(client["rows"] for client in plan["clients"]) == SKILLS_ROWS
 
 
 def test_plan_loads_no_weights(tiny_folder: Path, tmp_path: Path) -> None:

@@ -184,6 +184,23 @@ def test_resume_refuses_another_configuration_and_names_the_key(finished: Path, 
         tiny_run(tiny_folder, finished, "training.learning_rate=0.5", existing="resume")
 
 
+def test_resume_refuses_other_data(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"instruction": f"say {n}", "response": str(n)}) for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = f"data.dataset_name={tmp_path / 'rows.jsonl'}"
+    tiny_run(tiny_folder, tmp_path / "run", data)
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows[:-1], rows[-1].replace("say", "tell")]))
+    with pytest.raises(UserError, match="--resume needs the data it was started with"):
+        tiny_run(tiny_folder, tmp_path / "run", data, existing="resume")
+
+
+def test_a_run_folder_may_be_moved_and_resumed(tiny_folder: Path, tmp_path: Path) -> None:
+    tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    tiny_run(tiny_folder, tmp_path / "moved", "server.num_server_rounds=1", existing="resume")
+    assert read_checkpoint(tmp_path / "moved").round == 1
+
+
 def test_resume_without_a_run_says_so(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run folder"):
         tiny_run(tiny_folder, tmp_path / "nothing", existing="resume")

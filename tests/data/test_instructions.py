@@ -278,15 +278,16 @@ def hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hub_answers")
 def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, str | None, str]] = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
         return datasets.Dataset.from_list([DOLLY, DOLLY | {"response": None}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     loaded = load_instructions(dataset_name="owner/name", split="test")
-    assert asked == [("owner/name", "test")]
+    load_instructions(dataset_name="owner/name", dataset_config_name="main", split="test")
+    assert asked == [("owner/name", None, "test"), ("owner/name", "main", "test")]
     assert loaded.rows == [DOLLY_ROW]
     assert loaded.skipped == [SkippedRow("owner/name[test]:row 2", "'response' is missing")]
 
@@ -294,7 +295,7 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("hub_answers")
 @pytest.mark.parametrize("kind", [ConnectionError, ValueError, datasets.exceptions.DatasetGenerationError])
 def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
-    def load_dataset(name: str, split: str) -> None:
+    def load_dataset(name: str, config: str | None, split: str) -> None:
         raise kind("Couldn't reach it\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

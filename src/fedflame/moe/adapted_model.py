@@ -16,7 +16,7 @@ from fedflame.messages import Adapter
 from fedflame.moe.activation_counts import ActivationCounts
 from fedflame.moe.active_experts import active_experts
 from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION, ExpertLoRA, initial_banks
-from fedflame.moe.families import find_moe_layers
+from fedflame.moe.families import find_moe_layers, require_aligned
 from fedflame.seeds import generator
 
 
@@ -38,6 +38,7 @@ class AdaptedModel:
     ) -> None:
         self.model = model.requires_grad_(False)
         self.layers = find_moe_layers(model)
+        require_aligned(self.layers)
         # First, because PEFT freezes every parameter that is not its own.
         self.attention = _inject_attention_lora(model, r, lora_alpha, list(target_modules))
         self.r = r

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -59,12 +60,6 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
 def _describe(name: str, router: nn.Module, experts: nn.Module) -> MoELayer:
     down = experts.get_parameter("down_proj")
     num_experts, hidden_size, expert_width = down.shape
-    if any(size * down.dtype.itemsize % 16 for size in (hidden_size, expert_width)):
-        raise UserError(
-            f"{type(experts).__name__} of hidden size {hidden_size} and width {expert_width}: rows in "
-            f"{str(down.dtype).removeprefix('torch.')} are no multiple of 16 bytes, as grouped_mm needs; "
-            "try model.dtype=float32"
-        )
     top_k = int(router.top_k)  # type: ignore[arg-type]
     return MoELayer(name, router, experts, num_experts, top_k, hidden_size, expert_width)
 
@@ -81,6 +76,18 @@ def _refuse_unsupported(kind: str, experts: nn.Module) -> None:
     found = [reason for reason, present in deviations.items() if present]
     if found:
         raise UserError(f"{kind} has {', '.join(found)}: not supported")
+
+
+def require_aligned(layers: Sequence[MoELayer]) -> None:
+    """Raises UserError where rows of the expert weights are no multiple of 16 bytes, as grouped_mm needs."""
+    for layer in layers:
+        dtype = layer.experts.get_parameter("down_proj").dtype
+        if any(size * dtype.itemsize % 16 for size in (layer.hidden_size, layer.expert_width)):
+            kind, name = type(layer.experts).__name__, str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{kind} of hidden size {layer.hidden_size} and width {layer.expert_width}: rows in {name} are "
+                "no multiple of 16 bytes, as grouped_mm needs; try model.dtype=float32"
+            )
 
 
 def _refuse_scaled_logits(model: nn.Module) -> None:

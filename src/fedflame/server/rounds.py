@@ -182,7 +182,7 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         rescaler=instructions.rescaler,
         rescaler_values=instructions.rescaler_values,
         adapter=instructions.adapter,
-        learning_rate=training.learning_rate,
+        learning_rate=server.config.learning_rate(round_number),
         weight_decay=training.weight_decay,
         batch_size=training.per_device_train_batch_size,
         max_steps=training.max_steps,
