@@ -15,7 +15,7 @@ run: $(READY) ## Fine-tune the embedded model on unequal simulated clients, and 
 	$(BIN)/fedflame run --overwrite
 
 test: $(READY) ## Run the tests (PYTEST_FLAGS="-k name" picks some)
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto $(PYTEST_FLAGS)
 
 lint: $(READY) ## Check style and format
 	$(BIN)/ruff check

@@ -163,9 +163,10 @@ model `olmoe-tiny`; Dolly was not in its pre-training. The paper used OLMoE-1B-7
 says what would come out there.
 
 8 clients, k = 8, 8, 4, 4, 2, 2, 1, 1, Dirichlet(0.5) over category, a seeded sample of 4,000 rows of at
-most 160 tokens (longer ones truncated), 5 rounds of 12 steps of 8 rows, AdamW 3e-3, LoRA r = 8 on
-every expert and on q, k, v, o. Seeds 0, 1, 2 change sample, partition, adapter and batches, and are
-the same for all methods. {rows} held-out rows, 20 per category. The learning rate was not tuned per method.
+most 160 tokens (longer ones truncated), 5 rounds of 12 steps of 8 rows, AdamW at 3e-3 falling by a
+cosine over the rounds, LoRA r = 8 on every expert and on q, k, v, o. Seeds 0, 1, 2 change sample,
+partition, adapter and batches, and are the same for all methods. {rows} held-out rows, 20 per category.
+The learning rate was not tuned per method.
 
     python benchmarks/dolly-tiers/run.py --data dolly-15k.jsonl.gz --work WORK_FOLDER
 

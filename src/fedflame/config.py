@@ -65,7 +65,7 @@ class DataConfig(_Section):
     """Tokens per row, prompt and response; longer rows are truncated and counted."""
     partition: Literal["iid", "dirichlet", "by_label"] = "dirichlet"
     """How rows are split over the clients."""
-    alpha: Annotated[float, Field(gt=0)] = 0.5
+    alpha: Annotated[float, Field(gt=0)] = 5.0
     """Concentration of the Dirichlet partition; smaller is more skewed."""
 
 
@@ -89,9 +89,9 @@ class TrainingConfig(_Section):
     """How the learning rate goes on over the rounds; `cosine` falls towards zero after the last."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of AdamW, on experts that saw a token."""
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 16
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
     """Rows per optimizer step."""
-    max_steps: Annotated[int, Field(ge=1)] = 40
+    max_steps: Annotated[int, Field(ge=1)] = 80
     """Optimizer steps per client and round."""
 
 
@@ -122,7 +122,7 @@ class StrategyConfig(_Section):
 
 
 class ServerConfig(_Section):
-    num_server_rounds: Annotated[int, Field(ge=1)] = 10
+    num_server_rounds: Annotated[int, Field(ge=1)] = 9
     """Federated rounds."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the clients sampled in each round."""
@@ -133,7 +133,7 @@ class ServerConfig(_Section):
 class EvaluationConfig(_Section):
     rows_per_category: Annotated[int, Field(ge=1)] = 20
     """Held-out rows per category."""
-    generate_every: Annotated[int, Field(ge=0)] = 5
+    generate_every: Annotated[int, Field(ge=0)] = 3
     """Rounds between scores by generation; 0 for before and after the run only."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 24
     """Tokens generated per row."""

@@ -85,8 +85,8 @@ def require_aligned(layers: Sequence[MoELayer]) -> None:
         if any(size * dtype.itemsize % 16 for size in (layer.hidden_size, layer.expert_width)):
             kind, name = type(layer.experts).__name__, str(dtype).removeprefix("torch.")
             raise UserError(
-                f"{kind} of hidden size {layer.hidden_size} and width {layer.expert_width}: rows in {name} are "
-                "no multiple of 16 bytes, as grouped_mm needs; try model.dtype=float32"
+                f"{kind} of hidden size {layer.hidden_size} and width {layer.expert_width}: rows in {name} "
+                "are no multiple of 16 bytes, as grouped_mm needs; try model.dtype=float32"
             )
 
 
