@@ -98,8 +98,9 @@ class TrainingConfig(_Section):
 class StrategyConfig(_Section):
     name: Literal["flame", "fedavg"] = "flame"
     """`flame`, or `fedavg`: every client runs the same number of experts."""
-    temperature: Annotated[float, Field(ge=0, le=8)] = 2.0
-    """FLAME: exponent t on the activation frequency; 0 gives FedAvg weights. Above 8 the weights of
+    temperature: Annotated[float, Field(ge=0, le=8)] = 1.0
+    """FLAME: exponent t on the activation frequency; 0 gives FedAvg weights, the paper finds 2 to 4
+    good. The larger t, the more the clients with large k decide. Above 8 the weights of
     rarely used experts would vanish in fp32."""
     rescaler: Literal["learned", "none", "static", "mass"] = "learned"
     """FLAME: how the routed output is rescaled on clients with k < K."""

@@ -33,7 +33,7 @@ class Flame:
 
     num_experts_per_tok: int
     """K of the model: at k = K the rescaler is 1 and fixed."""
-    temperature: float = 2.0
+    temperature: float = 1.0
     rescaler: Literal["learned", "none", "static", "mass"] = "learned"
     """`learned` (the paper's), `none` (s = 1), `static` (s = K/k) or `mass` (`moe.rescaler.mass_ratio`)."""
 
