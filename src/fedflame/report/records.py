@@ -185,7 +185,7 @@ def _read_events(path: Path) -> list[Event]:
         return []
     # What follows the last newline is a line that was still being written.
     lines = path.read_bytes().split(b"\n")[:-1]
-    # A resumed run may have logged part of a round twice: the later line counts.
+    # Of two events of one key the later counts; a resumed run cuts its file, so its own never repeat.
     latest: dict[tuple[object, ...], Event] = {}
     for number, line in enumerate(lines, start=1):
         try:
