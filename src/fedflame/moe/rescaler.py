@@ -15,5 +15,5 @@ def rescale(top_k_weights: Tensor, s: Tensor) -> Tensor:
 
 
 def mass_ratio(mass_at_full_k: Tensor, mass_at_k: Tensor) -> Tensor:
-    """[L] routing mass over the same tokens at K, divided by that at k: what partial activation leaves out."""
+    """[L] routing mass at K over that at k, of the same tokens: what partial activation leaves out."""
     return mass_at_full_k / mass_at_k
