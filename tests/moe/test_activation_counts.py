@@ -32,29 +32,34 @@ def hand_count(batch: Batch, k: int) -> list[list[int]]:
     return counts
 
 
-def test_only_tokens_that_are_not_padding_are_counted_once_per_expert() -> None:
-    counts = ActivationCounts(2, 4)
+def test_a_step_says_where_the_tokens_are_that_are_no_padding() -> None:
+    counts = ActivationCounts(1, 2)
+    assert counts.real_tokens is None
     counts.begin_step(torch.tensor([[1, 1, 0], [1, 0, 0]]))
-    counts.record(1, torch.tensor([[0, 3], [3, 1], [2, 2], [3, 0], [2, 0], [2, 1]]))
-    touched = counts.end_step()
-    assert counts.total.tolist() == [[0, 0, 0, 0], [2, 1, 0, 3]]
-    assert touched.tolist() == [[False] * 4, [True, True, False, True]]
+    assert counts.real_tokens is not None and counts.real_tokens.tolist() == [0, 1, 3]
+    counts.end_step()
+    assert counts.real_tokens is None
+    counts.begin_step(torch.ones(2, 3))
+    assert counts.real_tokens is None, "no padding: nothing to pick"
+    counts.begin_step(torch.tensor([[1, 0]]))
+    counts.abandon_step()
+    assert counts.real_tokens is None
 
 
 def test_a_second_record_of_a_layer_within_a_step_is_ignored() -> None:
     counts = ActivationCounts(1, 3)
     counts.begin_step(torch.ones(1, 2))
-    counts.record(0, torch.tensor([[1], [2]]))
-    counts.record(0, torch.tensor([[0], [0]]))
+    counts.record(0, torch.tensor([0, 1, 1]))
+    counts.record(0, torch.tensor([2, 0, 0]))
     counts.end_step()
     assert counts.total.tolist() == [[0, 1, 1]]
 
 
 def test_steps_add_up_and_touched_is_that_of_the_last_step() -> None:
     counts = ActivationCounts(1, 3)
-    for experts in ([[0], [1]], [[1], [1]]):
+    for per_expert in ([1, 1, 0], [0, 2, 0]):
         counts.begin_step(torch.ones(1, 2))
-        counts.record(0, torch.tensor(experts))
+        counts.record(0, torch.tensor(per_expert))
         touched = counts.end_step()
     assert counts.total.tolist() == [[1, 3, 0]]
     assert touched.tolist() == [[False, True, False]]
@@ -64,20 +69,23 @@ def test_steps_add_up_and_touched_is_that_of_the_last_step() -> None:
 
 def test_nothing_is_counted_outside_a_step() -> None:
     counts = ActivationCounts(1, 3)
-    counts.record(0, torch.tensor([[0]]))
+    counts.record(0, torch.tensor([1, 0, 0]))
     counts.begin_step(torch.ones(1, 1))
     counts.end_step()
-    counts.record(0, torch.tensor([[0], [1]]))  # of another size than the step's mask
+    counts.record(0, torch.tensor([1, 1, 0]))
+    counts.begin_step(torch.ones(1, 1))
+    counts.abandon_step()
+    counts.record(0, torch.tensor([1, 1, 0]))
     assert counts.total.tolist() == [[0, 0, 0]]
 
 
 def test_a_layer_that_did_not_run_in_a_step_adds_nothing() -> None:
     counts = ActivationCounts(2, 3)
     counts.begin_step(torch.ones(1, 1))
-    counts.record(0, torch.tensor([[2]]))
+    counts.record(0, torch.tensor([0, 0, 1]))
     counts.end_step()
     counts.begin_step(torch.ones(1, 1))
-    counts.record(1, torch.tensor([[1]]))
+    counts.record(1, torch.tensor([0, 1, 0]))
     assert counts.end_step().tolist() == [[False] * 3, [False, True, False]]
     assert counts.total.tolist() == [[0, 0, 1], [0, 1, 0]]
 

@@ -24,7 +24,7 @@ from tests.tiny_models import (
 from torch import Tensor, nn
 
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.moe.expert_lora import BANKS, RoutedRows, initial_banks
+from fedflame.moe.expert_lora import BANKS, initial_banks
 from fedflame.moe.families import find_moe_layers
 
 ROUTINGS = {
@@ -118,8 +118,13 @@ def test_every_rank_equals_the_plain_loop(r: int) -> None:
 def test_bfloat16_is_as_near_to_the_loop_as_its_precision_allows(r: int) -> None:
     experts = attached(r=r, dtype=torch.bfloat16, width=40)
     actual, expected = outputs_and_gradients(experts, ROUTINGS["k=3"], torch.bfloat16)
+    scalar = actual.pop("s") - expected.pop("s")
     for name, value in expected.items():
         assert_near(actual[name], value, 3e-2)
+    terms = expected["weights"] * leaves(experts, ROUTINGS["k=3"])["weights"].double()
+    assert scalar.abs() <= 3e-2 * terms.abs().sum(), (
+        "the terms of ds nearly cancel: their size is the measure"
+    )
 
 
 def test_banks_and_their_gradients_are_float32_in_a_bfloat16_model() -> None:
@@ -189,15 +194,6 @@ def test_adapted_logits_equal_those_of_a_model_with_the_products_merged_into_its
 
 def test_scaling_is_alpha_over_r() -> None:
     assert attached().fedflame.scaling == SCALING == 1.5
-
-
-def test_sorted_rows_are_grouped_by_expert_in_their_old_order() -> None:
-    flat = [3, 0, 3, 5, 0, 2, 3, 0]
-    rows = RoutedRows.sort(torch.tensor(flat).view(4, 2), EXPERTS)
-    expected = sorted(range(len(flat)), key=lambda row: (flat[row], row))
-    assert rows.order.tolist() == expected
-    assert rows.inverse.tolist() == [expected.index(row) for row in range(len(flat))]
-    assert rows.offsets.tolist() == [sum(expert <= e for expert in flat) for e in range(EXPERTS)]
 
 
 def test_initial_a_fills_the_peft_bounds_and_b_is_zero() -> None:

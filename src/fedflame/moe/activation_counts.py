@@ -18,7 +18,9 @@ class ActivationCounts:
         self.total = torch.zeros(num_layers, num_experts, dtype=torch.int64)
         self._step = torch.zeros_like(self.total)
         self._recorded: set[int] = set()
-        self._token_mask: Tensor | None = None
+        self._open = False
+        self.real_tokens: Tensor | None = None
+        """Within a step, where to find the tokens that are not padding; None if all are, or outside."""
 
     def reset(self) -> None:
         """Start a client's round at zero."""
@@ -26,24 +28,25 @@ class ActivationCounts:
 
     def begin_step(self, token_mask: Tensor) -> None:
         """Open a step; `token_mask` [batch, sequence] is true at tokens that are not padding."""
-        self._token_mask = token_mask.reshape(-1).bool()
+        mask = token_mask.reshape(-1).bool()
+        self._open = True
+        self.real_tokens = None if bool(mask.all()) else mask.nonzero().flatten()
         self._recorded.clear()
         self._step.zero_()
 
-    def record(self, layer: int, top_k_index: Tensor) -> None:
-        """Count `top_k_index` [N,k] for one layer, if a step is open."""
-        if self._token_mask is None or layer in self._recorded:
+    def record(self, layer: int, per_expert: Tensor) -> None:
+        """Take one layer's real tokens `per_expert` [E], if a step is open."""
+        if not self._open or layer in self._recorded:
             return
         self._recorded.add(layer)
-        experts = top_k_index[self._token_mask].reshape(-1)
-        self._step[layer] = torch.bincount(experts, minlength=self._step.shape[1]).cpu()
+        self._step[layer] = per_expert.cpu()
 
     def abandon_step(self) -> None:
         """Close the step without counting it."""
-        self._token_mask = None
+        self._open, self.real_tokens = False, None
 
     def end_step(self) -> Tensor:
         """Close the step, add it to `total`, and return which experts saw a token, bool [L,E]."""
-        self._token_mask = None
+        self._open, self.real_tokens = False, None
         self.total += self._step
         return self._step > 0

@@ -1,18 +1,38 @@
 """AdamW that leaves experts without tokens alone.
 
 Plain AdamW moves an expert that saw no token by weight decay and by stale momentum, and the server
-would then average noise. Here each expert's slice of a bank is a parameter of its own: without a
-gradient torch's AdamW skips it, moments, decay and step count included.
+would then average noise. Here each expert's slice of a bank has moments and a step count of its own,
+and only the slices of touched experts take part in a step. AdamW: Loshchilov and Hutter, Decoupled
+Weight Decay Regularization, arXiv 1711.05101.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from fedflame.moe.expert_lora import ExpertLoRA
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """A value that AdamW moves as one, and what it remembers of its gradients."""
+
+    value: Tensor
+    mean: Tensor
+    mean_square: Tensor
+    steps: Tensor
+
+    @classmethod
+    def at_start(cls, value: Tensor) -> _Moments:
+        return cls(value, torch.zeros_like(value), torch.zeros_like(value), torch.zeros(()))
 
 
 class ExpertAdamW:
@@ -26,23 +46,47 @@ class ExpertAdamW:
         weight_decay: float,
         unregularized: Iterable[nn.Parameter] = (),
     ) -> None:
-        self._banks = [(lora.index, bank) for lora in loras for bank in lora.banks().values()]
-        self._slices = [[nn.Parameter(expert) for expert in bank.data] for _, bank in self._banks]
-        self._shared, self._unregularized = list(shared), list(unregularized)
-        decayed = [piece for bank in self._slices for piece in bank] + self._shared
-        groups = [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": self._unregularized, "weight_decay": 0.0},
+        self._banks = [
+            (lora.index, bank, [_Moments.at_start(expert) for expert in bank.data])
+            for lora in loras
+            for bank in lora.banks().values()
         ]
-        groups = [group for group in groups if group["params"]]
-        self._adamw = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+        self._shared = [(parameter, _Moments.at_start(parameter.data)) for parameter in shared]
+        self._unregularized = [(parameter, _Moments.at_start(parameter.data)) for parameter in unregularized]
+        self._learning_rate, self._weight_decay = learning_rate, weight_decay
 
     def step(self, touched: Tensor) -> None:
         """One update from the gradients on the banks, for experts that `touched` [L,E] names."""
-        for (layer, bank), pieces in zip(self._banks, self._slices, strict=True):
-            assert bank.grad is not None, "backward reaches every bank"
-            for piece, gradient, active in zip(pieces, bank.grad, touched[layer].tolist(), strict=True):
-                piece.grad = gradient if active else None
-        self._adamw.step()
-        for parameter in [*(bank for _, bank in self._banks), *self._shared, *self._unregularized]:
-            parameter.grad = None
+        active = [layer.nonzero().flatten().tolist() for layer in touched]
+        moved = [(_take_gradient(parameter), moments) for parameter, moments in self._shared]
+        for layer, bank, moments in self._banks:
+            slices = _take_gradient(bank).unbind(0)
+            moved += [(slices[expert], moments[expert]) for expert in active[layer]]
+        self._update(moved, self._weight_decay)
+        self._update(
+            [(_take_gradient(parameter), moments) for parameter, moments in self._unregularized], 0.0
+        )
+
+    def _update(self, moved: Sequence[tuple[Tensor, _Moments]], weight_decay: float) -> None:
+        adamw(
+            [moments.value for _, moments in moved],
+            [gradient for gradient, _ in moved],
+            [moments.mean for _, moments in moved],
+            [moments.mean_square for _, moments in moved],
+            [],
+            [moments.steps for _, moments in moved],
+            fused=True,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=self._learning_rate,
+            weight_decay=weight_decay,
+            eps=EPSILON,
+            maximize=False,
+        )
+
+
+def _take_gradient(parameter: nn.Parameter) -> Tensor:
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None, "backward reaches every parameter"
+    return gradient

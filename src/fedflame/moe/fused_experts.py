@@ -1,0 +1,117 @@
+"""Experts with LoRA as one autograd function: base and low-rank products on rows sorted by expert.
+
+Plain autograd would keep every intermediate of every layer until its backward. Here only the
+gate/up pre-activation and the two rank-R projections are kept; all else is computed again or never
+needed: the base is frozen, and the gradient of a routing weight comes from the expert's activation
+instead of its output. With y = w (W2 a + c B2 A2 a) and g = dy: dw = a . (W2' g + c A2' B2' g).
+
+Shapes: N tokens, k active experts, S = N*k routed rows, E experts, H hidden, I expert width, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm
+
+from fedflame.moe.routed_rows import Block, RoutedRows
+
+Gate = Callable[[Tensor], Tensor]
+"""The family's own activation: gate and up rows [S,2I] to [S,I], elementwise in the rows."""
+
+BLOCK_BYTES = 4 * 2**20
+"""Size of the largest temporary [rows,2I] of a block of experts: what stays in a core's cache."""
+
+
+class FusedExperts(torch.autograd.Function):
+    """`apply(x, weights, a1, b1, a2, b2, gate_up, down, scaling, gate, rows)` -> [N,H].
+
+    x [N,H]; routing weights [N,k]; banks A1 [E,2R,H], B1 [E,2I,2R] block-diagonal, A2 [E,R,I] and
+    B2 [E,H,R] in the dtype of x; frozen weights gate_up [E,2I,H] and down [E,H,I].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        a1: Tensor,
+        b1: Tensor,
+        a2: Tensor,
+        b2: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        scaling: float,
+        gate: Gate,
+        rows: RoutedRows,
+    ) -> Tensor:
+        row_weights = weights.reshape(-1)[rows.order].unsqueeze(1)
+        dtype = torch.promote_types(x.dtype, weights.dtype)
+        kept, outputs = [], torch.empty(len(rows.order), x.shape[1], dtype=dtype, device=x.device)
+        blocks = rows.blocks(BLOCK_BYTES // (gate_up.shape[1] * x.dtype.itemsize))
+        for block in blocks:
+            routed, e = x.index_select(0, rows.tokens[block.rows]), block.experts
+            low1 = _times_transposed(routed, a1[e], block).mul_(scaling)
+            inner = _times_transposed(routed, gate_up[e], block)
+            inner += _times_transposed(low1, b1[e], block)
+            activation = gate(inner)
+            low2 = _times_transposed(activation, a2[e], block).mul_(scaling)
+            output = _times_transposed(activation, down[e], block)
+            output += _times_transposed(low2, b2[e], block)
+            torch.mul(output, row_weights[block.rows], out=outputs[block.rows])
+            kept += [inner, low1, low2]
+        ctx.save_for_backward(x, weights, a1, b1, a2, b2, gate_up, down, *kept)
+        ctx.scaling, ctx.gate, ctx.rows, ctx.blocks = scaling, gate, rows, blocks
+        return rows.sum_per_token(outputs).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, a1, b1, a2, b2, gate_up, down, *kept = ctx.saved_tensors
+        rows, scaling, d_y = ctx.rows, ctx.scaling, d_y.contiguous()
+        row_weights = weights.reshape(-1)[rows.order].unsqueeze(1).to(x.dtype)
+        d_weights = torch.empty(len(rows.order), dtype=torch.float32, device=x.device)
+        d_rows = x.new_empty(len(rows.order), x.shape[1])
+        d_a1, d_b1, d_a2, d_b2 = (torch.empty_like(bank) for bank in (a1, b1, a2, b2))
+        for number, block in enumerate(ctx.blocks):
+            inner, low1, low2 = kept[3 * number : 3 * number + 3]
+            tokens, e = rows.tokens[block.rows], block.experts
+            w = row_weights[block.rows]
+            d_out = d_y.index_select(0, tokens)
+            with torch.enable_grad():
+                inner = inner.detach().requires_grad_()
+                activation = ctx.gate(inner)
+            d_low2 = _times(d_out, b2[e], block).mul_(scaling)
+            d_activation = _times(d_out, down[e], block).add_(_times(d_low2, a2[e], block))
+            d_weights[block.rows] = torch.linalg.vecdot(d_activation.float(), activation.detach().float())
+            d_a2[e] = _outer(d_low2.mul_(w), activation.detach(), block)
+            d_b2[e] = _outer(d_out, low2 * w, block)
+            (d_inner,) = torch.autograd.grad(activation, inner, d_activation.mul_(w))
+            d_low1 = _times(d_inner, b1[e], block).mul_(scaling)
+            d_b1[e] = _outer(d_inner, low1, block)
+            d_a1[e] = _outer(d_low1, x.index_select(0, tokens), block)
+            torch.add(
+                _times(d_inner, gate_up[e], block), _times(d_low1, a1[e], block), out=d_rows[block.rows]
+            )
+        d_x = rows.sum_per_token(d_rows)
+        d_weights = d_weights[rows.positions].to(weights.dtype)
+        return d_x, d_weights, d_a1, d_b1, d_a2, d_b2, None, None, None, None, None
+
+
+def _times(rows: Tensor, weights: Tensor, block: Block) -> Tensor:
+    """Rows [S,out], sorted by expert, times weights [E,out,in] of their expert: [S,in]."""
+    return grouped_mm(rows, weights, offs=block.offsets)
+
+
+def _times_transposed(rows: Tensor, weights: Tensor, block: Block) -> Tensor:
+    """Rows [S,in], sorted by expert, times weights [E,out,in] of their expert, transposed: [S,out]."""
+    return grouped_mm(rows, weights.mT, offs=block.offsets)
+
+
+def _outer(left: Tensor, right: Tensor, block: Block) -> Tensor:
+    """The sum of left' right over each expert's rows: [S,a] and [S,b] to [E,a,b]; zero without rows."""
+    return grouped_mm(left.mT, right, offs=block.offsets)

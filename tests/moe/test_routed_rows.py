@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedflame.moe.routed_rows import RoutedRows
+
+EXPERTS = 6
+
+
+def test_sorted_rows_are_grouped_by_expert_in_their_old_order() -> None:
+    flat = [3, 0, 3, 5, 0, 2, 3, 0]
+    rows = RoutedRows.sort(torch.tensor(flat).view(4, 2), EXPERTS)
+    expected = sorted(range(len(flat)), key=lambda row: (flat[row], row))
+    assert rows.order.tolist() == expected
+    assert rows.tokens.tolist() == [row // 2 for row in expected]
+    assert rows.positions.flatten().tolist() == [expected.index(row) for row in range(len(flat))]
+    assert rows.per_expert.tolist() == [flat.count(expert) for expert in range(EXPERTS)]
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> torch.Tensor:
+    """Routing choices [N,k]."""
+    k = draw(st.integers(1, 3))
+    row = st.lists(st.integers(0, EXPERTS - 1), min_size=k, max_size=k)
+    return torch.tensor(draw(st.lists(row, min_size=1, max_size=12)))
+
+
+@given(choices(), st.integers(0, 40))
+def test_blocks_are_the_rows_of_consecutive_experts_in_order(index: torch.Tensor, size: int) -> None:
+    rows = RoutedRows.sort(index, EXPERTS)
+    blocks = rows.blocks(size)
+    experts = [e for block in blocks for e in list(range(EXPERTS))[block.experts]]
+    assert experts == list(range(EXPERTS))
+    of_row = index.flatten()[rows.order].tolist()
+    seen = []
+    for block in blocks:
+        names, start = list(range(EXPERTS))[block.experts], 0
+        for expert, end in zip(names, block.offsets.tolist(), strict=True):
+            assert of_row[block.rows][start:end] == [expert] * (end - start)
+            start = end
+        assert start == len(of_row[block.rows])
+        seen += of_row[block.rows]
+        others = [of_row.count(expert) for expert in names[:-1]]
+        full = sum(others) >= max(size, 1)
+        assert not full or len(blocks) == 1, "a block ends with the expert that fills it"
+    assert seen == of_row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(index=choices())
+def test_the_sum_per_token_is_the_plain_sum_to_the_last_bit(dtype: torch.dtype, index: torch.Tensor) -> None:
+    rows = RoutedRows.sort(index, EXPERTS)
+    values = torch.randn(index.numel(), 5, generator=torch.Generator().manual_seed(3)).to(dtype)
+    expected = []
+    for token, chosen in enumerate(index.tolist()):
+        own = [int(rows.positions[token, slot]) for slot in range(len(chosen))]
+        assert [int(rows.tokens[row]) for row in own] == [token] * len(chosen)
+        expected.append(torch.stack([values[row] for row in own]).sum(0))
+    assert torch.equal(rows.sum_per_token(values), torch.stack(expected))
