@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 FORMAT_VERSION = 1
+
+RescalerMode = Literal["learned", "fixed", "mass"]
+"""How a client treats s: train it, keep it, or measure it on its rows and keep that."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,7 @@ class RoundPlan:
     client: int
     seed: int
     active_experts: int
-    rescaler: Literal["learned", "fixed", "mass"]
-    """`learned` trains s, `fixed` keeps it, `mass` measures it on the client's rows and keeps that."""
+    rescaler: RescalerMode
     rescaler_values: Tensor
     """[L] s per MoE layer at the start of the round."""
     adapter: Adapter
@@ -111,6 +113,9 @@ def decode_plan(buffer: bytes) -> RoundPlan:
     """The inverse of `encode_plan`, bit for bit. Raises InvalidMessage."""
     header, tensors = _decode("plan", buffer)
     plan: RoundPlan = _build(RoundPlan, header, tensors, adapter=Adapter.from_tensors(tensors))
+    modes = get_args(RescalerMode)
+    if plan.rescaler not in modes:
+        raise InvalidMessage(f"rescaler is {plan.rescaler!r}; {' or '.join(modes)} is needed")
     return plan
 
 

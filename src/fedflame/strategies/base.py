@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fedflame.messages import Adapter, ClientUpdate
-
-RescalerMode = Literal["learned", "fixed", "mass"]
-"""How a client treats s: train it, keep it, or measure it on its rows and keep that."""
+from fedflame.messages import Adapter, ClientUpdate, RescalerMode
 
 
 @dataclass(frozen=True)
