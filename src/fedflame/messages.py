@@ -209,11 +209,19 @@ def _encode(kind: str, message: RoundPlan | ClientUpdate, tensors: dict[str, Ten
     return save({name: value.contiguous() for name, value in tensors.items()}, metadata=header)
 
 
+def read_header(buffer: bytes) -> dict[str, Any]:
+    """The JSON object under `fedflame` in the metadata of a safetensors buffer.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: there is none.
+    """
+    size = int.from_bytes(buffer[:8], "little")
+    return dict(json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"]))
+
+
 def _decode(kind: str, buffer: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        tensors = load(buffer)
-        size = int.from_bytes(buffer[:8], "little")
-        header = dict(json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"]))
+        tensors, header = load(buffer), read_header(buffer)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidMessage(f"not a fedflame {kind}: {error}") from error
     if (header.get("kind"), header.get("version")) != (kind, FORMAT_VERSION):
