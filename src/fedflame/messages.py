@@ -75,7 +75,9 @@ class RoundPlan:
     learning_rate: float
     weight_decay: float
     batch_size: int
+    """Rows per optimizer step."""
     max_steps: int
+    """Optimizer steps."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class ClientUpdate:
     num_examples: int
     """Rows the client holds (|D|)."""
     steps: int
+    """Optimizer steps taken."""
     loss: float
     """Mean response loss over the round's steps, nats per token."""
 

@@ -33,6 +33,7 @@ class ClientProfile:
     active_experts: int
     """Experts per token that its machine affords (k_i)."""
     num_examples: int
+    """Rows it holds (|D|)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class TrainInstructions:
     adapter: Adapter
     rescaler: RescalerMode
     rescaler_values: Tensor
+    """[L] s per MoE layer at the start of the round."""
 
 
 class Strategy(Protocol):
