@@ -21,7 +21,6 @@ from fedflame.budgets import (
     Tier,
     adapter_parameters,
     base_parameters,
-    count_tiers,
     forward_flops_per_token,
     read_model_shape,
     tier_costs,
@@ -265,9 +264,7 @@ def test_adapter_of_olmoe_is_that_of_the_banks() -> None:
 
 def test_tier_costs() -> None:
     shape = read_model_shape(OLMOE)
-    tiers = count_tiers([8, 1, 2, 1, 8, 8])
-    assert tiers == [Tier(8, 3), Tier(2, 1), Tier(1, 2)]
-    costs = tier_costs(shape, tiers, 16, QKVO, 128)
+    costs = tier_costs(shape, [Tier(8, 3), Tier(2, 1), Tier(1, 2)], 16, QKVO, 128)
     assert [(c.active_experts, c.clients) for c in costs] == [(8, 3), (2, 1), (1, 2)]
     assert costs[0].relative_to_full == 1.0
     for cost in costs:

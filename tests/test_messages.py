@@ -335,6 +335,13 @@ def test_a_field_that_is_no_number_where_one_is_needed_is_refused() -> None:
                 decode_plan(forge(DECODERS["plan"][1], {name: value}))
 
 
+@pytest.mark.parametrize("rescaler", [None, ["learned"], "Learned", "", True, 3])
+def test_a_plan_with_a_rescaler_that_is_not_known_is_refused(rescaler: object) -> None:
+    with pytest.raises(InvalidMessage) as refusal:
+        decode_plan(forge(DECODERS["plan"][1], {"rescaler": rescaler}))
+    assert str(refusal.value) == f"rescaler is {rescaler!r}; learned or fixed or mass is needed"
+
+
 @pytest.mark.parametrize(
     "counts",
     [
@@ -370,20 +377,52 @@ def test_a_bank_that_does_not_fit_is_refused(name: str, rows: Tensor) -> None:
         decode_update(forge(encode_update(an_update(counts=counts)), **{name: rows}))
 
 
-def decode_and_validate(kind: str, buffer: bytes) -> None:
-    """What the server does with a reply; anything but success and InvalidMessage is a failure."""
+def canonical(buffer: bytes) -> bytes:
+    """The header in one order and the tensors whose names a message knows, by json and safetensors alone."""
+    known = ("experts.", "attention.", "rescaler_values", "counts")
+    tensors = {name: value for name, value in load(buffer).items() if name.startswith(known)}
+    header = header_of(buffer) | {"version": 1}  # `true` and 1.0 pass for it
+    return save(tensors, metadata={"fedflame": json.dumps(header, sort_keys=True)})
+
+
+def assert_usable(update: ClientUpdate, plan: RoundPlan) -> None:
+    """What aggregation relies on: the plan's shapes, finite values, counts and weights that make sense."""
+    values = update.delta.tensors() | {"rescaler_values": update.rescaler_values}
+    wanted = plan.adapter.tensors() | {"rescaler_values": plan.rescaler_values}
+    assert {name: value.shape for name, value in values.items()} == {
+        name: value.shape for name, value in wanted.items()
+    }
+    numbers = [number for value in values.values() for number in value.flatten().tolist()]
+    assert all(math.isfinite(number) for number in [*numbers, update.loss])
+    for layer in update.counts.tolist():
+        assert all(0 <= count <= update.tokens for count in layer)
+        assert sum(layer) <= update.tokens * plan.active_experts
+    assert update.num_examples >= 1
+
+
+def assert_refused_or_faithful(kind: str, buffer: bytes) -> None:
+    """What decodes encodes to all that was sent, and what passes validation can be aggregated."""
     try:
         message = DECODERS[kind][0](buffer)
-        if kind == "update":
-            validate_update(message, a_plan())
     except InvalidMessage as reason:
         assert str(reason)
+        return
+    if isinstance(message, RoundPlan):
+        assert canonical(encode_plan(message)) == canonical(buffer)
+        return
+    assert canonical(encode_update(message)) == canonical(buffer)
+    try:
+        validate_update(message, a_plan())
+    except InvalidMessage as reason:
+        assert str(reason)
+    else:
+        assert_usable(message, a_plan())
 
 
 @both_kinds
 @settings(deadline=None)
 @given(garbage=st.binary(max_size=300))
-def test_garbage_is_refused_and_never_raises_anything_else(kind: str, garbage: bytes) -> None:
+def test_garbage_is_refused(kind: str, garbage: bytes) -> None:
     with pytest.raises(InvalidMessage):
         DECODERS[kind][0](garbage)
     with pytest.raises(InvalidMessage):
@@ -393,13 +432,13 @@ def test_garbage_is_refused_and_never_raises_anything_else(kind: str, garbage: b
 @both_kinds
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_a_buffer_with_changed_bytes_never_raises_anything_else(kind: str, data: st.DataObject) -> None:
+def test_a_buffer_with_changed_bytes_is_refused_or_comes_back(kind: str, data: st.DataObject) -> None:
     buffer = bytearray(DECODERS[kind][1])
     header = 8 + int.from_bytes(buffer[:8], "little")
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, header - 1) | st.integers(0, len(buffer) - 1))
         buffer[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-    decode_and_validate(kind, bytes(buffer))
+    assert_refused_or_faithful(kind, bytes(buffer))
 
 
 json_values = st.recursive(
@@ -412,11 +451,11 @@ json_values = st.recursive(
 @both_kinds
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_a_header_with_changed_fields_never_raises_anything_else(kind: str, data: st.DataObject) -> None:
+def test_a_header_with_changed_fields_is_refused_or_comes_back(kind: str, data: st.DataObject) -> None:
     buffer = DECODERS[kind][1]
     names = st.sampled_from([*header_of(buffer), "rescaler_values", "counts", "delta", "adapter"])
     changes = data.draw(st.dictionaries(names, json_values | st.just(...), min_size=1, max_size=3))
-    decode_and_validate(kind, forge(buffer, changes))
+    assert_refused_or_faithful(kind, forge(buffer, changes))
 
 
 dtypes = st.sampled_from(
@@ -436,14 +475,14 @@ dtypes = st.sampled_from(
 @both_kinds
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_a_buffer_with_other_tensors_never_raises_anything_else(kind: str, data: st.DataObject) -> None:
+def test_a_buffer_with_other_tensors_is_refused_or_comes_back(kind: str, data: st.DataObject) -> None:
     buffer = DECODERS[kind][1]
     names = st.sampled_from([*load(buffer), "experts.0.X", "experts.9.A1", "experts.A1", "attention.x", "x"])
     changes: dict[str, Tensor | None] = {}
     for name in data.draw(st.lists(names, min_size=1, max_size=3)):
         size = data.draw(st.lists(st.integers(0, 6), max_size=4))
         changes[name] = data.draw(st.none() | st.just(torch.ones(size).to(data.draw(dtypes))))
-    decode_and_validate(kind, forge(buffer, **changes))
+    assert_refused_or_faithful(kind, forge(buffer, **changes))
 
 
 # Validation of an update against its plan
@@ -611,8 +650,12 @@ def test_an_unusable_update_is_refused_with_its_reason(
 
 
 def test_an_update_at_the_limits_is_accepted() -> None:
-    validate_update(valid_update(), a_plan())
-    validate_update(decode_update(encode_update(valid_update())), a_plan())
+    update, plan = valid_update(), a_plan()
+    assert int(update.counts.max()) == update.tokens
+    assert update.counts.sum(1).tolist() == [update.tokens * plan.active_experts] * SHAPE[0]
+    for accepted in (update, decode_update(encode_update(update))):
+        validate_update(accepted, plan)
+        assert_usable(accepted, plan)
 
 
 def test_combine_and_tensors_name_every_value() -> None:

@@ -10,8 +10,7 @@ S sequence length, L MoE layers.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal
 
@@ -27,7 +26,6 @@ __all__ = [
     "TierCost",
     "adapter_parameters",
     "base_parameters",
-    "count_tiers",
     "forward_flops_per_token",
     "read_model_shape",
     "tier_costs",
@@ -219,11 +217,6 @@ def training_memory(
         optimizer=2 * adapter,
         activations=round(tokens_per_step * per_token),
     )
-
-
-def count_tiers(active_experts: Iterable[int]) -> list[Tier]:
-    """Tiers, dearest first, of the clients' active experts (one number per client)."""
-    return [Tier(k, clients) for k, clients in sorted(Counter(active_experts).items(), reverse=True)]
 
 
 def validate_tiers(tiers: Sequence[Tier], shape: ModelShape) -> None:

@@ -24,9 +24,12 @@ class Scores:
 
     rows: int
     loss_sum: float
+    """Nats, over all response tokens."""
     response_tokens: int
     exact_matches: int | None = None
+    """Rows answered exactly; None where nothing was generated."""
     rouge_l_sum: float | None = None
+    """Of the rows' ROUGE-L F-measures, each between 0 and 1; None where nothing was generated."""
 
     def __add__(self, other: Scores) -> Scores:
         return Scores(
@@ -59,10 +62,14 @@ class HeldOut:
 
     rows: Sequence[Instruction]
     encoded: Sequence[EncodedRow]
+    """In the order of `rows`."""
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    """Tokens of prompt and answer together."""
     batch_size: int
+    """Rows per batch."""
     max_new_tokens: int
+    """Tokens generated per row."""
 
 
 def evaluate(

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 FORMAT_VERSION = 1
+
+RescalerMode = Literal["learned", "fixed", "mass"]
+"""How a client treats s: train it, keep it, or measure it on its rows and keep that."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,16 @@ class RoundPlan:
     client: int
     seed: int
     active_experts: int
-    rescaler: Literal["learned", "fixed", "mass"]
-    """`learned` trains s, `fixed` keeps it, `mass` measures it on the client's rows and keeps that."""
+    rescaler: RescalerMode
     rescaler_values: Tensor
     """[L] s per MoE layer at the start of the round."""
     adapter: Adapter
     learning_rate: float
     weight_decay: float
     batch_size: int
+    """Rows per optimizer step."""
     max_steps: int
+    """Optimizer steps."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class ClientUpdate:
     num_examples: int
     """Rows the client holds (|D|)."""
     steps: int
+    """Optimizer steps taken."""
     loss: float
     """Mean response loss over the round's steps, nats per token."""
 
@@ -111,6 +116,9 @@ def decode_plan(buffer: bytes) -> RoundPlan:
     """The inverse of `encode_plan`, bit for bit. Raises InvalidMessage."""
     header, tensors = _decode("plan", buffer)
     plan: RoundPlan = _build(RoundPlan, header, tensors, adapter=Adapter.from_tensors(tensors))
+    modes = get_args(RescalerMode)
+    if plan.rescaler not in modes:
+        raise InvalidMessage(f"rescaler is {plan.rescaler!r}; {' or '.join(modes)} is needed")
     return plan
 
 
@@ -204,11 +212,19 @@ def _encode(kind: str, message: RoundPlan | ClientUpdate, tensors: dict[str, Ten
     return save({name: value.contiguous() for name, value in tensors.items()}, metadata=header)
 
 
+def read_header(buffer: bytes) -> dict[str, Any]:
+    """The JSON object under `fedflame` in the metadata of a safetensors buffer.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: there is none.
+    """
+    size = int.from_bytes(buffer[:8], "little")
+    return dict(json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"]))
+
+
 def _decode(kind: str, buffer: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        tensors = load(buffer)
-        size = int.from_bytes(buffer[:8], "little")
-        header = dict(json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"]))
+        tensors, header = load(buffer), read_header(buffer)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidMessage(f"not a fedflame {kind}: {error}") from error
     if (header.get("kind"), header.get("version")) != (kind, FORMAT_VERSION):

@@ -150,3 +150,22 @@ def test_merged_weights_are_finite(finished: Path, tmp_path: Path) -> None:
     invoke("export", finished, "--to", tmp_path / "merged", "--merge")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert all(bool(torch.isfinite(value).all()) for value in stock.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("work", "command"),
+    [
+        ("plan.print_plan", ("plan",)),
+        ("evaluate.print_scores", ("evaluate", "run")),
+        ("export.export_run", ("export", "run", "--to", "out")),
+    ],
+)
+def test_an_interrupt_is_one_line_and_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, work: str, command: tuple[str, ...]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fedflame.commands.{work}", interrupted)
+    result = invoke(*command)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "fedflame: interrupted\n")

@@ -1,9 +1,9 @@
+"""Which rows and columns of a source become instructions, and which rows are held out."""
+
 from __future__ import annotations
 
-import gzip
 import json
 import random
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def refusal(**arguments: str) -> str:
     return message
 
 
-# Files
+# Rows
 
 
 def test_jsonl_with_broken_rows_keeps_the_good_ones_and_names_the_others(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_jsonl_with_broken_rows_keeps_the_good_ones_and_names_the_others(tmp_pat
     ]
 
 
-def test_jsonl_columns_are_those_of_all_rows(tmp_path: Path) -> None:
+def test_a_row_may_lack_its_context(tmp_path: Path) -> None:
     name = write_jsonl(
         tmp_path / "rows.jsonl",
         {"instruction": "a", "output": "b"},
@@ -97,15 +97,6 @@ def test_jsonl_columns_are_those_of_all_rows(tmp_path: Path) -> None:
     )
     rows = load_instructions(dataset_name=name).rows
     assert rows == [Instruction("a", "", "b", "all"), Instruction("c", "d", "e", "all")]
-
-
-def test_jsonl_gz_is_read_like_jsonl(tmp_path: Path) -> None:
-    path = tmp_path / "rows.JSONL.gz"
-    with gzip.open(path, "wt", encoding="utf-8-sig") as file:
-        file.write(json.dumps(DOLLY) + "\nbroken\n")
-    assert load_instructions(dataset_name=str(path)) == LoadedInstructions(
-        [DOLLY_ROW], [SkippedRow(f"{path}:2", "not valid JSON")]
-    )
 
 
 def test_csv_with_broken_rows(tmp_path: Path) -> None:
@@ -156,43 +147,6 @@ def test_noise_between_rows_is_skipped_or_refused(tmp_path: Path, suffix: str, n
     assert all(row.instruction.strip() and row.response.strip() for row in loaded.rows)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
-def test_a_damaged_file_is_refused(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"rows{suffix}"
-    path.write_bytes(b"this is neither gzip nor parquet")
-    message = refusal(dataset_name=str(path))
-    assert message.startswith(f"data.dataset_name = {str(path)!r}: cannot be read: ")
-
-
-def test_a_gzip_file_cut_short_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl.gz"
-    rows = "".join(
-        json.dumps(DOLLY | {"response": str(random.Random(n).random())}) + "\n" for n in range(500)
-    )
-    whole = gzip.compress(rows.encode())
-    path.write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read: Compressed file ended" in refusal(dataset_name=str(path))
-
-
-def test_a_csv_field_beyond_the_limit_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text(f"instruction,response\na,b\nc,{'x' * 200_000}\n", encoding="utf-8")
-    assert "cannot be read: field larger than field limit" in refusal(dataset_name=str(path))
-
-
-def test_files_that_cannot_be_used(tmp_path: Path) -> None:
-    missing, unknown = tmp_path / "none.csv", tmp_path / "rows.txt"
-    unknown.write_text("x", encoding="utf-8")
-    kinds = "must be a file in .jsonl, .jsonl.gz, .csv, .parquet"
-    assert refusal(dataset_name=str(missing)) == f"data.dataset_name = {str(missing)!r}: no such file"
-    assert refusal(dataset_name="./none") == "data.dataset_name = './none': no such file"
-    assert (
-        refusal(dataset_name=str(unknown))
-        == f"data.dataset_name = {str(unknown)!r}: not a known kind of file; {kinds}"
-    )
-    assert refusal(dataset_name=str(tmp_path)) == f"data.dataset_name = {str(tmp_path)!r}: a folder; {kinds}"
-
-
 def test_files_without_a_usable_row(tmp_path: Path) -> None:
     empty, array = tmp_path / "empty.jsonl", tmp_path / "array.jsonl"
     empty.write_bytes(b"")
@@ -205,6 +159,21 @@ def test_files_without_a_usable_row(tmp_path: Path) -> None:
         refusal(dataset_name=str(array))
         == f"{array}: no usable row (3 skipped; the first, {array}:1: not valid JSON)"
     )
+
+
+def test_hub_rows_of_the_split_and_configuration_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None, str]] = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([DOLLY, DOLLY | {"response": None}])
+
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load_instructions(dataset_name="owner/name", dataset_config_name="main", split="test")
+    assert asked == [("owner/name", "main", "test")]
+    assert loaded.rows == [DOLLY_ROW]
+    assert loaded.skipped == [SkippedRow("owner/name[test]:row 2", "'response' is missing")]
 
 
 # Columns
@@ -265,76 +234,6 @@ def test_a_column_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("question,answer,answer\na,b,c\n", encoding="utf-8")
     assert refusal(dataset_name=str(path)) == f"{path}: column 'answer' occurs more than once"
-
-
-# Hub
-
-
-@pytest.fixture
-def hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: None)
-
-
-@pytest.mark.usefixtures("hub_answers")
-def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str | None, str]] = []
-
-    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
-        asked.append((name, config, split))
-        return datasets.Dataset.from_list([DOLLY, DOLLY | {"response": None}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    loaded = load_instructions(dataset_name="owner/name", split="test")
-    load_instructions(dataset_name="owner/name", dataset_config_name="main", split="test")
-    assert asked == [("owner/name", None, "test"), ("owner/name", "main", "test")]
-    assert loaded.rows == [DOLLY_ROW]
-    assert loaded.skipped == [SkippedRow("owner/name[test]:row 2", "'response' is missing")]
-
-
-@pytest.mark.usefixtures("hub_answers")
-@pytest.mark.parametrize("kind", [ConnectionError, ValueError, datasets.exceptions.DatasetGenerationError])
-def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
-    def load_dataset(name: str, config: str | None, split: str) -> None:
-        raise kind("Couldn't reach it\nmore")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert refusal(dataset_name="owner/name") == (
-        "data.dataset_name = 'owner/name', data.split = 'train': "
-        "cannot be loaded from the Hugging Face hub: Couldn't reach it"
-    )
-    assert not datasets.are_progress_bars_disabled()
-
-
-def test_unreachable_hub_is_refused_without_retries(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Against a port nobody listens on: the error is the real one of the HTTP library."""
-    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    started = time.monotonic()
-    message = refusal(dataset_name="owner/name")
-    assert time.monotonic() - started < 10  # datasets alone retries for 23 seconds
-    assert message.startswith(
-        "data.dataset_name = 'owner/name': no such file, and the Hugging Face hub cannot be reached ("
-    )
-    assert message.endswith("HF_HUB_OFFLINE=1 takes a data set that is in the cache")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_offline_mode_without_a_cached_copy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    message = refusal(dataset_name="fedflame-tests/no-such-data-set")
-    assert "cannot be loaded from the Hugging Face hub: Couldn't reach" in message
-
-
-@pytest.mark.parametrize("name", ["", "a/b/c", "we ird"])
-def test_names_that_are_no_hub_id(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
-    assert refusal(dataset_name=name) == (
-        f"data.dataset_name = {name!r}: neither a file (.jsonl, .jsonl.gz, .csv, .parquet) "
-        "nor a hub id (owner/name)"
-    )
 
 
 # Sample and held-out rows

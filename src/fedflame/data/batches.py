@@ -22,7 +22,7 @@ BATCHES_PER_WINDOW = 8
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of prompt and response; the loss starts at `prompt_length`."""
+    """Token ids of prompt and response; the loss starts at `prompt_length`, in tokens."""
 
     ids: list[int]
     prompt_length: int

@@ -1,5 +1,7 @@
 """AdamW that leaves experts without tokens alone.
 
+Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101.
+
 Plain AdamW moves an expert that saw no token by weight decay and by stale momentum, and the server
 would then average noise. Here each expert's slice of a bank has moments and a step count of its own,
 and only the slices of touched experts take part in a step. AdamW: Loshchilov and Hutter, Decoupled

@@ -24,7 +24,9 @@ class MoELayer:
     num_experts_per_tok: int
     """K, the router's own top-k at the time the layer was found."""
     hidden_size: int
+    """H."""
     expert_width: int
+    """I, the inner width of one expert."""
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:

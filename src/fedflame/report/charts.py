@@ -23,7 +23,9 @@ class Series:
 
     label: str
     colour: int
+    """Number of its class in style.css."""
     points: Sequence[tuple[float, float]]
+    """Round and value."""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -24,8 +24,11 @@ class Evaluation:
     active_experts: int
     category: str | None
     loss: float | None
+    """Nats per response token."""
     exact_match: float | None
+    """Share of rows, between 0 and 1."""
     rouge_l: float | None
+    """Mean F-measure, between 0 and 1."""
 
     def value(self, name: str) -> float | None:
         """The named measure; None where it was not taken."""
@@ -41,14 +44,20 @@ class ClientRound:
     client: int
     active_experts: int
     loss: float
+    """Mean over the steps, nats per response token."""
     tokens: int
+    """Non-padding tokens trained on."""
     num_examples: int
+    """Rows the client holds."""
     seconds: float
     training_flops: float
+    """Of the whole round, forward and backward."""
     bytes_up: int
     bytes_down: int
     rescaler: list[float]
+    """[L] s per MoE layer after training."""
     counts: list[list[int]]
+    """[L,E] tokens routed to each expert."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class RoundEnd:
 
     round: int
     clients: int
+    """Whose updates were used."""
     seconds: float
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from fedflame.atomic_file import write_atomically
 from fedflame.errors import UserError
-from fedflame.messages import Adapter
+from fedflame.messages import Adapter, read_header
 from fedflame.strategies.base import ServerState
 
 FILE_NAME = "checkpoint/state.safetensors"
@@ -55,9 +55,7 @@ def read_checkpoint(run: Path) -> Checkpoint:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; the run has no checkpoint to go on from") from error
     try:
-        tensors = load(buffer)
-        size = int.from_bytes(buffer[:8], "little")
-        header = json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"])
+        tensors, header = load(buffer), read_header(buffer)
         version, number, metrics_bytes = (int(header[key]) for key in ("version", "round", "metrics_bytes"))
         prefix = "rescalers."
         rescalers = {int(name[len(prefix) :]): tensors[name] for name in tensors if name.startswith(prefix)}

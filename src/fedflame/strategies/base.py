@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fedflame.messages import Adapter, ClientUpdate
-
-RescalerMode = Literal["learned", "fixed", "mass"]
-"""How a client treats s: train it, keep it, or measure it on its rows and keep that."""
+from fedflame.messages import Adapter, ClientUpdate, RescalerMode
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class ClientProfile:
     active_experts: int
     """Experts per token that its machine affords (k_i)."""
     num_examples: int
+    """Rows it holds (|D|)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,7 @@ class TrainInstructions:
     adapter: Adapter
     rescaler: RescalerMode
     rescaler_values: Tensor
+    """[L] s per MoE layer at the start of the round."""
 
 
 class Strategy(Protocol):

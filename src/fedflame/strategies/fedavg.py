@@ -28,6 +28,7 @@ class FedAvg:
     """Plain weighted averaging at one k for all, without a rescaler."""
 
     active_experts: int
+    """Experts per token on every client (k)."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
         return ServerState(adapter, {k: torch.ones(num_layers) for k in {*tiers, self.active_experts}})

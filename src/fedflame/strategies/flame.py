@@ -14,10 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedflame.messages import Adapter, ClientUpdate
+from fedflame.messages import Adapter, ClientUpdate, RescalerMode
 from fedflame.strategies.base import (
     ClientProfile,
-    RescalerMode,
     ServerState,
     TrainInstructions,
     WeightedMean,

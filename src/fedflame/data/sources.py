@@ -1,0 +1,211 @@
+"""Where rows come from: a local file or a data set on the Hugging Face hub, row by row as it stands there.
+
+A blank line of a .jsonl file or an empty one of a .csv file is not a row. A row that cannot be read
+comes with the reason instead of its fields; only a source that cannot be read as a whole ends in a
+UserError.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedflame.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+HUB_TIMEOUT_SECONDS = 10.0
+
+RawRow = tuple[str, dict[str, object] | str]
+"""A row as read: its place, and its fields or the reason why it has none."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or data set whose columns are known and whose rows are yet to be read."""
+
+    name: str
+    columns: list[str]
+    rows: Callable[[Sequence[str]], Iterator[RawRow]]
+    """The rows, with at least the columns asked for."""
+
+
+def open_source(dataset_name: str, dataset_config_name: str, split: str) -> Source:
+    """The source of that name.
+
+    Args:
+        dataset_name: a file if it ends in one of `SUFFIXES`, exists, or starts with `./`, `../`
+            or `/`; otherwise a hub id.
+        dataset_config_name: configuration of a hub data set that has several; empty for its default.
+        split: split of a hub data set.
+
+    Raises:
+        UserError: the source cannot be read; a file may say so only when its rows are read.
+    """
+    if _is_file(dataset_name):
+        return _open_file(dataset_name)
+    return _open_hub(dataset_name, dataset_config_name, split)
+
+
+def _is_file(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) or name.startswith(("./", "../", "/")) or os.path.exists(name)
+
+
+def _open_file(name: str) -> Source:
+    path = Path(name)
+    if not os.path.exists(name):
+        raise UserError(f"data.dataset_name = {name!r}: no such file")
+    if path.is_dir() or not name.lower().endswith(SUFFIXES):
+        got = "a folder" if path.is_dir() else "not a known kind of file"
+        raise UserError(f"data.dataset_name = {name!r}: {got}; must be a file in {', '.join(SUFFIXES)}")
+    if name.lower().endswith(".csv"):
+        return Source(name, _csv_header(path), lambda _: _csv_rows(path))
+    if name.lower().endswith(".parquet"):
+        return Source(name, _parquet_columns(path), lambda columns: _parquet_rows(path, columns))
+    # The first reading is for the names alone: a column may first occur in the last row.
+    keys = {key: None for _, fields in _jsonl_rows(path) if isinstance(fields, dict) for key in fields}
+    return Source(name, list(keys), lambda _: _jsonl_rows(path))
+
+
+@contextmanager
+def _reading(path: Path, *more: type[Exception]) -> Iterator[None]:
+    """Turns the errors of a file that cannot be read as a whole into a UserError."""
+    unreadable: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, csv.Error, *more)
+    try:
+        yield
+    except unreadable as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
+        raise UserError(f"data.dataset_name = {str(path)!r}: cannot be read: {reason}") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[RawRow]:
+    with _reading(path), gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _json_object(line)
+
+
+def _json_object(line: bytes) -> dict[str, object] | str:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "not valid UTF-8"
+    except (ValueError, RecursionError):
+        return "not valid JSON"
+    return value if isinstance(value, dict) else "not a JSON object"
+
+
+def _csv_header(path: Path) -> list[str]:
+    with _reading(path), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def _csv_rows(path: Path) -> Iterator[RawRow]:
+    # surrogateescape keeps bytes that are not UTF-8 to their own field, where they are found later.
+    with _reading(path), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        for number, cells in enumerate(filter(None, reader), start=1):
+            matches = len(cells) == len(header)
+            fields: dict[str, object] = dict(zip(header, cells, strict=False))
+            yield f"{path}:row {number}", fields if matches else f"has {len(cells)} of {len(header)} fields"
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    import pyarrow  # type: ignore[import-untyped, unused-ignore]
+    import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
+
+    with _reading(path, pyarrow.ArrowException):
+        return list(pyarrow.parquet.read_schema(path).names)
+
+
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    with _reading(path, pyarrow.ArrowException), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=list(columns)):
+            for index in range(batch.num_rows):
+                number += 1
+                try:
+                    fields = {name: batch.column(name)[index].as_py() for name in columns}
+                except UnicodeDecodeError:  # pyarrow does not check text before it is asked for
+                    yield f"{path}:row {number}", "not valid UTF-8"
+                else:
+                    yield f"{path}:row {number}", fields
+
+
+def _open_hub(name: str, config_name: str, split: str) -> Source:
+    import datasets  # type: ignore[import-untyped, unused-ignore]
+
+    with _quiet():
+        _ask_hub(name)
+        try:
+            dataset = datasets.load_dataset(name, config_name or None, split=split)
+        except Exception as error:  # of datasets, fsspec, pyarrow or the HTTP library beneath
+            raise UserError(
+                f"data.dataset_name = {name!r}, data.split = {split!r}: "
+                f"cannot be loaded from the Hugging Face hub: {_first_line(error)}"
+            ) from error
+
+    def rows(columns: Sequence[str]) -> Iterator[RawRow]:
+        for number, fields in enumerate(dataset.select_columns(list(columns)), start=1):
+            yield f"{name}[{split}]:row {number}", fields
+
+    return Source(f"{name}[{split}]", list(dataset.column_names), rows)
+
+
+def _ask_hub(name: str) -> None:
+    """One request, because `datasets` would retry an unreachable hub for half a minute."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    if huggingface_hub.is_offline_mode():  # then datasets goes straight to its cache
+        return
+    got = f"data.dataset_name = {name!r}: "
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except HFValidationError as error:
+        allowed = ", ".join(SUFFIXES)
+        raise UserError(f"{got}neither a file ({allowed}) nor a hub id (owner/name)") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{got}no such file, and no such data set on the hub (or it needs HF_TOKEN)"
+        ) from error
+    except Exception as error:  # the HTTP library, and so its errors, differ between versions
+        raise UserError(
+            f"{got}no such file, and the Hugging Face hub cannot be reached ({_first_line(error)}); "
+            "HF_HUB_OFFLINE=1 takes a data set that is in the cache"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and warnings of the hub libraries."""
+    import datasets
+    import huggingface_hub
+
+    loggings = (datasets.logging, huggingface_hub.logging)
+    before = [logging.get_verbosity() for logging in loggings]
+    bars = not datasets.are_progress_bars_disabled()
+    for logging in loggings:
+        logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logging, verbosity in zip(loggings, before, strict=True):
+            logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

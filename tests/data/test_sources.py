@@ -1,0 +1,221 @@
+"""What each kind of file gives row by row, and every source that is refused as a whole."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import time
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pyarrow  # type: ignore[import-untyped, unused-ignore]
+import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
+import pytest
+
+from fedflame.data.sources import RawRow, open_source
+from fedflame.errors import UserError
+
+DOLLY = {"instruction": "Name it.", "context": "A red fox.", "response": "fox", "category": "qa"}
+
+
+def read(name: str | Path) -> tuple[list[str], list[RawRow]]:
+    """The columns of a file or hub id and all its rows."""
+    source = open_source(str(name), "", "train")
+    return source.columns, list(source.rows(source.columns))
+
+
+def refusal(name: str | Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read(name)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Files
+
+
+def test_jsonl_rows_that_are_no_object_come_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        json.dumps(DOLLY).encode(),
+        b'{"instruction": "cut',
+        b"[1, 2]",
+        b'{"instruction": "a", "response": "\xff", "category": "qa"}',
+        b"[" * 100_000,
+        b'{"instruction": 1, "context": null}\r',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    assert read(path)[1] == [
+        (f"{path}:1", DOLLY),
+        (f"{path}:2", "not valid JSON"),
+        (f"{path}:3", "not a JSON object"),
+        (f"{path}:4", "not valid UTF-8"),
+        (f"{path}:5", "not valid JSON"),
+        (f"{path}:6", {"instruction": 1, "context": None}),
+    ]
+
+
+def test_a_blank_line_of_jsonl_is_no_row_but_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\n{"a": 1}\n  \t\r\n{"a": 2}\n\n \n')
+    assert read(path)[1] == [(f"{path}:2", {"a": 1}), (f"{path}:4", {"a": 2})]
+
+
+def test_jsonl_columns_are_those_of_all_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n{"input": "d", "output": "e"}\n', encoding="utf-8")
+    assert read(path)[0] == ["instruction", "output", "input"]
+
+
+def test_jsonl_gz_is_read_like_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "rows.JSONL.gz"
+    with gzip.open(path, "wt", encoding="utf-8-sig") as file:
+        file.write(json.dumps(DOLLY) + "\nbroken\n")
+    assert read(path) == (list(DOLLY), [(f"{path}:1", DOLLY), (f"{path}:2", "not valid JSON")])
+
+
+def test_csv_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfinstruction,context,response\r\n"
+        b'"Say ""a"",\nthen b",,a b\r\n'
+        b"\r\n"
+        b"short,row\r\n"
+        b"one,too,ma,ny\r\n"
+        b"last,c,d\r\n"
+        b"\r\n"
+    )
+    assert read(path) == (
+        ["instruction", "context", "response"],
+        [
+            (f"{path}:row 1", {"instruction": 'Say "a",\nthen b', "context": "", "response": "a b"}),
+            (f"{path}:row 2", "has 2 of 3 fields"),
+            (f"{path}:row 3", "has 4 of 3 fields"),
+            (f"{path}:row 4", {"instruction": "last", "context": "c", "response": "d"}),
+        ],
+    )
+
+
+def test_parquet_rows_have_the_columns_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    invalid = pyarrow.array([b"a", b"b", b"\xff", b"d"]).view(pyarrow.string())
+    table = pyarrow.table({"question": invalid, "answer": [1, None, 3, 4], "unused": [[0.0]] * 4})
+    pyarrow.parquet.write_table(table, path)
+    source = open_source(str(path), "", "train")
+    assert source.columns == ["question", "answer", "unused"]
+    assert list(source.rows(["answer", "question"])) == [
+        (f"{path}:row 1", {"question": "a", "answer": 1}),
+        (f"{path}:row 2", {"question": "b", "answer": None}),
+        (f"{path}:row 3", "not valid UTF-8"),
+        (f"{path}:row 4", {"question": "d", "answer": 4}),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
+def test_a_damaged_file_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(b"this is neither gzip nor parquet")
+    message = refusal(path)
+    assert message.startswith(f"data.dataset_name = {str(path)!r}: cannot be read: ")
+
+
+def test_a_gzip_file_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    rows = "".join(
+        json.dumps(DOLLY | {"response": str(random.Random(n).random())}) + "\n" for n in range(500)
+    )
+    whole = gzip.compress(rows.encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read: Compressed file ended" in refusal(path)
+
+
+def test_a_csv_field_beyond_the_limit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"instruction,response\na,b\nc,{'x' * 200_000}\n", encoding="utf-8")
+    assert "cannot be read: field larger than field limit" in refusal(path)
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    missing, unknown = tmp_path / "none.csv", tmp_path / "rows.txt"
+    unknown.write_text("x", encoding="utf-8")
+    kinds = "must be a file in .jsonl, .jsonl.gz, .csv, .parquet"
+    assert refusal(missing) == f"data.dataset_name = {str(missing)!r}: no such file"
+    assert refusal("./none") == "data.dataset_name = './none': no such file"
+    assert refusal(unknown) == f"data.dataset_name = {str(unknown)!r}: not a known kind of file; {kinds}"
+    assert refusal(tmp_path) == f"data.dataset_name = {str(tmp_path)!r}: a folder; {kinds}"
+
+
+# Hub
+
+
+@pytest.fixture
+def hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: None)
+
+
+@pytest.mark.usefixtures("hub_answers")
+def test_hub_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None, str]] = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([DOLLY, DOLLY | {"response": None}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_source("owner/name", "", "test")
+    open_source("owner/name", "main", "test")
+    assert asked == [("owner/name", None, "test"), ("owner/name", "main", "test")]
+    assert (source.name, source.columns) == ("owner/name[test]", list(DOLLY))
+    assert list(source.rows(["response", "context"])) == [
+        ("owner/name[test]:row 1", {"response": "fox", "context": "A red fox."}),
+        ("owner/name[test]:row 2", {"response": None, "context": "A red fox."}),
+    ]
+
+
+@pytest.mark.usefixtures("hub_answers")
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError, datasets.exceptions.DatasetGenerationError])
+def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    def load_dataset(name: str, config: str | None, split: str) -> None:
+        raise kind("Couldn't reach it\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert refusal("owner/name") == (
+        "data.dataset_name = 'owner/name', data.split = 'train': "
+        "cannot be loaded from the Hugging Face hub: Couldn't reach it"
+    )
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_unreachable_hub_is_refused_without_retries(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Against a port nobody listens on: the error is the real one of the HTTP library."""
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    message = refusal("owner/name")
+    assert time.monotonic() - started < 10  # datasets alone retries for 23 seconds
+    assert message.startswith(
+        "data.dataset_name = 'owner/name': no such file, and the Hugging Face hub cannot be reached ("
+    )
+    assert message.endswith("HF_HUB_OFFLINE=1 takes a data set that is in the cache")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_offline_mode_without_a_cached_copy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = refusal("fedflame-tests/no-such-data-set")
+    assert "cannot be loaded from the Hugging Face hub: Couldn't reach" in message
+
+
+@pytest.mark.parametrize("name", ["", "a/b/c", "we ird"])
+def test_names_that_are_no_hub_id(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    assert refusal(name) == (
+        f"data.dataset_name = {name!r}: neither a file (.jsonl, .jsonl.gz, .csv, .parquet) "
+        "nor a hub id (owner/name)"
+    )
