@@ -2,7 +2,8 @@
 
 Plain AdamW moves an expert that saw no token by weight decay and by stale momentum, and the server
 would then average noise. Here each expert's slice of a bank is a parameter of its own: without a
-gradient torch's AdamW skips it, moments, decay and step count included.
+gradient torch's AdamW skips it, moments, decay and step count included. A bank that requires no
+gradient is not taken in.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class ExpertAdamW:
         weight_decay: float,
         unregularized: Iterable[nn.Parameter] = (),
     ) -> None:
-        self._banks = [(lora.index, bank) for lora in loras for bank in lora.banks().values()]
+        self._banks = [
+            (lora.index, bank) for lora in loras for bank in lora.banks().values() if bank.requires_grad
+        ]
         self._slices = [[nn.Parameter(expert) for expert in bank.data] for _, bank in self._banks]
         self._shared, self._unregularized = list(shared), list(unregularized)
         decayed = [piece for bank in self._slices for piece in bank] + self._shared
@@ -40,7 +43,7 @@ class ExpertAdamW:
     def step(self, touched: Tensor) -> None:
         """One update from the gradients on the banks, for experts that `touched` [L,E] names."""
         for (layer, bank), pieces in zip(self._banks, self._slices, strict=True):
-            assert bank.grad is not None, "backward reaches every bank"
+            assert bank.grad is not None, "backward reaches every bank that is trained"
             for piece, gradient, active in zip(pieces, bank.grad, touched[layer].tolist(), strict=True):
                 piece.grad = gradient if active else None
         self._adamw.step()

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from fedflame.messages import Adapter, ClientUpdate
+from fedflame.messages import NOTHING, Adapter, ClientUpdate, Trainable
 
 RescalerMode = Literal["learned", "fixed", "mass"]
 """How a client treats s: train it, keep it, or measure it on its rows and keep that."""
@@ -26,6 +26,15 @@ class ServerState:
     adapter: Adapter
     rescalers: Mapping[int, Tensor]
     """Tier k -> [L] s, for clients of that tier and for evaluation at that k."""
+    merged: Adapter = NOTHING
+    """Factors that are part of the frozen base from now on: every weight W is W + (alpha/r) B A.
+
+    Names and layout are the adapter's, alpha/r is that of the run, the rank is any."""
+
+    @property
+    def total(self) -> Adapter:
+        """Adapter and merged factors as one adapter of the base model as it was before the run."""
+        return self.adapter.concatenate(self.merged)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class TrainInstructions:
     adapter: Adapter
     rescaler: RescalerMode
     rescaler_values: Tensor
+    trainable: Trainable = "both"
 
 
 class Strategy(Protocol):
