@@ -30,7 +30,7 @@ from torch import Tensor
 from fedflame.client import MASS_BATCHES, fine_tune, measure_mass, token_losses
 from fedflame.data.batches import Batch, EncodedRow, collate
 from fedflame.errors import UserError
-from fedflame.messages import RoundPlan, encode_update, validate_update
+from fedflame.messages import RoundPlan, encode_update, half_of, validate_update
 from fedflame.moe.adapted_model import AdaptedModel
 
 
@@ -138,6 +138,21 @@ def test_the_first_step_is_adamw_by_hand_on_the_gradients_of_a_merged_model(k: i
         torch.testing.assert_close(delta[clear].double(), expected[clear], rtol=0, atol=2e-3 * rate)
     for layer, (old, new) in enumerate(zip(plan.rescaler_values, update.rescaler_values, strict=True)):
         assert float(new - old) == pytest.approx(float(step(f"s.{layer}", old, 0.0)), rel=1e-4)
+
+
+@pytest.mark.parametrize("trainable", ["A", "B"])
+def test_a_frozen_half_stays_and_the_other_takes_the_step_it_takes_with_both(trainable: str) -> None:
+    adapted = tiny_adapted()
+    plan = plan_for(adapted, adapter=random_adapter(adapted), max_steps=1)
+    both = fine_tune(adapted, rows(9), plan, PAD).delta.tensors()
+    update = fine_tune(adapted, rows(9), replace(plan, trainable=trainable), PAD)
+    assert update.trainable == trainable
+    for name, delta in update.delta.tensors().items():
+        wanted = both[name] if half_of(name) == trainable else torch.zeros_like(delta)
+        assert torch.equal(delta, wanted)
+    more = fine_tune(adapted, rows(9), replace(plan, trainable=trainable, max_steps=4), PAD)
+    for name, delta in more.delta.tensors().items():
+        assert bool(delta.any()) == (half_of(name) == trainable)
 
 
 def test_the_update_says_who_trained_what_on_how_much() -> None:
@@ -346,6 +361,7 @@ def test_batches_follow_seed_round_and_client(part: str) -> None:
         {"active_experts": 1, "rescaler": "learned", "max_steps": 5},
         {"active_experts": TOP_K, "rescaler": "mass"},
         {"active_experts": 3, "rescaler": "fixed", "rescaler_values": torch.tensor([3.0, -1.0])},
+        {"rescaler": "fixed", "trainable": "B", "merged": random_adapter(tiny_adapted(r=3))},
     ],
     ids=lambda other: other["rescaler"],
 )

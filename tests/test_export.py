@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from transformers import (
 from fedflame.config import AdapterConfig, ModelConfig, RunConfig
 from fedflame.errors import UserError
 from fedflame.export import export_adapter, load_adapter, load_rescalers, merge, read_settings
-from fedflame.messages import Adapter
+from fedflame.messages import NOTHING, Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ServerState
 
@@ -111,13 +112,23 @@ def random_state(adapted: AdaptedModel) -> ServerState:
     )
 
 
+def with_merged(state: ServerState, rank: int) -> ServerState:
+    """The state with random factors of this rank in its base."""
+    generator = torch.Generator().manual_seed(rank)
+    values = {}
+    for name, value in state.adapter.tensors().items():
+        shape = [size * rank // R if size in (R, 2 * R) else size for size in value.shape]
+        values[name] = torch.randn(shape, generator=generator) * 0.2
+    return replace(state, merged=Adapter.from_tensors(values))
+
+
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS).logits
 
 
 def our_logits(adapted: AdaptedModel, state: ServerState, k: int) -> torch.Tensor:
-    adapted.load(state.adapter, state.rescalers[k])
+    adapted.load(state.adapter, state.rescalers[k], state.merged)
     with adapted.active_experts(k):
         return logits(adapted.model)
 
@@ -149,9 +160,12 @@ def exported(base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Pa
     return tmp_path / "adapter"
 
 
+@pytest.mark.parametrize("merged_rank", [0, 6])
 def test_peft_in_a_fresh_process_gives_our_logits(
-    base: Path, adapted: AdaptedModel, state: ServerState, exported: Path, tmp_path: Path
+    base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Path, merged_rank: int
 ) -> None:
+    state, exported = with_merged(state, merged_rank) if merged_rank else state, tmp_path / "adapter"
+    export_adapter(state, run_config(base), adapted.model, exported, rounds=4)
     torch.save(TOKENS, tmp_path / "tokens.pt")
     arguments = [base, exported, tmp_path / "tokens.pt", tmp_path / "result.pt"]
     run = subprocess.run(
@@ -232,12 +246,31 @@ def test_round_trip_is_exact(base: Path, adapted: AdaptedModel, state: ServerSta
     assert {k: s.tolist() for k, s in rescalers.items()} == {3: [1, 1], 2: [1.25, 0.75], 1: [1.5, 2.25]}
 
 
+def test_merged_factors_come_back_as_further_ranks_at_the_same_scaling(
+    base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Path
+) -> None:
+    state = with_merged(state, 6)
+    export_adapter(state, run_config(base), adapted.model, tmp_path / "adapter", rounds=4)
+    settings = read_settings(tmp_path / "adapter").adapter
+    assert (settings.r, settings.lora_alpha) == (4 + 6, 6.0 * 10 / 4)
+    wide = adapt(base, settings.r, settings.lora_alpha)
+    back = ServerState(load_adapter(tmp_path / "adapter", wide), load_rescalers(tmp_path / "adapter", wide))
+    for k in TIERS:
+        ours = our_logits(adapted, state, k)
+        torch.testing.assert_close(
+            our_logits(wide, back, k), ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max())
+        )
+        assert float((our_logits(adapted, replace(state, merged=NOTHING), k) - ours).abs().max()) > 0.1
+
+
 @pytest.mark.parametrize("kind", sorted(MODELS))  # qwen2_moe has a shared expert, which s must not touch
 @pytest.mark.parametrize("k", TIERS)
-def test_merged_checkpoint_gives_our_logits(kind: str, k: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("merged_rank", [0, 6])
+def test_merged_checkpoint_gives_our_logits(kind: str, k: int, merged_rank: int, tmp_path: Path) -> None:
     base = save_base(kind, tmp_path / "base")
     adapted = adapt(base)
     state = random_state(adapted)
+    state = with_merged(state, merged_rank) if merged_rank else state
     merge(state, run_config(base), k, tmp_path / "merged", rounds=4)
     merged = load(tmp_path / "merged")
     assert merged.config.num_experts_per_tok == k

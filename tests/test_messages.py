@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedflame.messages import (
+    NOTHING,
     Adapter,
     ClientUpdate,
     InvalidMessage,
@@ -24,6 +25,7 @@ from fedflame.messages import (
     decode_update,
     encode_plan,
     encode_update,
+    half_of,
     validate_update,
 )
 
@@ -201,6 +203,16 @@ def test_a_plan_without_attention_lora_comes_back() -> None:
     assert_same_message(decode_plan(encode_plan(bare)), bare)
 
 
+def test_a_plan_with_merged_factors_of_another_rank_comes_back_bit_for_bit() -> None:
+    layers, experts, _, hidden, width = SHAPE
+    merged = an_adapter((layers, experts, 11, hidden, width), random_bits, torch.Generator().manual_seed(4))
+    plan = replace(a_plan(), merged=merged, trainable="B")
+    buffer = encode_plan(plan)
+    assert_same_message(decode_plan(buffer), plan)
+    floats = sum(value.numel() for value in merged.tensors().values())
+    assert tensor_bytes(buffer) == tensor_bytes(encode_plan(a_plan())) + 4 * floats
+
+
 # Only what was activated travels
 
 
@@ -232,6 +244,48 @@ def test_an_untouched_experts_delta_is_zero_whatever_it_was(seed: int, layer: in
 def test_an_update_that_activated_nothing_comes_back_as_zeros() -> None:
     update = an_update(counts=torch.zeros(SHAPE[:2], dtype=torch.int64))
     assert_same_message(decode_update(encode_update(update)), update)
+
+
+# Only the half that was trained travels
+
+
+def half_update(trainable: Any) -> ClientUpdate:
+    """An update with zero deltas in the other half, and experts of no activation in both layers."""
+    update = an_update(counts=torch.tensor([[0, 3, 0, 1, 2], [0, 0, 0, 0, 5]]))
+    values = {
+        name: value if half_of(name) == trainable else torch.zeros_like(value)
+        for name, value in update.delta.tensors().items()
+    }
+    return replace(update, delta=Adapter.from_tensors(values), trainable=trainable)
+
+
+@pytest.mark.parametrize("trainable", ["A", "B"])
+def test_a_frozen_half_does_not_travel_and_comes_back_as_zeros(trainable: str) -> None:
+    layers, _, rank, hidden, width = SHAPE
+    update = half_update(trainable)
+    buffer = encode_update(update)
+    assert_same_message(decode_update(buffer), update)
+    activated, a_floats, b_floats = 4, 2 * rank * hidden + rank * width, 2 * width * rank + hidden * rank
+    floats = activated * (a_floats if trainable == "A" else b_floats)
+    floats += rank * IN if trainable == "A" else OUT * rank
+    assert tensor_bytes(buffer) == 4 * (floats + layers) + 8 * update.counts.numel()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("attention__layers.0.q_proj.A", torch.ones(3, IN)), ("experts__0.A2", torch.ones(3, 3, 4))],
+)
+def test_values_in_a_half_that_was_not_trained_are_refused(name: str, values: Tensor) -> None:
+    with pytest.raises(InvalidMessage, match=r"trained"):
+        decode_update(forge(encode_update(half_update("B")), **{name: values}))
+
+
+@pytest.mark.parametrize("value", ["b", "", None, 1, ["B"], True])
+def test_a_choice_that_there_is_not_is_refused(value: Any) -> None:
+    for kind, name in (("plan", "trainable"), ("update", "trainable"), ("plan", "rescaler")):
+        decode, buffer = DECODERS[kind]
+        with pytest.raises(InvalidMessage, match=f"{name} is .* are allowed"):
+            decode(forge(buffer, {name: value}))
 
 
 # Buffers that are not what they should be
@@ -339,7 +393,7 @@ def test_a_field_that_is_no_number_where_one_is_needed_is_refused() -> None:
 def test_a_plan_with_a_rescaler_that_is_not_known_is_refused(rescaler: object) -> None:
     with pytest.raises(InvalidMessage) as refusal:
         decode_plan(forge(DECODERS["plan"][1], {"rescaler": rescaler}))
-    assert str(refusal.value) == f"rescaler is {rescaler!r}; learned or fixed or mass is needed"
+    assert str(refusal.value) == f"rescaler is {rescaler!r}; learned, fixed, mass are allowed"
 
 
 @pytest.mark.parametrize(
@@ -352,12 +406,16 @@ def test_a_plan_with_a_rescaler_that_is_not_known_is_refused(rescaler: object) -
         pytest.param(torch.ones(2, dtype=torch.int64), id="one dimension"),
         pytest.param(torch.tensor(1), id="a scalar"),
         pytest.param(torch.ones(2, 5, dtype=torch.complex64), id="complex"),
-        pytest.param(None, id="missing"),
     ],
 )
-def test_banks_that_do_not_fit_the_counts_are_refused(counts: Tensor | None) -> None:
+def test_banks_that_do_not_fit_the_counts_are_refused(counts: Tensor) -> None:
     with pytest.raises(InvalidMessage, match="expert banks do not fit the activation counts"):
         decode_update(forge(DECODERS["update"][1], counts=counts))
+
+
+def test_an_update_without_counts_is_refused() -> None:
+    with pytest.raises(InvalidMessage, match="unknown or said twice: counts"):
+        decode_update(forge(DECODERS["update"][1], counts=None))
 
 
 @pytest.mark.parametrize(
@@ -548,6 +606,7 @@ def one_count(layer: int, expert: int, count: int) -> Callable[[Tensor], Tensor]
 REFUSED: list[tuple[str, Callable[[ClientUpdate], ClientUpdate], str]] = [
     ("another round", with_fields(round=4), "update is for round 4; 3 was asked for"),
     ("another client", with_fields(client=0), "update is for client 0; 7 was asked for"),
+    ("another half", with_fields(trainable="A"), "update is for trainable A; both was asked for"),
     ("another k", with_fields(active_experts=1), "update is for active_experts 1; 2 was asked for"),
     (
         "NaN in a bank",
@@ -668,3 +727,35 @@ def test_combine_and_tensors_name_every_value() -> None:
     assert {name: value is back.tensors()[name] for name, value in a.tensors().items()} == dict.fromkeys(
         a.tensors(), True
     )
+
+
+def low_rank_products(adapter: Adapter) -> dict[str, Tensor]:
+    """B A of every projection in float64, gate and up apart."""
+    found = {}
+    values = {name: value.double() for name, value in adapter.tensors().items()}
+    for layer in range(SHAPE[0]):
+        a1, b1, a2, b2 = (values[f"experts.{layer}.{bank}"] for bank in ("A1", "B1", "A2", "B2"))
+        for expert in range(SHAPE[1]):
+            gate_a, up_a = a1[expert].chunk(2)
+            gate_b, up_b = b1[expert].chunk(2)
+            found |= {(layer, expert, "gate"): gate_b @ gate_a, (layer, expert, "up"): up_b @ up_a}
+            found[layer, expert, "down"] = b2[expert] @ a2[expert]
+    query = "attention.layers.0.q_proj"
+    return found | {"q": values[f"{query}.B"] @ values[f"{query}.A"]}
+
+
+def test_side_by_side_the_products_are_the_sums_and_the_ranks_too() -> None:
+    layers, experts, rank, hidden, width = SHAPE
+    one = an_adapter(SHAPE, random_numbers, torch.Generator().manual_seed(1))
+    other = an_adapter((layers, experts, 5, hidden, width), random_numbers, torch.Generator().manual_seed(2))
+    both = one.concatenate(other)
+    assert (one.rank, other.rank, both.rank) == (rank, 5, rank + 5)
+    got, first, second = (low_rank_products(adapter) for adapter in (both, one, other))
+    for name, value in got.items():
+        torch.testing.assert_close(value, first[name] + second[name], rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_beside_an_adapter_is_that_adapter() -> None:
+    adapter = a_plan().adapter
+    assert adapter.concatenate(NOTHING) is NOTHING.concatenate(adapter) is adapter
+    assert NOTHING.concatenate(NOTHING).rank == 0

@@ -29,19 +29,19 @@ def fine_tune(
     """Train one client for one round and return what it learned as a delta.
 
     Args:
-        adapted: the resident model; its adapter and rescalers are overwritten by the plan's.
+        adapted: the resident model; its adapter, rescalers and merged factors become the plan's.
         examples: the client's rows.
         plan: what to train; the same plan and examples give the same bytes.
         pad_token_id: fills batches on the right, hidden from attention, loss and counts.
         on_step: called after each optimizer step with the step's tokens.
 
     Raises:
-        UserError: the plan asks for a k that the model does not have.
+        UserError: the plan asks for a k that the model does not have, or for values that do not fit it.
     """
-    adapted.load(plan.adapter, plan.rescaler_values)
+    adapted.load(plan.adapter, plan.rescaler_values, plan.merged)
     if plan.rescaler == "mass":
         measured = measure_mass(adapted, _batches(examples, plan, pad_token_id), plan.active_experts)
-        adapted.load(plan.adapter, measured)
+        adapted.load(plan.adapter, measured, plan.merged)
     adapted.counts.reset()
     optimizer = _optimizer(adapted, plan)
     tokens, losses = 0, []
@@ -61,6 +61,7 @@ def fine_tune(
         num_examples=len(examples),
         steps=len(losses),
         loss=sum(losses) / len(losses),
+        trainable=plan.trainable,
     )
 
 
@@ -116,9 +117,10 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
     scalars = [lora.s for lora in adapted.loras]
     for s in scalars:
         s.requires_grad_(learned)
+    adapted.set_trainable(plan.trainable)
     return ExpertAdamW(
         adapted.loras,
-        adapted.attention.values(),
+        [parameter for parameter in adapted.attention.values() if parameter.requires_grad],
         plan.learning_rate,
         plan.weight_decay,
         unregularized=scalars if learned else [],

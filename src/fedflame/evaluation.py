@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fedflame.client import token_losses
 from fedflame.data.batches import IGNORE_INDEX, EncodedRow, collate, encode_prompt, pad_token
 from fedflame.data.instructions import Instruction
-from fedflame.messages import Adapter
+from fedflame.messages import NOTHING, Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 
 
@@ -79,9 +79,10 @@ def evaluate(
     k: int,
     rescaler_values: Tensor,
     generate: bool,
+    merged: Adapter = NOTHING,
 ) -> dict[str, Scores]:
-    """Scores by category of the adapter with k active experts and that tier's s [L]."""
-    adapted.load(adapter, rescaler_values)
+    """Scores by category of the adapter with k active experts, that tier's s [L] and `merged` in the base."""
+    adapted.load(adapter, rescaler_values, merged)
     # Rows of similar length share a batch; the scores do not depend on it.
     order = sorted(range(len(held_out.rows)), key=lambda index: len(held_out.encoded[index].ids))
     scores: dict[str, Scores] = {}

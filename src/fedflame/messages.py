@@ -3,8 +3,8 @@
 Shape legend: L MoE layers, E experts per layer, H hidden size, I expert width, R rank.
 
 The codec is one safetensors buffer: thousands of small arrays ruin every transport. Of an update
-only the experts that the client activated are written. That is lossless: an expert without
-activations did not move, so its delta is zero.
+only the experts that the client activated are written, and only the half that it trained. That is
+lossless: what had no activation or was frozen did not move, so its delta is zero.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 
 RescalerMode = Literal["learned", "fixed", "mass"]
 """How a client treats s: train it, keep it, or measure it on its rows and keep that."""
+Trainable = Literal["both", "A", "B"]
+"""The half of every product B A that a client trains; a frozen half keeps its bits."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,66 @@ class Adapter:
             {name: rule(value, other.attention[name]) for name, value in self.attention.items()},
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All values under names that tell the two kinds apart."""
-        experts = {f"experts.{name}": value for name, value in self.experts.items()}
-        return experts | {f"attention.{name}": value for name, value in self.attention.items()}
+    @property
+    def rank(self) -> int:
+        """R; 0 for `NOTHING`."""
+        return next((value.shape[1] for name, value in self.experts.items() if name.endswith(".A2")), 0)
+
+    def concatenate(self, other: Adapter) -> Adapter:
+        """Both side by side along the rank: every product B A is the sum of theirs.
+
+        Raises:
+            KeyError: `other` lacks a name of this one, and neither is `NOTHING`.
+        """
+        mine, others = self.tensors(), other.tensors()
+        if not mine or not others:
+            return self if mine else other
+        return Adapter.from_tensors(
+            {name: _side_by_side(name, value, others[name]) for name, value in mine.items()}
+        )
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """All values under names that tell the two kinds apart, each name after the prefix."""
+        experts = {f"{prefix}experts.{name}": value for name, value in self.experts.items()}
+        return experts | {f"{prefix}attention.{name}": value for name, value in self.attention.items()}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Adapter:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str = "") -> Adapter:
         """The inverse of `tensors`; other names are ignored."""
 
-        def named(prefix: str) -> dict[str, Tensor]:
-            return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        def named(start: str) -> dict[str, Tensor]:
+            return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
 
-        return cls(named("experts."), named("attention."))
+        return cls(named(f"{prefix}experts."), named(f"{prefix}attention."))
+
+
+NOTHING = Adapter({}, {})
+"""No values at all: an adapter of rank 0."""
+
+MERGED_PREFIX = "merged."
+"""Before the names of merged factors, where they stand in one buffer with an adapter."""
+
+
+def half_of(name: str) -> str:
+    """The half that the value of this name belongs to, "A" or "B"."""
+    return name.rpartition(".")[2][:1]
+
+
+def is_trained(name: str, trainable: Trainable) -> bool:
+    """Whether a client trains the value of this name."""
+    return trainable == "both" or half_of(name) == trainable
+
+
+def rank_dim(name: str) -> int:
+    """The dimension of the value of this name that is as long as the rank (A1: twice as long)."""
+    return -2 if half_of(name) == "A" else -1
+
+
+def _side_by_side(name: str, one: Tensor, other: Tensor) -> Tensor:
+    if not name.endswith(".A1"):
+        return torch.cat([one, other], dim=rank_dim(name))
+    gate_and_up = [value.unflatten(1, (2, -1)) for value in (one, other)]
+    return torch.cat(gate_and_up, dim=2).flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -78,6 +127,9 @@ class RoundPlan:
     """Rows per optimizer step."""
     max_steps: int
     """Optimizer steps."""
+    trainable: Trainable = "both"
+    merged: Adapter = NOTHING
+    """Factors of any rank that are part of the base, scaled as `adapter` is; see `ServerState.merged`."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +152,8 @@ class ClientUpdate:
     """Optimizer steps taken."""
     loss: float
     """Mean response loss over the round's steps, nats per token."""
+    trainable: Trainable = "both"
+    """Of the other half `delta` is zero."""
 
 
 class InvalidMessage(Exception):
@@ -108,39 +162,39 @@ class InvalidMessage(Exception):
 
 def encode_plan(plan: RoundPlan) -> bytes:
     """One buffer with everything the client needs."""
-    tensors = plan.adapter.tensors() | {"rescaler_values": plan.rescaler_values}
-    return _encode("plan", plan, tensors)
+    tensors = plan.adapter.tensors() | plan.merged.tensors(MERGED_PREFIX)
+    return _encode("plan", plan, tensors | {"rescaler_values": plan.rescaler_values})
 
 
 def decode_plan(buffer: bytes) -> RoundPlan:
     """The inverse of `encode_plan`, bit for bit. Raises InvalidMessage."""
     header, tensors = _decode("plan", buffer)
-    plan: RoundPlan = _build(RoundPlan, header, tensors, adapter=Adapter.from_tensors(tensors))
-    modes = get_args(RescalerMode)
-    if plan.rescaler not in modes:
-        raise InvalidMessage(f"rescaler is {plan.rescaler!r}; {' or '.join(modes)} is needed")
+    adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
+    plan: RoundPlan = _build(RoundPlan, header, tensors, adapter=adapter, merged=merged)
     return plan
 
 
 def encode_update(update: ClientUpdate) -> bytes:
-    """One buffer; of the expert banks only the slices of experts that were activated."""
-    tensors = {f"attention.{name}": value for name, value in update.delta.attention.items()}
-    for name, delta in update.delta.experts.items():
-        tensors[f"experts.{name}"] = delta[_activated(name, update.counts)]
-    tensors |= {"rescaler_values": update.rescaler_values, "counts": update.counts}
-    return _encode("update", update, tensors)
+    """One buffer with the trained half only, and of its expert banks the experts that were activated."""
+    attention = {
+        name: delta if is_trained(name, update.trainable) else delta.narrow(rank_dim(name), 0, 0)
+        for name, delta in update.delta.attention.items()
+    }
+    experts = {name: delta[_moved_experts(name, update)] for name, delta in update.delta.experts.items()}
+    tensors = {"rescaler_values": update.rescaler_values, "counts": update.counts}
+    return _encode("update", update, Adapter(experts, attention).tensors() | tensors)
 
 
 def decode_update(buffer: bytes) -> ClientUpdate:
-    """The inverse of `encode_update`: untouched experts come back as zeros. Raises InvalidMessage."""
+    """The inverse of `encode_update`: what did not travel comes back as zeros. Raises InvalidMessage."""
     header, tensors = _decode("update", buffer)
-    packed = Adapter.from_tensors(tensors)
+    packed: ClientUpdate = _build(ClientUpdate, header, tensors, delta=Adapter.from_tensors(tensors))
     try:
-        experts = {name: _unpack(name, rows, tensors["counts"]) for name, rows in packed.experts.items()}
-    except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as error:
+        experts = {name: _unpack_bank(name, rows, packed) for name, rows in packed.delta.experts.items()}
+        attention = {name: _unpack(name, value, packed) for name, value in packed.delta.attention.items()}
+    except (IndexError, RuntimeError, ValueError, TypeError) as error:
         raise InvalidMessage(f"expert banks do not fit the activation counts: {error}") from error
-    update: ClientUpdate = _build(ClientUpdate, header, tensors, delta=Adapter(experts, packed.attention))
-    return update
+    return replace(packed, delta=Adapter(experts, attention))
 
 
 def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
@@ -150,7 +204,7 @@ def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
         InvalidMessage: another round or client, names or shapes that differ from the plan's
             adapter, a value that is not finite, or counts that the tokens cannot explain.
     """
-    for field in ("round", "client", "active_experts"):
+    for field in ("round", "client", "active_experts", "trainable"):
         got, wanted = getattr(update, field), getattr(plan, field)
         if got != wanted:
             raise InvalidMessage(f"update is for {field} {got}; {wanted} was asked for")
@@ -195,15 +249,26 @@ def _validate_counts(update: ClientUpdate, plan: RoundPlan) -> None:
         raise InvalidMessage(f"counts of a layer exceed tokens x k = {update.tokens} x {k}")
 
 
-def _activated(bank: str, counts: Tensor) -> Tensor:
-    return torch.nonzero(counts[int(bank.split(".")[0])] > 0).flatten()
+def _moved_experts(bank: str, update: ClientUpdate) -> Tensor:
+    activated = update.counts[int(bank.split(".")[0])] > 0
+    return torch.nonzero(activated & is_trained(bank, update.trainable)).flatten()
 
 
-def _unpack(bank: str, rows: Tensor, counts: Tensor) -> Tensor:
-    indices = _activated(bank, counts)
+def _unpack_bank(bank: str, rows: Tensor, packed: ClientUpdate) -> Tensor:
+    indices, experts = _moved_experts(bank, packed), packed.counts.shape[1]
     if len(indices) != len(rows):
-        raise ValueError(f"{bank} has {len(rows)} experts, {len(indices)} were activated")
-    return torch.zeros(counts.shape[1], *rows.shape[1:], dtype=rows.dtype).index_copy(0, indices, rows)
+        raise ValueError(f"{bank} has {len(rows)} experts, {len(indices)} were activated and trained")
+    return torch.zeros(experts, *rows.shape[1:], dtype=rows.dtype).index_copy(0, indices, rows)
+
+
+def _unpack(name: str, value: Tensor, packed: ClientUpdate) -> Tensor:
+    if is_trained(name, packed.trainable):
+        return value
+    if value.numel():
+        raise InvalidMessage(f"update has values in {name}; it says that it trained {packed.trainable}")
+    shape = list(value.shape)
+    shape[rank_dim(name)] = packed.delta.rank
+    return torch.zeros(shape, dtype=value.dtype)
 
 
 def _encode(kind: str, message: RoundPlan | ClientUpdate, tensors: dict[str, Tensor]) -> bytes:
@@ -236,19 +301,24 @@ def _decode(kind: str, buffer: bytes) -> tuple[dict[str, Any], dict[str, Tensor]
 def _build(cls: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], **parts: Adapter) -> Any:
     scalars = {name: value for name, value in header.items() if name not in ("kind", "version")}
     arrays = {name: tensors[name] for name in ("rescaler_values", "counts") if name in tensors}
-    try:
-        message = cls(**scalars, **arrays, **parts)
-    except TypeError as error:
-        raise InvalidMessage(f"fields missing or unknown: {error}") from error
-    for field in fields(cls):
-        _validate_type(field.name, str(field.type), getattr(message, field.name))
+    given = [*scalars, *arrays, *parts]
+    types = {field.name: get_type_hints(cls)[field.name] for field in fields(cls)}
+    if sorted(given) != sorted(types):  # defaults are for callers: on the wire every field is said once
+        wrong = sorted(set(given) ^ set(types)) or sorted(name for name in types if given.count(name) > 1)
+        raise InvalidMessage(f"fields missing, unknown or said twice: {', '.join(wrong)}")
+    message = cls(**scalars, **arrays, **parts)
+    for name, wanted in types.items():
+        _validate_type(name, wanted, getattr(message, name))
     return message
 
 
-def _validate_type(name: str, wanted: str, value: object) -> None:
+def _validate_type(name: str, wanted: Any, value: object) -> None:
     """Refuse what JSON can hold and the field cannot: NaN tokens or rows would pass every comparison."""
     if isinstance(value, int) and abs(value) >= 2**63:
         raise InvalidMessage(f"{name} is an integer of more than 64 bits")
-    allowed = {"int": (int,), "float": (float, int), "Tensor": (Tensor,)}.get(wanted)
+    choices = get_args(wanted)  # of a Literal; other fields have none
+    if choices and value not in choices:
+        raise InvalidMessage(f"{name} is {value!r}; {', '.join(choices)} are allowed")
+    allowed = {int: (int,), float: (float, int), Tensor: (Tensor,)}.get(wanted)
     if allowed is not None and type(value) not in allowed:
-        raise InvalidMessage(f"{name} is of type {type(value).__name__}; {wanted} is needed")
+        raise InvalidMessage(f"{name} is of type {type(value).__name__}; {wanted.__name__} is needed")

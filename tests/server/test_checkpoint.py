@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedflame.errors import UserError
-from fedflame.messages import Adapter
+from fedflame.messages import NOTHING, Adapter
 from fedflame.server.checkpoint import FILE_NAME, Checkpoint, read_checkpoint, write_checkpoint
 from fedflame.strategies.base import ServerState
 
@@ -27,16 +28,17 @@ def a_checkpoint(round_number: int = 3) -> Checkpoint:
         return torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32).view(torch.float32)
 
     adapter = Adapter({"0.A1": values(5, 6, 7), "1.B2": values(5, 7, 3)}, {"layers.0.q_proj.A": values(3, 6)})
-    return Checkpoint(round_number, 2**40 + 1, ServerState(adapter, {8: values(2), 1: values(2)}))
+    merged = Adapter({"0.A1": values(5, 4, 7)}, {"layers.0.q_proj.A": values(2, 6)})
+    return Checkpoint(round_number, 2**40 + 1, ServerState(adapter, {8: values(2), 1: values(2)}, merged))
 
 
 def assert_same(got: Checkpoint, wanted: Checkpoint) -> None:
     assert (got.round, got.metrics_bytes) == (wanted.round, wanted.metrics_bytes)
     assert got.state.rescalers.keys() == wanted.state.rescalers.keys()
     pairs = [(got.state.rescalers[k], value) for k, value in wanted.state.rescalers.items()]
-    tensors = got.state.adapter.tensors()
-    assert tensors.keys() == wanted.state.adapter.tensors().keys()
-    pairs += [(tensors[name], value) for name, value in wanted.state.adapter.tensors().items()]
+    for mine, its in ((got.state.adapter, wanted.state.adapter), (got.state.merged, wanted.state.merged)):
+        assert mine.tensors().keys() == its.tensors().keys()
+        pairs += [(mine.tensors()[name], value) for name, value in its.tensors().items()]
     for a, b in pairs:
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert torch.equal(a.view(torch.int32), b.view(torch.int32))
@@ -49,6 +51,13 @@ def files(run: Path) -> list[str]:
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, a_checkpoint())
     assert_same(read_checkpoint(tmp_path), a_checkpoint())
+
+
+def test_a_checkpoint_without_merged_factors_comes_back_without(tmp_path: Path) -> None:
+    whole = a_checkpoint()
+    wanted = replace(whole, state=replace(whole.state, merged=NOTHING))
+    write_checkpoint(tmp_path, wanted)
+    assert_same(read_checkpoint(tmp_path), wanted)
 
 
 def test_a_state_that_was_read_can_be_written_again_to_the_same_bytes(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def print_scores(
     scores: dict[int, dict[str, Any]] = {}
     for k in wanted or config.evaluated_experts():
         rescaler = state.rescalers.get(k, torch.ones(len(bench.adapted.layers)))
-        by_category = evaluate(bench.adapted, bench.held_out, state.adapter, k, rescaler, generate=True)
+        by_category = evaluate(
+            bench.adapted, bench.held_out, state.adapter, k, rescaler, generate=True, merged=state.merged
+        )
         scores[k] = {"all": _plain(total(by_category))}
         scores[k] |= {category: _plain(value) for category, value in by_category.items()}
     if as_json:

@@ -15,8 +15,8 @@ from fedflame.errors import UserError
 from fedflame.export.description import merged_card, run_facts
 from fedflame.export.fit import require_fit
 from fedflame.export.new_folder import RUN_FILE, new_folder, require_free, write_json
-from fedflame.messages import Adapter
 from fedflame.moe.families import MoELayer, find_moe_layers
+from fedflame.moe.merged_base import merge_into
 from fedflame.strategies.base import ServerState
 
 
@@ -31,7 +31,7 @@ def merge(
     in float32 and rounded to that dtype once. The tokenizer is saved beside it.
 
     Args:
-        state: adapter and rescalers of the run.
+        state: adapter, rescalers and merged factors of the run.
         config: the run's configuration; names the base model.
         k: the model's K, or a tier of the run.
         to: the folder to make.
@@ -45,9 +45,10 @@ def merge(
     require_free(to.resolve(), overwrite)
     model, tokenizer = _load_plain_base(config.model.model_name_or_path)
     layers = find_moe_layers(model)
-    require_fit(state.adapter, model, layers, config.adapter.r)
+    total = state.total
+    require_fit(total, model, layers, config.adapter.r + state.merged.rank)
     scalars = _rescaler_of(state, k, layers)
-    _merge_into(model, layers, state.adapter, config.adapter.lora_alpha / config.adapter.r, scalars)
+    merge_into(model, layers, total, config.adapter.lora_alpha / config.adapter.r, scalars)
     _set_active_experts(model, layers, k)
     with new_folder(to, overwrite) as folder:
         model.save_pretrained(folder)
@@ -73,28 +74,6 @@ def _rescaler_of(state: ServerState, k: int, layers: Sequence[MoELayer]) -> Tens
         allowed = ", ".join(str(tier) for tier in sorted({*state.rescalers, full}, reverse=True))
         raise UserError(f"merge at k = {k}: no client had this tier; allowed are {allowed}")
     return torch.ones(len(layers))
-
-
-@torch.no_grad()
-def _merge_into(
-    model: PreTrainedModel, layers: Sequence[MoELayer], adapter: Adapter, scaling: float, scalars: Tensor
-) -> None:
-    for index, (layer, s) in enumerate(zip(layers, scalars, strict=True)):
-        a1, b1, a2, b2 = (adapter.experts[f"{index}.{name}"] for name in ("A1", "B1", "A2", "B2"))
-        r, width = a2.shape[1], layer.expert_width
-        gate_up, down = (layer.experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
-        for expert in range(layer.num_experts):  # one at a time: only one expert in float32
-            gate = b1[expert, :width] @ a1[expert, :r]
-            up = b1[expert, width:] @ a1[expert, r:]
-            gate_up[expert] = gate_up[expert].float() + scaling * torch.cat([gate, up])
-            down[expert] = s * (down[expert].float() + scaling * (b2[expert] @ a2[expert]))
-    for name in adapter.attention:
-        if name.endswith(".A"):
-            module = name.removesuffix(".A")
-            weight = model.get_submodule(module).get_parameter("weight")
-            weight.copy_(
-                weight.float() + scaling * (adapter.attention[f"{module}.B"] @ adapter.attention[name])
-            )
 
 
 def _set_active_experts(model: PreTrainedModel, layers: Sequence[MoELayer], k: int) -> None:

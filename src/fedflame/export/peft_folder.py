@@ -70,11 +70,11 @@ def export_adapter(
 ) -> None:
     """Write the folder that `PeftModel.from_pretrained(base, to)` loads; outputs equal ours at k = K.
 
-    Beside PEFT's two files: `rescalers.safetensors` ("k4": [L] for the tier k = 4), `fedflame.json`, and
-    the model card README.md.
+    Merged factors are further ranks of the adapter, with lora_alpha / r as it was. Beside PEFT's two files:
+    `rescalers.safetensors` ("k4": [L] for the tier k = 4), `fedflame.json`, and the model card README.md.
 
     Args:
-        state: adapter and rescalers of the run.
+        state: adapter, rescalers and merged factors of the run.
         config: the run's configuration.
         model: the base model, plain or adapted. Only its structure is read: the meta device will do.
         to: the folder to make.
@@ -86,13 +86,13 @@ def export_adapter(
             the experts of this model family one by one.
     """
     layers = find_moe_layers(model)
-    require_fit(state.adapter, model, layers, config.adapter.r)
-    _require_per_expert_layout(model, state.adapter)
-    attention = config.adapter.attention_modules()
+    total, r = state.total, config.adapter.r + state.merged.rank
+    require_fit(total, model, layers, r)
+    _require_per_expert_layout(model, total)
     with new_folder(to, overwrite) as folder:
-        _write_tensors(folder / WEIGHTS_FILE, _peft_tensors(state.adapter, layers, config.adapter.r))
+        _write_tensors(folder / WEIGHTS_FILE, _peft_tensors(total, layers, r))
         _write_tensors(folder / RESCALERS_FILE, ((f"k{k}", s) for k, s in state.rescalers.items()))
-        write_json(folder / CONFIG_FILE, _peft_config(config, [*attention, *EXPERT_PROJECTIONS]))
+        write_json(folder / CONFIG_FILE, _peft_config(config, r))
         write_json(folder / RUN_FILE, run_facts(state, config, layers, rounds))
         card = adapter_card(state, config, layers[0].num_experts_per_tok, rounds)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -244,16 +244,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: truncated or no safetensors file: {error}") from error
 
 
-def _peft_config(config: RunConfig, target_modules: list[str]) -> dict[str, Any]:
+def _peft_config(config: RunConfig, r: int) -> dict[str, Any]:
     # Written by hand: PEFT's own writer puts target_modules in an order that differs between processes.
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.model.model_name_or_path,
-        "r": config.adapter.r,
-        "lora_alpha": config.adapter.lora_alpha,
+        "r": r,
+        "lora_alpha": config.adapter.lora_alpha * (r / config.adapter.r),  # lora_alpha / r stays the run's
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": target_modules,
+        "target_modules": [*config.adapter.attention_modules(), *EXPERT_PROJECTIONS],
         "inference_mode": True,
     }

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedflame.errors import UserError
-from fedflame.messages import Adapter
+from fedflame.messages import NOTHING, Adapter, Trainable, is_trained, rank_dim
 from fedflame.moe.activation_counts import ActivationCounts
 from fedflame.moe.active_experts import active_experts
 from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION, ExpertLoRA, initial_banks
 from fedflame.moe.families import find_moe_layers, require_aligned
+from fedflame.moe.merged_base import MergedBase
 from fedflame.seeds import generator
 
 
@@ -48,6 +49,7 @@ class AdaptedModel:
         ]
         for layer, lora in zip(self.layers, self.loras, strict=True):
             layer.experts.fedflame = lora
+        self._base = MergedBase(model, self.layers, self.attention, lora_alpha / r)
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
     @property
@@ -71,24 +73,38 @@ class AdaptedModel:
             attention[name] = value
         return Adapter(experts, attention)
 
-    def load(self, adapter: Adapter, rescaler_values: Tensor) -> None:
-        """Overwrite banks, attention LoRA and s [L] with the given values.
+    def load(self, adapter: Adapter, rescaler_values: Tensor, merged: Adapter = NOTHING) -> None:
+        """Overwrite banks, attention LoRA and s [L], and make the frozen base W + (alpha/r) B A of `merged`.
+
+        Args:
+            adapter: values for this model, rank and target modules.
+            rescaler_values: [L] s per MoE layer.
+            merged: factors of any one rank, else shaped as `adapter`. Without any, the base weights have
+                the bits that they had at first.
 
         Raises:
-            UserError: the values are not those of this model, rank and target modules.
+            UserError: the values do not fit; nothing was changed.
         """
+        attached, values = self._attached(), adapter.tensors()
+        _require_shapes("adapter", values, _shapes(attached, self.r))
+        if merged.tensors():
+            _require_shapes("merged", merged.tensors(), _shapes(attached, merged.rank))
         with torch.no_grad():
-            _overwrite(self._expert_parameters(), adapter.experts)
-            _overwrite(self.attention, adapter.attention)
+            for name, parameter in attached.tensors().items():
+                parameter.copy_(values[name])
             for lora, value in zip(self.loras, rescaler_values, strict=True):
                 lora.s.copy_(value)
+            self._base.merge(merged)
+
+    def set_trainable(self, trainable: Trainable) -> None:
+        """Let gradients reach this half of every expert bank and attention LoRA, and no other."""
+        for name, parameter in self._attached().tensors().items():
+            parameter.requires_grad_(is_trained(name, trainable))
 
     def adapter(self) -> Adapter:
         """A copy of the values attached now."""
-        return Adapter(
-            {name: parameter.detach().clone() for name, parameter in self._expert_parameters().items()},
-            {name: parameter.detach().clone() for name, parameter in self.attention.items()},
-        )
+        values = {name: value.detach().clone() for name, value in self._attached().tensors().items()}
+        return Adapter.from_tensors(values)
 
     def rescaler_values(self) -> Tensor:
         """[L] the s attached now."""
@@ -100,18 +116,29 @@ class AdaptedModel:
         with active_experts(self.layers, k):
             yield
 
-    def _expert_parameters(self) -> dict[str, nn.Parameter]:
-        return {f"{lora.index}.{name}": bank for lora in self.loras for name, bank in lora.banks().items()}
+    def _attached(self) -> Adapter:
+        """The parameters themselves."""
+        banks = {f"{lora.index}.{name}": bank for lora in self.loras for name, bank in lora.banks().items()}
+        return Adapter(banks, self.attention)
 
 
-def _overwrite(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    for name in sorted(parameters.keys() | values.keys()):
-        wanted, got = (tuple(kind[name].shape) if name in kind else None for kind in (parameters, values))
-        if wanted != got:
+def _shapes(adapter: Adapter, rank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes that the adapter's values would have at this rank."""
+    shapes = {}
+    for name, value in adapter.tensors().items():
+        shape = list(value.shape)
+        shape[rank_dim(name)] = shape[rank_dim(name)] // adapter.rank * rank
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def _require_shapes(kind: str, values: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted(wanted.keys() | values.keys()):
+        got = tuple(values[name].shape) if name in values else None
+        if got != wanted.get(name):
             raise UserError(
-                f"adapter value {name}: the adapter has {got or 'none'}, the model needs {wanted or 'none'}"
+                f"{kind} value {name} is {got or 'missing'}; the model needs {wanted.get(name, 'none')}"
             )
-        parameters[name].copy_(values[name])
 
 
 def _inject_attention_lora(

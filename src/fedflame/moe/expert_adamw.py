@@ -4,8 +4,8 @@ Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101.
 
 Plain AdamW moves an expert that saw no token by weight decay and by stale momentum, and the server
 would then average noise. Here each expert's slice of a bank has moments and a step count of its own,
-and only the slices of touched experts take part in a step. AdamW: Loshchilov and Hutter, Decoupled
-Weight Decay Regularization, arXiv 1711.05101.
+and only the slices of touched experts take part in a step. A bank that requires no gradient is left
+out.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class ExpertAdamW:
             (lora.index, bank, [_Moments.at_start(expert) for expert in bank.data])
             for lora in loras
             for bank in lora.banks().values()
+            if bank.requires_grad
         ]
         self._shared = [(parameter, _Moments.at_start(parameter.data)) for parameter in shared]
         self._unregularized = [(parameter, _Moments.at_start(parameter.data)) for parameter in unregularized]
@@ -90,5 +91,5 @@ class ExpertAdamW:
 
 def _take_gradient(parameter: nn.Parameter) -> Tensor:
     gradient, parameter.grad = parameter.grad, None
-    assert gradient is not None, "backward reaches every parameter"
+    assert gradient is not None, "backward reaches every parameter that is trained"
     return gradient

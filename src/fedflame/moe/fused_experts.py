@@ -76,7 +76,11 @@ class FusedExperts(torch.autograd.Function):
         row_weights = weights.reshape(-1)[rows.order].unsqueeze(1).to(x.dtype)
         d_weights = torch.empty(len(rows.order), dtype=torch.float32, device=x.device)
         d_rows = x.new_empty(len(rows.order), x.shape[1])
-        d_a1, d_b1, d_a2, d_b2 = (torch.empty_like(bank) for bank in (a1, b1, a2, b2))
+        trained = ctx.needs_input_grad[2:6]
+        d_a1, d_b1, d_a2, d_b2 = banks = [
+            torch.empty_like(bank) if wanted else None
+            for bank, wanted in zip((a1, b1, a2, b2), trained, strict=True)
+        ]
         for number, block in enumerate(ctx.blocks):
             inner, low1, low2 = kept[3 * number : 3 * number + 3]
             tokens, e = rows.tokens[block.rows], block.experts
@@ -88,18 +92,22 @@ class FusedExperts(torch.autograd.Function):
             d_low2 = _times(d_out, b2[e], block).mul_(scaling)
             d_activation = _times(d_out, down[e], block).add_(_times(d_low2, a2[e], block))
             d_weights[block.rows] = torch.linalg.vecdot(d_activation.float(), activation.detach().float())
-            d_a2[e] = _outer(d_low2.mul_(w), activation.detach(), block)
-            d_b2[e] = _outer(d_out, low2 * w, block)
+            if d_a2 is not None:
+                d_a2[e] = _outer(d_low2.mul_(w), activation.detach(), block)
+            if d_b2 is not None:
+                d_b2[e] = _outer(d_out, low2 * w, block)
             (d_inner,) = torch.autograd.grad(activation, inner, d_activation.mul_(w))
             d_low1 = _times(d_inner, b1[e], block).mul_(scaling)
-            d_b1[e] = _outer(d_inner, low1, block)
-            d_a1[e] = _outer(d_low1, x.index_select(0, tokens), block)
+            if d_b1 is not None:
+                d_b1[e] = _outer(d_inner, low1, block)
+            if d_a1 is not None:
+                d_a1[e] = _outer(d_low1, x.index_select(0, tokens), block)
             torch.add(
                 _times(d_inner, gate_up[e], block), _times(d_low1, a1[e], block), out=d_rows[block.rows]
             )
         d_x = rows.sum_per_token(d_rows)
         d_weights = d_weights[rows.positions].to(weights.dtype)
-        return d_x, d_weights, d_a1, d_b1, d_a2, d_b2, None, None, None, None, None
+        return d_x, d_weights, *banks, None, None, None, None, None
 
 
 def _times(rows: Tensor, weights: Tensor, block: Block) -> Tensor:

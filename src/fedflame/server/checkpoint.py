@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from fedflame.atomic_file import write_atomically
 from fedflame.errors import UserError
-from fedflame.messages import Adapter, read_header
+from fedflame.messages import MERGED_PREFIX, Adapter, read_header
 from fedflame.strategies.base import ServerState
 
 FILE_NAME = "checkpoint/state.safetensors"
@@ -36,8 +36,9 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: the disk is full or not writable; the previous checkpoint is untouched.
     """
-    tensors = checkpoint.state.adapter.tensors()
-    tensors |= {f"rescalers.{k}": values for k, values in checkpoint.state.rescalers.items()}
+    state = checkpoint.state
+    tensors = state.adapter.tensors() | state.merged.tensors(MERGED_PREFIX)
+    tensors |= {f"rescalers.{k}": values for k, values in state.rescalers.items()}
     header = {"version": FORMAT_VERSION, "round": checkpoint.round, "metrics_bytes": checkpoint.metrics_bytes}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(run / FILE_NAME, save(contiguous, metadata={"fedflame": json.dumps(header)}))
@@ -65,4 +66,5 @@ def read_checkpoint(run: Path) -> Checkpoint:
         ) from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: checkpoint version {version}; this fedflame reads version {FORMAT_VERSION}")
-    return Checkpoint(number, metrics_bytes, ServerState(Adapter.from_tensors(tensors), rescalers))
+    adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
+    return Checkpoint(number, metrics_bytes, ServerState(adapter, rescalers, merged))

@@ -186,6 +186,8 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         weight_decay=training.weight_decay,
         batch_size=training.per_device_train_batch_size,
         max_steps=training.max_steps,
+        trainable=instructions.trainable,
+        merged=state.merged,
     )
 
 
@@ -203,7 +205,9 @@ def _evaluate_tiers(server: Server, state: ServerState, round_number: int) -> No
     every, last = server.config.evaluation.generate_every, server.config.server.num_server_rounds
     generate = round_number in (0, last) or (every > 0 and round_number % every == 0)
     for k in server.tiers:
-        scores = evaluate(server.adapted, server.held_out, state.adapter, k, state.rescalers[k], generate)
+        scores = evaluate(
+            server.adapted, server.held_out, state.adapter, k, state.rescalers[k], generate, state.merged
+        )
         together = total(scores)
         _log_scores(server.metrics, round_number, k, None, together)
         for category, category_scores in scores.items():

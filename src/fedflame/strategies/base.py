@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedflame.messages import Adapter, ClientUpdate, RescalerMode
+from fedflame.messages import NOTHING, Adapter, ClientUpdate, RescalerMode, Trainable
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,15 @@ class ServerState:
     adapter: Adapter
     rescalers: Mapping[int, Tensor]
     """Tier k -> [L] s, for clients of that tier and for evaluation at that k."""
+    merged: Adapter = NOTHING
+    """Factors that are part of the frozen base from now on: every weight W is W + (alpha/r) B A.
+
+    Names and layout are the adapter's, alpha/r is that of the run, the rank is any."""
+
+    @property
+    def total(self) -> Adapter:
+        """Adapter and merged factors as one adapter of the base model as it was before the run."""
+        return self.adapter.concatenate(self.merged)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class TrainInstructions:
     rescaler: RescalerMode
     rescaler_values: Tensor
     """[L] s per MoE layer at the start of the round."""
+    trainable: Trainable = "both"
 
 
 class Strategy(Protocol):
