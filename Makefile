@@ -12,7 +12,7 @@ help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "make %-7s %s\n", $$1, $$2 }'
 
 run: $(READY) ## Fine-tune the embedded model on unequal simulated clients, and write the report
-	OMP_NUM_THREADS=1 $(BIN)/fedflame run --overwrite # its products are too small to share: two threads are slower
+	OMP_NUM_THREADS=1 $(BIN)/fedflame run --overwrite --workers 2 # its products are too small to share by threads
 
 test: $(READY) ## Run the tests (PYTEST_FLAGS="-k name" picks some)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto $(PYTEST_FLAGS)

@@ -52,6 +52,9 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in the run folder.")
     ] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that train clients side by side, with the same result.")
+    ] = 1,
     debug: Debug = False,
 ) -> None:
     """Fine-tune one model across unequal clients; leaves adapter, metrics and report in a run folder."""
@@ -67,7 +70,7 @@ def run(
         existing: Literal["refuse", "resume", "overwrite"] = (
             "resume" if resume else "overwrite" if overwrite else "refuse"
         )
-        folder = execute(config, text, existing, console)
+        folder = execute(config, text, existing, console, workers)
         written = [folder / name for name in ("report.html", "adapter") if (folder / name).exists()]
         console.print("\n".join(f"{path.stem}: {path}" for path in written), soft_wrap=True)
 

@@ -59,8 +59,11 @@ class Reporter(Protocol):
     def message(self, text: str) -> None:
         """Say one line."""
 
-    def start_client(self, round_number: int, client: int, active_experts: int, steps: int) -> None:
+    def start_client(self, round_number: int, client: int, active_experts: int) -> None:
         """A client begins its steps."""
+
+    def end_client(self, client: int) -> None:
+        """A client has answered."""
 
     def step(self, tokens: int) -> None:
         """One optimizer step over so many tokens is done."""
@@ -75,7 +78,10 @@ class LineReporter:
     def message(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def start_client(self, round_number: int, client: int, active_experts: int, steps: int) -> None:
+    def start_client(self, round_number: int, client: int, active_experts: int) -> None:
+        pass
+
+    def end_client(self, client: int) -> None:
         pass
 
     def step(self, tokens: int) -> None:
@@ -83,18 +89,24 @@ class LineReporter:
 
 
 class BarReporter(LineReporter):
-    """A live bar over all optimizer steps of the run, with the client at work and its tokens/s."""
+    """A live bar over all optimizer steps of the run, with the clients at work and their tokens/s."""
 
     def __init__(self, console: Console, progress: Progress, total_steps: int) -> None:
         super().__init__(console)
         self._progress = progress
-        self._task = progress.add_task("", total=total_steps, client="", speed="")
+        self._task = progress.add_task("", total=total_steps, clients="", speed="")
+        self._working: dict[int, str] = {}
         self._tokens, self._start = 0, time.monotonic()
 
-    def start_client(self, round_number: int, client: int, active_experts: int, steps: int) -> None:
-        self._tokens, self._start = 0, time.monotonic()
-        text = f"round {round_number}, client {client}, k={active_experts}"
-        self._progress.update(self._task, client=text)
+    def start_client(self, round_number: int, client: int, active_experts: int) -> None:
+        if not self._working:
+            self._tokens, self._start = 0, time.monotonic()
+        self._working[client] = f"client {client} (k={active_experts})"
+        text = f"round {round_number}: {', '.join(self._working.values())}"
+        self._progress.update(self._task, clients=text)
+
+    def end_client(self, client: int) -> None:
+        del self._working[client]
 
     def step(self, tokens: int) -> None:
         self._tokens += tokens
@@ -109,7 +121,7 @@ def reporter(console: Console, total_steps: int) -> Iterator[Reporter]:
         yield LineReporter(console)
         return
     columns = (
-        TextColumn("{task.fields[client]}"),
+        TextColumn("{task.fields[clients]}"),
         BarColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeElapsedColumn(),

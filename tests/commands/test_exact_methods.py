@@ -70,7 +70,7 @@ def test_a_run_with_merged_factors_resumes_to_the_same_bytes(
         return fine_tune(adapted, examples, plan, pad_token_id, on_step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fedflame.server.rounds.fine_tune", killed_in_round_2)
+        patch.setattr("fedflame.server.local_clients.fine_tune", killed_in_round_2)
         a_run(FLoRA(K), tiny_folder, tmp_path / "killed")
     assert read_checkpoint(tmp_path / "killed").round == 1
     a_run(FLoRA(K), tiny_folder, tmp_path / "killed", existing="resume")

@@ -51,7 +51,7 @@ def misbehave(monkeypatch: pytest.MonkeyPatch) -> Callable[[Misbehave], None]:
         def changed(adapted, examples, plan, pad_token_id, on_step):  # type: ignore[no-untyped-def]
             return change(plan, fine_tune(adapted, examples, plan, pad_token_id, on_step))
 
-        monkeypatch.setattr("fedflame.server.rounds.fine_tune", changed)
+        monkeypatch.setattr("fedflame.server.local_clients.fine_tune", changed)
 
     return install
 
@@ -144,6 +144,34 @@ def test_an_interrupt_says_how_to_go_on_and_keeps_the_checkpoint(tiny_folder: Pa
     kept = read_checkpoint(tmp_path / "run").round
     assert errors == f"fedflame: interrupted; the same command with --resume goes on after round {kept}\n"
     assert kept < 3
+
+
+@pytest.mark.timeout(120)
+def test_worker_processes_change_no_byte(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    process = start(tiny_folder, tmp_path / "run", "--workers", "2")
+    assert process.wait(90) == 0
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+    assert checkpoint_states_equal(tmp_path / "run", finished)
+    assert timeless(tmp_path / "run") == timeless(finished)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_a_run_that_is_ended(
+    end: signal.Signals, tiny_folder: Path, tmp_path: Path
+) -> None:
+    process = start(tiny_folder, tmp_path / "run", "--workers", "2", "--set", "training.max_steps=1000")
+    wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 20)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.send_signal(end)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (130 if end == signal.SIGINT else -end)
+    assert end == signal.SIGKILL or errors.startswith("fedflame: interrupted; "), errors
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, f"one of {children} is still there"
+        time.sleep(0.05)
 
 
 def test_an_existing_run_is_neither_touched_nor_forgotten(finished: Path, tiny_folder: Path) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedflame import __version__
 from fedflame.atomic_file import write_atomically
-from fedflame.base_model import load_base_model, model_config_path
+from fedflame.base_model import model_config_path
 from fedflame.budgets import ModelShape, read_model_shape, training_flops_per_token
 from fedflame.commands.tables import cost_table, partition_table, result_table
 from fedflame.config import RunConfig
@@ -41,7 +42,9 @@ from fedflame.report import write_report
 from fedflame.report.records import read_run
 from fedflame.server.checkpoint import FILE_NAME as CHECKPOINT_FILE
 from fedflame.server.checkpoint import Checkpoint, read_checkpoint
-from fedflame.server.rounds import LocalClients, Server, run_rounds
+from fedflame.server.local_clients import Clients, LocalClients, load_adapted_model
+from fedflame.server.rounds import Server, run_rounds
+from fedflame.server.worker_clients import WorkerClients, WorkerSetup
 from fedflame.strategies import Strategy, build_strategy
 from fedflame.strategies.base import ClientProfile
 from fedflame.tracking import MetricsFile, Reporter, reporter
@@ -81,7 +84,9 @@ class Workbench:
         return [ClientProfile(client, k, len(part)) for client, (k, part) in enumerate(parts)]
 
 
-def execute(config: RunConfig, config_text: str, existing: Existing, console: Console) -> Path:
+def execute(
+    config: RunConfig, config_text: str, existing: Existing, console: Console, workers: int = 1
+) -> Path:
     """Run the configuration to its end and return the run folder.
 
     Args:
@@ -89,6 +94,8 @@ def execute(config: RunConfig, config_text: str, existing: Existing, console: Co
         config_text: the TOML file as given, kept beside the results; empty for the defaults.
         existing: what to do with a run folder that is there.
         console: where progress and tables go.
+        workers: processes that train clients; with 1 this process does. The adapter's bytes depend on
+            the threads of each process, not on their number.
 
     Raises:
         UserError: whatever the user can mend, with the run folder as it was before where the run
@@ -96,6 +103,8 @@ def execute(config: RunConfig, config_text: str, existing: Existing, console: Co
     """
     run = Path(config.output_dir)
     _check_run_folder(run, config, existing)
+    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
     bench = assemble(config, console, saved_dtype(run) if existing == "resume" else None)
     if existing == "overwrite" and run.exists():
         _remove(run)
@@ -106,8 +115,8 @@ def execute(config: RunConfig, config_text: str, existing: Existing, console: Co
     remaining = (config.server.num_server_rounds - checkpoint.round) * steps
     metrics = MetricsFile(run / "metrics.jsonl", checkpoint.metrics_bytes)
     try:
-        with reporter(console, remaining) as progress:
-            checkpoint = run_rounds(_server(bench, run, metrics, progress), checkpoint)
+        with reporter(console, remaining) as progress, _clients(bench, workers) as clients:
+            checkpoint = run_rounds(_server(bench, run, clients, metrics, progress), checkpoint)
     except KeyboardInterrupt as error:
         hint = f"the same command with --resume goes on after round {_rounds_kept(run)}"
         raise KeyboardInterrupt(hint) from error
@@ -133,15 +142,12 @@ def assemble(config: RunConfig, console: Console, dtype: str | None = None) -> W
     """
     federation = load_federation(config)
     _say_skipped(federation, console)
-    model, tokenizer = load_base_model(config.model.model_name_or_path, dtype or config.model.dtype)
-    _require_context(config, model.config)
-    adapted = AdaptedModel(
-        model, config.adapter.r, config.adapter.lora_alpha, config.adapter.attention_modules()
-    )
+    adapted, tokenizer = load_adapted_model(config, dtype or config.model.dtype)
+    _require_context(config, adapted.model.config)
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
     strategy = build_strategy(config.strategy, config.tiers(), adapted.num_experts_per_tok)
     encoded = encode_federation(federation, tokenizer, config.data.max_length)
-    base_dtype: Any = str(model.dtype).removeprefix("torch.")
+    base_dtype: Any = str(adapted.model.dtype).removeprefix("torch.")
     cost = run_cost(config, shape, base_dtype, encoded.mean_length, encoded.labelled_share)
     bench = Workbench(config, adapted, tokenizer, shape, federation, encoded, strategy, cost)
     console.print(
@@ -256,16 +262,29 @@ def _remove(run: Path) -> None:
         raise UserError(f"{run}: cannot be replaced: {error.strerror}") from error
 
 
-def _server(bench: Workbench, run: Path, metrics: MetricsFile, progress: Reporter) -> Server:
-    clients = LocalClients(bench.adapted, bench.encoded.clients, pad_token(bench.tokenizer))
+@contextmanager
+def _clients(bench: Workbench, workers: int) -> Iterator[Clients]:
+    rows, pad_token_id = bench.encoded.clients, pad_token(bench.tokenizer)
+    if workers == 1:
+        yield LocalClients(bench.adapted, rows, pad_token_id)
+        return
+    dtype = str(bench.adapted.model.dtype).removeprefix("torch.")
+    setup = WorkerSetup(bench.config, dtype, rows, pad_token_id, torch.get_num_threads())
+    with WorkerClients(setup, workers) as clients:
+        yield clients
+
+
+def _server(
+    bench: Workbench, run: Path, clients: Clients, metrics: MetricsFile, progress: Reporter
+) -> Server:
     return Server(
         config=bench.config,
         run=run,
         strategy=bench.strategy,
-        clients=bench.profiles,
+        profiles=bench.profiles,
         tiers=bench.config.evaluated_experts(),
         training_flops=partial(_training_flops, bench),
-        train_client=clients.train,
+        clients=clients,
         adapted=bench.adapted,
         held_out=bench.held_out,
         metrics=metrics,

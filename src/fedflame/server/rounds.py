@@ -1,48 +1,31 @@
-"""The federated loop in one process: sample, train, validate, aggregate, evaluate, checkpoint."""
+"""The federated loop: sample, train, validate, aggregate, evaluate, checkpoint."""
 
 from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedflame.client import fine_tune
 from fedflame.config import RunConfig
-from fedflame.data.batches import EncodedRow
 from fedflame.errors import UserError
 from fedflame.evaluation import HeldOut, Scores, evaluate, total
 from fedflame.messages import (
     ClientUpdate,
     InvalidMessage,
     RoundPlan,
-    decode_plan,
     decode_update,
     encode_plan,
-    encode_update,
     validate_update,
 )
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
+from fedflame.server.local_clients import Answer, Clients
 from fedflame.strategies.base import ClientProfile, ServerState, Strategy
 from fedflame.tracking import MetricsFile, Reporter
-
-TrainClient = Callable[[RoundPlan, Reporter], ClientUpdate]
-"""Runs one client; in process it is `LocalClients.train`, on an engine a call over the wire."""
-
-
-@dataclass(frozen=True)
-class LocalClients:
-    """All clients in this process, sharing one resident base model."""
-
-    adapted: AdaptedModel
-    rows: Sequence[Sequence[EncodedRow]]
-    pad_token_id: int
-
-    def train(self, plan: RoundPlan, reporter: Reporter) -> ClientUpdate:
-        return fine_tune(self.adapted, self.rows[plan.client], plan, self.pad_token_id, reporter.step)
 
 
 @dataclass(frozen=True)
@@ -52,12 +35,12 @@ class Server:
     config: RunConfig
     run: Path
     strategy: Strategy
-    clients: Sequence[ClientProfile]
+    profiles: Sequence[ClientProfile]
     tiers: Sequence[int]
     """The k to evaluate at, largest first."""
     training_flops: Callable[[int], float]
     """Per token, from k."""
-    train_client: TrainClient
+    clients: Clients
     adapted: AdaptedModel
     held_out: HeldOut
     metrics: MetricsFile
@@ -96,6 +79,15 @@ def sample_clients(
     return sorted(chosen, key=lambda profile: profile.client)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A plan that is out."""
+
+    profile: ClientProfile
+    plan: RoundPlan
+    bytes_down: int
+
+
 class _Updates:
     """The stream of a round's valid updates in client order; counts them as they pass."""
 
@@ -104,39 +96,45 @@ class _Updates:
         self.usable = 0
 
     def __iter__(self) -> Iterator[ClientUpdate]:
-        server = self._server
-        count, seed = server.config.clients_per_round(), server.config.seed
-        for profile in sample_clients(server.clients, count, seed, self._round):
-            update = self._train(profile)
+        asked: deque[_Asked] = deque()
+        for answer in self._server.clients.train(self._plans(asked), self._server.reporter.step):
+            update = self._accept(asked.popleft(), answer)
             if update is not None:
                 self.usable += 1
                 yield update
 
-    def _train(self, profile: ClientProfile) -> ClientUpdate | None:
-        """One client's update by way of the wire format; None and a logged reason if it is unusable."""
+    def _plans(self, asked: deque[_Asked]) -> Iterator[bytes]:
+        """The encoded plans, each made when a client is free for it, and noted in `asked`."""
         server = self._server
-        plan = _round_plan(server, self._state, profile, self._round)
-        server.reporter.start_client(self._round, profile.client, plan.active_experts, plan.max_steps)
-        start = time.monotonic()
-        down = encode_plan(plan)
+        count, seed = server.config.clients_per_round(), server.config.seed
+        for profile in sample_clients(server.profiles, count, seed, self._round):
+            plan = _round_plan(server, self._state, profile, self._round)
+            buffer = encode_plan(plan)
+            asked.append(_Asked(profile, plan, len(buffer)))
+            server.reporter.start_client(self._round, profile.client, plan.active_experts)
+            yield buffer
+
+    def _accept(self, asked: _Asked, answer: Answer) -> ClientUpdate | None:
+        """The update in the answer; None and a logged reason if there is none that may be used."""
+        server, profile, plan = self._server, asked.profile, asked.plan
+        server.reporter.end_client(profile.client)
         try:
-            up = encode_update(server.train_client(decode_plan(down), server.reporter))
-            update = decode_update(up)
+            if answer.failure:
+                raise InvalidMessage(answer.failure)
+            update = decode_update(answer.update)
             validate_update(update, plan)
             _validate_rows(update, profile)
-        # Whatever goes wrong in a client, its round goes on without it.
-        except Exception as error:
-            reason = str(error) if isinstance(error, InvalidMessage) else f"{type(error).__name__}: {error}"
+        except InvalidMessage as error:
             server.metrics.log(
                 "excluded",
                 round=self._round,
                 client=profile.client,
                 active_experts=plan.active_experts,
-                reason=reason,
+                reason=str(error),
             )
-            server.reporter.message(f"round {self._round}: client {profile.client} is left out: {reason}")
+            server.reporter.message(f"round {self._round}: client {profile.client} is left out: {error}")
             return None
-        self._log(update, len(down), len(up), time.monotonic() - start)
+        self._log(update, asked.bytes_down, len(answer.update), answer.seconds)
         return update
 
     def _log(self, update: ClientUpdate, bytes_down: int, bytes_up: int, seconds: float) -> None:

@@ -1,0 +1,82 @@
+"""Clients of this process: plans in, updates out, as bytes, one client after another.
+
+`rounds` knows clients by `Clients` alone. Bytes are what travels on an engine too, so that a run in
+process and a run over a wire go through the same codec.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from fedflame.base_model import load_base_model
+from fedflame.client import fine_tune
+from fedflame.config import RunConfig
+from fedflame.data.batches import EncodedRow
+from fedflame.messages import InvalidMessage, decode_plan, encode_update
+from fedflame.moe.adapted_model import AdaptedModel
+
+OnStep = Callable[[int], None]
+"""Told the tokens of every optimizer step."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for a plan."""
+
+    update: bytes
+    """The encoded `ClientUpdate`; empty if the client failed."""
+    failure: str
+    """Why there is no update, or empty."""
+    seconds: float
+    """From the plan to the answer."""
+
+
+class Clients(Protocol):
+    """Where plans are carried out: here, in worker processes, or on an engine."""
+
+    def train(self, plans: Iterable[bytes], on_step: OnStep) -> Iterator[Answer]:
+        """One answer per encoded `RoundPlan`, in the order of the plans, which are taken when needed."""
+
+
+@dataclass(frozen=True)
+class LocalClients:
+    """All clients in this process, sharing one resident base model."""
+
+    adapted: AdaptedModel
+    rows: Sequence[Sequence[EncodedRow]]
+    pad_token_id: int
+
+    def train(self, plans: Iterable[bytes], on_step: OnStep) -> Iterator[Answer]:
+        for plan in plans:
+            yield self.answer(plan, on_step)
+
+    def answer(self, plan: bytes, on_step: OnStep) -> Answer:
+        """Train the plan's client. Whatever goes wrong in a client, the round goes on without it."""
+        start = time.monotonic()
+        try:
+            request = decode_plan(plan)
+            update = fine_tune(self.adapted, self.rows[request.client], request, self.pad_token_id, on_step)
+            return Answer(encode_update(update), "", time.monotonic() - start)
+        except Exception as error:
+            return Answer(b"", reason(error), time.monotonic() - start)
+
+
+def reason(error: Exception) -> str:
+    """One line for the log."""
+    return str(error) if isinstance(error, InvalidMessage) else f"{type(error).__name__}: {error}"
+
+
+def load_adapted_model(config: RunConfig, dtype: str) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
+    """The configured base model in this dtype with its adapter attached, and its tokenizer.
+
+    Raises:
+        UserError: see `load_base_model` and `AdaptedModel`.
+    """
+    model, tokenizer = load_base_model(config.model.model_name_or_path, dtype)
+    adapter = config.adapter
+    return AdaptedModel(model, adapter.r, adapter.lora_alpha, adapter.attention_modules()), tokenizer
