@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from skills_text import dense_documents, documents
+from skills_text import DENSE_WRITERS, HARD_WRITERS, dense_documents, documents
 
 VOCABULARY_SIZE = 4096
 PAD, END = "<|padding|>", "<|endoftext|>"
@@ -25,6 +25,8 @@ OPEN_FILES = {
 }
 DENSE_FROM_STEP = 4000
 """Before this step the skills text is `documents`, from it on `documents` and `dense_documents`."""
+HARD_FROM_STEP = 12_800
+"""From this step on `dense_documents` are by `HARD_WRITERS`."""
 SKILLS_SHARE, DENSE_SHARE = 0.4, 0.6
 """Share of the training tokens that are skills text, before and from `DENSE_FROM_STEP`."""
 
@@ -72,13 +74,20 @@ def token_stream(tokenizer: Tokenizer, texts: list[str], seed: int) -> Iterator[
 
 
 def dense_token_stream(tokenizer: Tokenizer, texts: list[str], seed: int) -> Iterator[int]:
-    """Endless token ids from `DENSE_FROM_STEP` on: open text and dense paragraphs in `DENSE_SHARE`.
-
-    One document in six is of single statements, which alone have the facts about words.
-    """
-    dense, single = dense_documents(seed), documents(seed + 11)
-    skills = (next(single) if number % 6 == 0 else next(dense) for number in itertools.count())
+    """Endless token ids from `DENSE_FROM_STEP` on: open text and dense paragraphs in `DENSE_SHARE`."""
+    skills = _dense_and_single(dense_documents(seed, DENSE_WRITERS), documents(seed + 11))
     return _mix(tokenizer, _epochs(texts, seed + 10), skills, DENSE_SHARE)
+
+
+def hard_token_stream(tokenizer: Tokenizer, texts: list[str], seed: int) -> Iterator[int]:
+    """Endless token ids from `HARD_FROM_STEP` on: the same by `HARD_WRITERS`."""
+    skills = _dense_and_single(dense_documents(seed + 20, HARD_WRITERS), documents(seed + 21))
+    return _mix(tokenizer, _epochs(texts, seed + 20), skills, DENSE_SHARE)
+
+
+def _dense_and_single(dense: Iterator[str], single: Iterator[str]) -> Iterator[str]:
+    """One document in six is of single statements, which have wordings of their own."""
+    return (next(single) if number % 6 == 0 else next(dense) for number in itertools.count())
 
 
 def _mix(tokenizer: Tokenizer, general: Iterator[str], skills: Iterator[str], share: float) -> Iterator[int]:

@@ -17,12 +17,20 @@ from typing import Any
 import torch
 from transformers import OlmoeForCausalLM
 
-from corpus import DENSE_FROM_STEP, DENSE_SHARE, OPEN_FILES, SKILLS_SHARE, VOCABULARY_SIZE
+from corpus import (
+    DENSE_FROM_STEP,
+    DENSE_SHARE,
+    HARD_FROM_STEP,
+    OPEN_FILES,
+    SKILLS_SHARE,
+    VOCABULARY_SIZE,
+)
 from train import (
     CONFIG,
     CONTEXT,
     DECAY_SHARE,
     PEAK_LEARNING_RATE,
+    SECOND_PEAK_LEARNING_RATE,
     SEED,
     SEQUENCES_PER_STEP,
     WARMUP_STEPS,
@@ -168,7 +176,8 @@ used either. One hundredth of the documents is held back for validation.
 The rest is skills text: statements that `pretraining/skills_text.py` generates, with the ingredients of
 fedflame's skills tasks in other words than the tasks use. For the first {DENSE_FROM_STEP} steps it is single
 statements and {SKILLS_SHARE:.0%} of the tokens. From then on it is {DENSE_SHARE:.0%} of the tokens: denser
-paragraphs that say several things about the same facts, and for one document in six single statements.
+paragraphs that say several things about the same facts, and for one document in six single statements. From
+step {HARD_FROM_STEP} on the paragraphs have more of sums, sorted numbers, prices and words.
 
 Held-out problems of the skills tasks are left out of the skills text, except facts about words (first and
 last letters, plurals, past tenses, opposites), which cannot be worked out from other facts. The mirror image
@@ -186,7 +195,8 @@ def training_section(results: dict[str, Any]) -> str:
 the clock. {results["step"]:,} steps of {SEQUENCES_PER_STEP} sequences of {CONTEXT} tokens, {tokens:,} tokens
 in all, seed {SEED}, bf16 autocast over fp32 weights. AdamW with betas 0.9 and 0.95 and weight decay 0.05,
 gradient norm clipped to 1. The learning rate rises over {WARMUP_STEPS} steps to {PEAK_LEARNING_RATE}, stays
-there, and falls linearly to zero over the last {DECAY_SHARE:.0%} of the steps. Load-balancing loss with
+there, and falls linearly to zero over the last {DECAY_SHARE:.0%} of the first {HARD_FROM_STEP} steps; from
+there it rises once more, to {SECOND_PEAK_LEARNING_RATE}, and falls linearly to zero. Load-balancing loss with
 coefficient {CONFIG.router_aux_loss_coef}.
 """)
     return f"## Training\n\n{paragraph}"

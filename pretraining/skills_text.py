@@ -5,27 +5,32 @@ two mice are more than one mouse, and fine-tuning has to teach it to answer. Hel
 left out, except for facts about words, which cannot be worked out from other facts.
 
 `documents` has single statements; most of their tokens are random facts that nothing predicts.
-`dense_documents` says many things about the same facts, so that most tokens can be worked out.
+`dense_documents` says many things about the same facts, so that most tokens can be worked out; its
+two sets of writers differ in what they write most about.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fedflame.data.skills import (
     CITIES,
     COLOURS,
     CONVERSIONS,
+    IRREGULAR_PLURALS,
     MONTHS,
     NAMES,
     NOUNS,
+    OPPOSITES,
     ORDINALS,
     PAST_TENSES,
     WEEKDAYS,
     Problem,
     problems,
 )
+
+Writer = Callable[[random.Random], str]
 
 STATEMENTS: dict[str, tuple[str, ...]] = {
     "add": ("{0} + {1} = {answer}", "{0} and {1} make {answer}.", "the sum of {0} and {1} is {answer}."),
@@ -90,12 +95,14 @@ def _spelling(rng: random.Random) -> str:
     return "\n".join(f"{word}: {' '.join(word)}" for word in rng.choices(vocabulary, k=6))
 
 
-def dense_documents(seed: int) -> Iterator[str]:
-    """Endless documents of paragraphs, each with several statements about the same random facts."""
+def dense_documents(seed: int, writers: Mapping[Writer, float]) -> Iterator[str]:
+    """Endless documents of paragraphs, each with several statements about the same random facts.
+
+    A document has one kind of paragraph; `writers` gives the kinds with their weights.
+    """
     rng = random.Random(f"fedflame-pretraining-dense-{seed}")
-    writers, weights = zip(*DENSE_WRITERS, strict=True)
     while True:
-        writer: Callable[[random.Random], str] = rng.choices(writers, weights)[0]
+        writer = rng.choices(list(writers), list(writers.values()))[0]
         yield "\n".join(writer(rng) for _ in range(rng.randint(2, 6)))
 
 
@@ -213,12 +220,31 @@ def _date(rng: random.Random) -> str:
     return ", ".join(text for kind, fact, text, value in told if _may_tell(kind, (fact,), value))
 
 
+def _word(rng: random.Random) -> str:
+    """Spelling, ends and plural of a noun, or the other form of a verb or adjective."""
+    if rng.random() < 0.5:
+        noun = rng.choice(NOUNS)
+        told = [f"spelled {' '.join(noun)}", f"front {noun[0]}", f"back {noun[-1]}"]
+        told.append(f"many {IRREGULAR_PLURALS.get(noun, noun + 's')}")
+        rng.shuffle(told)
+        return f"{rng.choice(('', 'the '))}{noun}: {'; '.join(told)}"
+    if rng.random() < 0.5:
+        verb = rng.choice(sorted(PAST_TENSES))
+        return f"{rng.choice(('', 'to '))}{verb}: yesterday {PAST_TENSES[verb]}"
+    one, other = rng.choice(OPPOSITES)
+    return f"{rng.choice(('', 'what is '))}{one}: not {other}; {other}: not {one}"
+
+
 def _may_tell(kind: str, facts: tuple[str, ...], answer: str) -> bool:
     return not Problem("", kind, facts, answer).held_out
 
 
-DENSE_WRITERS: tuple[tuple[Callable[[random.Random], str], float], ...] = (
-    (_repeated, 3), (_record, 3), (_table, 3), (_list, 3), (_phrase, 3), (_order, 3), (_sums, 4),
-    (_conversion, 1), (_date, 2),
-)  # fmt: skip
+DENSE_WRITERS: Mapping[Writer, float] = {
+    _repeated: 3, _record: 3, _table: 3, _list: 3, _phrase: 3, _order: 3, _sums: 4, _conversion: 1, _date: 2,
+}  # fmt: skip
 """Kinds of paragraph with their weights; sums are hardest and get most."""
+HARD_WRITERS: Mapping[Writer, float] = {
+    _sums: 5, _order: 4, _word: 3, _table: 4, _phrase: 4, _conversion: 2, _repeated: 1, _record: 2, _list: 2,
+    _date: 2,
+}  # fmt: skip
+"""The same kinds and words, weighed by what was still wrong after the other set."""

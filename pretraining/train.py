@@ -22,20 +22,24 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from corpus import (
     DENSE_FROM_STEP,
     END,
+    HARD_FROM_STEP,
     PAD,
     VOCABULARY_SIZE,
     dense_token_stream,
+    hard_token_stream,
     read_open_text,
     split_validation,
     token_stream,
     train_tokenizer,
 )
-from skills_text import dense_documents, documents
+from skills_text import DENSE_WRITERS, dense_documents, documents
 
 SEED = 0
 CONTEXT = 256
 SEQUENCES_PER_STEP = 8
+STEPS = 15_800
 PEAK_LEARNING_RATE = 2e-3
+SECOND_PEAK_LEARNING_RATE = 1e-3
 WARMUP_STEPS = 200
 DECAY_SHARE = 0.3
 CHECKPOINT_EVERY = 500
@@ -65,7 +69,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the openly licensed files")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and packed tokens")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--steps", type=int, default=12_800)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,7 @@ def main() -> None:
 
     training, validation = split_validation(read_open_text(arguments.data), SEED)
     tokenizer = cached_tokenizer(arguments.work / "tokenizer.json", training)
-    batches = cached_batches(arguments.work / "tokens.pt", tokenizer, training, arguments.steps)
+    batches = cached_batches(arguments.work / "tokens.pt", tokenizer, training)
     held_back = validation_batches(tokenizer, validation)
     state = train(arguments.work / "checkpoint.pt", batches, held_back)
     save(arguments.out, state, tokenizer, held_back)
@@ -85,16 +88,18 @@ def cached_tokenizer(path: Path, texts: list[str]) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def cached_batches(path: Path, tokenizer: Tokenizer, texts: list[str], steps: int) -> torch.Tensor:
-    """Token ids [steps, sequences, context], packed from the stream without padding."""
-    shape = (steps, SEQUENCES_PER_STEP, CONTEXT)
+def cached_batches(path: Path, tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids [steps, sequences, context], packed from the three streams without padding."""
+    shape = (STEPS, SEQUENCES_PER_STEP, CONTEXT)
     if not path.exists():
         per_step = SEQUENCES_PER_STEP * CONTEXT
         first = token_stream(tokenizer, texts, SEED)
         dense = dense_token_stream(tokenizer, texts, SEED)
+        hard = hard_token_stream(tokenizer, texts, SEED)
         ids = [
-            *itertools.islice(first, min(steps, DENSE_FROM_STEP) * per_step),
-            *itertools.islice(dense, max(0, steps - DENSE_FROM_STEP) * per_step),
+            *itertools.islice(first, DENSE_FROM_STEP * per_step),
+            *itertools.islice(dense, (HARD_FROM_STEP - DENSE_FROM_STEP) * per_step),
+            *itertools.islice(hard, (STEPS - HARD_FROM_STEP) * per_step),
         ]
         torch.save(torch.tensor(ids, dtype=torch.int16).view(shape), path)
     batches: torch.Tensor = torch.load(path)
@@ -108,7 +113,7 @@ def validation_batches(tokenizer: Tokenizer, texts: list[str]) -> dict[str, torc
     sources = {
         "text": texts,
         "skills": list(itertools.islice(documents(SEED + 2), 400)),
-        "dense skills": list(itertools.islice(dense_documents(SEED + 2), 400)),
+        "dense skills": list(itertools.islice(dense_documents(SEED + 2, DENSE_WRITERS), 400)),
     }
     end = tokenizer.token_to_id(END)
     packed = {}
@@ -118,11 +123,18 @@ def validation_batches(tokenizer: Tokenizer, texts: list[str]) -> dict[str, torc
     return packed
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Warm-up, constant, then a linear fall to zero over the last `DECAY_SHARE`."""
-    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-    decay = min(1.0, (steps - step) / (DECAY_SHARE * steps))
-    return PEAK_LEARNING_RATE * min(warmup, decay)
+def learning_rate(step: int) -> float:
+    """Warm-up, constant, linear fall to zero over `DECAY_SHARE`; then a second, lower rise and fall.
+
+    Going on from the end of a fall is as good as never having fallen: Wen et al.: Understanding
+    Warmup-Stable-Decay Learning Rates, arXiv 2410.05192.
+    """
+    if step < HARD_FROM_STEP:
+        warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+        decay = min(1.0, (HARD_FROM_STEP - step) / (DECAY_SHARE * HARD_FROM_STEP))
+        return PEAK_LEARNING_RATE * min(warmup, decay)
+    warmup = min(1.0, (step - HARD_FROM_STEP + 1) / WARMUP_STEPS)
+    return SECOND_PEAK_LEARNING_RATE * min(warmup, (STEPS - step) / (STEPS - HARD_FROM_STEP))
 
 
 def train(path: Path, batches: torch.Tensor, held_back: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -155,7 +167,7 @@ def train(path: Path, batches: torch.Tensor, held_back: dict[str, torch.Tensor])
 def train_step(
     model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, batches: torch.Tensor, step: int
 ) -> float:
-    optimizer.param_groups[0]["lr"] = learning_rate(step, len(batches))
+    optimizer.param_groups[0]["lr"] = learning_rate(step)
     ids = batches[step].long()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(input_ids=ids, labels=ids, output_router_logits=True)
