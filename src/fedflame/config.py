@@ -123,7 +123,7 @@ class StrategyConfig(_Section):
 
 
 class ServerConfig(_Section):
-    num_server_rounds: Annotated[int, Field(ge=1)] = 11
+    num_server_rounds: Annotated[int, Field(ge=1)] = 10
     """Federated rounds."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the clients sampled in each round."""

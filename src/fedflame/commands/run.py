@@ -150,8 +150,9 @@ def assemble(config: RunConfig, console: Console, dtype: str | None = None) -> W
     base_dtype: Any = str(adapted.model.dtype).removeprefix("torch.")
     cost = run_cost(config, shape, base_dtype, encoded.mean_length, encoded.labelled_share)
     bench = Workbench(config, adapted, tokenizer, shape, federation, encoded, strategy, cost)
+    threads = torch.get_num_threads()
     console.print(
-        f"model {config.model.model_name_or_path} in {base_dtype}, {torch.get_num_threads()} threads"
+        f"model {config.model.model_name_or_path} in {base_dtype}, {threads} thread{'s' * (threads > 1)}"
     )
     console.print(partition_table(describe(federation, config.tiers()), encoded.truncated))
     console.print(cost_table(cost))
