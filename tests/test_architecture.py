@@ -14,7 +14,7 @@ SOURCE = Path(fedflame.__file__).parent
 
 STAGES = (
     ("errors", "seeds"),
-    ("config", "atomic_file", "messages", "model_shape", "tracking"),
+    ("config", "atomic_file", "mapped_base", "messages", "model_shape", "tracking"),
     ("budgets", "data", "moe", "base_model"),
     ("cost", "client", "strategies"),
     ("evaluation",),
