@@ -14,8 +14,8 @@ SOURCE = Path(fedflame.__file__).parent
 
 STAGES = (
     ("errors", "seeds"),
-    ("config", "atomic_file", "messages", "model_shape", "tracking"),
-    ("budgets", "data", "moe", "base_model"),
+    ("config", "atomic_file", "mapped_base", "messages", "model_shape", "tracking"),
+    ("budgets", "data", "moe", "base_model", "token_loss"),
     ("cost", "client", "strategies"),
     ("evaluation",),
     ("server",),
@@ -127,7 +127,7 @@ def test_only_the_moe_package_knows_peft() -> None:
 
 
 def test_the_client_knows_no_strategy_and_no_server() -> None:
-    assert parts_imported("client") <= {"data", "errors", "messages", "moe", "seeds"}
+    assert parts_imported("client") <= {"data", "errors", "messages", "moe", "seeds", "token_loss"}
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file
 
 from fedflame.config import EMBEDDED_MODEL
 from fedflame.errors import UserError
+from fedflame.mapped_base import map_base
 from fedflame.model_shape import ModelShape, read_model_shape
 
 PROBE_ROWS, PROBE_RANK, PROBE_REPEATS = 64, 8, 15
@@ -54,12 +55,15 @@ def model_config_path(name_or_path: str) -> Path:
         raise UserError(_load_error(name_or_path, error)) from error
 
 
-def load_base_model(name_or_path: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base_model(
+    name_or_path: str, dtype: str, memory_map: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in evaluation mode and tokenizer.
 
     Args:
         name_or_path: `olmoe-tiny`, a folder in Hugging Face layout, or a hub id.
         dtype: `float32`, `bfloat16`, or `auto` for the faster of the two on this machine.
+        memory_map: map the weights from files instead of holding them; see `mapped_base`.
 
     Raises:
         UserError: the model is dense, the folder is missing or incomplete, or the hub cannot be reached.
@@ -69,7 +73,7 @@ def load_base_model(name_or_path: str, dtype: str) -> tuple[PreTrainedModel, Pre
     torch_dtype = faster_dtype(shape) if dtype == "auto" else getattr(torch, dtype)
     try:
         _require_folder_complete(source)
-        model, loading = _from_pretrained(source, torch_dtype)
+        model, loading = _from_pretrained(source, torch_dtype, memory_map)
         tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=_is_local(source))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_error(name_or_path, error)) from error
@@ -125,11 +129,22 @@ def _is_local(source: str) -> bool:
     return Path(source).is_dir() or not _hub_answers(source)
 
 
-def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(
+    source: str, dtype: torch.dtype, memory_map: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    if memory_map:
+        folder = source if Path(source).is_dir() else _downloaded(source)
+        return map_base(Path(folder), dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, output_loading_info=True, local_files_only=_is_local(source)
     )
     return loaded[0], loaded[1]
+
+
+def _downloaded(name: str) -> str:
+    """The folder of a hub id on this machine, downloaded if need be."""
+    patterns = ["*.json", "*.safetensors"]
+    return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=_is_local(name))
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.moe.rescaler import mass_ratio
 from fedflame.seeds import derive_seed
+from fedflame.token_loss import token_loss
 
 MASS_BATCHES = 4
 """Batches on which `mass` measures the routers: enough for a mean over a thousand tokens or so."""
@@ -75,8 +76,7 @@ def token_losses(adapted: AdaptedModel, batch: Batch) -> Tensor:
     ).last_hidden_state
     labels = batch.labels[:, 1:]
     labelled = labels != IGNORE_INDEX
-    logits = adapted.model.get_output_embeddings()(hidden[:, :-1][labelled]).float()
-    return torch.nn.functional.cross_entropy(logits, labels[labelled], reduction="none")
+    return token_loss(hidden[:, :-1][labelled], labels[labelled], adapted.model.get_output_embeddings())
 
 
 @torch.no_grad()

@@ -29,6 +29,9 @@ class ModelConfig(_Section):
     """`olmoe-tiny` (embedded), a folder in Hugging Face layout, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; `auto` takes bfloat16 where the machine multiplies it faster."""
+    memory_map: bool = False
+    """Map the frozen base from files, made once per model: for a model larger than memory, and shared
+    by all processes of the machine."""
 
 
 class AdapterConfig(_Section):

@@ -77,6 +77,6 @@ def load_adapted_model(config: RunConfig, dtype: str) -> tuple[AdaptedModel, Pre
     Raises:
         UserError: see `load_base_model` and `AdaptedModel`.
     """
-    model, tokenizer = load_base_model(config.model.model_name_or_path, dtype)
+    model, tokenizer = load_base_model(config.model.model_name_or_path, dtype, config.model.memory_map)
     adapter = config.adapter
     return AdaptedModel(model, adapter.r, adapter.lora_alpha, adapter.attention_modules()), tokenizer

@@ -1,0 +1,146 @@
+"""A base model as memory-mapped files in the layout that transformers computes with.
+
+A checkpoint of the hub holds one tensor per expert and projection; transformers fuses them when it
+loads, which copies everything into memory. Here that is done once, group by group, into files that
+are then mapped: pages are read when an expert is used, shared by all processes of the machine, and
+given back under pressure, so a model may be larger than memory. Writing into a mapped weight copies
+that page for this process alone; the files never change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import __version__ as transformers_version
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from fedflame.errors import UserError
+
+CACHE_VARIABLE = "FEDFLAME_CACHE"
+COMPLETE = "complete.json"
+"""Written last: a folder without it was cut off."""
+
+
+def map_base(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of a checkpoint folder with mapped weights, and transformers' report on the loading.
+
+    The files are made at first use, in $FEDFLAME_CACHE or ~/.cache/fedflame; that takes as much disk as
+    the model, and the memory of its largest layer.
+
+    Args:
+        folder: config.json and .safetensors files in Hugging Face layout.
+        dtype: of the mapped weights.
+
+    Raises:
+        UserError: the disk is full, or a file of the cache is broken.
+        OSError, ValueError, KeyError, SafetensorError: the checkpoint cannot be read.
+    """
+    cache = _cache_folder(folder, dtype)
+    if not (cache / COMPLETE).exists():
+        _build(folder, dtype, cache)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    weights = dict(_mapped(cache))
+    loaded: Any = type(_on_meta(config, dtype)).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    return loaded[0], loaded[1]
+
+
+def _cache_folder(folder: Path, dtype: torch.dtype) -> Path:
+    """Named after the checkpoint's files, so that a changed one gets another folder."""
+    root = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "fedflame")
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _checkpoint_files(folder)]
+    identity = json.dumps([str(folder.resolve()), stats, str(dtype), transformers_version])
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+    return root / "mapped" / f"{folder.resolve().name}-{str(dtype).removeprefix('torch.')}-{digest}"
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _build(folder: Path, dtype: torch.dtype, cache: Path) -> None:
+    partial = cache.with_name(f"{cache.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        names = []
+        for number, tensors in enumerate(_fused_groups(folder, dtype)):
+            save_file(tensors, partial / f"{number:04}.safetensors", metadata={"format": "pt"})
+            names += list(tensors)
+        (partial / COMPLETE).write_text(json.dumps({"checkpoint": str(folder.resolve()), "tensors": names}))
+        if not (cache / COMPLETE).exists():  # another process may have been quicker
+            partial.rename(cache)
+    except OSError as error:
+        raise UserError(f"{cache}: cannot write the mapped model: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fused_groups(folder: Path, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """Fused parameters, the checkpoint's tensors of one layer at a time, by transformers' own conversion."""
+    model = _on_meta(AutoConfig.from_pretrained(folder, local_files_only=True), dtype)
+    files: list[Any] = [safe_open(path, "pt") for path in _checkpoint_files(folder)]
+    slices = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
+    for names in _by_layer(slices):
+        conversions: Any = get_model_conversion_mapping(model)
+        settings = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            weight_mapping=conversions,
+        )
+        convert_and_load_state_dict_in_model(model, {name: slices[name] for name in names}, settings)
+        yield {name: value.contiguous() for name, value in _take_loaded(model)}
+
+
+def _by_layer(names: Iterable[str]) -> list[list[str]]:
+    """The names in groups of the same first number, which counts layers; all others together."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        layer = re.match(r".*?\.\d+\.", name)
+        groups[layer[0] if layer else ""].append(name)
+    return list(groups.values())
+
+
+def _take_loaded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers that are no longer on the meta device; they go back to it."""
+    for name, value in list(model.state_dict(keep_vars=True).items()):
+        if value.device.type != "meta":
+            owner, _, attribute = name.rpartition(".")
+            module = model.get_submodule(owner)
+            empty = value.detach().to("meta")
+            if attribute in module._parameters:
+                module._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
+            else:
+                module._buffers[attribute] = empty
+            yield name, value.detach()
+
+
+def _mapped(cache: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in _checkpoint_files(cache):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{path}: broken ({error}); delete {cache}, and it is made anew") from error
+
+
+def _on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
