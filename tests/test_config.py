@@ -80,7 +80,7 @@ def test_overrides_of_a_configuration_leave_it_and_its_other_values_alone() -> N
 def test_every_field_is_a_flat_scalar_and_valid_keys_names_it() -> None:
     values = flat(RunConfig())
     assert valid_keys() == list(values)
-    assert {type(value) for value in values.values()} <= {str, int, float}
+    assert {type(value) for value in values.values()} <= {str, int, float, bool}
     assert {"seed", "output_dir", "data.alpha", "training.per_device_train_batch_size"} <= values.keys()
 
 
