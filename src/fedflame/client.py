@@ -68,15 +68,23 @@ def fine_tune(
 def token_losses(adapted: AdaptedModel, batch: Batch) -> Tensor:
     """Negative log-likelihood of each labelled token in nats, rows of the batch one after another.
 
-    The output embedding is applied at labelled positions only, most of its cost for instructions.
+    The output embedding is applied at labelled positions only, most of its cost for instructions. What
+    the family does to hidden states before it and to logits after it (scaling, caps) stays in place.
     """
-    hidden = adapted.model.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
     labels = batch.labels[:, 1:]
     labelled = labels != IGNORE_INDEX
-    logits = adapted.model.get_output_embeddings()(hidden[:, :-1][labelled]).float()
-    return torch.nn.functional.cross_entropy(logits, labels[labelled], reduction="none")
+
+    def at_labels(head: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0][:, :-1][labelled]
+
+    handle = adapted.model.get_output_embeddings().register_forward_pre_hook(at_labels)
+    try:
+        output = adapted.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+    finally:
+        handle.remove()
+    return torch.nn.functional.cross_entropy(output.logits.float(), labels[labelled], reduction="none")
 
 
 @torch.no_grad()
