@@ -102,7 +102,7 @@ def is_trained(name: str, trainable: Trainable) -> bool:
 
 
 def rank_dim(name: str) -> int:
-    """The dimension of the value of this name that is as long as the rank (A1: twice as long for gate and up)."""
+    """The dimension of the value of this name that is as long as the rank (A1: for gate and up each)."""
     return -2 if half_of(name) == "A" else -1
 
 

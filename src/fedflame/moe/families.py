@@ -9,19 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fedflame.errors import UserError
-from fedflame.moe.fused_experts import FrozenExperts
+from fedflame.moe.fused_experts import FrozenExperts, Gate
+from fedflame.refused_families import refusal
 
 CONFIGURED_ROUTERS = {"Gemma4TextRouter": "top_k_experts"}
 """Routers without a `top_k`: they read k from this key of their config, in every forward."""
-
-REFUSED_ROUTERS = {
-    "PhimoeTopKRouter": "picks two experts whatever its top_k says",
-    "DeepseekV4HashRouter": "looks experts up by token id, as many as ever when its top_k changes",
-    "ZayaRouter": "hands tokens that skip all experts to expert 0, which would be counted",
-}
 
 
 @dataclass(frozen=True)
@@ -57,23 +53,25 @@ class MoELayer:
 
     def frozen(self) -> FrozenExperts:
         """The base weights as views, whichever way round the family stores them, and its activation."""
-        experts = self.experts
-        inner = "gate_up_proj" if experts.has_gate else "up_proj"
-        weights = [experts.get_parameter(name) for name in (inner, "down_proj")]
-        biases = [
-            experts.get_parameter(f"{name}_bias") if experts.has_bias else None
-            for name in (inner, "down_proj")
-        ]
-        if experts.is_transposed:
-            weights = [weight.mT for weight in weights]
-        activation = experts._apply_gate if experts.has_gate else experts.act_fn
-        return FrozenExperts(*weights, *biases, activation)  # type: ignore[arg-type]
+        inner = "gate_up_proj" if self.experts.has_gate else "up_proj"
+        gate: Gate = self.experts._apply_gate if self.experts.has_gate else self.experts.act_fn  # type: ignore[assignment]
+        return FrozenExperts(
+            self._weight(inner), self._weight("down_proj"), self._bias(inner), self._bias("down_proj"), gate
+        )
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self.experts.get_parameter(name)
+        return weight.mT if self.experts.is_transposed else weight
+
+    def _bias(self, name: str) -> Tensor | None:
+        return self.experts.get_parameter(f"{name}_bias") if self.experts.has_bias else None
 
     def in_stored_order(self, rows: Tensor) -> Tensor:
-        """Gate rows, then up rows [..,2I,R] in the order of the base weights: some families alternate them."""
+        """Gate rows, then up rows [..,2I,*] in the order of the base weights: some alternate them."""
         if self.experts.is_concatenated or not self.experts.has_gate:
             return rows
-        return rows.unflatten(-2, (2, self.expert_width)).transpose(-3, -2).flatten(-3, -2)
+        gate, up = rows.chunk(2, dim=-2)
+        return torch.stack([gate, up], dim=-2).flatten(-3, -2)
 
     def bank_shapes(self, r: int) -> dict[str, tuple[int, int, int]]:
         """The banks of rank r; see `messages.Adapter`."""
@@ -100,6 +98,9 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     Raises:
         UserError: the model has no such layer, or routes or computes in a way not supported.
     """
+    refused = refusal(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
+    if refused:
+        raise UserError(refused)
     layers = []
     for name, block in model.named_modules():
         experts = getattr(block, "experts", None)
@@ -127,9 +128,6 @@ def _router_of(block: nn.Module) -> nn.Module:
     ]
     if len(routers) != 1:
         raise UserError(f"{type(block).__name__}: {len(routers)} routers with a top_k; 1 is needed")
-    kind = type(routers[0]).__name__
-    if kind in REFUSED_ROUTERS:
-        raise UserError(f"{kind} {REFUSED_ROUTERS[kind]}: not supported")
     return routers[0]
 
 
