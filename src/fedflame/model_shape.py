@@ -150,7 +150,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"model {path}: {file.name} is not a JSON object")
     text = config.get("text_config")
-    return config | text if isinstance(text, dict) else config
+    config = config | text if isinstance(text, dict) else config
+    if isinstance(config.get("layers_block_type"), list):
+        config["num_hidden_layers"] = len(config["layers_block_type"])
+    return config
 
 
 def _require(path: Path, config: dict[str, Any], keys: tuple[str, ...]) -> None:
@@ -176,7 +179,7 @@ def _key(config: dict[str, Any], names: tuple[str, ...]) -> str:
 
 def _sparse_layers(config: dict[str, Any]) -> tuple[bool, ...]:
     """A list of layer types, or the rules of Qwen, Ernie, DeepSeek, LFM2 and Jamba."""
-    if config.get("layers_block_type") and "moe" in config["layers_block_type"]:
+    if "moe" in (config.get("layers_block_type") or []):
         return tuple(kind == "moe" for kind in config["layers_block_type"])
     if config.get("mlp_layer_types"):
         return tuple(kind != "dense" for kind in config["mlp_layer_types"])
