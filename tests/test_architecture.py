@@ -13,7 +13,7 @@ import fedflame
 SOURCE = Path(fedflame.__file__).parent
 
 STAGES = (
-    ("errors", "seeds"),
+    ("errors", "seeds", "refused_families"),
     ("config", "atomic_file", "mapped_base", "messages", "model_shape", "tracking"),
     ("budgets", "data", "moe", "base_model", "token_loss"),
     ("cost", "client", "strategies"),
@@ -118,7 +118,7 @@ def test_strategies_know_messages_and_tensors_but_no_model_and_no_engine() -> No
 
 
 def test_mechanisms_know_neither_configuration_nor_data_nor_server() -> None:
-    assert parts_imported("moe") <= {"errors", "seeds", "messages"}
+    assert parts_imported("moe") <= {"errors", "seeds", "messages", "refused_families"}
 
 
 def test_only_the_moe_package_knows_peft() -> None:

@@ -193,7 +193,7 @@ def test_a_dense_model(tmp_path: Path) -> None:
     character_tokenizer().save_pretrained(tmp_path)
     assert refusal(tmp_path) == (
         f"model {tmp_path}: llama is no sparse mixture of experts: "
-        "it has no num_experts, num_local_experts or n_routed_experts"
+        "it has no num_experts, num_local_experts, n_routed_experts or moe_num_experts"
     )
     with pytest.raises(UserError):
         find_moe_layers(LlamaForCausalLM(config))

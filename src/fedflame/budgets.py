@@ -173,9 +173,9 @@ def training_flops_per_token(
 
 
 def adapter_parameters(shape: ModelShape, r: int, target_modules: Collection[str]) -> AdapterSize:
-    """Sizes of the banks A1 [E,2R,H], B1 [E,2I,R], A2 [E,R,I], B2 [E,H,R] and of A [R,in], B [out,R]."""
+    """Sizes of the banks A1, B1, A2 and B2 (see `messages.Adapter`) and of A [R,in], B [out,R]."""
     targets = _targets(shape, target_modules)
-    expert = 3 * r * (shape.hidden_size + shape.expert_size)
+    expert = shape.expert_matrices * r * (shape.expert_hidden_size + shape.expert_size)
     attention = sum(r * (p.fan_in + p.fan_out) for p in shape.attention if p.name in targets)
     return AdapterSize(
         experts=shape.moe_layers * shape.num_experts * expert,
@@ -204,7 +204,9 @@ def training_memory(
     size = 4 if dtype == "float32" else 2
     adapter = 4 * adapter_parameters(shape, r, target_modules).total
     h, inner, layers = shape.hidden_size, shape.expert_size, len(shape.sparse_layers)
-    sparse = size * (active_experts * (2 * inner + 3 * r) + 3 * shape.shared_size)
+    matrices = shape.expert_matrices
+    kept = active_experts * ((matrices - 1) * inner + matrices * r)
+    sparse = size * (kept + 3 * shape.shared_size)
     dense = size * 3 * shape.dense_size
     transient = size * active_experts * (2 * h + 3 * inner)
     logits = labelled_share * shape.vocab_size * (size + 8)
@@ -284,17 +286,22 @@ def _lora(p: Projection, r: int) -> int:
     return 2 * r * (p.fan_in + p.fan_out)
 
 
+def _expert_lora(shape: ModelShape, r: int) -> int:
+    return 2 * shape.expert_matrices * r * (shape.expert_hidden_size + shape.expert_size)
+
+
 def _layer_forward(
     shape: ModelShape, k: int, r: int, targets: frozenset[str], sequence_length: int, sparse: bool
 ) -> FlopTerms:
-    h, inner = shape.hidden_size, shape.expert_size
+    h = shape.hidden_size
+    expert = shape.expert_matrices * shape.expert_hidden_size * shape.expert_size
     score_width = shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim)
     return FlopTerms(
         attention_projections=sum(2 * p.fan_in * p.fan_out for p in shape.attention),
         attention_scores=2 * sequence_length * score_width,
         router=2 * h * shape.num_experts * sparse,
-        experts=6 * k * h * inner * sparse,
-        expert_lora=6 * k * r * (h + inner) * sparse,
+        experts=2 * k * expert * sparse,
+        expert_lora=k * _expert_lora(shape, r) * sparse,
         attention_lora=sum(_lora(p, r) for p in shape.attention if p.name in targets),
         shared_experts=(6 * h * shape.shared_size + 2 * h * shape.shared_gate) * sparse,
         dense_layers=6 * h * shape.dense_size * (not sparse),
@@ -324,14 +331,15 @@ def _attention_backward(
 
 def _mlp_backward(shape: ModelShape, k: int, r: int, sparse: bool, flows: bool) -> FlopTerms:
     """`flows`: the MLP's input needs a gradient; without it only the experts' insides have a backward."""
-    h, inner = shape.hidden_size, shape.expert_size
+    h, lora = shape.hidden_size, _expert_lora(shape, r)
     if not sparse:
         return FlopTerms(dense_layers=6 * h * shape.dense_size * flows)
-    lora = 6 * r * (h + inner)
+    width, first = shape.expert_hidden_size, shape.expert_matrices - 1
+    matrix = 2 * width * shape.expert_size
     return FlopTerms(
         router=2 * h * shape.num_experts * flows,
-        experts=k * (2 * h * inner + 4 * h * inner * flows),
+        experts=k * (matrix + first * matrix * flows),
         # Weight gradients, then input gradients; those of A1, gate and up, reach the MLP's input.
-        expert_lora=k * (lora + lora - 4 * r * h * (not flows)),
+        expert_lora=k * (lora + lora - 2 * first * r * width * (not flows)),
         shared_experts=(6 * h * shape.shared_size + 2 * h * shape.shared_gate) * flows,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +72,31 @@ def token_losses(adapted: AdaptedModel, batch: Batch) -> Tensor:
 
     The output embedding is applied at labelled positions only, most of its cost for instructions.
     """
-    hidden = adapted.model.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
+    decoder = adapted.model.get_decoder()
+    output = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     labels = batch.labels[:, 1:]
     labelled = labels != IGNORE_INDEX
-    return token_loss(hidden[:, :-1][labelled], labels[labelled], adapted.model.get_output_embeddings())
+
+    def logits(states: Tensor) -> Tensor:
+        output.last_hidden_state = states.unsqueeze(0)
+        with _returning(decoder, output):
+            of_states: Tensor = adapted.model(input_ids=batch.input_ids[:1], use_cache=False).logits[0]
+        return of_states
+
+    return token_loss(output.last_hidden_state[:, :-1][labelled], labels[labelled], logits)
+
+
+@contextmanager
+def _returning(module: nn.Module, output: object) -> Iterator[None]:
+    """Within the block the module returns `output` at once.
+
+    So the model itself does to hidden states and logits what its family does (scaling, caps).
+    """
+    module.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @torch.no_grad()

@@ -33,7 +33,8 @@ class Adapter:
     """LoRA values in fp32; also used for their deltas.
 
     `experts` holds the banks `"{layer}.A1"` [E,2R,H], `"{layer}.B1"` [E,2I,R], `"{layer}.A2"` [E,R,I]
-    and `"{layer}.B2"` [E,H,R] (gate rows before up rows in A1 and B1); layer counts MoE layers from 0.
+    and `"{layer}.B2"` [E,H,R] (gate rows before up rows in A1 and B1, which are half as long where experts
+    have no gate); layer counts MoE layers from 0.
     `attention` holds `"{module}.A"` [R,in] and `"{module}.B"` [out,R].
     """
 
@@ -62,7 +63,10 @@ class Adapter:
         if not mine or not others:
             return self if mine else other
         return Adapter.from_tensors(
-            {name: _side_by_side(name, value, others[name]) for name, value in mine.items()}
+            {
+                name: _side_by_side(name, (value, others[name]), (self.rank, other.rank))
+                for name, value in mine.items()
+            }
         )
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
@@ -98,14 +102,14 @@ def is_trained(name: str, trainable: Trainable) -> bool:
 
 
 def rank_dim(name: str) -> int:
-    """The dimension of the value of this name that is as long as the rank (A1: twice as long)."""
+    """The dimension of the value of this name that is as long as the rank (A1: for gate and up each)."""
     return -2 if half_of(name) == "A" else -1
 
 
-def _side_by_side(name: str, one: Tensor, other: Tensor) -> Tensor:
+def _side_by_side(name: str, values: tuple[Tensor, Tensor], ranks: tuple[int, int]) -> Tensor:
     if not name.endswith(".A1"):
-        return torch.cat([one, other], dim=rank_dim(name))
-    gate_and_up = [value.unflatten(1, (2, -1)) for value in (one, other)]
+        return torch.cat(values, dim=rank_dim(name))
+    gate_and_up = [value.unflatten(1, (-1, rank)) for value, rank in zip(values, ranks, strict=True)]
     return torch.cat(gate_and_up, dim=2).flatten(1, 2)
 
 

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fedflame.errors import UserError
+from fedflame.refused_families import refusal
 
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-_REQUIRED_KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "num_experts_per_tok",
-)
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_UNGATED = ("nemotron_h",)
 _LATENT_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -53,6 +51,10 @@ class ModelShape:
     num_experts_per_tok: int
     expert_size: int
     """Inner width of one expert (I)."""
+    expert_hidden_size: int
+    """Width of what the experts read and write; below hidden_size where projections surround them."""
+    expert_matrices: int
+    """Matrices of one expert: gate, up and down, or up and down."""
     shared_size: int
     """Inner width of a layer's shared experts together; 0 for none."""
     shared_gate: bool
@@ -73,6 +75,9 @@ def read_model_shape(path: Path) -> ModelShape:
     Raises UserError where there is no such file, no JSON, a dense model or a missing key.
     """
     config = _read_config(path)
+    refused = refusal(config.get("model_type", ""))
+    if refused:
+        raise UserError(f"model {path}: {refused}")
     if not any(config.get(key) for key in _EXPERT_KEYS):
         raise UserError(
             f"model {path}: {config.get('model_type', 'config.json')} is no sparse mixture of experts: "
@@ -99,10 +104,12 @@ def read_model_shape(path: Path) -> ModelShape:
         attention=projections,
         attention_vectors=_attention_vectors(config, projections, qk_head_dim),
         sparse_layers=sparse,
-        num_experts=next(config[key] for key in _EXPERT_KEYS if config.get(key)),
-        num_experts_per_tok=config["num_experts_per_tok"],
+        num_experts=config[_key(config, _EXPERT_KEYS)],
+        num_experts_per_tok=config[_key(config, _TOP_K_KEYS)],
         expert_size=expert_size,
-        shared_size=shared_size or (config.get("n_shared_experts") or 0) * expert_size,
+        expert_hidden_size=config.get("moe_latent_size") or config["hidden_size"],
+        expert_matrices=2 if config.get("model_type") in _UNGATED else 3,
+        shared_size=shared_size or (config.get(_key(config, _SHARED_KEYS)) or 0) * expert_size,
         shared_gate=bool(shared_size),
         dense_size=0 if all(sparse) else config["intermediate_size"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -112,13 +119,15 @@ def read_model_shape(path: Path) -> ModelShape:
 def base_parameters(shape: ModelShape) -> int:
     """Parameters of the frozen base model.
 
-    Exact for olmoe, mixtral, qwen2_moe, qwen3_moe and deepseek_v3; elsewhere norms and biases that only
-    that family has may be missing (below 0.1 %).
+    Exact for olmoe, mixtral, qwen2_moe, qwen3_moe and deepseek_v3. Elsewhere an estimate: every layer's
+    token mixer counts as attention, and what only that family has (norms, biases, projections around the
+    experts, an MLP beside them) is left out. The experts themselves are exact everywhere.
     """
     h = shape.hidden_size
     attention = sum(p.fan_in * p.fan_out for p in shape.attention) + shape.attention_vectors
     shared = 3 * h * shape.shared_size + h * shape.shared_gate
-    sparse = shape.num_experts * (3 * h * shape.expert_size + h) + shared
+    expert = shape.expert_matrices * shape.expert_hidden_size * shape.expert_size
+    sparse = shape.num_experts * (expert + h) + shared
     dense = 3 * h * shape.dense_size
     layers = len(shape.sparse_layers)
     embeddings = shape.vocab_size * h * (1 if shape.tie_word_embeddings else 2)
@@ -140,6 +149,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"model {path}: {file.name} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"model {path}: {file.name} is not a JSON object")
+    text = config.get("text_config")
+    config = config | text if isinstance(text, dict) else config
+    if isinstance(config.get("layers_block_type"), list):
+        config["num_hidden_layers"] = len(config["layers_block_type"])
     return config
 
 
@@ -154,18 +167,32 @@ def _require(path: Path, config: dict[str, Any], keys: tuple[str, ...]) -> None:
 
 def _check_sizes(path: Path, config: dict[str, Any]) -> None:
     width = "intermediate_size" if config.get("moe_intermediate_size") is None else "moe_intermediate_size"
-    experts = next(key for key in _EXPERT_KEYS if config.get(key))
+    counts = (_key(config, _EXPERT_KEYS), _key(config, _TOP_K_KEYS))
     latent = _LATENT_KEYS if config.get("kv_lora_rank") else ()
-    _require(path, config, (*_REQUIRED_KEYS, width, experts, *latent))
+    _require(path, config, (*_REQUIRED_KEYS, *counts, width, *latent))
+
+
+def _key(config: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The one of the names that this config has; the first where it has none."""
+    return next((name for name in names if config.get(name)), names[0])
 
 
 def _sparse_layers(config: dict[str, Any]) -> tuple[bool, ...]:
-    """Qwen's decoder_sparse_step and mlp_only_layers, DeepSeek's first_k_dense_replace."""
-    step = config.get("decoder_sparse_step") or 1
+    """A list of layer types, or the rules of Qwen, Ernie, DeepSeek, LFM2 and Jamba."""
+    if "moe" in (config.get("layers_block_type") or []):
+        return tuple(kind == "moe" for kind in config["layers_block_type"])
+    if config.get("mlp_layer_types"):
+        return tuple(kind != "dense" for kind in config["mlp_layer_types"])
+    step = config.get(_key(config, ("decoder_sparse_step", "moe_layer_interval"))) or 1
     only = config.get("mlp_only_layers") or []
-    first = config.get("first_k_dense_replace") or 0
+    first = (
+        config.get(_key(config, ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"))) or 0
+    )
+    period, offset = config.get("expert_layer_period") or 1, config.get("expert_layer_offset") or 0
     layers = range(config["num_hidden_layers"])
-    return tuple(i >= first and i not in only and (i + 1) % step == 0 for i in layers)
+    return tuple(
+        i >= first and i not in only and (i + 1) % step == 0 and i % period == offset for i in layers
+    )
 
 
 def _attention(config: dict[str, Any]) -> tuple[tuple[Projection, ...], int, int]:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states [T,H] to logits [T,V]."""
+"""Hidden states [T,H] to logits [T,V], with all that the family does on the way."""
 
 CHUNK = 128
 """Tokens whose logits exist together: with a vocabulary of 50,000, 26 MB in float32."""
@@ -28,7 +28,7 @@ def token_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
     Args:
         hidden: [T,H] states that predict the labels.
         labels: [T] token ids.
-        head: the frozen output embedding.
+        head: frozen; the output embedding.
     """
     losses: Tensor = _TokenLoss.apply(hidden, labels, head)  # type: ignore[no-untyped-call]
     return losses

@@ -1,63 +1,15 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import transformers
-from tests.tiny_models import EXPERTS, HIDDEN, TOP_K, WIDTH, random_batch, tiny_olmoe
-from torch import Tensor
+from tests.families import tiny
+from tests.tiny_models import ALPHA, EXPERTS, HIDDEN, RANK, SCALING, TOP_K, WIDTH, random_adapter, tiny_olmoe
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fedflame.client import token_losses
-from fedflame.data.batches import Batch
 from fedflame.errors import UserError
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import find_moe_layers
-
-K = {"num_experts_per_tok": TOP_K}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Mixtral": {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, **K},
-    "Qwen2Moe": {
-        "moe_intermediate_size": WIDTH,
-        "shared_expert_intermediate_size": 28,
-        "num_experts": EXPERTS,
-        **K,
-    },
-    "Qwen3Moe": {
-        "moe_intermediate_size": WIDTH,
-        "num_experts": EXPERTS,
-        "norm_topk_prob": True,
-        "head_dim": 8,
-        **K,
-    },
-}
-"""Renormalised weights, a shared expert, and both."""
-
-
-def tiny(family: str, **sizes: Any) -> PreTrainedModel:
-    """A tiny random model of any family, the same for the same sizes."""
-    common = {
-        "vocab_size": 94,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
-    }
-    config = getattr(transformers, f"{family}Config")(**common | sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return getattr(transformers, f"{family}ForCausalLM")(config).eval()
-
-
-def logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
 
 
 def test_every_layer_of_olmoe_is_found_in_order_with_its_numbers() -> None:
@@ -70,30 +22,8 @@ def test_every_layer_of_olmoe_is_found_in_order_with_its_numbers() -> None:
         assert (layer.hidden_size, layer.expert_width) == (HIDDEN, WIDTH)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("k", [1, 2, TOP_K])
-def test_other_families_equal_their_stock_model_built_with_k(family: str, k: int) -> None:
-    batch = random_batch()
-    model = tiny(family, **FAMILIES[family])
-    adapted = AdaptedModel(model, 4, 6.0, ["q_proj"])
-    stock = tiny(family, **FAMILIES[family] | {"num_experts_per_tok": k})
-    adapted.load(adapted.initial_adapter(0), torch.ones(2))
-    with adapted.active_experts(k):
-        assert torch.equal(logits(model, batch), logits(stock, batch))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_of_other_families_is_that_of_transformers(family: str) -> None:
-    batch = random_batch()
-    model = tiny(family, **FAMILIES[family])
-    with torch.no_grad():
-        expected = model(**vars(batch)).loss
-        adapted = AdaptedModel(model, 4, 6.0, [])
-        torch.testing.assert_close(token_losses(adapted, batch).mean(), expected, rtol=1e-5, atol=0)
-
-
 def test_the_rescaler_leaves_a_shared_expert_alone() -> None:
-    model = tiny("Qwen2Moe", **FAMILIES["Qwen2Moe"])
+    model = tiny("qwen2_moe")
     adapted = AdaptedModel(model, 4, 6.0, [])
     block, shared = model.model.layers[0].mlp, model.model.layers[0].mlp.shared_expert
     x = torch.randn(1, 5, HIDDEN, generator=torch.Generator().manual_seed(3))
@@ -125,13 +55,16 @@ def test_a_dense_model_is_refused() -> None:
     )
 
 
-def test_experts_with_another_layout_are_refused_with_every_reason() -> None:
-    model = tiny(
-        "GptOss", intermediate_size=WIDTH, num_local_experts=EXPERTS, head_dim=8, rope_parameters=None, **K
-    )
-    assert refusal(model) == (
-        "GptOssExperts has expert biases, transposed weights, interleaved gate and up rows: not supported"
-    )
+def test_a_norm_after_each_expert_is_refused() -> None:
+    model = tiny_olmoe()
+    model.model.layers[1].mlp.experts.has_post_expert_norm = True
+    assert refusal(model) == "OlmoeExperts has a norm after each expert: not supported"
+
+
+def test_layers_that_differ_in_their_number_of_experts_are_refused() -> None:
+    model = tiny_olmoe()
+    model.model.layers[1].mlp = tiny_olmoe(num_experts=5).model.layers[1].mlp
+    assert "differ in their number of experts" in refusal(model)
 
 
 def test_a_block_without_a_router_that_owns_top_k_is_refused() -> None:
@@ -146,20 +79,51 @@ def test_expert_parallelism_is_refused() -> None:
     assert refusal(model) == "OlmoeExperts has expert parallelism: not supported"
 
 
-def test_a_model_that_scales_its_logits_is_refused() -> None:
-    sizes = {"intermediate_size": WIDTH, "num_local_experts": EXPERTS, **K}
-    message = "GraniteMoeForCausalLM changes its logits by logits_scaling: not supported"
-    assert refusal(tiny("GraniteMoe", logits_scaling=3.0, **sizes)) == message
-    assert len(find_moe_layers(tiny("GraniteMoe", logits_scaling=1.0, **sizes))) == 2
+LAYOUTS = {
+    "gpt_oss": "transposed, biased, gate and up alternate, clamped",
+    "aria_text": "transposed",
+    "nemotron_h": "no gate",
+}
 
 
-def test_cohere_that_multiplies_its_logits_is_refused() -> None:
-    sizes = {"intermediate_size": WIDTH, "num_experts": EXPERTS, "head_dim": 8, **K}
-    assert "changes its logits" in refusal(tiny("Cohere2Moe", logit_scale=0.25, **sizes))
+def expert_by_definition(
+    family: str, experts: nn.Module, e: int, banks: dict[str, Tensor], x: Tensor
+) -> Tensor:
+    """One expert on one token in float64, written from the family's own formulas."""
+    c, weights = SCALING, {name: value[e].double() for name, value in experts.named_parameters(recurse=False)}
+    a1, b1, a2, b2 = (bank[e].double() for bank in banks.values())
+    if family == "nemotron_h":
+        hidden = torch.relu(weights["up_proj"] @ x + c * b1 @ (a1 @ x)) ** 2
+        return weights["down_proj"] @ hidden + c * b2 @ (a2 @ hidden)
+    width, r = a2.shape[1], a2.shape[0]
+    both = weights["gate_up_proj"].T @ x
+    if family == "gpt_oss":
+        both = both + weights["gate_up_proj_bias"]
+        gate, up = both[0::2], both[1::2]
+    else:
+        gate, up = both[:width], both[width:]
+    gate, up = gate + c * b1[:width] @ (a1[:r] @ x), up + c * b1[width:] @ (a1[r:] @ x)
+    if family == "aria_text":
+        hidden = gate * torch.sigmoid(gate) * up
+        return weights["down_proj"].T @ hidden + c * b2 @ (a2 @ hidden)
+    gate, up = gate.clamp(max=experts.limit), up.clamp(-experts.limit, experts.limit)
+    hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return weights["down_proj"].T @ hidden + weights["down_proj_bias"] + c * b2 @ (a2 @ hidden)
 
 
-def test_a_router_that_does_not_obey_its_top_k_is_refused() -> None:
-    """Phi-MoE's picks 2 experts whatever its `top_k` says."""
-    assert "Phimoe" in refusal(
-        tiny("Phimoe", intermediate_size=WIDTH, num_local_experts=EXPERTS, num_experts_per_tok=2)
-    )
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_experts_of_another_layout_equal_their_definition(family: str) -> None:
+    adapted = AdaptedModel(tiny(family), RANK, ALPHA, [])
+    adapted.load(random_adapter(adapted, scale=0.5), torch.tensor([1.0, 0.7]))
+    layer, routing = adapted.layers[1], [[0, 5], [5, 2], [3, 4], [4, 0], [2, 3]]
+    generator = torch.Generator().manual_seed(4)
+    x, p = torch.randn(5, layer.hidden_size, generator=generator), torch.rand(5, 2, generator=generator)
+    with torch.no_grad():
+        actual = layer.experts(x, torch.tensor(routing), p)
+    banks = layer.experts.fedflame.banks()
+    for token, chosen in enumerate(routing):
+        terms = [
+            p[token, slot].double() * expert_by_definition(family, layer.experts, e, banks, x[token].double())
+            for slot, e in enumerate(chosen)
+        ]
+        torch.testing.assert_close(actual[token].double(), 0.7 * sum(terms), rtol=1e-4, atol=1e-4)

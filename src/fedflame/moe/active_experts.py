@@ -13,8 +13,6 @@ from fedflame.moe.families import MoELayer
 def active_experts(layers: Sequence[MoELayer], k: int) -> Iterator[None]:
     """Within the block every router picks k experts per token; then it picks as many as before.
 
-    The router copied K from the config when it was built, so editing the config would do nothing.
-
     Raises:
         UserError: k is not between 1 and the model's K.
     """
@@ -23,11 +21,11 @@ def active_experts(layers: Sequence[MoELayer], k: int) -> Iterator[None]:
         raise UserError(
             f"active_experts {k}: must be between 1 and {full_k} (the model's num_experts_per_tok)"
         )
-    before = [layer.router.top_k for layer in layers]
+    before = [layer.top_k for layer in layers]
     for layer in layers:
-        layer.router.top_k = k  # type: ignore[assignment]
+        layer.set_top_k(k)
     try:
         yield
     finally:
         for layer, top_k in zip(layers, before, strict=True):
-            layer.router.top_k = top_k
+            layer.set_top_k(top_k)

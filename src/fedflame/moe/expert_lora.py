@@ -33,15 +33,13 @@ class ExpertLoRA(nn.Module):
         self, layer: MoELayer, index: int, r: int, lora_alpha: float, counts: ActivationCounts
     ) -> None:
         super().__init__()
-        experts, hidden, width = layer.num_experts, layer.hidden_size, layer.expert_width
+        self.layer = layer
         self.r = r
         self.scaling = lora_alpha / r
         self.index = index
         self.counts = counts
-        self.A1 = nn.Parameter(torch.zeros(experts, 2 * r, hidden))
-        self.B1 = nn.Parameter(torch.zeros(experts, 2 * width, r))
-        self.A2 = nn.Parameter(torch.zeros(experts, r, width))
-        self.B2 = nn.Parameter(torch.zeros(experts, hidden, r))
+        for name, shape in layer.bank_shapes(r).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.s = nn.Parameter(torch.ones(()))
 
     def banks(self) -> dict[str, nn.Parameter]:
@@ -50,18 +48,11 @@ class ExpertLoRA(nn.Module):
 
 def initial_banks(layer: MoELayer, r: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Each A uniform in +-1/sqrt(fan-in) as PEFT draws it, each B zero: the adapter starts at nothing."""
-    experts, hidden, width = layer.num_experts, layer.hidden_size, layer.expert_width
-
-    def uniform(rows: int, fan_in: int) -> Tensor:
-        bound = 1 / math.sqrt(fan_in)
-        return torch.empty(experts, rows, fan_in).uniform_(-bound, bound, generator=generator)
-
-    return {
-        "A1": uniform(2 * r, hidden),
-        "B1": torch.zeros(experts, 2 * width, r),
-        "A2": uniform(r, width),
-        "B2": torch.zeros(experts, hidden, r),
-    }
+    banks = {name: torch.zeros(shape) for name, shape in layer.bank_shapes(r).items()}
+    for name in ("A1", "A2"):
+        bound = 1 / math.sqrt(banks[name].shape[2])
+        banks[name].uniform_(-bound, bound, generator=generator)
+    return banks
 
 
 def experts_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -72,25 +63,21 @@ def experts_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_we
     lora: ExpertLoRA = experts.fedflame  # type: ignore[assignment]
     real = lora.counts.real_tokens
     if real is None:
-        return _real_tokens_forward(experts, lora, x, top_k_index, top_k_weights)
+        return _real_tokens_forward(lora, x, top_k_index, top_k_weights)
     chosen = (value.index_select(0, real) for value in (x, top_k_index, top_k_weights))
-    output = _real_tokens_forward(experts, lora, *chosen)
+    output = _real_tokens_forward(lora, *chosen)
     return torch.zeros_like(x).index_copy(0, real, output)
 
 
-def _real_tokens_forward(
-    experts: nn.Module, lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    rows = RoutedRows.sort(top_k_index, lora.A1.shape[0])
+def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    rows = RoutedRows.sort(top_k_index, lora.layer.num_experts)
     lora.counts.record(lora.index, rows.per_expert)
     output: Tensor = FusedExperts.apply(  # type: ignore[no-untyped-call]
         x,
         rescale(top_k_weights, lora.s),
         *_compute_banks(lora, x.dtype),
-        experts.get_parameter("gate_up_proj"),
-        experts.get_parameter("down_proj"),
+        lora.layer.frozen(),
         lora.scaling,
-        experts._apply_gate,
         rows,
     )
     return output
@@ -103,14 +90,20 @@ def _compute_banks(lora: ExpertLoRA, dtype: torch.dtype) -> tuple[Tensor, Tensor
     change no product.
     """
     a1, b1, a2, b2 = (bank.to(dtype) for bank in lora.banks().values())
-    rank, width = lora.r, b1.shape[1] // 2
+    n, rank, width = lora.layer.inner_projections, lora.r, lora.layer.expert_width
     spare = -rank % (16 // dtype.itemsize)
-    gate, up = b1[:, :width], b1[:, width:]
-    side_by_side = torch.cat([pad(gate, (0, rank + 2 * spare)), pad(up, (rank + spare, spare))], dim=1)
+    filled = rank + spare
+    side_by_side = torch.cat(
+        [
+            pad(rows, (i * filled, (n - 1 - i) * filled + spare))
+            for i, rows in enumerate(b1.split(width, dim=1))
+        ],
+        dim=1,
+    )
     if spare:
-        a1 = pad(a1.unflatten(1, (2, rank)), (0, 0, 0, spare)).flatten(1, 2)
+        a1 = pad(a1.unflatten(1, (n, rank)), (0, 0, 0, spare)).flatten(1, 2)
         a2, b2 = pad(a2, (0, 0, 0, spare)), pad(b2, (0, spare))
-    return a1, side_by_side, a2, b2
+    return a1, lora.layer.in_stored_order(side_by_side), a2, b2
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

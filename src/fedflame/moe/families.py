@@ -1,21 +1,28 @@
-"""Find the MoE layers of a Hugging Face model, or say why there are none to train."""
+"""Find the MoE layers of a Hugging Face model, or say why there are none to train.
+
+transformers' `use_experts_implementation` says of each family how its experts compute; what differs
+between families ends in this file: the rest of the library sees `MoELayer` and `FrozenExperts`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedflame.errors import UserError
+from fedflame.moe.fused_experts import FrozenExperts, Gate
+from fedflame.refused_families import refusal
 
-FIXED_ROUTERS = ("PhimoeTopKRouter", "DeepseekV4HashRouter")
-"""Routers that have a `top_k` and pick as many experts as ever when it is changed."""
+CONFIGURED_ROUTERS = {"Gemma4TextRouter": "top_k_experts"}
+"""Routers without a `top_k`: they read k from this key of their config, in every forward."""
 
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE layer: the router decides (its `top_k` is k), the experts compute."""
+    """One MoE layer: the router decides, the experts compute."""
 
     name: str
     router: nn.Module
@@ -24,54 +31,121 @@ class MoELayer:
     num_experts_per_tok: int
     """K, the router's own top-k at the time the layer was found."""
     hidden_size: int
-    """H."""
+    """H, the width of what the experts read and write."""
     expert_width: int
     """I, the inner width of one expert."""
+
+    @property
+    def top_k(self) -> int:
+        """How many experts the router picks now."""
+        owner, key = _top_k_place(self.router)
+        return int(getattr(owner, key))
+
+    def set_top_k(self, k: int) -> None:
+        """Let the router pick k experts. The config it was built from would do nothing in most families."""
+        owner, key = _top_k_place(self.router)
+        setattr(owner, key, k)
+
+    @property
+    def inner_projections(self) -> int:
+        """Projections of an expert before its activation, n: 2 with a gate, else 1."""
+        return 2 if self.experts.has_gate else 1
+
+    def frozen(self) -> FrozenExperts:
+        """The base weights as views, whichever way round the family stores them, and its activation."""
+        inner = "gate_up_proj" if self.experts.has_gate else "up_proj"
+        gate: Gate = self.experts._apply_gate if self.experts.has_gate else self.experts.act_fn  # type: ignore[assignment]
+        return FrozenExperts(
+            self._weight(inner), self._weight("down_proj"), self._bias(inner), self._bias("down_proj"), gate
+        )
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self.experts.get_parameter(name)
+        return weight.mT if self.experts.is_transposed else weight
+
+    def _bias(self, name: str) -> Tensor | None:
+        return self.experts.get_parameter(f"{name}_bias") if self.experts.has_bias else None
+
+    def in_stored_order(self, rows: Tensor) -> Tensor:
+        """Gate rows, then up rows [..,2I,*] in the order of the base weights: some alternate them."""
+        if self.experts.is_concatenated or not self.experts.has_gate:
+            return rows
+        gate, up = rows.chunk(2, dim=-2)
+        return torch.stack([gate, up], dim=-2).flatten(-3, -2)
+
+    def bank_shapes(self, r: int) -> dict[str, tuple[int, int, int]]:
+        """The banks of rank r; see `messages.Adapter`."""
+        experts, hidden, width, n = (
+            self.num_experts,
+            self.hidden_size,
+            self.expert_width,
+            self.inner_projections,
+        )
+        return {
+            "A1": (experts, n * r, hidden),
+            "B1": (experts, n * width, r),
+            "A2": (experts, r, width),
+            "B2": (experts, hidden, r),
+        }
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers in model order.
 
     An experts module is one that transformers' `use_experts_implementation` has decorated; its
-    router is the sibling that owns `top_k` (names differ by family, so none is assumed).
+    router is the sibling that knows a top-k (names differ by family, so none is assumed).
 
     Raises:
-        UserError: the model has no such layer, or its experts compute in a way not supported.
+        UserError: the model has no such layer, or routes or computes in a way not supported.
     """
+    refused = refusal(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
+    if refused:
+        raise UserError(refused)
     layers = []
     for name, block in model.named_modules():
         experts = getattr(block, "experts", None)
         if not isinstance(experts, nn.Module) or not hasattr(experts, "is_concatenated"):
             continue
         _refuse_unsupported(type(experts).__name__, experts)
-        routers = [child for child in block.children() if hasattr(child, "top_k")]
-        if len(routers) != 1:
-            raise UserError(f"{type(block).__name__}: {len(routers)} routers with a top_k; 1 is needed")
-        if type(routers[0]).__name__ in FIXED_ROUTERS:
-            raise UserError(f"{type(routers[0]).__name__} does not obey its top_k: not supported")
-        layers.append(_describe(name, routers[0], experts))
+        layers.append(_describe(name, _router_of(block), experts))
     if not layers:
         kind = type(model).__name__
         raise UserError(
             f"{kind} is no sparse mixture of experts that transformers routes; try an OLMoE model"
         )
-    _refuse_scaled_logits(model)
+    if len({layer.num_experts for layer in layers}) > 1:
+        raise UserError(
+            f"{type(model).__name__} has layers that differ in their number of experts: not supported"
+        )
     return layers
 
 
+def _router_of(block: nn.Module) -> nn.Module:
+    routers = [
+        child
+        for child in block.children()
+        if hasattr(child, "top_k") or type(child).__name__ in CONFIGURED_ROUTERS
+    ]
+    if len(routers) != 1:
+        raise UserError(f"{type(block).__name__}: {len(routers)} routers with a top_k; 1 is needed")
+    return routers[0]
+
+
+def _top_k_place(router: nn.Module) -> tuple[object, str]:
+    key = CONFIGURED_ROUTERS.get(type(router).__name__)
+    return (router.config, key) if key else (router, "top_k")
+
+
 def _describe(name: str, router: nn.Module, experts: nn.Module) -> MoELayer:
-    down = experts.get_parameter("down_proj")
-    num_experts, hidden_size, expert_width = down.shape
-    top_k = int(router.top_k)  # type: ignore[arg-type]
-    return MoELayer(name, router, experts, num_experts, top_k, hidden_size, expert_width)
+    num_experts, hidden_size, expert_width = experts.get_parameter("down_proj").shape
+    if experts.is_transposed:
+        hidden_size, expert_width = expert_width, hidden_size
+    owner, key = _top_k_place(router)
+    return MoELayer(name, router, experts, num_experts, int(getattr(owner, key)), hidden_size, expert_width)
 
 
 def _refuse_unsupported(kind: str, experts: nn.Module) -> None:
     deviations = {
-        "expert biases": experts.has_bias,
-        "transposed weights": experts.is_transposed,
-        "no gate": not experts.has_gate,
-        "interleaved gate and up rows": not experts.is_concatenated,
         "a norm after each expert": experts.has_post_expert_norm,
         "expert parallelism": experts._is_expert_parallel,
     }
@@ -90,11 +164,3 @@ def require_aligned(layers: Sequence[MoELayer]) -> None:
                 f"{kind} of hidden size {layer.hidden_size} and width {layer.expert_width}: rows in {name} "
                 "are no multiple of 16 bytes, as grouped_mm needs; try model.dtype=float32"
             )
-
-
-def _refuse_scaled_logits(model: nn.Module) -> None:
-    # The loss applies the output embedding itself, at labelled positions only.
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise UserError(f"{type(model).__name__} changes its logits by {key}: not supported")

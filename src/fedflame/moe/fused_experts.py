@@ -3,14 +3,17 @@
 Plain autograd would keep every intermediate of every layer until its backward. Here only the
 gate/up pre-activation and the two rank-R projections are kept; all else is computed again or never
 needed: the base is frozen, and the gradient of a routing weight comes from the expert's activation
-instead of its output. With y = w (W2 a + c B2 A2 a) and g = dy: dw = a . (W2' g + c A2' B2' g).
+instead of its output. With y = w (W2 a + b2 + c B2 A2 a) and g = dy, b2 the bias of families that
+have one: dw = a . (W2' g + c A2' B2' g) + b2 . g.
 
-Shapes: N tokens, k active experts, S = N*k routed rows, E experts, H hidden, I expert width, R rank.
+Shapes: N tokens, k active experts, S = N*k routed rows, E experts, H hidden, I expert width, R rank,
+n projections before the activation: gate and up, or up alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,17 +24,32 @@ from torch.nn.functional import grouped_mm
 from fedflame.moe.routed_rows import Block, RoutedRows
 
 Gate = Callable[[Tensor], Tensor]
-"""The family's own activation: gate and up rows [S,2I] to [S,I], elementwise in the rows."""
+"""The family's own activation: rows [S,nI], as the weights order them, to [S,I], each by itself."""
 
 BLOCK_BYTES = 4 * 2**20
 """Size of the largest temporary [rows,2I] of a block of experts: what stays in a core's cache."""
 
 
-class FusedExperts(torch.autograd.Function):
-    """`apply(x, weights, a1, b1, a2, b2, gate_up, down, scaling, gate, rows)` -> [N,H].
+@dataclass(frozen=True)
+class FrozenExperts:
+    """What the base model computes in an MoE layer."""
 
-    x [N,H]; routing weights [N,k]; banks A1 [E,2R,H], B1 [E,2I,2R] block-diagonal, A2 [E,R,I] and
-    B2 [E,H,R] in the dtype of x; frozen weights gate_up [E,2I,H] and down [E,H,I].
+    gate_up: Tensor
+    """[E,nI,H]"""
+    down: Tensor
+    """[E,H,I]"""
+    gate_up_bias: Tensor | None
+    """[E,nI]"""
+    down_bias: Tensor | None
+    """[E,H]"""
+    gate: Gate
+
+
+class FusedExperts(torch.autograd.Function):
+    """`apply(x, weights, a1, b1, a2, b2, frozen, scaling, rows)` -> [N,H].
+
+    x [N,H]; routing weights [N,k]; banks A1 [E,nR,H], B1 [E,nI,nR] block-diagonal, its rows ordered as
+    those of the frozen weights, A2 [E,R,I] and B2 [E,H,R] in the dtype of x.
     """
 
     @staticmethod
@@ -43,36 +61,38 @@ class FusedExperts(torch.autograd.Function):
         b1: Tensor,
         a2: Tensor,
         b2: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        frozen: FrozenExperts,
         scaling: float,
-        gate: Gate,
         rows: RoutedRows,
     ) -> Tensor:
         row_weights = weights.reshape(-1)[rows.order].unsqueeze(1)
         dtype = torch.promote_types(x.dtype, weights.dtype)
         kept, outputs = [], torch.empty(len(rows.order), x.shape[1], dtype=dtype, device=x.device)
-        blocks = rows.blocks(BLOCK_BYTES // (gate_up.shape[1] * x.dtype.itemsize))
+        blocks = rows.blocks(BLOCK_BYTES // (frozen.gate_up.shape[1] * x.dtype.itemsize))
         for block in blocks:
             routed, e = x.index_select(0, rows.tokens[block.rows]), block.experts
             low1 = _times_transposed(routed, a1[e], block).mul_(scaling)
-            inner = _times_transposed(routed, gate_up[e], block)
+            inner = _times_transposed(routed, frozen.gate_up[e], block)
+            if frozen.gate_up_bias is not None:
+                inner += rows.spread(frozen.gate_up_bias, block)
             inner += _times_transposed(low1, b1[e], block)
-            activation = gate(inner)
+            activation = frozen.gate(inner)
             low2 = _times_transposed(activation, a2[e], block).mul_(scaling)
-            output = _times_transposed(activation, down[e], block)
+            output = _times_transposed(activation, frozen.down[e], block)
+            if frozen.down_bias is not None:
+                output += rows.spread(frozen.down_bias, block)
             output += _times_transposed(low2, b2[e], block)
             torch.mul(output, row_weights[block.rows], out=outputs[block.rows])
             kept += [inner, low1, low2]
-        ctx.save_for_backward(x, weights, a1, b1, a2, b2, gate_up, down, *kept)
-        ctx.scaling, ctx.gate, ctx.rows, ctx.blocks = scaling, gate, rows, blocks
+        ctx.save_for_backward(x, weights, a1, b1, a2, b2, *kept)
+        ctx.frozen, ctx.scaling, ctx.rows, ctx.blocks = frozen, scaling, rows, blocks
         return rows.sum_per_token(outputs).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, a1, b1, a2, b2, gate_up, down, *kept = ctx.saved_tensors
-        rows, scaling, d_y = ctx.rows, ctx.scaling, d_y.contiguous()
+        x, weights, a1, b1, a2, b2, *kept = ctx.saved_tensors
+        frozen, rows, scaling, d_y = ctx.frozen, ctx.rows, ctx.scaling, d_y.contiguous()
         row_weights = weights.reshape(-1)[rows.order].unsqueeze(1).to(x.dtype)
         d_weights = torch.empty(len(rows.order), dtype=torch.float32, device=x.device)
         d_rows = x.new_empty(len(rows.order), x.shape[1])
@@ -88,10 +108,13 @@ class FusedExperts(torch.autograd.Function):
             d_out = d_y.index_select(0, tokens)
             with torch.enable_grad():
                 inner = inner.detach().requires_grad_()
-                activation = ctx.gate(inner)
+                activation = frozen.gate(inner)
             d_low2 = _times(d_out, b2[e], block).mul_(scaling)
-            d_activation = _times(d_out, down[e], block).add_(_times(d_low2, a2[e], block))
+            d_activation = _times(d_out, frozen.down[e], block).add_(_times(d_low2, a2[e], block))
             d_weights[block.rows] = torch.linalg.vecdot(d_activation.float(), activation.detach().float())
+            if frozen.down_bias is not None:
+                bias = rows.spread(frozen.down_bias, block)
+                d_weights[block.rows] += torch.linalg.vecdot(d_out.float(), bias.float())
             if d_a2 is not None:
                 d_a2[e] = _outer(d_low2.mul_(w), activation.detach(), block)
             if d_b2 is not None:
@@ -102,12 +125,11 @@ class FusedExperts(torch.autograd.Function):
                 d_b1[e] = _outer(d_inner, low1, block)
             if d_a1 is not None:
                 d_a1[e] = _outer(d_low1, x.index_select(0, tokens), block)
-            torch.add(
-                _times(d_inner, gate_up[e], block), _times(d_low1, a1[e], block), out=d_rows[block.rows]
-            )
+            d_routed = _times(d_inner, frozen.gate_up[e], block)
+            torch.add(d_routed, _times(d_low1, a1[e], block), out=d_rows[block.rows])
         d_x = rows.sum_per_token(d_rows)
         d_weights = d_weights[rows.positions].to(weights.dtype)
-        return d_x, d_weights, *banks, None, None, None, None, None
+        return d_x, d_weights, *banks, None, None, None
 
 
 def _times(rows: Tensor, weights: Tensor, block: Block) -> Tensor:

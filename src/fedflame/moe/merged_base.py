@@ -28,10 +28,7 @@ class MergedBase:
         self, model: nn.Module, layers: Sequence[MoELayer], attention: Iterable[str], scaling: float
     ) -> None:
         self._model, self._layers, self._scaling = model, layers, scaling
-        modules = sorted({name.rpartition(".")[0] for name in attention})
-        self._weights = [
-            layer.experts.get_parameter(name) for layer in layers for name in ("gate_up_proj", "down_proj")
-        ] + [_weight(model, module) for module in modules]
+        self._modules = sorted({name.rpartition(".")[0] for name in attention})
         self._pristine: list[Tensor] = []
         self._merged: Adapter | None = NOTHING
 
@@ -41,9 +38,10 @@ class MergedBase:
         if self._merged is not None and _equal(self._merged, merged):
             return
         self._merged = None  # broken off on the way, the weights are neither
+        weights = self._weights()
         if not self._pristine:
-            self._pristine = [weight.clone() for weight in self._weights]
-        for weight, pristine in zip(self._weights, self._pristine, strict=True):
+            self._pristine = [weight.clone() for weight in weights]
+        for weight, pristine in zip(weights, self._pristine, strict=True):
             weight.copy_(pristine)
         if merged.tensors():
             merge_into(self._model, self._layers, merged, self._scaling, torch.ones(len(self._layers)))
@@ -51,24 +49,30 @@ class MergedBase:
             self._pristine = []
         self._merged = merged
 
+    def _weights(self) -> list[Tensor]:
+        frozen = [layer.frozen() for layer in self._layers]
+        experts = [weight for layer in frozen for weight in (layer.gate_up, layer.down)]
+        return experts + [_weight(self._model, module) for module in self._modules]
+
 
 @torch.no_grad()
 def merge_into(
     model: nn.Module, layers: Sequence[MoELayer], adapter: Adapter, scaling: float, scalars: Tensor
 ) -> None:
-    """Add scaling * B A to every weight that has factors, and multiply the down projections by s [L].
+    """Add scaling * B A to every weight that has factors, and multiply what the experts put out by s [L].
 
     Each sum is formed in float32 and rounded to the weight's dtype once.
     """
     for index, (layer, s) in enumerate(zip(layers, scalars, strict=True)):
         a1, b1, a2, b2 = (adapter.experts[f"{index}.{name}"] for name in ("A1", "B1", "A2", "B2"))
-        r, width = a2.shape[1], layer.expert_width
-        gate_up, down = (layer.experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
+        r, width, frozen = a2.shape[1], layer.expert_width, layer.frozen()
         for expert in range(layer.num_experts):  # one at a time: only one expert in float32
-            gate = b1[expert, :width] @ a1[expert, :r]
-            up = b1[expert, width:] @ a1[expert, r:]
-            gate_up[expert] = gate_up[expert].float() + scaling * torch.cat([gate, up])
-            down[expert] = s * (down[expert].float() + scaling * (b2[expert] @ a2[expert]))
+            factors = zip(b1[expert].split(width), a1[expert].split(r), strict=True)
+            product = layer.in_stored_order(torch.cat([b @ a for b, a in factors]))
+            frozen.gate_up[expert] = frozen.gate_up[expert].float() + scaling * product
+            frozen.down[expert] = s * (frozen.down[expert].float() + scaling * (b2[expert] @ a2[expert]))
+        if frozen.down_bias is not None:
+            frozen.down_bias.copy_(s * frozen.down_bias.float())
     for name, a in adapter.attention.items():
         if name.endswith(".A"):
             module = name.removesuffix(".A")

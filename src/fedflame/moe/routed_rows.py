@@ -48,6 +48,10 @@ class RoutedRows:
                 first, start = expert + 1, end
         return found
 
+    def spread(self, per_expert: Tensor, block: Block) -> Tensor:
+        """Each row's expert's values of `per_expert` [E,*]: [rows of the block,*]."""
+        return per_expert[block.experts].repeat_interleave(self.per_expert[block.experts], dim=0)
+
     def sum_per_token(self, rows: Tensor) -> Tensor:
         """Each token's k rows of `rows` [S,H] added up, the bits being those of torch's sum: [N,H]."""
         if rows.dtype == torch.float32:  # without a copy of the rows; in bfloat16 it would round otherwise

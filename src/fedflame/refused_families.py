@@ -1,0 +1,38 @@
+"""Mixtures of experts of transformers that cannot be trained, by the model_type of their config."""
+
+from __future__ import annotations
+
+_NO_CAUSAL_LM = "AutoModelForCausalLM does not know it"
+REFUSED_FAMILIES = {
+    "dbrx": "its experts share flat matrices, outside transformers' experts interface",
+    "deepseek_ocr2": _NO_CAUSAL_LM,
+    "deepseek_v4": "its first routers look experts up by token id, always K of them",
+    "diffusion_gemma": _NO_CAUSAL_LM,
+    "doge": "its experts are rows of an embedding, outside transformers' experts interface",
+    "ernie4_5_vl_moe": _NO_CAUSAL_LM,
+    "glm4v_moe": _NO_CAUSAL_LM,
+    "glm5_next": _NO_CAUSAL_LM,
+    "jetmoe": "its attention is a mixture of experts, too, and outside transformers' experts interface",
+    "llama4": "routing weights multiply the experts' inputs, outside transformers' experts interface",
+    "llama4_text": "routing weights multiply the experts' inputs, outside transformers' experts interface",
+    "longcat_flash": "some of its experts only copy, outside transformers' experts interface",
+    "mistral4": _NO_CAUSAL_LM,
+    "mistral_large4": _NO_CAUSAL_LM,
+    "muse_spark": f"it has a norm after each expert, and {_NO_CAUSAL_LM}",
+    "nllb-moe": "it is an encoder-decoder",
+    "openai_privacy_filter": _NO_CAUSAL_LM,
+    "phimoe": "its router picks two experts whatever its top_k says",
+    "qwen3_omni_moe": _NO_CAUSAL_LM,
+    "qwen3_vl_moe": _NO_CAUSAL_LM,
+    "step3p7": "its experts are outside transformers' experts interface",
+    "switch_transformers": "it is an encoder-decoder",
+    "unlimited_ocr": _NO_CAUSAL_LM,
+    "zaya": "it runs one expert per token, and tokens that skip it would be counted for expert 0",
+}
+"""Why."""
+
+
+def refusal(model_type: str) -> str | None:
+    """One line with the reason; None for families that are not refused by name."""
+    reason = REFUSED_FAMILIES.get(model_type)
+    return reason and f"{model_type} is not supported: {reason}"
