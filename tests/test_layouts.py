@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_exports import (
     ALPHA,
     MODELS,
+    SIZES,
     K,
     R,
-    SIZES,
     adapt,
     assert_same_logits,
     load,
