@@ -3,8 +3,6 @@
 import json
 import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,104 +10,28 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (
-    AutoModelForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
+from tests.tiny_exports import (
+    MODELS,
+    SIZES,
+    TIERS,
+    K,
+    R,
+    adapt,
+    load,
+    logits,
+    our_logits,
+    peft_logits,
+    random_state,
+    run_config,
+    save_base,
 )
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from fedflame.config import AdapterConfig, ModelConfig, RunConfig
 from fedflame.errors import UserError
 from fedflame.export import export_adapter, load_adapter, load_rescalers, merge, read_settings
 from fedflame.messages import NOTHING, Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ServerState
-
-# No two sizes agree: H = 32, 2I = 40, R = 4, E = 6, kv width 16.
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 6,
-    "num_experts_per_tok": 3,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-}
-K, TIERS, R, ALPHA = 3, (3, 2, 1), 4, 6.0
-TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8], [49, 7, 9, 32, 38, 46, 2, 1]])
-MODELS = {
-    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(intermediate_size=20, **SIZES)),
-    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(moe_intermediate_size=20, shared_expert_intermediate_size=24, **SIZES)
-    ),
-}
-
-FRESH_PROCESS = """
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base, adapter, tokens, result = sys.argv[1:]
-tokens = torch.load(tokens)
-with torch.no_grad():
-    plain = AutoModelForCausalLM.from_pretrained(base)
-    outputs = {"base": plain(tokens).logits}
-    outputs["peft"] = PeftModel.from_pretrained(plain, adapter)(tokens).logits
-assert not any(name.startswith("fedflame") for name in sys.modules)
-torch.save(outputs, result)
-"""
-
-
-def save_base(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    torch.manual_seed(0)
-    model = MODELS[kind]()
-    for parameter in model.parameters():  # larger than by default, so that every error shows in the logits
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.to(dtype).save_pretrained(folder)
-    words = {f"w{i}": i for i in range(50)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w1").save_pretrained(
-        folder
-    )
-    return folder
-
-
-def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def adapt(
-    folder: Path, r: int = R, alpha: float = ALPHA, targets: str = "q_proj,k_proj,v_proj,o_proj"
-) -> AdaptedModel:
-    return AdaptedModel(load(folder), r, alpha, targets.split(","))
-
-
-def random_state(adapted: AdaptedModel) -> ServerState:
-    generator = torch.Generator().manual_seed(1)
-
-    def noise(value: torch.Tensor) -> torch.Tensor:
-        return torch.randn(value.shape, generator=generator) * 0.2
-
-    start = adapted.initial_adapter(0)
-    adapter = Adapter(
-        {name: noise(value) for name, value in start.experts.items()},
-        {name: noise(value) for name, value in start.attention.items()},
-    )
-    return ServerState(
-        adapter, {3: torch.ones(2), 2: torch.tensor([1.25, 0.75]), 1: torch.tensor([1.5, 2.25])}
-    )
 
 
 def with_merged(state: ServerState, rank: int) -> ServerState:
@@ -120,23 +42,6 @@ def with_merged(state: ServerState, rank: int) -> ServerState:
         shape = [size * rank // R if size in (R, 2 * R) else size for size in value.shape]
         values[name] = torch.randn(shape, generator=generator) * 0.2
     return replace(state, merged=Adapter.from_tensors(values))
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def our_logits(adapted: AdaptedModel, state: ServerState, k: int) -> torch.Tensor:
-    adapted.load(state.adapter, state.rescalers[k], state.merged)
-    with adapted.active_experts(k):
-        return logits(adapted.model)
-
-
-def run_config(base: Path) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(model_name_or_path=str(base)), adapter=AdapterConfig(r=R, lora_alpha=ALPHA)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -166,21 +71,10 @@ def test_peft_in_a_fresh_process_gives_our_logits(
 ) -> None:
     state, exported = with_merged(state, merged_rank) if merged_rank else state, tmp_path / "adapter"
     export_adapter(state, run_config(base), adapted.model, exported, rounds=4)
-    torch.save(TOKENS, tmp_path / "tokens.pt")
-    arguments = [base, exported, tmp_path / "tokens.pt", tmp_path / "result.pt"]
-    run = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "missing" not in run.stderr.lower()
-    assert "unexpected" not in run.stderr.lower()
-    got = torch.load(tmp_path / "result.pt")
+    [(plain, peft)] = peft_logits([(base, exported)], tmp_path)
     ours = our_logits(adapted, state, K)
-    torch.testing.assert_close(got["peft"], ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
-    assert float((got["base"] - ours).abs().max()) > 0.1 * float(ours.abs().max())
+    torch.testing.assert_close(peft, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+    assert float((plain - ours).abs().max()) > 0.1 * float(ours.abs().max())
 
 
 def test_the_names_and_values_of_one_expert(exported: Path, state: ServerState) -> None:
@@ -238,7 +132,7 @@ def test_round_trip_is_exact(base: Path, adapted: AdaptedModel, state: ServerSta
     settings = read_settings(exported)
     assert settings.base_model == str(base)
     assert settings.adapter == run_config(base).adapter
-    back = load_adapter(exported, adapted)
+    back = load_adapter(exported, adapted, seed=0)
     assert back.tensors().keys() == state.adapter.tensors().keys()
     for name, value in state.adapter.tensors().items():
         assert torch.equal(back.tensors()[name], value), name
@@ -254,7 +148,9 @@ def test_merged_factors_come_back_as_further_ranks_at_the_same_scaling(
     settings = read_settings(tmp_path / "adapter").adapter
     assert (settings.r, settings.lora_alpha) == (4 + 6, 6.0 * 10 / 4)
     wide = adapt(base, settings.r, settings.lora_alpha)
-    back = ServerState(load_adapter(tmp_path / "adapter", wide), load_rescalers(tmp_path / "adapter", wide))
+    back = ServerState(
+        load_adapter(tmp_path / "adapter", wide, seed=0), load_rescalers(tmp_path / "adapter", wide)
+    )
     for k in TIERS:
         ours = our_logits(adapted, state, k)
         torch.testing.assert_close(
@@ -263,7 +159,9 @@ def test_merged_factors_come_back_as_further_ranks_at_the_same_scaling(
         assert float((our_logits(adapted, replace(state, merged=NOTHING), k) - ours).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("kind", sorted(MODELS))  # qwen2_moe has a shared expert, which s must not touch
+@pytest.mark.parametrize(
+    "kind", ["olmoe", "qwen2_moe"]
+)  # qwen2_moe has a shared expert, which s must not touch
 @pytest.mark.parametrize("k", TIERS)
 @pytest.mark.parametrize("merged_rank", [0, 6])
 def test_merged_checkpoint_gives_our_logits(kind: str, k: int, merged_rank: int, tmp_path: Path) -> None:
@@ -344,14 +242,6 @@ def test_merging_into_another_base_is_refused(base: Path, state: ServerState, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_family_that_peft_does_not_convert_is_refused(state: ServerState, tmp_path: Path) -> None:
-    sizes = {("num_local_experts" if key == "num_experts" else key): value for key, value in SIZES.items()}
-    with torch.device("meta"):
-        mixtral = MixtralForCausalLM(MixtralConfig(intermediate_size=20, **sizes))
-    with pytest.raises(UserError, match="no per-expert adapter for mixtral models; use --merge"):
-        export_adapter(state, run_config(tmp_path), mixtral, tmp_path / "adapter", rounds=1)
-
-
 def test_an_earlier_export_is_replaced_only_when_asked(
     base: Path, adapted: AdaptedModel, state: ServerState, exported: Path
 ) -> None:
@@ -424,10 +314,20 @@ BROKEN = {
     "not JSON": lambda folder: (folder / "adapter_config.json").write_text("{"),
     "not a JSON object": lambda folder: (folder / "adapter_config.json").write_text("[]"),
     "no LoRA adapter": lambda folder: edit_config(folder, peft_type="IA3"),
-    "target_modules lack gate_proj": lambda folder: edit_config(folder, target_modules=["q_proj"]),
+    "unlike the model, .*experts.0.down_proj": lambda folder: edit_config(folder, target_modules=["q_proj"]),
+    "target_modules = '.*proj' in adapter_config.json: Input should be a valid list": lambda folder: (
+        edit_config(folder, target_modules=".*proj")
+    ),
     "LoRA with use_rslora is not supported": lambda folder: edit_config(folder, use_rslora=True),
-    "names no base model": lambda folder: edit_config(folder, base_model_name_or_path=None),
-    "r = 'four', lora_alpha = 6.0": lambda folder: edit_config(folder, r="four"),
+    "LoRA with init_lora_weights = 'pissa' is not": lambda folder: edit_config(
+        folder, init_lora_weights="pissa"
+    ),
+    "rank_pattern or alpha_pattern is not supported in the per-expert layout": lambda folder: edit_config(
+        folder, rank_pattern={"q_proj": 2}
+    ),
+    "r = 'four' in adapter_config.json: Input should be a valid integer": lambda folder: edit_config(
+        folder, r="four"
+    ),
     "r = 8; the model is prepared for r = 4": lambda folder: edit_config(folder, r=8),
     "lora_alpha / r = 4.0; the model has 1.5": lambda folder: edit_config(folder, lora_alpha=16),
     "adapter_model.safetensors: No such file": lambda folder: (folder / "adapter_model.safetensors").unlink(),
@@ -446,13 +346,13 @@ BROKEN = {
 def test_a_broken_or_foreign_adapter_is_one_line(reason: str, exported: Path, adapted: AdaptedModel) -> None:
     BROKEN[reason](exported)
     with pytest.raises(UserError, match=reason) as caught:
-        load_adapter(exported, adapted)
+        load_adapter(exported, adapted, seed=0)
     assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_for_other_attention_projections_is_refused(base: Path, exported: Path) -> None:
     with pytest.raises(UserError, match=r"has, unlike the model, .*layers\.0\.self_attn\.k_proj"):
-        load_adapter(exported, adapt(base, targets="q_proj"))
+        load_adapter(exported, adapt(base, targets="q_proj"), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -465,8 +365,7 @@ def test_rescalers_that_do_not_fit_are_refused(
     with pytest.raises(UserError, match="no finite s for each of 2 MoE layers"):
         load_rescalers(exported, adapted)
     (exported / "rescalers.safetensors").unlink()
-    with pytest.raises(UserError, match="No such file"):
-        load_rescalers(exported, adapted)
+    assert load_rescalers(exported, adapted) == {}
 
 
 def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:

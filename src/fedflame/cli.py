@@ -137,6 +137,13 @@ def export(
         int | None,
         typer.Option(min=1, help="With --merge: the k whose rescaler is folded in; default the model's."),
     ] = None,
+    layout: Annotated[
+        Literal["per-expert", "fused"] | None,
+        typer.Option(
+            help="Of the adapter: PEFT's target_modules or target_parameters; default per-expert where PEFT "
+            "reads it for the model family, else fused."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -144,12 +151,14 @@ def export(
     with _user_errors(debug):
         if active_experts is not None and not merge:
             raise UserError("--active-experts needs --merge; an adapter serves every k")
+        if layout is not None and merge:
+            raise UserError("--layout is of an adapter; with --merge there is none")
         _quiet_libraries()
         from fedflame.commands.export import export_run
 
-        Console().print(
-            f"written: {export_run(run_folder, to, merge, active_experts, overwrite)}", soft_wrap=True
-        )
+        console = Console()
+        export_run(run_folder, to, merge, active_experts, layout, overwrite, console)
+        console.print(f"written: {to}", soft_wrap=True)
 
 
 def _config(

@@ -27,6 +27,8 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     model_name_or_path: str = EMBEDDED_MODEL
     """`olmoe-tiny` (embedded), a folder in Hugging Face layout, or a hub id."""
+    adapter_name_or_path: str = ""
+    """Folder of a LoRA adapter, of fedflame or PEFT, that the run goes on from; empty to start anew."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; `auto` takes bfloat16 where the machine multiplies it faster."""
     memory_map: bool = False

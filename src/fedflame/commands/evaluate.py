@@ -76,7 +76,7 @@ def _source_config(source: str, wanted: list[int], overrides: list[str]) -> RunC
     name, adapter, tiers = source, RunConfig().adapter, wanted
     if _is_adapter(source):
         settings = read_settings(Path(source))
-        name, adapter = settings.base_model, settings.adapter
+        name, adapter = _base_of(source, settings.base_model), settings.adapter
         tiers = wanted or rescaler_tiers(Path(source))
     shape = read_model_shape(model_config_path(name))
     tiers = tiers or [shape.num_experts_per_tok]
@@ -85,12 +85,19 @@ def _source_config(source: str, wanted: list[int], overrides: list[str]) -> RunC
     return with_overrides(RunConfig(adapter=adapter), [*given, *overrides])
 
 
+def _base_of(source: str, base_model: str | None) -> str:
+    if not base_model:
+        raise UserError(f"{source}: adapter_config.json names no base model")
+    return base_model
+
+
 def _source_state(source: str, bench: Workbench) -> ServerState:
     if _is_run(source):
         return read_checkpoint(Path(source)).state
     if _is_adapter(source):
         return ServerState(
-            load_adapter(Path(source), bench.adapted), load_rescalers(Path(source), bench.adapted)
+            load_adapter(Path(source), bench.adapted, bench.config.seed),
+            load_rescalers(Path(source), bench.adapted),
         )
     return ServerState(bench.adapted.initial_adapter(bench.config.seed), {})
 

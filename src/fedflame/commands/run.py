@@ -23,6 +23,7 @@ from fedflame import __version__
 from fedflame.atomic_file import write_atomically
 from fedflame.base_model import model_config_path
 from fedflame.budgets import ModelShape, read_model_shape, training_flops_per_token
+from fedflame.commands.adapter_folder import check_start, initial_state, write_run_adapter
 from fedflame.commands.tables import cost_table, partition_table, result_table
 from fedflame.config import RunConfig
 from fedflame.cost import RunCost, run_cost
@@ -36,7 +37,6 @@ from fedflame.data.federation import (
 )
 from fedflame.errors import UserError
 from fedflame.evaluation import HeldOut
-from fedflame.export import NoPeftLayoutError, export_adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.report import write_report
 from fedflame.report.records import read_run
@@ -105,10 +105,12 @@ def execute(
     _check_run_folder(run, config, existing)
     if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+    if existing != "resume":
+        check_start(config, console)
     bench = assemble(config, console, saved_dtype(run) if existing == "resume" else None)
+    checkpoint = _starting_point(run, bench, existing == "resume")
     if existing == "overwrite" and run.exists():
         _remove(run)
-    checkpoint = _starting_point(run, bench)
     if checkpoint.round == 0 and checkpoint.metrics_bytes == 0:
         _write_run_files(run, bench, config_text)
     steps = config.training.max_steps * config.clients_per_round()
@@ -124,7 +126,7 @@ def execute(
         metrics.close()
         with suppress(UserError):  # a full disk has been reported already
             write_report(run)
-    _export(run, bench, checkpoint, console)
+    write_run_adapter(checkpoint, config, bench.adapted.model, run, console)
     console.print(result_table(read_run(run)))
     return run
 
@@ -173,21 +175,6 @@ def _require_context(config: RunConfig, model_config: Any) -> None:
         )
 
 
-def _export(run: Path, bench: Workbench, checkpoint: Checkpoint, console: Console) -> None:
-    """Write the run's adapter folder, or say why this model family can only be merged."""
-    try:
-        export_adapter(
-            checkpoint.state,
-            bench.config,
-            bench.adapted.model,
-            run / "adapter",
-            checkpoint.round,
-            overwrite=True,
-        )
-    except NoPeftLayoutError as error:
-        console.print(f"no adapter folder: {error}", markup=False, soft_wrap=True)
-
-
 def _check_run_folder(run: Path, config: RunConfig, existing: Existing) -> None:
     """Refuse a folder that must not be touched, and a resumption with another configuration."""
     if existing == "resume":
@@ -228,15 +215,12 @@ def _differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = ""
     return keys
 
 
-def _starting_point(run: Path, bench: Workbench) -> Checkpoint:
-    """The run's checkpoint, or round 0 where none was written yet."""
-    if (run / CHECKPOINT_FILE).exists():
+def _starting_point(run: Path, bench: Workbench, resumed: bool) -> Checkpoint:
+    """The run's checkpoint, or round 0 where there is none to go on from."""
+    if resumed and (run / CHECKPOINT_FILE).exists():
         _require_same_data(run, bench)
         return read_checkpoint(run)
-    adapter = bench.adapted.initial_adapter(bench.config.seed)
-    return Checkpoint(
-        0, 0, bench.strategy.initialize(adapter, bench.config.evaluated_experts(), len(bench.adapted.layers))
-    )
+    return Checkpoint(0, 0, initial_state(bench.config, bench.adapted, bench.strategy, bench.profiles))
 
 
 def _require_same_data(run: Path, bench: Workbench) -> None:

@@ -1,22 +1,19 @@
-"""A finished run as a PEFT adapter folder, and back: the only module that knows PEFT's layouts.
+"""A finished run as a PEFT adapter folder, and an adapter folder of anyone as banks of ours.
 
-Expert LoRA is written per expert, in the module names of the Hugging Face hub
-(`...experts.3.gate_proj.lora_A.weight`): PEFT fuses it exactly when it loads, and servers
-read it. PEFT has no place for the rescaler s: it stands beside the adapter in a file of its own.
+`layouts` has the names and the shapes, `lora_config` the settings. PEFT has no place for the rescaler s:
+it stands beside the adapter in a file of its own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,37 +22,50 @@ from transformers import PreTrainedModel
 from fedflame.config import AdapterConfig, RunConfig
 from fedflame.errors import UserError
 from fedflame.export.description import adapter_card, run_facts
-from fedflame.export.fit import bank_shapes, require_fit
+from fedflame.export.fit import require_fit
+from fedflame.export.layouts import (
+    GATE_UP,
+    ExpertNames,
+    Factors,
+    Layout,
+    attention_pairs,
+    expert_factors,
+    fused_pairs,
+    is_separate,
+    per_expert_pairs,
+    split,
+    unpack,
+)
+from fedflame.export.lora_config import (
+    CONFIG_FILE,
+    LoraSettings,
+    expert_names_of,
+    is_target,
+    lora_config,
+    parse_lora_config,
+)
 from fedflame.export.new_folder import RUN_FILE, new_folder, write_json
 from fedflame.messages import Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import MoELayer, find_moe_layers
 from fedflame.strategies.base import ServerState
 
-EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 RESCALERS_FILE = "rescalers.safetensors"
-
-_UNSUPPORTED_LORA = (
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-)
+PREFIX = "base_model.model."
+"""Before every module name in PEFT's weights file."""
 
 
 class NoPeftLayoutError(UserError):
-    """PEFT cannot read an adapter of this model family; a merged checkpoint can be written."""
+    """PEFT cannot read such an adapter of this model family; a merged checkpoint can be written."""
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
     """What has to be known of an adapter folder before its model can be prepared."""
 
-    base_model: str
+    base_model: str | None
+    """As the folder names it; it may have been moved since."""
     adapter: AdapterConfig
     """r, lora_alpha and the attention projections in target_modules."""
 
@@ -67,7 +77,8 @@ def export_adapter(
     to: Path,
     rounds: int,
     overwrite: bool = False,
-) -> None:
+    layout: Layout | None = None,
+) -> Layout:
     """Write the folder that `PeftModel.from_pretrained(base, to)` loads; outputs equal ours at k = K.
 
     Merged factors are further ranks of the adapter, with lora_alpha / r as it was. Beside PEFT's two files:
@@ -80,73 +91,72 @@ def export_adapter(
         to: the folder to make.
         rounds: federated rounds that led to `state`, for the model card.
         overwrite: replace an earlier export; no other folder is ever replaced.
+        layout: None for per-expert where PEFT reads it for this model family, else fused.
+
+    Returns:
+        The layout written.
 
     Raises:
         UserError: `to` holds something, the disk is full, the model is not the run's, or PEFT cannot read
-            the experts of this model family one by one.
+            this layout for this model family.
     """
     layers = find_moe_layers(model)
     total, r = state.total, config.adapter.r + state.merged.rank
     require_fit(total, model, layers, r)
-    _require_per_expert_layout(model, total)
+    names = _readable_names(model, total, layout)
+    written: Layout = layout or ("per-expert" if names else "fused")
+    if written == "per-expert" and names:
+        experts = per_expert_pairs(total, layers, names)
+    else:
+        experts = fused_pairs(total, layers)
     with new_folder(to, overwrite) as folder:
-        _write_tensors(folder / WEIGHTS_FILE, _peft_tensors(total, layers, r))
+        _write_tensors(folder / WEIGHTS_FILE, _named_tensors(chain(experts, attention_pairs(total))))
         _write_tensors(folder / RESCALERS_FILE, ((f"k{k}", s) for k, s in state.rescalers.items()))
-        write_json(folder / CONFIG_FILE, _peft_config(config, r))
+        write_json(folder / CONFIG_FILE, lora_config(config, r, layers, written, names))
         write_json(folder / RUN_FILE, run_facts(state, config, layers, rounds))
         card = adapter_card(state, config, layers[0].num_experts_per_tok, rounds)
         (folder / "README.md").write_text(card, encoding="utf-8")
+    return written
 
 
 def read_settings(path: Path) -> AdapterSettings:
-    """Base model, r, lora_alpha and attention projections of an adapter folder.
+    """Base model, r, lora_alpha and attention projections of an adapter folder, of ours or of others.
+
+    r is the largest that a projection needs: where PEFT's fused form of a per-expert adapter gives gate and
+    up a rank of their own each, half of their common one.
 
     Raises:
-        UserError: no adapter folder, no per-expert LoRA, or a LoRA variant other than W + (alpha/r) B A.
+        UserError: no adapter folder, or a LoRA variant other than W + (alpha/r) B A.
     """
-    values = _read_json(path / CONFIG_FILE)
-    targets, base = values.get("target_modules"), values.get("base_model_name_or_path")
-    if values.get("peft_type") != "LORA" or not isinstance(targets, list):
-        raise UserError(f"{path}: no LoRA adapter with a list of target_modules")
-    if not set(EXPERT_PROJECTIONS) <= set(targets):
-        raise UserError(
-            f"{path}: target_modules lack {', '.join(EXPERT_PROJECTIONS)}: no LoRA on each expert"
-        )
-    variants = [key for key in _UNSUPPORTED_LORA if values.get(key)]
-    if variants:
-        raise UserError(f"{path}: LoRA with {', '.join(variants)} is not supported")
-    attention = ",".join(name for name in targets if name not in EXPERT_PROJECTIONS)
-    if not isinstance(base, str):
-        raise UserError(f"{path}: {CONFIG_FILE} names no base model")
-    try:
-        adapter = AdapterConfig(r=values["r"], lora_alpha=values["lora_alpha"], target_modules=attention)
-    except (KeyError, ValidationError) as error:
-        got = ", ".join(f"{key} = {values.get(key)!r}" for key in ("r", "lora_alpha"))
-        raise UserError(f"{path}: {got} in {CONFIG_FILE}; both must be positive numbers") from error
-    return AdapterSettings(base, adapter)
+    lora, tensors = _read_folder(path)
+    return AdapterSettings(lora.base_model_name_or_path, _adapter_config(lora, tensors))
 
 
-def load_adapter(path: Path, adapted: AdaptedModel) -> Adapter:
-    """The adapter of a folder in PEFT's per-expert layout, bit for bit, as banks for `adapted`.
+def load_adapter(path: Path, adapted: AdaptedModel, seed: int) -> Adapter:
+    """The adapter of a folder in either layout as banks for `adapted`; bit for bit where we wrote it.
+
+    Products of another scale have it in their B; a rank that gate and up share becomes one rank of each.
+    What the folder has no LoRA on, and ranks beyond those of a product, are as at the start of a run: B is
+    zero, A drawn from the seed.
 
     Raises:
         UserError: no adapter folder, r or scaling differ from `adapted`'s, or the tensors are not exactly
-            those that its layers and attention projections need.
+            those that the folder's settings promise for this model.
     """
-    _require_same_scaling(path, read_settings(path).adapter, adapted)
-    tensors = _read_tensors(path / WEIGHTS_FILE)
-    experts = {name: torch.empty(shape) for name, shape in bank_shapes(adapted.layers, adapted.r).items()}
-    attention = {name: torch.empty(parameter.shape) for name, parameter in adapted.attention.items()}
-    slots = dict(_peft_tensors(Adapter(experts, attention), adapted.layers, adapted.r))
-    for key in sorted(slots.keys() ^ tensors.keys()):
-        reason = "lacks" if key in slots else "has, unlike the model,"
-        raise UserError(f"{path}: {WEIGHTS_FILE} {reason} {key}")
-    for key, slot in slots.items():
-        if tensors[key].shape != slot.shape:
-            got, wanted = tuple(tensors[key].shape), tuple(slot.shape)
-            raise UserError(f"{path}: {key} is {got}; the model needs {wanted}")
-        slot.copy_(tensors[key])
-    return Adapter(experts, attention)
+    lora, tensors = _read_folder(path)
+    _require_same_scaling(path, _adapter_config(lora, tensors), adapted)
+    adapter = adapted.initial_adapter(seed)
+    slots = list(_slots(lora, adapter, adapted.layers))
+    _require_tensors(path, tensors, [name for slot in slots for name in _names(slot.module)])
+    separate = _gate_and_up_are_separate(lora, tensors)
+    for slot in slots:
+        packed = Factors(*(tensors[name] for name in _names(slot.module)))
+        _require_values(path, slot, packed, lora.rank(slot.module))
+        factors = unpack(packed, slot.experts) if slot.experts else packed
+        parts = split(factors, separate) if len(slot.views) == 2 else (factors,)
+        for view, part in zip(slot.views, parts, strict=True):
+            view.fill(part, lora.scaling(slot.module) / adapted.loras[0].scaling)
+    return adapter
 
 
 def rescaler_tiers(path: Path) -> list[int]:
@@ -158,13 +168,13 @@ def rescaler_tiers(path: Path) -> list[int]:
 
 
 def load_rescalers(path: Path, adapted: AdaptedModel) -> dict[int, Tensor]:
-    """Tier k -> s [L] of an exported adapter.
+    """Tier k -> s [L] of an exported adapter; none for an adapter of others.
 
     Raises:
-        UserError: the file is missing or broken, or does not hold one finite s per MoE layer.
+        UserError: the file is broken, or does not hold one finite s per MoE layer.
     """
     file, rescalers = path / RESCALERS_FILE, {}
-    for name, values in _read_tensors(file).items():
+    for name, values in (_read_tensors(file) if file.exists() else {}).items():
         k = name.removeprefix("k")
         if not k.isdecimal() or values.shape != (len(adapted.layers),) or not bool(values.isfinite().all()):
             shape = tuple(values.shape)
@@ -175,36 +185,100 @@ def load_rescalers(path: Path, adapted: AdaptedModel) -> dict[int, Tensor]:
     return rescalers
 
 
-def _peft_tensors(adapter: Adapter, layers: Sequence[MoELayer], r: int) -> Iterator[tuple[str, Tensor]]:
-    """PEFT's name of every LoRA matrix with a view of its values: read to save, filled to load."""
+@dataclass(frozen=True)
+class _Slot:
+    """A LoRA module of a folder, and the views of our banks that it fills."""
+
+    module: str
+    views: tuple[Factors, ...]
+    """One, or gate and up, which the fused layout has in one module."""
+    experts: int = 0
+    """E of a fused module; 0 of a linear one."""
+
+
+def _slots(lora: LoraSettings, adapter: Adapter, layers: Sequence[MoELayer]) -> Iterator[_Slot]:
+    for module, view in attention_pairs(adapter):
+        if is_target(module, lora.attention_modules):
+            yield _Slot(module, (view,))
+    if lora.expert_names:
+        for module, view in per_expert_pairs(adapter, layers, lora.expert_names):
+            yield _Slot(module, (view,))
+        return
     for index, layer in enumerate(layers):
-        width = layer.expert_width
-        rows = {
-            "gate_proj": (("A", "A1", slice(0, r)), ("B", "B1", slice(0, width))),
-            "up_proj": (("A", "A1", slice(r, 2 * r)), ("B", "B1", slice(width, 2 * width))),
-            "down_proj": (("A", "A2", slice(None)), ("B", "B2", slice(None))),
-        }
-        for expert in range(layer.num_experts):
-            for projection in EXPERT_PROJECTIONS:
-                for letter, bank, part in rows[projection]:
-                    value = adapter.experts[f"{index}.{bank}"][expert, part]
-                    name = f"base_model.model.{layer.name}.experts.{expert}.{projection}.lora_{letter}.weight"
-                    yield name, value
-    for name, value in adapter.attention.items():
-        module, _, letter = name.rpartition(".")
-        yield f"base_model.model.{module}.lora_{letter}.weight", value
+        gate, up, down = expert_factors(adapter, index)
+        for wrapper, parameter in lora.wraps(f"{layer.name}.experts").items():
+            yield _Slot(wrapper, (gate, up) if parameter == GATE_UP else (down,), layer.num_experts)
 
 
-def _require_per_expert_layout(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Ask PEFT itself whether it turns per-expert names into this family's fused experts."""
-    kind = model.config.model_type
-    probe = LoraConfig(target_modules=list(EXPERT_PROJECTIONS))
-    convert_peft_config_for_transformers(probe, model, conversions=None)
-    if set(probe.target_parameters or ()) != {"gate_up_proj", "down_proj"}:
-        raise NoPeftLayoutError(f"PEFT reads no per-expert adapter for {kind} models; use --merge")
-    for name in adapter.attention:
-        if name.split(".")[-2] in EXPERT_PROJECTIONS:
-            raise NoPeftLayoutError(f"PEFT reads no adapter with {name} beside the experts' own; use --merge")
+def _names(module: str) -> tuple[str, str]:
+    """PEFT's names of a module's A and B."""
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def _named_tensors(pairs: Iterable[tuple[str, Factors]]) -> Iterator[tuple[str, Tensor]]:
+    for module, factors in pairs:
+        yield from zip(_names(module), (factors.a, factors.b), strict=True)
+
+
+def _readable_names(model: PreTrainedModel, adapter: Adapter, layout: Layout | None) -> ExpertNames | None:
+    """The per-expert names that PEFT reads for this family; NoPeftLayoutError if not this layout."""
+    kind, names = model.config.model_type, expert_names_of(model)
+    if layout == "per-expert" and names is None:
+        raise NoPeftLayoutError(f"PEFT reads no per-expert adapter for {kind} models; use --layout fused")
+    for module, _ in attention_pairs(adapter):
+        if names and module.rpartition(".")[2] in names.projections:
+            raise NoPeftLayoutError(
+                f"PEFT reads no adapter with {module} beside the experts' own; use --merge"
+            )
+    return names
+
+
+def _adapter_config(lora: LoraSettings, tensors: Mapping[str, Tensor]) -> AdapterConfig:
+    separate = _gate_and_up_are_separate(lora, tensors)
+    ranks = [
+        lora.rank(module) // (2 if separate and lora.parameter(module).endswith(f".{GATE_UP}") else 1)
+        for module in _modules(tensors)
+    ]
+    r = max(ranks, default=lora.r)
+    targets = ",".join(lora.attention_modules)
+    return AdapterConfig(r=r, lora_alpha=lora.lora_alpha * (r / lora.r), target_modules=targets)
+
+
+def _gate_and_up_are_separate(lora: LoraSettings, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether gate and up have twice the rank of down and share none of it, as we and PEFT fuse them."""
+    fused = [module for module in _modules(tensors) if lora.parameter(module).endswith(f".{GATE_UP}")]
+    for module in fused:
+        rank, b = lora.rank(module), tensors[_names(module)[1]]
+        down = module.removesuffix(".base_layer")
+        if down == module or rank != 2 * lora.rank(down) or not is_separate(b, rank):
+            return False
+    return bool(fused)
+
+
+def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The modules that have both A and B."""
+    ends = (name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in tensors)
+    return [module for module in ends if tensors.keys() >= {*_names(module)}]
+
+
+def _require_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Sequence[str]) -> None:
+    for name in sorted(tensors.keys() ^ set(wanted)):
+        reason = "has, unlike the model," if name in tensors else "lacks"
+        raise UserError(f"{path}: {WEIGHTS_FILE} {reason} {name}")
+
+
+def _require_values(path: Path, slot: _Slot, packed: Factors, rank: int) -> None:
+    rows, out = rank * (slot.experts or 1), sum(view.b.shape[-2] for view in slot.views)
+    shapes = (rows, slot.views[0].a.shape[-1]), (out, rows)
+    for name, value, shape in zip(_names(slot.module), (packed.a, packed.b), shapes, strict=True):
+        if value.shape != shape:
+            raise UserError(f"{path}: {name} is {tuple(value.shape)}; the model needs {shape}")
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{path}: {name} has a value that is not finite")
+
+
+def _read_folder(path: Path) -> tuple[LoraSettings, dict[str, Tensor]]:
+    return parse_lora_config(path, _read_json(path / CONFIG_FILE)), _read_tensors(path / WEIGHTS_FILE)
 
 
 def _require_same_scaling(path: Path, settings: AdapterConfig, adapted: AdaptedModel) -> None:
@@ -242,18 +316,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path}: truncated or no safetensors file: {error}") from error
-
-
-def _peft_config(config: RunConfig, r: int) -> dict[str, Any]:
-    # Written by hand: PEFT's own writer puts target_modules in an order that differs between processes.
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.model.model_name_or_path,
-        "r": r,
-        "lora_alpha": config.adapter.lora_alpha * (r / config.adapter.r),  # lora_alpha / r stays the run's
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": [*config.adapter.attention_modules(), *EXPERT_PROJECTIONS],
-        "inference_mode": True,
-    }

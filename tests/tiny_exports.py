@@ -1,0 +1,155 @@
+"""Tiny models of several families on disk, their runs' states, and PEFT in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from fedflame.config import AdapterConfig, ModelConfig, RunConfig
+from fedflame.messages import Adapter
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.strategies.base import ServerState
+
+# No two sizes agree: H = 32, 2I = 40, R = 4, E = 6, kv width 16.
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+MIXTRAL_NAMES = {"num_experts": "num_local_experts"}
+K, TIERS, R, ALPHA = 3, (3, 2, 1), 4, 6.0
+TOKENS = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(0))
+MODELS = {
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(intermediate_size=20, **SIZES)),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(moe_intermediate_size=20, shared_expert_intermediate_size=24, **SIZES)
+    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(moe_intermediate_size=20, head_dim=8, norm_topk_prob=True, **SIZES)
+    ),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(
+            intermediate_size=20, **{MIXTRAL_NAMES.get(name, name): size for name, size in SIZES.items()}
+        )
+    ),
+}
+
+FRESH_PROCESS = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+tokens, result, *jobs = sys.argv[1:]
+tokens, outputs = torch.load(tokens), []
+with torch.no_grad():
+    for base, adapter in zip(jobs[::2], jobs[1::2]):
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        before = plain(tokens).logits
+        outputs.append((before, PeftModel.from_pretrained(plain, adapter)(tokens).logits))
+assert not any(name.startswith("fedflame") for name in sys.modules)
+torch.save(outputs, result)
+"""
+
+
+def peft_logits(jobs: list[tuple[Path, Path]], work: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of each base alone and under its adapter folder, by `from_pretrained` in one fresh process."""
+    torch.save(TOKENS, work / "tokens.pt")
+    arguments = [work / "tokens.pt", work / "result.pt", *(path for job in jobs for path in job)]
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "missing" not in run.stderr.lower()
+    assert "unexpected" not in run.stderr.lower()
+    result: list[tuple[torch.Tensor, torch.Tensor]] = torch.load(work / "result.pt")
+    return result
+
+
+def save_base(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    for parameter in model.parameters():  # larger than by default, so that every error shows in the logits
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.to(dtype).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(50)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w1").save_pretrained(
+        folder
+    )
+    return folder
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def adapt(
+    folder: Path, r: int = R, alpha: float = ALPHA, targets: str = "q_proj,k_proj,v_proj,o_proj"
+) -> AdaptedModel:
+    return AdaptedModel(load(folder), r, alpha, [name for name in targets.split(",") if name])
+
+
+def random_state(adapted: AdaptedModel) -> ServerState:
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(value: torch.Tensor) -> torch.Tensor:
+        return torch.randn(value.shape, generator=generator) * 0.2
+
+    start = adapted.initial_adapter(0)
+    adapter = Adapter(
+        {name: noise(value) for name, value in start.experts.items()},
+        {name: noise(value) for name, value in start.attention.items()},
+    )
+    return ServerState(
+        adapter, {3: torch.ones(2), 2: torch.tensor([1.25, 0.75]), 1: torch.tensor([1.5, 2.25])}
+    )
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def our_logits(adapted: AdaptedModel, state: ServerState, k: int) -> torch.Tensor:
+    adapted.load(state.adapter, state.rescalers[k], state.merged)
+    with adapted.active_experts(k):
+        return logits(adapted.model)
+
+
+def assert_same_logits(got: torch.Tensor, ours: torch.Tensor) -> None:
+    torch.testing.assert_close(got, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+
+
+def run_config(base: Path) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(model_name_or_path=str(base)), adapter=AdapterConfig(r=R, lora_alpha=ALPHA)
+    )
