@@ -74,9 +74,9 @@ def frozen_model(geometry: Geometry) -> OlmoeForCausalLM:
     return model
 
 
-def sharing_copy(module: AnyModule) -> AnyModule:
-    """A copy with modules of its own around the very same parameters."""
-    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+def sharing_copy(module: AnyModule, *shared: object) -> AnyModule:
+    """A copy with modules of its own around the very same parameters, and the very same `shared` objects."""
+    return copy.deepcopy(module, {id(kept): kept for kept in (*module.parameters(), *shared)})
 
 
 def random_rows(geometry: Geometry, rows: int, width: int, seed: int) -> Tensor:
