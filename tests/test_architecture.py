@@ -16,7 +16,7 @@ STAGES = (
     ("errors", "seeds", "refused_families"),
     ("config", "atomic_file", "mapped_base", "messages", "model_shape", "tracking"),
     ("budgets", "data", "moe", "base_model", "token_loss"),
-    ("cost", "client", "strategies"),
+    ("cost", "client", "strategies", "bench"),
     ("evaluation",),
     ("server",),
     ("report", "export", "engines"),
@@ -123,7 +123,7 @@ def test_mechanisms_know_neither_configuration_nor_data_nor_server() -> None:
 
 def test_only_the_moe_package_knows_peft() -> None:
     users = {part(name) for name in PATHS if "peft" in third_party(imports(name))}
-    assert users <= {"moe", "export"}
+    assert users <= {"moe", "export", "bench"}
 
 
 def test_the_client_knows_no_strategy_and_no_server() -> None:

@@ -117,6 +117,33 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    tokens: Annotated[str, typer.Option(help="Tokens in a batch, comma-separated.")] = "512,2048",
+    active_experts: Annotated[str, typer.Option(help="k to measure at, comma-separated.")] = "8,1",
+    hidden_size: Annotated[int, typer.Option(min=1, help="H; the defaults are OLMoE-1B-7B's.")] = 2048,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="Width of one expert.")] = 1024,
+    num_experts: Annotated[int, typer.Option(min=1, help="Experts of the block.")] = 64,
+    r: Annotated[int, typer.Option("--r", min=1, help="LoRA rank.")] = 16,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    methods: Annotated[
+        str, typer.Option(help="Of ours, frozen, gemm, composed and peft.")
+    ] = "ours,frozen,gemm,composed,peft",
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved; the median counts.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, on one thread, or cuda.")] = "cpu",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Time one MoE block with expert LoRA beside its bare products, the frozen block and PEFT."""
+    with _user_errors(debug):
+        _quiet_libraries()
+        from fedflame.bench.block import Geometry
+        from fedflame.commands.bench import print_bench
+
+        geometry = Geometry(hidden_size, intermediate_size, num_experts, r, dtype, device)
+        print_bench(geometry, tokens, active_experts, methods, repeats, as_json, Console())
+
+
+@app.command()
 def report(
     run_folder: Annotated[Path, typer.Argument(help="A run folder.")],
     debug: Debug = False,
@@ -184,6 +211,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler; it reads this when torch is loaded
     from transformers.utils import logging
 
     logging.disable_progress_bar()

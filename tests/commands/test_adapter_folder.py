@@ -100,7 +100,10 @@ def test_resumption_needs_no_adapter_folder(
     shutil.rmtree(folder)
     tiny_run(tiny_folder, tmp_path / "killed", going_on_from(folder), existing="resume")
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
-    assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
+    killed, whole = (read_checkpoint(tmp_path / name).state for name in ("killed", "whole"))
+    assert {k: s.tolist() for k, s in killed.rescalers.items()} == {
+        k: s.tolist() for k, s in whole.rescalers.items()
+    }
 
 
 def test_a_run_may_replace_the_run_whose_adapter_it_goes_on_from(

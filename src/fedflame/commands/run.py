@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +16,11 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from fedflame import __version__
 from fedflame.atomic_file import write_atomically
 from fedflame.base_model import model_config_path
 from fedflame.budgets import ModelShape, read_model_shape, training_flops_per_token
 from fedflame.commands.adapter_folder import check_start, initial_state, write_run_adapter
+from fedflame.commands.environment import environment
 from fedflame.commands.tables import cost_table, partition_table, result_table
 from fedflame.config import RunConfig
 from fedflame.cost import RunCost, run_cost
@@ -289,7 +286,8 @@ def _write_run_files(run: Path, bench: Workbench, config_text: str) -> None:
     """What is known before the first round; config.json first, since it makes the folder a run folder."""
     _write_json(run / "config.json", bench.config.model_dump())
     write_atomically(run / "config.toml", config_text.encode())
-    _write_json(run / "environment.json", _environment(bench))
+    dtype = str(bench.adapted.model.dtype).removeprefix("torch.")
+    _write_json(run / "environment.json", environment() | {"dtype": dtype})
     _write_json(run / "partition.json", _partition(bench))
     _write_json(run / "plan.json", bench.cost.to_json())
     skipped = [{"where": row.where, "reason": row.reason} for row in bench.federation.skipped]
@@ -308,19 +306,6 @@ def _partition(bench: Workbench) -> dict[str, Any]:
         "held_out_rows": len(federation.held_out),
         "truncated_rows": bench.encoded.truncated,
         "skipped_rows": len(federation.skipped),
-    }
-
-
-def _environment(bench: Workbench) -> dict[str, Any]:
-    packages = ("torch", "transformers", "peft", "datasets", "numpy")
-    return {package: version(package) for package in packages} | {
-        "fedflame": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(bench.adapted.model.dtype).removeprefix("torch."),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -85,6 +85,26 @@ def score_table(scores: dict[int, dict[str, Any]]) -> Table:
     return table
 
 
+def bench_table(measurements: Sequence[dict[str, Any]], device: str) -> Table:
+    """Per tokens and k: each method's time, what `ours` takes of it, saved bytes and peak."""
+    clock = "CPU time, one thread" if device == "cpu" else "GPU time"
+    columns = ("tokens", "k", "method", "seconds", "ours takes", "saved for backward", "peak")
+    table = _table(f"One MoE block, forward and backward; {clock}", *columns)
+    cells = [(row["tokens"], row["active_experts"]) for row in measurements]
+    ours = {cell: row for cell, row in zip(cells, measurements, strict=True) if row["method"] == "ours"}
+    for number, (cell, row) in enumerate(zip(cells, measurements, strict=True)):
+        table.add_row(
+            *(f"{size:,}" for size in cell),
+            row["method"],
+            decimal(row["seconds"], 4),
+            f"{ours[cell]['seconds'] / row['seconds']:.3f} of it" if cell in ours else "",
+            si(row["saved_bytes"], "B"),
+            si(row["peak_bytes"], "B"),
+            end_section=cells[number + 1 : number + 2] != [cell],
+        )
+    return table
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:

@@ -15,14 +15,11 @@ Shape = tuple[int, ...]
 
 def bank_shapes(layers: Sequence[MoELayer], r: int) -> dict[str, Shape]:
     """The name and shape of every expert bank of rank r; see `messages.Adapter`."""
-    shapes: dict[str, Shape] = {}
-    for index, layer in enumerate(layers):
-        experts, hidden, width = layer.num_experts, layer.hidden_size, layer.expert_width
-        shapes[f"{index}.A1"] = (experts, 2 * r, hidden)
-        shapes[f"{index}.B1"] = (experts, 2 * width, r)
-        shapes[f"{index}.A2"] = (experts, r, width)
-        shapes[f"{index}.B2"] = (experts, hidden, r)
-    return shapes
+    return {
+        f"{index}.{name}": shape
+        for index, layer in enumerate(layers)
+        for name, shape in layer.bank_shapes(r).items()
+    }
 
 
 def require_fit(adapter: Adapter, model: nn.Module, layers: Sequence[MoELayer], r: int) -> None:

@@ -1,0 +1,85 @@
+"""The frozen MoE block that every method runs: OLMoE's, with random weights, and copies that share them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
+
+from fedflame.errors import UserError
+
+DTYPES = ("bfloat16", "float32")
+SEED = 0
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of the block, under the names of transformers and PEFT; UserError for what cannot run here."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    r: int
+    dtype: str
+    device: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            usable = "cpu or cuda" if torch.cuda.is_available() else "cpu (torch finds no CUDA here)"
+            raise UserError(f"--device {self.device}: must be {usable}")
+        for name in ("hidden_size", "intermediate_size", "r"):
+            size, multiple = getattr(self, name), 16 // self.torch_dtype.itemsize
+            if size % multiple:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{option} {size}: grouped_mm needs rows of a multiple of 16 bytes, "
+                    f"in {self.dtype} a multiple of {multiple}"
+                )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+def frozen_model(geometry: Geometry) -> OlmoeForCausalLM:
+    """A model of one layer whose MoE block is the one measured; attention and vocabulary are not used.
+
+    All weights are normal with deviation 0.02, as OLMoE starts: the router then loads its experts
+    almost evenly.
+    """
+    config = OlmoeConfig(
+        vocab_size=8,
+        hidden_size=geometry.hidden_size,
+        intermediate_size=geometry.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_experts=geometry.num_experts,
+        num_experts_per_tok=geometry.num_experts,
+        pad_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        model: OlmoeForCausalLM = AutoModelForCausalLM.from_config(config, dtype=geometry.torch_dtype)
+    nn.Module.to(model.requires_grad_(False), geometry.device)
+    return model
+
+
+def sharing_copy(module: AnyModule, *shared: object) -> AnyModule:
+    """A copy with modules of its own around the very same parameters, and the very same `shared` objects."""
+    return copy.deepcopy(module, {id(kept): kept for kept in (*module.parameters(), *shared)})
+
+
+def random_rows(geometry: Geometry, rows: int, width: int, seed: int) -> Tensor:
+    """[rows, width] normal values, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator).to(geometry.device, geometry.torch_dtype)
