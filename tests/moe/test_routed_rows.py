@@ -28,10 +28,13 @@ def choices(draw: st.DrawFn) -> torch.Tensor:
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=12)))
 
 
-@given(choices(), st.integers(0, 40))
-def test_blocks_are_the_rows_of_consecutive_experts_in_order(index: torch.Tensor, size: int) -> None:
+@given(choices(), st.integers(1, 40), st.integers(1, EXPERTS))
+def test_blocks_are_the_rows_of_consecutive_experts_in_order(
+    index: torch.Tensor, size: int, together: int
+) -> None:
     rows = RoutedRows.sort(index, EXPERTS)
-    blocks = rows.blocks(size)
+    blocks = rows.blocks(size, together)
+    assert len(blocks) >= EXPERTS / together
     experts = [e for block in blocks for e in list(range(EXPERTS))[block.experts]]
     assert experts == list(range(EXPERTS))
     of_row = index.flatten()[rows.order].tolist()
@@ -44,7 +47,8 @@ def test_blocks_are_the_rows_of_consecutive_experts_in_order(index: torch.Tensor
         assert start == len(of_row[block.rows])
         seen += of_row[block.rows]
         others = [of_row.count(expert) for expert in names[:-1]]
-        full = sum(others) >= max(size, 1)
+        assert len(names) <= together
+        full = sum(others) >= size
         assert not full or len(blocks) == 1, "a block ends with the expert that fills it"
     assert seen == of_row
 

@@ -185,7 +185,7 @@ def _input_and_gradient(geometry: Geometry, tokens: int) -> tuple[Tensor, Tensor
 
 
 def _offsets(rows: RoutedRows) -> Tensor:
-    (everything,) = rows.blocks(len(rows.tokens))
+    (everything,) = rows.blocks(len(rows.tokens), len(rows.per_expert))
     return everything.offsets
 
 

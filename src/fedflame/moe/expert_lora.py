@@ -10,6 +10,7 @@ Shapes: N tokens, k active experts, E experts, H hidden, I expert width, R rank.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,8 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
     output: Tensor = FusedExperts.apply(  # type: ignore[no-untyped-call]
         x,
         rescale(top_k_weights, lora.s),
-        *_compute_banks(lora, x.dtype),
+        *lora.banks().values(),
+        partial(_prepare_banks, lora.layer, lora.r, x.dtype),
         lora.layer.frozen(),
         lora.scaling,
         rows,
@@ -83,14 +85,14 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
     return output
 
 
-def _compute_banks(lora: ExpertLoRA, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A1, B1, A2 and B2 as `FusedExperts` takes them: in the compute dtype, gate and up side by side in B1.
+def _prepare_banks(layer: MoELayer, rank: int, dtype: torch.dtype, banks: list[Tensor]) -> list[Tensor]:
+    """A1, B1, A2 and B2 as `FusedExperts` multiplies them: compute dtype, gate and up side by side in B1.
 
     grouped_mm refuses rows that are no multiple of 16 bytes, so the rank is filled up with zeros, which
     change no product.
     """
-    a1, b1, a2, b2 = (bank.to(dtype) for bank in lora.banks().values())
-    n, rank, width = lora.layer.inner_projections, lora.r, lora.layer.expert_width
+    a1, b1, a2, b2 = (bank.to(dtype) for bank in banks)
+    n, width = layer.inner_projections, layer.expert_width
     spare = -rank % (16 // dtype.itemsize)
     filled = rank + spare
     side_by_side = torch.cat(
@@ -103,7 +105,7 @@ def _compute_banks(lora: ExpertLoRA, dtype: torch.dtype) -> tuple[Tensor, Tensor
     if spare:
         a1 = pad(a1.unflatten(1, (n, rank)), (0, 0, 0, spare)).flatten(1, 2)
         a2, b2 = pad(a2, (0, 0, 0, spare)), pad(b2, (0, spare))
-    return a1, lora.layer.in_stored_order(side_by_side), a2, b2
+    return [a1, layer.in_stored_order(side_by_side), a2, b2]
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

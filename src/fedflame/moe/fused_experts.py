@@ -23,11 +23,15 @@ from torch.nn.functional import grouped_mm
 
 from fedflame.moe.routed_rows import Block, RoutedRows
 
+Prepare = Callable[[list[Tensor]], list[Tensor]]
+"""From slices of the float32 banks A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] to what the rows
+are multiplied by: in the dtype of the rows, R filled up as the products need it, and B1 [E,nI,nR]
+block-diagonal, its rows ordered as those of the frozen weights."""
 Gate = Callable[[Tensor], Tensor]
 """The family's own activation: rows [S,nI], as the weights order them, to [S,I], each by itself."""
 
 BLOCK_BYTES = 4 * 2**20
-"""Size of the largest temporary [rows,2I] of a block of experts: what stays in a core's cache."""
+"""Size of a block of experts in temporaries [rows,nI] and in banks: what stays in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,10 @@ class FrozenExperts:
 
 
 class FusedExperts(torch.autograd.Function):
-    """`apply(x, weights, a1, b1, a2, b2, frozen, scaling, rows)` -> [N,H].
+    """`apply(x, weights, A1, B1, A2, B2, prepare, frozen, scaling, rows)` -> [N,H].
 
-    x [N,H]; routing weights [N,k]; banks A1 [E,nR,H], B1 [E,nI,nR] block-diagonal, its rows ordered as
-    those of the frozen weights, A2 [E,R,I] and B2 [E,H,R] in the dtype of x.
+    x [N,H]; routing weights [N,k]; the banks in float32, of which `prepare` makes what is multiplied,
+    block by block, so that no copy of a whole bank is kept for the backward.
     """
 
     @staticmethod
@@ -57,79 +61,95 @@ class FusedExperts(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weights: Tensor,
-        a1: Tensor,
-        b1: Tensor,
-        a2: Tensor,
-        b2: Tensor,
+        bank_a1: Tensor,
+        bank_b1: Tensor,
+        bank_a2: Tensor,
+        bank_b2: Tensor,
+        prepare: Prepare,
         frozen: FrozenExperts,
         scaling: float,
         rows: RoutedRows,
     ) -> Tensor:
+        banks = (bank_a1, bank_b1, bank_a2, bank_b2)
         row_weights = weights.reshape(-1)[rows.order].unsqueeze(1)
         dtype = torch.promote_types(x.dtype, weights.dtype)
         kept, outputs = [], torch.empty(len(rows.order), x.shape[1], dtype=dtype, device=x.device)
-        blocks = rows.blocks(BLOCK_BYTES // (frozen.gate_up.shape[1] * x.dtype.itemsize))
+        blocks = _blocks(rows, banks, frozen, x.dtype)
         for block in blocks:
             routed, e = x.index_select(0, rows.tokens[block.rows]), block.experts
-            low1 = _times_transposed(routed, a1[e], block).mul_(scaling)
+            a1, b1, a2, b2 = prepare([bank[e] for bank in banks])
+            low1 = _times_transposed(routed, a1, block).mul_(scaling)
             inner = _times_transposed(routed, frozen.gate_up[e], block)
             if frozen.gate_up_bias is not None:
                 inner += rows.spread(frozen.gate_up_bias, block)
-            inner += _times_transposed(low1, b1[e], block)
+            inner += _times_transposed(low1, b1, block)
             activation = frozen.gate(inner)
-            low2 = _times_transposed(activation, a2[e], block).mul_(scaling)
+            low2 = _times_transposed(activation, a2, block).mul_(scaling)
             output = _times_transposed(activation, frozen.down[e], block)
             if frozen.down_bias is not None:
                 output += rows.spread(frozen.down_bias, block)
-            output += _times_transposed(low2, b2[e], block)
+            output += _times_transposed(low2, b2, block)
             torch.mul(output, row_weights[block.rows], out=outputs[block.rows])
             kept += [inner, low1, low2]
-        ctx.save_for_backward(x, weights, a1, b1, a2, b2, *kept)
-        ctx.frozen, ctx.scaling, ctx.rows, ctx.blocks = frozen, scaling, rows, blocks
+        ctx.save_for_backward(x, weights, *banks, *kept)
+        ctx.prepare, ctx.frozen, ctx.scaling, ctx.rows, ctx.blocks = prepare, frozen, scaling, rows, blocks
         return rows.sum_per_token(outputs).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, a1, b1, a2, b2, *kept = ctx.saved_tensors
+        x, weights, *saved = ctx.saved_tensors
+        banks, kept = saved[:4], saved[4:]
         frozen, rows, scaling, d_y = ctx.frozen, ctx.rows, ctx.scaling, d_y.contiguous()
         row_weights = weights.reshape(-1)[rows.order].unsqueeze(1).to(x.dtype)
         d_weights = torch.empty(len(rows.order), dtype=torch.float32, device=x.device)
         d_rows = x.new_empty(len(rows.order), x.shape[1])
-        trained = ctx.needs_input_grad[2:6]
-        d_a1, d_b1, d_a2, d_b2 = banks = [
+        d_banks = [
             torch.empty_like(bank) if wanted else None
-            for bank, wanted in zip((a1, b1, a2, b2), trained, strict=True)
+            for bank, wanted in zip(banks, ctx.needs_input_grad[2:6], strict=True)
         ]
         for number, block in enumerate(ctx.blocks):
             inner, low1, low2 = kept[3 * number : 3 * number + 3]
             tokens, e = rows.tokens[block.rows], block.experts
             w = row_weights[block.rows]
             d_out = d_y.index_select(0, tokens)
+            masters = [bank[e].detach() for bank in banks]
+            for master, d_bank in zip(masters, d_banks, strict=True):
+                master.requires_grad_(d_bank is not None)
             with torch.enable_grad():
                 inner = inner.detach().requires_grad_()
                 activation = frozen.gate(inner)
-            d_low2 = _times(d_out, b2[e], block).mul_(scaling)
-            d_activation = _times(d_out, frozen.down[e], block).add_(_times(d_low2, a2[e], block))
-            d_weights[block.rows] = torch.linalg.vecdot(d_activation.float(), activation.detach().float())
+                prepared = ctx.prepare(masters)
+            act, (a1, b1, a2, b2) = activation.detach(), (value.detach() for value in prepared)
+            d_low2 = _times(d_out, b2, block).mul_(scaling)
+            d_activation = _times(d_out, frozen.down[e], block).add_(_times(d_low2, a2, block))
+            d_weights[block.rows] = torch.linalg.vecdot(d_activation.float(), act.float())
             if frozen.down_bias is not None:
                 bias = rows.spread(frozen.down_bias, block)
                 d_weights[block.rows] += torch.linalg.vecdot(d_out.float(), bias.float())
-            if d_a2 is not None:
-                d_a2[e] = _outer(d_low2.mul_(w), activation.detach(), block)
-            if d_b2 is not None:
-                d_b2[e] = _outer(d_out, low2 * w, block)
             (d_inner,) = torch.autograd.grad(activation, inner, d_activation.mul_(w))
-            d_low1 = _times(d_inner, b1[e], block).mul_(scaling)
-            if d_b1 is not None:
-                d_b1[e] = _outer(d_inner, low1, block)
-            if d_a1 is not None:
-                d_a1[e] = _outer(d_low1, x.index_select(0, tokens), block)
+            d_low1 = _times(d_inner, b1, block).mul_(scaling)
             d_routed = _times(d_inner, frozen.gate_up[e], block)
-            torch.add(d_routed, _times(d_low1, a1[e], block), out=d_rows[block.rows])
+            torch.add(d_routed, _times(d_low1, a1, block), out=d_rows[block.rows])
+            routed = x.index_select(0, tokens)
+            factors = ((d_low1, routed), (d_inner, low1), (d_low2.mul_(w), act), (d_out, low2.mul(w)))
+            for master, value, d_bank, (left, right) in zip(masters, prepared, d_banks, factors, strict=True):
+                if d_bank is not None:
+                    (d_bank[e],) = torch.autograd.grad(value, master, _outer(left, right, block))
         d_x = rows.sum_per_token(d_rows)
         d_weights = d_weights[rows.positions].to(weights.dtype)
-        return d_x, d_weights, *banks, None, None, None
+        return d_x, d_weights, *d_banks, None, None, None, None
+
+
+def _blocks(
+    rows: RoutedRows, banks: tuple[Tensor, ...], frozen: FrozenExperts, dtype: torch.dtype
+) -> list[Block]:
+    """One block on a GPU, where the sizes would have to be waited for."""
+    if banks[0].is_cuda:
+        return rows.blocks(len(rows.order), len(banks[0]))
+    bank_bytes = sum(bank[0].numel() for bank in banks) * dtype.itemsize
+    row_bytes = frozen.gate_up.shape[1] * dtype.itemsize
+    return rows.blocks(max(1, BLOCK_BYTES // row_bytes), max(1, BLOCK_BYTES // bank_bytes))
 
 
 def _times(rows: Tensor, weights: Tensor, block: Block) -> Tensor:

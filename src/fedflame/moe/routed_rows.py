@@ -35,16 +35,16 @@ class RoutedRows:
         positions[order] = torch.arange(order.numel(), device=order.device)
         return cls(order, order // k, positions.view(-1, k), torch.bincount(flat, minlength=num_experts))
 
-    def blocks(self, rows: int) -> list[Block]:
-        """Consecutive experts together, about `rows` of their rows in each block."""
-        if rows >= self.tokens.numel():
+    def blocks(self, rows: int, experts: int) -> list[Block]:
+        """Consecutive experts together: at most `experts` of them, and no more once they have `rows` rows."""
+        if rows >= self.tokens.numel() and experts >= len(self.per_expert):
             return [Block(slice(None), slice(None), self._offsets(self.per_expert))]
-        found, first, start, end = [], 0, 0, 0
+        found, first, start, end, last = [], 0, 0, 0, len(self.per_expert) - 1
         for expert, count in enumerate(self.per_expert.tolist()):
             end += count
-            if end - start >= rows or expert == len(self.per_expert) - 1:
-                experts = slice(first, expert + 1)
-                found.append(Block(slice(start, end), experts, self._offsets(self.per_expert[experts])))
+            if end - start >= rows or expert - first + 1 >= experts or expert == last:
+                together = slice(first, expert + 1)
+                found.append(Block(slice(start, end), together, self._offsets(self.per_expert[together])))
                 first, start = expert + 1, end
         return found
 
