@@ -77,7 +77,7 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
         x,
         rescale(top_k_weights, lora.s),
         *lora.banks().values(),
-        partial(_prepare_banks, lora.layer, lora.r, x.dtype),
+        partial(_prepare_banks, lora.layer, lora.r),
         lora.layer.frozen(),
         lora.scaling,
         rows,
@@ -85,15 +85,15 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
     return output
 
 
-def _prepare_banks(layer: MoELayer, rank: int, dtype: torch.dtype, banks: list[Tensor]) -> list[Tensor]:
-    """A1, B1, A2 and B2 as `FusedExperts` multiplies them: compute dtype, gate and up side by side in B1.
+def _prepare_banks(layer: MoELayer, rank: int, banks: list[Tensor]) -> list[Tensor]:
+    """A1, B1, A2 and B2 as `FusedExperts` multiplies them: gate and up side by side in B1.
 
     grouped_mm refuses rows that are no multiple of 16 bytes, so the rank is filled up with zeros, which
     change no product.
     """
-    a1, b1, a2, b2 = (bank.to(dtype) for bank in banks)
+    a1, b1, a2, b2 = banks
     n, width = layer.inner_projections, layer.expert_width
-    spare = -rank % (16 // dtype.itemsize)
+    spare = -rank % (16 // a1.dtype.itemsize)
     filled = rank + spare
     side_by_side = torch.cat(
         [

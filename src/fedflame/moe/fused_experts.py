@@ -24,9 +24,9 @@ from torch.nn.functional import grouped_mm
 from fedflame.moe.routed_rows import Block, RoutedRows
 
 Prepare = Callable[[list[Tensor]], list[Tensor]]
-"""From slices of the float32 banks A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] to what the rows
-are multiplied by: in the dtype of the rows, R filled up as the products need it, and B1 [E,nI,nR]
-block-diagonal, its rows ordered as those of the frozen weights."""
+"""From slices of the banks A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] in the dtype of the rows to
+what the rows are multiplied by: R filled up as the products need it, and B1 [E,nI,nR] block-diagonal,
+its rows ordered as those of the frozen weights."""
 Gate = Callable[[Tensor], Tensor]
 """The family's own activation: rows [S,nI], as the weights order them, to [S,I], each by itself."""
 
@@ -77,7 +77,7 @@ class FusedExperts(torch.autograd.Function):
         blocks = _blocks(rows, banks, frozen, x.dtype)
         for block in blocks:
             routed, e = x.index_select(0, rows.tokens[block.rows]), block.experts
-            a1, b1, a2, b2 = prepare([bank[e] for bank in banks])
+            a1, b1, a2, b2 = prepare([bank[e].to(x.dtype) for bank in banks])
             low1 = _times_transposed(routed, a1, block).mul_(scaling)
             inner = _times_transposed(routed, frozen.gate_up[e], block)
             if frozen.gate_up_bias is not None:
@@ -113,13 +113,13 @@ class FusedExperts(torch.autograd.Function):
             tokens, e = rows.tokens[block.rows], block.experts
             w = row_weights[block.rows]
             d_out = d_y.index_select(0, tokens)
-            masters = [bank[e].detach() for bank in banks]
-            for master, d_bank in zip(masters, d_banks, strict=True):
-                master.requires_grad_(d_bank is not None)
+            slices = [bank[e].detach().to(x.dtype) for bank in banks]
+            for part, d_bank in zip(slices, d_banks, strict=True):
+                part.requires_grad_(d_bank is not None)
             with torch.enable_grad():
                 inner = inner.detach().requires_grad_()
                 activation = frozen.gate(inner)
-                prepared = ctx.prepare(masters)
+                prepared = ctx.prepare(slices)
             act, (a1, b1, a2, b2) = activation.detach(), (value.detach() for value in prepared)
             d_low2 = _times(d_out, b2, block).mul_(scaling)
             d_activation = _times(d_out, frozen.down[e], block).add_(_times(d_low2, a2, block))
@@ -133,9 +133,9 @@ class FusedExperts(torch.autograd.Function):
             torch.add(d_routed, _times(d_low1, a1, block), out=d_rows[block.rows])
             routed = x.index_select(0, tokens)
             factors = ((d_low1, routed), (d_inner, low1), (d_low2.mul_(w), act), (d_out, low2.mul(w)))
-            for master, value, d_bank, (left, right) in zip(masters, prepared, d_banks, factors, strict=True):
+            for part, value, d_bank, (left, right) in zip(slices, prepared, d_banks, factors, strict=True):
                 if d_bank is not None:
-                    (d_bank[e],) = torch.autograd.grad(value, master, _outer(left, right, block))
+                    (d_bank[e],) = torch.autograd.grad(value, part, _outer(left, right, block))
         d_x = rows.sum_per_token(d_rows)
         d_weights = d_weights[rows.positions].to(weights.dtype)
         return d_x, d_weights, *d_banks, None, None, None, None
