@@ -47,7 +47,7 @@ def fine_tune(
     adapted.counts.reset()
     optimizer = _optimizer(adapted, plan)
     tokens, losses = 0, []
-    with adapted.active_experts(plan.active_experts):
+    with adapted.training(plan.active_experts):
         for batch in itertools.islice(_batches(examples, plan, pad_token_id), plan.max_steps):
             losses.append(_train_step(adapted, optimizer, batch))
             tokens += batch.tokens

@@ -98,6 +98,9 @@ class TrainingConfig(_Section):
     """Rows per optimizer step."""
     max_steps: Annotated[int, Field(ge=1)] = 80
     """Optimizer steps per client and round."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer for the backward, which computes the layer again: less memory,
+    more time, the same result."""
 
 
 class StrategyConfig(_Section):

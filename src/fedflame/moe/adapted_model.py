@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,6 +17,7 @@ from fedflame.moe.activation_counts import ActivationCounts
 from fedflame.moe.active_experts import active_experts
 from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION, ExpertLoRA, initial_banks
 from fedflame.moe.families import find_moe_layers, require_aligned
+from fedflame.moe.gradient_checkpointing import checkpointed_layers, gradient_checkpointing
 from fedflame.moe.merged_base import MergedBase
 from fedflame.seeds import generator
 
@@ -29,14 +30,23 @@ class AdaptedModel:
         r: LoRA rank, the same everywhere.
         lora_alpha: the low-rank product is scaled by lora_alpha / r.
         target_modules: attention projections for PEFT's injection; empty for experts only.
+        gradient_checkpointing: in training, compute layers again instead of keeping what is in them.
 
     Raises:
         UserError: the model is no supported SMoE, or has none of the target modules.
     """
 
     def __init__(
-        self, model: PreTrainedModel, r: int, lora_alpha: float, target_modules: Iterable[str]
+        self,
+        model: PreTrainedModel,
+        r: int,
+        lora_alpha: float,
+        target_modules: Iterable[str],
+        gradient_checkpointing: bool = False,
     ) -> None:
+        if gradient_checkpointing:
+            checkpointed_layers(model)
+        self.gradient_checkpointing = gradient_checkpointing
         self.model = model.requires_grad_(False)
         self.layers = find_moe_layers(model)
         require_aligned(self.layers)
@@ -114,6 +124,13 @@ class AdaptedModel:
     def active_experts(self, k: int) -> Iterator[None]:
         """Run k experts per token within the block; see `moe.active_experts`."""
         with active_experts(self.layers, k):
+            yield
+
+    @contextmanager
+    def training(self, k: int) -> Iterator[None]:
+        """Run k experts per token within the block, with gradient checkpointing if that is on."""
+        checkpointing = gradient_checkpointing(self.model) if self.gradient_checkpointing else nullcontext()
+        with self.active_experts(k), checkpointing:
             yield
 
     def _attached(self) -> Adapter:

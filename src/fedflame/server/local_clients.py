@@ -78,5 +78,11 @@ def load_adapted_model(config: RunConfig, dtype: str) -> tuple[AdaptedModel, Pre
         UserError: see `load_base_model` and `AdaptedModel`.
     """
     model, tokenizer = load_base_model(config.model.model_name_or_path, dtype, config.model.memory_map)
-    adapter = config.adapter
-    return AdaptedModel(model, adapter.r, adapter.lora_alpha, adapter.attention_modules()), tokenizer
+    adapted = AdaptedModel(
+        model,
+        config.adapter.r,
+        config.adapter.lora_alpha,
+        config.adapter.attention_modules(),
+        config.training.gradient_checkpointing,
+    )
+    return adapted, tokenizer

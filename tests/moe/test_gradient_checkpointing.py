@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from tests.tiny_models import ALPHA, ATTENTION, PAD, RANK, TOP_K, VOCABULARY, random_batch, tiny_olmoe
+from torch import Tensor, nn
+
+from fedflame.client import fine_tune, token_losses
+from fedflame.data.batches import EncodedRow
+from fedflame.errors import UserError
+from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.gradient_checkpointing import gradient_checkpointing
+
+
+def adapted_model(checkpointing: bool) -> AdaptedModel:
+    return AdaptedModel(tiny_olmoe(attention_dropout=0.4), RANK, ALPHA, ATTENTION, checkpointing)
+
+
+def update(adapted: AdaptedModel, k: int) -> ClientUpdate:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(3, VOCABULARY, (5, 9), generator=generator).tolist()
+    plan = RoundPlan(
+        round=1, client=0, seed=0, active_experts=k, rescaler="learned", rescaler_values=torch.ones(2),
+        adapter=adapted.initial_adapter(0), learning_rate=0.01, weight_decay=0.1, batch_size=2, max_steps=3,
+    )  # fmt: skip
+    return fine_tune(adapted, [EncodedRow(row[: 9 - i], 3, False) for i, row in enumerate(rows)], plan, PAD)
+
+
+@pytest.mark.parametrize("k", [1, TOP_K])
+def test_the_update_has_the_same_bits(k: int) -> None:
+    with_it, without = (update(adapted_model(checkpointing), k) for checkpointing in (True, False))
+    for name, delta in without.delta.tensors().items():
+        assert torch.equal(with_it.delta.tensors()[name], delta), name
+    for field in fields(ClientUpdate):
+        one, other = getattr(with_it, field.name), getattr(without, field.name)
+        assert field.name == "delta" or (torch.equal(one, other) if isinstance(one, Tensor) else one == other)
+
+
+def saved_bytes(adapted: AdaptedModel) -> int:
+    """Bytes that autograd keeps from the forward, parameters left out."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in adapted.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), adapted.training(TOP_K):
+        losses = token_losses(adapted, random_batch(lengths=(40, 30)))
+    assert losses.requires_grad
+    return sum(kept.values())
+
+
+def test_less_is_kept_for_the_backward() -> None:
+    assert saved_bytes(adapted_model(True)) < 0.2 * saved_bytes(adapted_model(False))
+
+
+def test_outside_of_training_nothing_of_it_is_left() -> None:
+    adapted = adapted_model(True)
+    before = {name: module.training for name, module in adapted.model.named_modules()}
+    update(adapted, 1)
+    assert {name: module.training for name, module in adapted.model.named_modules()} == before
+    ids = torch.arange(3, 8).view(1, 5)
+    with torch.no_grad():
+        generated = adapted.model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=True)
+    assert generated.shape == (1, 8)
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    match = "training.gradient_checkpointing: transformers checkpoints no layer of Linear"
+    with pytest.raises(UserError, match=match), gradient_checkpointing(nn.Linear(2, 3)):
+        pass
