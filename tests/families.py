@@ -205,8 +205,8 @@ Written by `python -m tests.families`; a test keeps it true. A family is named b
 experts interface; `tests/moe/test_every_family.py` holds a tiny random model of each against transformers:
 outputs at the model's own K and at smaller k, loss, gradients, training, counts, and a merged checkpoint.
 
-A PEFT adapter can be exported where PEFT has a layout for the family, a merged checkpoint of the others, too;
-`fedflame export` does not know experts without a gate (nemotron_h) yet.
+A merged checkpoint can be exported of every family, and a PEFT adapter ([formats.md](formats.md)) of all but
+those with transposed weights, interleaved gate and up, or no gate.
 `fedflame plan` counts the experts and the adapter of every family exactly; of families not named in
 [flops.md](flops.md) the rest is an estimate, every token mixer counted as attention.
 

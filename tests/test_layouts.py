@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.families import tiny as tiny_family
 from tests.tiny_exports import (
     ALPHA,
     MODELS,
@@ -29,6 +30,7 @@ from tests.tiny_exports import (
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from fedflame.config import load_config
 from fedflame.errors import UserError
 from fedflame.export import (
     Layout,
@@ -139,6 +141,28 @@ def test_a_layout_that_peft_does_not_read_is_refused(exports: dict[str, Export],
             rounds=1,
             layout="per-expert",
         )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "family, reason",
+    [
+        ("gpt_oss", "transposed weights and interleaved gate and up rows"),
+        ("aria_text", "transposed weights"),
+        ("nemotron_h", "no gate"),
+    ],
+)
+@pytest.mark.parametrize("layout", [None, "per-expert", "fused"])
+def test_experts_that_are_stored_another_way_have_no_adapter_folder(
+    family: str, reason: str, layout: Layout | None, tmp_path: Path
+) -> None:
+    adapted = AdaptedModel(tiny_family(family), 4, 8.0, [])
+    state = ServerState(adapted.initial_adapter(0), {1: torch.ones(len(adapted.layers))})
+    config = load_config(None, ["adapter.r=4", "adapter.lora_alpha=8", "adapter.target_modules="])
+    with pytest.raises(NoPeftLayoutError, match=f"which has {reason}; use --merge"):
+        export_adapter(state, config, adapted.model, tmp_path / "a", rounds=1, layout=layout)
+    with pytest.raises(NoPeftLayoutError, match=f"which has {reason}; use --merge"):
+        load_adapter(tmp_path / "a", adapted, seed=0)
     assert not list(tmp_path.iterdir())
 
 

@@ -57,7 +57,7 @@ PREFIX = "base_model.model."
 
 
 class NoPeftLayoutError(UserError):
-    """PEFT cannot read such an adapter of this model family; a merged checkpoint can be written."""
+    """There is no such adapter folder for this model family; a merged checkpoint can be written."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def export_adapter(
     layers = find_moe_layers(model)
     total, r = state.total, config.adapter.r + state.merged.rank
     require_fit(total, model, layers, r)
+    _require_known_weights(layers)
     names = _readable_names(model, total, layout)
     written: Layout = layout or ("per-expert" if names else "fused")
     if written == "per-expert" and names:
@@ -143,6 +144,7 @@ def load_adapter(path: Path, adapted: AdaptedModel, seed: int) -> Adapter:
         UserError: no adapter folder, r or scaling differ from `adapted`'s, or the tensors are not exactly
             those that the folder's settings promise for this model.
     """
+    _require_known_weights(adapted.layers)
     lora, tensors = _read_folder(path)
     _require_same_scaling(path, _adapter_config(lora, tensors), adapted)
     adapter = adapted.initial_adapter(seed)
@@ -218,6 +220,20 @@ def _names(module: str) -> tuple[str, str]:
 def _named_tensors(pairs: Iterable[tuple[str, Factors]]) -> Iterator[tuple[str, Tensor]]:
     for module, factors in pairs:
         yield from zip(_names(module), (factors.a, factors.b), strict=True)
+
+
+def _require_known_weights(layers: Sequence[MoELayer]) -> None:
+    """Neither layout is written or read here for weights that are stored another way than most."""
+    experts = layers[0].experts
+    deviations = {
+        "no gate": not experts.has_gate,
+        "transposed weights": experts.is_transposed,
+        "interleaved gate and up rows": not experts.is_concatenated,
+    }
+    if found := [reason for reason, present in deviations.items() if present]:
+        raise NoPeftLayoutError(
+            f"no adapter folder for {type(experts).__name__}, which has {' and '.join(found)}; use --merge"
+        )
 
 
 def _readable_names(model: PreTrainedModel, adapter: Adapter, layout: Layout | None) -> ExpertNames | None:
