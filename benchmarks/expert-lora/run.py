@@ -173,8 +173,9 @@ Before anything is timed, output and all gradients of ours must equal those of c
 Methods take turns in one process on one thread; seconds are CPU time of that thread, medians. *Saved* is
 what autograd keeps from forward to backward: distinct storages without parameters and input. *Peak* is the
 most that torch's allocator handed out during the pass beside weights and input, gradients included; scratch
-memory inside the matrix library is not in it. On a GPU time is from events, and the peak is torch.cuda's.
-Compare ratios, not seconds: they do not travel.
+memory inside the matrix library and what the C library keeps of freed blocks are not in it, so the resident
+size of a process grows by more. On a GPU time is from events, and the peak is torch.cuda's. Compare ratios,
+not seconds: they do not travel.
 
 The whole step (`full_step.py`) is OLMoE-1B-7B with all 16 layers around the weights of one, its head, a
 loss at every token but the first, LoRA on experts and on q, k, v, o, and AdamW.
