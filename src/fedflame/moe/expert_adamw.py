@@ -34,7 +34,7 @@ class _Moments:
 
     @classmethod
     def at_start(cls, value: Tensor) -> _Moments:
-        return cls(value, torch.zeros_like(value), torch.zeros_like(value), torch.zeros(()))
+        return cls(value, torch.zeros_like(value), torch.zeros_like(value), value.new_zeros(()))
 
 
 class ExpertAdamW:

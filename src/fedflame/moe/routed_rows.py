@@ -54,10 +54,11 @@ class RoutedRows:
 
     def sum_per_token(self, rows: Tensor) -> Tensor:
         """Each token's k rows of `rows` [S,H] added up, the bits being those of torch's sum: [N,H]."""
+        count, k = self.positions.shape
         if rows.dtype == torch.float32:  # without a copy of the rows; in bfloat16 it would round otherwise
             return embedding_bag(self.positions, rows, mode="sum")
-        count, k = self.positions.shape
-        return rows.index_select(0, self.positions.reshape(-1)).view(count, k, -1).sum(1)
+        in_order = rows.index_select(0, self.positions.reshape(-1))
+        return in_order if k == 1 else in_order.view(count, k, -1).sum(1)
 
     @staticmethod
     def _offsets(per_expert: Tensor) -> Tensor:
