@@ -306,7 +306,8 @@ def _build(cls: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], *
     scalars = {name: value for name, value in header.items() if name not in ("kind", "version")}
     arrays = {name: tensors[name] for name in ("rescaler_values", "counts") if name in tensors}
     given = [*scalars, *arrays, *parts]
-    types = {field.name: get_type_hints(cls)[field.name] for field in fields(cls)}
+    hints = get_type_hints(cls)
+    types = {field.name: hints[field.name] for field in fields(cls)}
     if sorted(given) != sorted(types):  # defaults are for callers: on the wire every field is said once
         wrong = sorted(set(given) ^ set(types)) or sorted(name for name in types if given.count(name) > 1)
         raise InvalidMessage(f"fields missing, unknown or said twice: {', '.join(wrong)}")

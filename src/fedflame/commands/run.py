@@ -146,12 +146,12 @@ def assemble(config: RunConfig, console: Console, dtype: str | None = None) -> W
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
     strategy = build_strategy(config.strategy, config.tiers(), adapted.num_experts_per_tok)
     encoded = encode_federation(federation, tokenizer, config.data.max_length)
-    base_dtype: Any = str(adapted.model.dtype).removeprefix("torch.")
-    cost = run_cost(config, shape, base_dtype, encoded.mean_length, encoded.labelled_share)
+    dtype_of_base: Any = adapted.dtype
+    cost = run_cost(config, shape, dtype_of_base, encoded.mean_length, encoded.labelled_share)
     bench = Workbench(config, adapted, tokenizer, shape, federation, encoded, strategy, cost)
     threads = torch.get_num_threads()
     console.print(
-        f"model {config.model.model_name_or_path} in {base_dtype}, {threads} thread{'s' * (threads > 1)}"
+        f"model {config.model.model_name_or_path} in {adapted.dtype}, {threads} thread{'s' * (threads > 1)}"
     )
     console.print(partition_table(describe(federation, config.tiers()), encoded.truncated))
     console.print(cost_table(cost))
@@ -250,8 +250,7 @@ def _clients(bench: Workbench, workers: int) -> Iterator[Clients]:
     if workers == 1:
         yield LocalClients(bench.adapted, rows, pad_token_id)
         return
-    dtype = str(bench.adapted.model.dtype).removeprefix("torch.")
-    setup = WorkerSetup(bench.config, dtype, rows, pad_token_id, torch.get_num_threads())
+    setup = WorkerSetup(bench.config, bench.adapted.dtype, rows, pad_token_id, torch.get_num_threads())
     with WorkerClients(setup, workers) as clients:
         yield clients
 
@@ -286,8 +285,7 @@ def _write_run_files(run: Path, bench: Workbench, config_text: str) -> None:
     """What is known before the first round; config.json first, since it makes the folder a run folder."""
     _write_json(run / "config.json", bench.config.model_dump())
     write_atomically(run / "config.toml", config_text.encode())
-    dtype = str(bench.adapted.model.dtype).removeprefix("torch.")
-    _write_json(run / "environment.json", environment() | {"dtype": dtype})
+    _write_json(run / "environment.json", environment() | {"dtype": bench.adapted.dtype})
     _write_json(run / "partition.json", _partition(bench))
     _write_json(run / "plan.json", bench.cost.to_json())
     skipped = [{"where": row.where, "reason": row.reason} for row in bench.federation.skipped]

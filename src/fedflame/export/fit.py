@@ -13,22 +13,17 @@ from fedflame.moe.families import MoELayer
 Shape = tuple[int, ...]
 
 
-def bank_shapes(layers: Sequence[MoELayer], r: int) -> dict[str, Shape]:
-    """The name and shape of every expert bank of rank r; see `messages.Adapter`."""
-    return {
-        f"{index}.{name}": shape
-        for index, layer in enumerate(layers)
-        for name, shape in layer.bank_shapes(r).items()
-    }
-
-
 def require_fit(adapter: Adapter, model: nn.Module, layers: Sequence[MoELayer], r: int) -> None:
     """Refuse a model whose experts or projections differ in number or shape from the adapter's.
 
     Raises:
         UserError: naming the first value that does not fit.
     """
-    wanted = bank_shapes(layers, r)
+    wanted: dict[str, Shape] = {
+        f"{index}.{name}": shape
+        for index, layer in enumerate(layers)
+        for name, shape in layer.bank_shapes(r).items()
+    }
     modules = dict(model.named_modules())
     for name in adapter.attention:
         module, _, letter = name.rpartition(".")

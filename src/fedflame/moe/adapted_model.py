@@ -63,6 +63,11 @@ class AdaptedModel:
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
     @property
+    def dtype(self) -> str:
+        """Of the frozen base, under its name in the configuration."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def num_experts_per_tok(self) -> int:
         """K, the model's own number of active experts."""
         return self.layers[0].num_experts_per_tok
