@@ -118,6 +118,15 @@ def test_tiers_are_repeated_in_turn_over_the_clients(
     assert config.tiers() == tiers
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("", [0] * 5), ("2048", [2048] * 5), ("512, 1024", [512, 1024, 512, 1024, 512])],
+)
+def test_tokens_per_step_are_repeated_in_turn_over_the_clients(text: str, tokens: list[int]) -> None:
+    config = load_config(None, ["clients.num_clients=5", f"training.tokens_per_step={text}"])
+    assert config.tokens_per_step() == tokens
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 10**6), min_size=1))
 def test_a_list_of_tiers_is_read_with_and_without_blanks(tiers: list[int]) -> None:
@@ -193,6 +202,13 @@ LIST_ERROR = 'Value error, must be integers of at least 1, comma-separated, such
         ("clients.active_experts=8,0", f"config: clients.active_experts = '8,0': {LIST_ERROR}"),
         ("clients.active_experts=8,-2", f"config: clients.active_experts = '8,-2': {LIST_ERROR}"),
         ("clients.active_experts=8;4", f"config: clients.active_experts = '8;4': {LIST_ERROR}"),
+        ("training.tokens_per_step=0", f"config: training.tokens_per_step = '0': {LIST_ERROR}"),
+        ("training.tokens_per_step=1k", f"config: training.tokens_per_step = '1k': {LIST_ERROR}"),
+        (
+            "training.tokens_per_step=64,64,64,64,32",
+            "config: training.tokens_per_step has 5 entries for clients.num_clients = 4; "
+            "it must have at most one per client",
+        ),
         (
             "strategy.active_experts=max",
             "config: strategy.active_experts = 'max': Value error, must be 'min' or an integer of at least 1",

@@ -163,4 +163,4 @@ def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, batch: Batch) -> 
 
 def _batches(examples: Sequence[EncodedRow], plan: RoundPlan, pad_token_id: int) -> Iterator[Batch]:
     seed = derive_seed(plan.seed, "batches", plan.round, plan.client)
-    return training_batches(examples, plan.batch_size, pad_token_id, seed)
+    return training_batches(examples, plan.batch_size, pad_token_id, seed, plan.tokens_per_step)

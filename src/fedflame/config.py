@@ -95,12 +95,23 @@ class TrainingConfig(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of AdamW, on experts that saw a token."""
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
-    """Rows per optimizer step."""
+    """Rows per optimizer step, unless `tokens_per_step` is set."""
+    tokens_per_step: str = ""
+    """Tokens per optimizer step: a batch has as many rows of similar length as fit, padding counted, and
+    at least one. One number for every client, or several, in turn over the clients, such as `1024,2048`:
+    more where few experts run. Empty for `per_device_train_batch_size` rows."""
     max_steps: Annotated[int, Field(ge=1)] = 80
     """Optimizer steps per client and round."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer for the backward, which computes the layer again: less memory,
     more time, the same result."""
+
+    @field_validator("tokens_per_step")
+    @classmethod
+    def _tokens_are_positive_integers(cls, value: str) -> str:
+        if value:
+            parse_tiers(value)
+        return value
 
 
 class StrategyConfig(_Section):
@@ -166,7 +177,14 @@ class RunConfig(_Section):
 
     def tiers(self) -> list[int]:
         """Active experts k of each client, in client order."""
-        cycle = parse_tiers(self.clients.active_experts)
+        return self._in_turn(self.clients.active_experts)
+
+    def tokens_per_step(self) -> list[int]:
+        """Tokens per optimizer step of each client, in client order; 0 where rows count."""
+        return self._in_turn(self.training.tokens_per_step or "0")
+
+    def _in_turn(self, text: str) -> list[int]:
+        cycle = [int(part) for part in text.split(",")]
         return [cycle[client % len(cycle)] for client in range(self.clients.num_clients)]
 
     def trained_experts(self) -> list[int]:
@@ -225,12 +243,18 @@ def _resolve(values: dict[str, Any], overrides: list[str]) -> RunConfig:
 
 
 def _refuse_contradictions(config: RunConfig) -> None:
-    tiers, clients = len(parse_tiers(config.clients.active_experts)), config.clients.num_clients
-    if tiers > clients:
-        raise UserError(
-            f"config: clients.active_experts has {tiers} entries for clients.num_clients = {clients}; "
-            "it must have at most one per client"
-        )
+    clients = config.clients.num_clients
+    in_turn = {
+        "clients.active_experts": config.clients.active_experts,
+        "training.tokens_per_step": config.training.tokens_per_step,
+    }
+    for key, text in in_turn.items():
+        entries = text.count(",") + 1
+        if entries > clients:
+            raise UserError(
+                f"config: {key} has {entries} entries for clients.num_clients = {clients}; "
+                "it must have at most one per client"
+            )
     if config.server.min_clients > config.clients_per_round():
         raise UserError(
             f"config: server.min_clients = {config.server.min_clients}: server.fraction_train = "

@@ -24,7 +24,7 @@ class RunCost:
 
     tiers: list[TierCost]
     memory: list[MemoryEstimate]
-    """Per tier, in the order of `tiers`."""
+    """Per tier, in the order of `tiers`, at the largest optimizer step of the tier's clients."""
     adapter: AdapterSize
     sequence_length: int
     """Tokens per row."""
@@ -62,9 +62,15 @@ def run_cost(
     trained = config.trained_experts()
     tiers = [Tier(k, trained.count(k)) for k in config.evaluated_experts()]
     costs = tier_costs(shape, tiers, r, targets, sequence_length, labelled_share)
-    tokens = sequence_length * config.training.per_device_train_batch_size
-    memory = [
-        training_memory(shape, cost.active_experts, r, targets, tokens, dtype, labelled_share)
-        for cost in costs
-    ]
+    steps = list(zip(config.tiers(), trained, tokens_per_step(config, sequence_length), strict=True))
+    memory = []
+    for k in config.evaluated_experts():
+        tokens = max(tokens for affords, trains, tokens in steps if k in (affords, trains))
+        memory.append(training_memory(shape, k, r, targets, tokens, dtype, labelled_share))
     return RunCost(costs, memory, adapter_parameters(shape, r, targets), sequence_length, labelled_share)
+
+
+def tokens_per_step(config: RunConfig, sequence_length: int) -> list[int]:
+    """Tokens of each client's largest optimizer step, with rows of `sequence_length`; at least one row."""
+    by_rows = sequence_length * config.training.per_device_train_batch_size
+    return [max(tokens, sequence_length) if tokens else by_rows for tokens in config.tokens_per_step()]

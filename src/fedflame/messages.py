@@ -131,6 +131,8 @@ class RoundPlan:
     """Rows per optimizer step."""
     max_steps: int
     """Optimizer steps."""
+    tokens_per_step: int = 0
+    """If not 0, a step's batch has, instead of `batch_size` rows, as many as fit in so many tokens."""
     trainable: Trainable = "both"
     merged: Adapter = NOTHING
     """Factors of any rank that are part of the base, scaled as `adapter` is; see `ServerState.merged`."""

@@ -76,6 +76,15 @@ def test_counts_and_tokens_of_every_client_add_up(finished: Path) -> None:
         assert counts.sum(1).tolist() == [event["tokens"] * event["active_experts"]] * LAYERS
 
 
+def test_steps_by_tokens_are_as_large_as_each_client_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    budgets = (130, 260, 520)  # rows have at most 120 tokens
+    override = f"training.tokens_per_step={','.join(map(str, budgets))}"
+    tiny_run(tiny_folder, tmp_path / "run", override, "server.num_server_rounds=1")
+    for event, budget in zip(events(tmp_path / "run", "client"), budgets, strict=True):
+        assert event["steps"] == 2
+        assert 0.5 * 2 * budget < event["tokens"] <= 2 * budget
+
+
 def test_every_tier_is_evaluated_before_and_after_every_round(finished: Path) -> None:
     together = [e for e in events(finished, "evaluation") if e["category"] is None]
     assert [(e["round"], e["active_experts"]) for e in together] == [

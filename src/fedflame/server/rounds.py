@@ -184,6 +184,7 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         weight_decay=training.weight_decay,
         batch_size=training.per_device_train_batch_size,
         max_steps=training.max_steps,
+        tokens_per_step=server.config.tokens_per_step()[profile.client],
         trainable=instructions.trainable,
         merged=state.merged,
     )
