@@ -192,8 +192,8 @@ LIST_ERROR = 'Value error, must be integers of at least 1, comma-separated, such
             "config: server.fraction_train = '1.5': Input should be less than or equal to 1",
         ),
         (
-            "model.dtype=float16",
-            "config: model.dtype = 'float16': Input should be 'auto', 'float32' or 'bfloat16'",
+            "model.dtype=float8",
+            "config: model.dtype = 'float8': Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
         ),
         ("strategy.name=fedprox", "config: strategy.name = 'fedprox': Input should be 'flame' or 'fedavg'"),
         ("clients.active_experts=", f"config: clients.active_experts = '': {LIST_ERROR}"),

@@ -19,6 +19,7 @@ from fedflame.model_shape import ModelShape, Projection, base_parameters, read_m
 
 __all__ = [
     "AdapterSize",
+    "Dtype",
     "FlopTerms",
     "MemoryEstimate",
     "ModelShape",
@@ -33,6 +34,9 @@ __all__ = [
     "training_memory",
     "validate_tiers",
 ]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Of the frozen base, under its name in the configuration."""
 
 # What backward needs of norms, attention and its LoRA, in bytes per token, layer and unit of H. Measured
 # with saved-tensor hooks on OLMoE with sdpa: 40.6 in fp32, 42.6 in bf16 (where norms keep fp32 copies).
@@ -191,7 +195,7 @@ def training_memory(
     r: int,
     target_modules: Collection[str],
     tokens_per_step: int,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     labelled_share: float = 1.0,
 ) -> MemoryEstimate:
     """Base in `dtype`; adapter, gradients and AdamW's two moments in fp32; an estimate of activations.

@@ -29,8 +29,9 @@ class ModelConfig(_Section):
     """`olmoe-tiny` (embedded), a folder in Hugging Face layout, or a hub id."""
     adapter_name_or_path: str = ""
     """Folder of a LoRA adapter, of fedflame or PEFT, that the run goes on from; empty to start anew."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base; `auto` takes bfloat16 where the machine multiplies it faster."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen base; `auto` takes bfloat16 or float16 where the machine multiplies it clearly
+    faster. With float16 the loss is scaled, and a step whose gradients overflow is skipped."""
     memory_map: bool = False
     """Map the frozen base from files, made once per model: for a model larger than memory, and shared
     by all processes of the machine."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fedflame.budgets import (
     AdapterSize,
+    Dtype,
     MemoryEstimate,
     ModelShape,
     Tier,
@@ -49,7 +50,7 @@ class RunCost:
 def run_cost(
     config: RunConfig,
     shape: ModelShape,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     sequence_length: int,
     labelled_share: float,
 ) -> RunCost:
