@@ -22,11 +22,10 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from fedflame.budgets import Dtype
 from fedflame.config import EMBEDDED_MODEL
 from fedflame.errors import UserError
 from fedflame.mapped_base import map_base
-from fedflame.model_shape import ModelShape, read_model_shape
+from fedflame.model_shape import Dtype, ModelShape, read_model_shape
 
 PROBE_ROWS, PROBE_RANK, PROBE_REPEATS = 64, 8, 15
 NARROW = 256

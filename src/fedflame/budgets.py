@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
-from typing import Literal
 
 from fedflame.errors import UserError
-from fedflame.model_shape import ModelShape, Projection, base_parameters, read_model_shape
+from fedflame.model_shape import Dtype, ModelShape, Projection, base_parameters, read_model_shape
 
 __all__ = [
     "AdapterSize",
@@ -34,9 +33,6 @@ __all__ = [
     "training_memory",
     "validate_tiers",
 ]
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-"""Of the frozen base, under its name in the configuration."""
 
 # What backward needs of norms, attention and its LoRA, in bytes per token, layer and unit of H. Measured
 # with saved-tensor hooks on OLMoE with sdpa: 40.6 in fp32, 42.6 in bf16 (where norms keep fp32 copies).

@@ -103,6 +103,10 @@ class TrainingConfig(_Section):
     more where few experts run. Empty for `per_device_train_batch_size` rows."""
     max_steps: Annotated[int, Field(ge=1)] = 80
     """Optimizer steps per client and round."""
+    budget: Literal["steps", "compute"] = "steps"
+    """`steps`: every client takes `max_steps`, as in the paper. `compute`: every client spends the FLOPs
+    of `max_steps` at the number of experts that it affords and `adapter.r`, so that a method that runs
+    more experts there takes fewer steps, and one that runs fewer takes more."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer for the backward, which computes the layer again: less memory,
     more time, the same result."""

@@ -16,13 +16,29 @@ from fedflame.budgets import (
     tier_costs,
     training_memory,
 )
-from fedflame.config import RunConfig
+from fedflame.config import RunConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class ClientCost:
+    """What one client does in a round."""
+
+    client: int
+    trained_experts: int
+    """The k it trains with, which the method may set apart from what it affords."""
+    steps: int
+    tokens_per_step: int
+    """Of its largest optimizer step."""
+    training_flops: float
+    """Forward and backward of all steps, were each of them the largest."""
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Costs per tier, adapter size, and the sequence they are for."""
+    """Costs per tier and client, adapter size, and the sequence they are for."""
 
+    clients: list[ClientCost]
+    """In client order."""
     tiers: list[TierCost]
     memory: list[MemoryEstimate]
     """Per tier, in the order of `tiers`, at the largest optimizer step of the tier's clients."""
@@ -44,6 +60,7 @@ class RunCost:
             "adapter_parameters": self.adapter.total,
             "adapter_bytes": self.adapter.bytes_down,
             "tiers": tiers,
+            "clients": [asdict(client) for client in self.clients],
         }
 
 
@@ -63,15 +80,38 @@ def run_cost(
     trained = config.trained_experts()
     tiers = [Tier(k, trained.count(k)) for k in config.evaluated_experts()]
     costs = tier_costs(shape, tiers, r, targets, sequence_length, labelled_share)
-    steps = list(zip(config.tiers(), trained, tokens_per_step(config, sequence_length), strict=True))
+    clients = _client_costs(config, costs, sequence_length)
     memory = []
     for k in config.evaluated_experts():
-        tokens = max(tokens for affords, trains, tokens in steps if k in (affords, trains))
+        steps = zip(config.tiers(), clients, strict=True)
+        tokens = max(c.tokens_per_step for affords, c in steps if k in (affords, c.trained_experts))
         memory.append(training_memory(shape, k, r, targets, tokens, dtype, labelled_share))
-    return RunCost(costs, memory, adapter_parameters(shape, r, targets), sequence_length, labelled_share)
+    size = adapter_parameters(shape, r, targets)
+    return RunCost(clients, costs, memory, size, sequence_length, labelled_share)
 
 
-def tokens_per_step(config: RunConfig, sequence_length: int) -> list[int]:
-    """Tokens of each client's largest optimizer step, with rows of `sequence_length`; at least one row."""
+def local_steps(training: TrainingConfig, afforded: float, spent: float) -> int:
+    """A client's optimizer steps per round under `training.budget`; at least one.
+
+    A step has the client's own number of tokens whatever it trains, so that costs per token decide.
+
+    Args:
+        training: has the budget and `max_steps`.
+        afforded: training FLOPs per token at the k that the client affords and the run's rank.
+        spent: training FLOPs per token at the k and rank that the method gives it.
+    """
+    if training.budget == "steps":
+        return training.max_steps
+    return max(1, round(training.max_steps * afforded / spent))
+
+
+def _client_costs(config: RunConfig, tiers: list[TierCost], sequence_length: int) -> list[ClientCost]:
+    flops = {tier.active_experts: tier.training_flops_per_token for tier in tiers}
     by_rows = sequence_length * config.training.per_device_train_batch_size
-    return [max(tokens, sequence_length) if tokens else by_rows for tokens in config.tokens_per_step()]
+    settings = zip(config.tiers(), config.trained_experts(), config.tokens_per_step(), strict=True)
+    costs = []
+    for client, (affords, trains, budget) in enumerate(settings):
+        tokens = max(budget, sequence_length) if budget else by_rows
+        steps = local_steps(config.training, flops[affords], flops[trains])
+        costs.append(ClientCost(client, trains, steps, tokens, steps * tokens * flops[trains]))
+    return costs

@@ -41,9 +41,11 @@ def print_plan(config: RunConfig, sequence_length: int | None, as_json: bool, co
     if as_json:
         rows = {"truncated_rows": truncated, "skipped_rows": len(federation.skipped)}
         sampled = {"clients_per_round": config.clients_per_round()}
-        print(json.dumps({"clients": clients, **rows, **sampled, **cost.to_json()}, indent=2))
+        costs = cost.to_json()
+        costs["clients"] = [one | other for one, other in zip(clients, costs["clients"], strict=True)]
+        print(json.dumps({**rows, **sampled, **costs}, indent=2))
         return
-    console.print(partition_table(clients, truncated))
+    console.print(partition_table(clients, cost.clients, truncated))
     console.print(cost_table(cost))
     console.print(f"memory for the base in {dtype.name} ({dtype.reason})")
     console.print(_adapter_line(config, cost))

@@ -40,7 +40,7 @@ from fedflame.report.records import read_run
 from fedflame.server.checkpoint import FILE_NAME as CHECKPOINT_FILE
 from fedflame.server.checkpoint import Checkpoint, read_checkpoint
 from fedflame.server.local_clients import Clients, LocalClients, load_adapted_model
-from fedflame.server.rounds import Server, run_rounds
+from fedflame.server.rounds import Server, run_rounds, sample_clients
 from fedflame.server.worker_clients import WorkerClients, WorkerSetup
 from fedflame.strategies import Strategy, build_strategy
 from fedflame.strategies.base import ClientProfile
@@ -110,8 +110,7 @@ def execute(
         _remove(run)
     if checkpoint.round == 0 and checkpoint.metrics_bytes == 0:
         _write_run_files(run, bench, config_text)
-    steps = config.training.max_steps * config.clients_per_round()
-    remaining = (config.server.num_server_rounds - checkpoint.round) * steps
+    remaining = _remaining_steps(bench, checkpoint.round)
     metrics = MetricsFile(run / "metrics.jsonl", checkpoint.metrics_bytes)
     try:
         with reporter(console, remaining) as progress, _clients(bench, workers) as clients:
@@ -154,7 +153,7 @@ def assemble(config: RunConfig, console: Console, dtype: Dtype | None = None) ->
         f"model {config.model.model_name_or_path} in {choice.name} ({choice.reason}), "
         f"{threads} thread{'s' * (threads > 1)}"
     )
-    console.print(partition_table(describe(federation, config.tiers()), encoded.truncated))
+    console.print(partition_table(describe(federation, config.tiers()), cost.clients, encoded.truncated))
     console.print(cost_table(cost))
     return bench
 
@@ -232,6 +231,16 @@ def _require_same_data(run: Path, bench: Workbench) -> None:
         )
 
 
+def _remaining_steps(bench: Workbench, last_round: int) -> int:
+    """Optimizer steps of all clients that the rounds after `last_round` will sample."""
+    config = bench.config
+    return sum(
+        bench.cost.clients[profile.client].steps
+        for number in range(last_round + 1, config.server.num_server_rounds + 1)
+        for profile in sample_clients(bench.profiles, config.clients_per_round(), config.seed, number)
+    )
+
+
 def _rounds_kept(run: Path) -> int:
     return read_checkpoint(run).round if (run / CHECKPOINT_FILE).exists() else 0
 
@@ -277,11 +286,11 @@ def _server(
     )
 
 
-def _training_flops(bench: Workbench, k: int) -> float:
+def _training_flops(bench: Workbench, k: int, r: int) -> float:
     config, cost = bench.config, bench.cost
     targets = config.adapter.attention_modules()
     return training_flops_per_token(
-        bench.shape, k, config.adapter.r, targets, cost.sequence_length, cost.labelled_share
+        bench.shape, k, r, targets, cost.sequence_length, cost.labelled_share
     ).total
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from fedflame.cost import RunCost
+from fedflame.cost import ClientCost, RunCost
 from fedflame.report.numbers import decimal, percent, si
 from fedflame.report.records import Run
 from fedflame.report.results import SCORE_LABELS, score_format
@@ -16,13 +16,21 @@ from fedflame.report.results import SCORE_LABELS, score_format
 CATEGORIES_SHOWN = 3
 
 
-def partition_table(clients: Sequence[dict[str, Any]], truncated: int) -> Table:
-    """Per client: k, rows, and its largest categories."""
-    table = _table(f"Partition ({truncated} rows truncated)", "client", "k", "rows", "largest categories")
-    for client in clients:
+def partition_table(clients: Sequence[dict[str, Any]], costs: Sequence[ClientCost], truncated: int) -> Table:
+    """Per client: k, rows, optimizer steps and training FLOPs per round, and its largest categories."""
+    title = f"Partition ({truncated} rows truncated); steps and training FLOPs per round"
+    table = _table(title, "client", "k", "rows", "steps", "FLOPs", "largest categories")
+    for client, cost in zip(clients, costs, strict=True):
         ranked = sorted(client["per_category"].items(), key=lambda item: -item[1])
         largest = ", ".join(f"{name} {rows}" for name, rows in ranked[:CATEGORIES_SHOWN] if rows)
-        table.add_row(str(client["client"]), str(client["active_experts"]), f"{client['rows']:,}", largest)
+        table.add_row(
+            str(client["client"]),
+            str(client["active_experts"]),
+            f"{client['rows']:,}",
+            f"{cost.steps:,}",
+            si(cost.training_flops),
+            largest,
+        )
     return table
 
 

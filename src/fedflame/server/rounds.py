@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedflame.config import RunConfig
+from fedflame.cost import local_steps
 from fedflame.errors import UserError
 from fedflame.evaluation import HeldOut, Scores, evaluate, total
 from fedflame.messages import (
@@ -38,8 +39,8 @@ class Server:
     profiles: Sequence[ClientProfile]
     tiers: Sequence[int]
     """The k to evaluate at, largest first."""
-    training_flops: Callable[[int], float]
-    """Per token, from k."""
+    training_flops: Callable[[int, int], float]
+    """Per token, from k and the LoRA rank."""
     clients: Clients
     adapted: AdaptedModel
     held_out: HeldOut
@@ -149,7 +150,7 @@ class _Updates:
             steps=update.steps,
             num_examples=update.num_examples,
             seconds=round(seconds, 3),
-            training_flops=update.tokens * server.training_flops(k),
+            training_flops=update.tokens * server.training_flops(k, update.delta.rank),
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             rescaler=update.rescaler_values.tolist(),
@@ -171,19 +172,21 @@ def _validate_rows(update: ClientUpdate, profile: ClientProfile) -> None:
 
 def _round_plan(server: Server, state: ServerState, profile: ClientProfile, round_number: int) -> RoundPlan:
     instructions = server.strategy.configure_train(state, profile)
-    training = server.config.training
+    training, k = server.config.training, instructions.active_experts
+    afforded = server.training_flops(profile.active_experts, server.config.adapter.r)
+    spent = server.training_flops(k, instructions.adapter.rank)
     return RoundPlan(
         round=round_number,
         client=profile.client,
         seed=server.config.seed,
-        active_experts=instructions.active_experts,
+        active_experts=k,
         rescaler=instructions.rescaler,
         rescaler_values=instructions.rescaler_values,
         adapter=instructions.adapter,
         learning_rate=server.config.learning_rate(round_number),
         weight_decay=training.weight_decay,
         batch_size=training.per_device_train_batch_size,
-        max_steps=training.max_steps,
+        max_steps=local_steps(training, afforded, spent),
         tokens_per_step=server.config.tokens_per_step()[profile.client],
         trainable=instructions.trainable,
         merged=state.merged,
