@@ -84,7 +84,7 @@ def load_base_model(
         UserError: the model is dense, the folder is missing or incomplete, or the hub cannot be reached.
     """
     source = resolve_model(name_or_path)
-    read_model_shape(model_config_path(name_or_path))
+    read_model_shape(model_config_path(name_or_path))  # refuses what is no mixture of experts at once
     try:
         _require_folder_complete(source)
         model, loading = _from_pretrained(source, getattr(torch, dtype), memory_map)

@@ -156,7 +156,7 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
 
 
 def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, scaler: GradScaler, batch: Batch) -> float:
-    """One optimizer step; a scaler that is enabled skips it if a gradient is not finite."""
+    """One optimizer step; a scaler that is enabled skips it if a gradient is not finite, not its counts."""
     adapted.counts.begin_step(batch.attention_mask)
     try:
         loss = token_losses(adapted, batch).mean()
