@@ -151,8 +151,8 @@ def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, batch: Batch) -> 
     adapted.counts.begin_step(batch.attention_mask)
     try:
         loss = token_losses(adapted, batch).mean()
-        loss.backward()
-        optimizer.step(adapted.counts.end_step())
+        optimizer.backward(loss, adapted.counts.touched())
+        adapted.counts.end_step()
     except BaseException:
         # The rounds go on with this model: no half step may reach the next client or an evaluation.
         adapted.counts.abandon_step()
