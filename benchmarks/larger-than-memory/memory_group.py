@@ -58,7 +58,9 @@ def memory_group(limit: int | None) -> Iterator[MemoryGroup]:
     try:
         folder.mkdir()
     except OSError as error:
-        raise SystemExit(f"{parent}: no control group of memory can be made here ({error.strerror})") from error
+        raise SystemExit(
+            f"{parent}: no control group of memory can be made here ({error.strerror})"
+        ) from error
     try:
         if limit is not None:
             (folder / files["limit"]).write_text(str(limit))
@@ -72,7 +74,9 @@ def memory_group(limit: int | None) -> Iterator[MemoryGroup]:
 def _parent() -> tuple[Path, dict[str, str]]:
     """Where to make a group, by the lines `number:controllers:path` of /proc/self/cgroup."""
     lines = Path("/proc/self/cgroup").read_text().splitlines() if ROOT.exists() else []
-    groups = {controllers: path.lstrip("/") for _, controllers, path in (line.split(":", 2) for line in lines)}
+    groups = {
+        controllers: path.lstrip("/") for _, controllers, path in (line.split(":", 2) for line in lines)
+    }
     if "memory" in groups:
         return ROOT / "memory" / groups["memory"], V1
     if (ROOT / "cgroup.controllers").exists():

@@ -1,6 +1,8 @@
-"""One client's round on the written model: seconds of every step, loss and digest of the update, as JSON.
+"""One client's round on the model of a folder, as JSON: seconds and touched experts by step, loss, digest.
 
     python benchmarks/larger-than-memory/train.py FOLDER K STEPS
+
+run.py starts it, in a group of limited memory, and writes the folder.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from fedflame.moe.adapted_model import AdaptedModel
 
 ADAPTER = AdapterConfig(r=16)
 TOKENS = 512
+WEIGHTS, ADAPTER_FILE = "weights", "adapter.safetensors"
 
 
 def main() -> None:
@@ -54,12 +57,12 @@ def train(folder: Path, k: int, steps: int) -> dict[str, Any]:
 
 def adapted_model(folder: Path) -> AdaptedModel:
     config = AutoConfig.from_pretrained(folder)
-    model, _ = load_mapped(folder / "weights", config, torch.bfloat16)
+    model, _ = load_mapped(folder / WEIGHTS, config, torch.bfloat16)
     return AdaptedModel(model.eval(), ADAPTER.r, ADAPTER.lora_alpha, ADAPTER.attention_modules())
 
 
 def plan(adapted: AdaptedModel, folder: Path, k: int, steps: int) -> RoundPlan:
-    """A learned rescaler and the adapter of the folder, which stays in its file."""
+    """As a server would send it, but that the adapter is mapped from its file."""
     return RoundPlan(
         round=0,
         client=0,
@@ -67,7 +70,7 @@ def plan(adapted: AdaptedModel, folder: Path, k: int, steps: int) -> RoundPlan:
         active_experts=k,
         rescaler="learned",
         rescaler_values=torch.ones(len(adapted.layers)),
-        adapter=Adapter.from_tensors(load_file(folder / "adapter.safetensors")),
+        adapter=Adapter.from_tensors(load_file(folder / ADAPTER_FILE)),
         learning_rate=1e-4,
         weight_decay=0.01,
         batch_size=1,

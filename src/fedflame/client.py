@@ -52,11 +52,12 @@ def fine_tune(
             losses.append(_train_step(adapted, optimizer, batch))
             tokens += batch.tokens
             on_step(batch.tokens)
+    del optimizer  # its moments are twice the adapter, and the delta is as large
     return ClientUpdate(
         round=plan.round,
         client=plan.client,
         active_experts=plan.active_experts,
-        delta=adapted.adapter().combine(plan.adapter, torch.sub),
+        delta=adapted.learned_since(plan.adapter),
         rescaler_values=adapted.rescaler_values(),
         counts=adapted.counts.total.clone(),
         tokens=tokens,
