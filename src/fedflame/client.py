@@ -60,11 +60,12 @@ def fine_tune(
             losses.append(_train_step(adapted, optimizer, scaler, batch))
             tokens += batch.tokens
             on_step(batch.tokens)
+    del optimizer  # its moments are twice the adapter, and the delta is as large
     return ClientUpdate(
         round=plan.round,
         client=plan.client,
         active_experts=plan.active_experts,
-        delta=adapted.adapter().combine(plan.adapter, torch.sub),
+        delta=adapted.learned_since(plan.adapter),
         rescaler_values=adapted.rescaler_values(),
         counts=adapted.counts.total.clone(),
         tokens=tokens,
@@ -160,20 +161,29 @@ def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, scaler: GradScale
     adapted.counts.begin_step(batch.attention_mask)
     try:
         loss = token_losses(adapted, batch).mean()
-        if scaler.is_enabled() and not loss.isfinite():
-            raise UserError(
-                f"the loss is {loss.item()} in float16, whose largest number is 65504; "
-                "try model.dtype=bfloat16 or float32"
-            )
-        scaler.scale(loss).backward()
-        # Of an optimizer it uses `param_groups` and `step` alone.
-        scaler.step(optimizer, adapted.counts.end_step())  # type: ignore[arg-type]
-        scaler.update()
+        touched = adapted.counts.touched()
+        if scaler.is_enabled():
+            _scaled_step(optimizer, scaler, loss, touched)
+        else:
+            optimizer.backward(loss, touched)
+        adapted.counts.end_step()
     finally:
         # The rounds go on with this model: no half or skipped step may reach the next step or client.
         adapted.counts.abandon_step()
         adapted.model.zero_grad()
     return float(loss.detach())
+
+
+def _scaled_step(optimizer: ExpertAdamW, scaler: GradScaler, loss: Tensor, touched: Tensor) -> None:
+    if not loss.isfinite():
+        raise UserError(
+            f"the loss is {loss.item()} in float16, whose largest number is 65504; "
+            "try model.dtype=bfloat16 or float32"
+        )
+    scaler.scale(loss).backward()
+    # Of an optimizer it uses `param_groups` and `step` alone.
+    scaler.step(optimizer, touched)  # type: ignore[arg-type]
+    scaler.update()
 
 
 def _batches(examples: Sequence[EncodedRow], plan: RoundPlan, pad_token_id: int) -> Iterator[Batch]:
