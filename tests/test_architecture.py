@@ -114,7 +114,9 @@ def test_strategies_know_messages_and_tensors_but_no_model_and_no_engine() -> No
         assert third_party(imports(name)) <= {"torch"}, name
         assert third_party(loaded_by(name)).isdisjoint({"transformers", "peft", "datasets"}), name
         parts = {part(module) for module in imports(name)} - {None, "strategies"}
-        assert parts <= ({"config", "errors"} if name == "fedflame.strategies" else {"messages"}), name
+        assert parts <= ({"config", "errors"} if name == "fedflame.strategies" else {"messages", "seeds"}), (
+            name
+        )
 
 
 def test_mechanisms_know_neither_configuration_nor_data_nor_server() -> None:

@@ -49,7 +49,7 @@ def fine_tune(
     tokens, losses = 0, []
     with adapted.training(plan.active_experts):
         for batch in itertools.islice(_batches(examples, plan, pad_token_id), plan.max_steps):
-            losses.append(_train_step(adapted, optimizer, batch))
+            losses.append(_train_step(adapted, optimizer, batch, plan))
             tokens += batch.tokens
             on_step(batch.tokens)
     return ClientUpdate(
@@ -147,11 +147,14 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
     )
 
 
-def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, batch: Batch) -> float:
+def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, batch: Batch, plan: RoundPlan) -> float:
+    """One optimizer step; returns the batch's mean response loss, without what FedProx adds."""
     adapted.counts.begin_step(batch.attention_mask)
     try:
         loss = token_losses(adapted, batch).mean()
         loss.backward()
+        if plan.proximal_mu:
+            _add_proximal_gradient(adapted, plan)
         optimizer.step(adapted.counts.end_step())
     except BaseException:
         # The rounds go on with this model: no half step may reach the next client or an evaluation.
@@ -159,6 +162,19 @@ def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, batch: Batch) -> 
         adapted.model.zero_grad()
         raise
     return float(loss.detach())
+
+
+@torch.no_grad()
+def _add_proximal_gradient(adapted: AdaptedModel, plan: RoundPlan) -> None:
+    """Add mu (w - w_0), the gradient of mu/2 ||w - w_0||^2, to what is trained of the adapter.
+
+    Li et al.: Federated Optimization in Heterogeneous Networks, arXiv 1812.06127. As weight decay, it leaves
+    s alone, and experts without a token in the step, which the optimizer skips.
+    """
+    start = plan.adapter.tensors()
+    for name, parameter in adapted.attached().tensors().items():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - start[name], alpha=plan.proximal_mu)
 
 
 def _batches(examples: Sequence[EncodedRow], plan: RoundPlan, pad_token_id: int) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from fedflame.budgets import (
     tier_costs,
     training_memory,
 )
-from fedflame.config import RunConfig
+from fedflame.config import MERGING_METHODS, TRAINED_HALVES, RunConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class RunCost:
     memory: list[MemoryEstimate]
     """Per tier, in the order of `tiers`."""
     adapter: AdapterSize
+    """At the run's rank."""
+    merged_bytes: int
+    """By so much every round makes the next one's bytes down to each client grow, at most."""
     sequence_length: int
     """Tokens per row."""
     labelled_share: float
@@ -42,6 +46,7 @@ class RunCost:
             "labelled_share": self.labelled_share,
             "adapter_parameters": self.adapter.total,
             "adapter_bytes": self.adapter.bytes_down,
+            "merged_bytes_per_round": self.merged_bytes,
             "tiers": tiers,
         }
 
@@ -53,18 +58,30 @@ def run_cost(
     sequence_length: int,
     labelled_share: float,
 ) -> RunCost:
-    """Costs of every k that a client affords or trains with, on a model of this shape.
+    """Costs of every k and rank that a client trains with, then of every other k that a client affords.
 
     Raises:
         UserError: a tier's k is 0 or above the model's own.
     """
-    targets, r = config.adapter.attention_modules(), config.adapter.r
-    trained = config.trained_experts()
-    tiers = [Tier(k, trained.count(k)) for k in config.evaluated_experts()]
-    costs = tier_costs(shape, tiers, r, targets, sequence_length, labelled_share)
+    targets, r, full = config.adapter.attention_modules(), config.adapter.r, shape.num_experts_per_tok
+    ranks = config.trained_ranks(full)
+    trained = Counter(zip(config.trained_experts(full), ranks, strict=True))
+    idle = set(config.evaluated_experts(full)) - {k for k, _ in trained}
+    rows = sorted([*trained, *((k, r) for k in idle)], reverse=True)
+    tiers = [Tier(k, rank, trained[k, rank]) for k, rank in rows]
+    setting = (targets, sequence_length, labelled_share)
+    costs = tier_costs(shape, tiers, r, *setting, TRAINED_HALVES.get(config.strategy.name, ("both",)))
     tokens = sequence_length * config.training.per_device_train_batch_size
     memory = [
-        training_memory(shape, cost.active_experts, r, targets, tokens, dtype, labelled_share)
+        training_memory(shape, cost.active_experts, cost.rank, targets, tokens, dtype, labelled_share)
         for cost in costs
     ]
-    return RunCost(costs, memory, adapter_parameters(shape, r, targets), sequence_length, labelled_share)
+    merged = sum(sorted(ranks)[-config.clients_per_round() :]) * (config.strategy.name in MERGING_METHODS)
+    return RunCost(
+        costs,
+        memory,
+        adapter_parameters(shape, r, targets),
+        4 * adapter_parameters(shape, merged, targets).total,
+        sequence_length,
+        labelled_share,
+    )

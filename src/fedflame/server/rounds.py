@@ -38,8 +38,8 @@ class Server:
     profiles: Sequence[ClientProfile]
     tiers: Sequence[int]
     """The k to evaluate at, largest first."""
-    training_flops: Callable[[int], float]
-    """Per token, from k."""
+    training_flops: Callable[[int, int], float]
+    """Per token, from k and rank."""
     clients: Clients
     adapted: AdaptedModel
     held_out: HeldOut
@@ -138,18 +138,19 @@ class _Updates:
         return update
 
     def _log(self, update: ClientUpdate, bytes_down: int, bytes_up: int, seconds: float) -> None:
-        server, k = self._server, update.active_experts
+        server, k, rank = self._server, update.active_experts, update.delta.rank
         server.metrics.log(
             "client",
             round=update.round,
             client=update.client,
             active_experts=k,
+            rank=rank,
             loss=update.loss,
             tokens=update.tokens,
             steps=update.steps,
             num_examples=update.num_examples,
             seconds=round(seconds, 3),
-            training_flops=update.tokens * server.training_flops(k),
+            training_flops=update.tokens * server.training_flops(k, rank),
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             rescaler=update.rescaler_values.tolist(),
@@ -186,6 +187,7 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         max_steps=training.max_steps,
         trainable=instructions.trainable,
         merged=state.merged,
+        proximal_mu=training.proximal_mu,
     )
 
 
