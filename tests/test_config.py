@@ -265,6 +265,8 @@ OTHER_VALUES = {
     "count_normalization": "slot",
     "active_experts": "2",
     "rank": "2",
+    "rank_decay": "0.5",
+    "rank_penalty": "0.5",
 }
 
 

@@ -530,6 +530,12 @@ dtypes = st.sampled_from(
 )
 
 
+def test_counts_of_more_dimensions_are_refused_also_where_the_experts_are_as_many() -> None:
+    counts = torch.ones(2, 2, 1, dtype=torch.int64)  # nonzero gives two indices for each of two experts
+    with pytest.raises(InvalidMessage, match="do not fit the activation counts"):
+        decode_update(forge(encode_update(an_update()), counts=counts))
+
+
 @both_kinds
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())

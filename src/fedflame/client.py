@@ -14,6 +14,7 @@ from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.moe.rescaler import mass_ratio
+from fedflame.regularizers import add_proximal_gradient, add_rank_penalty_gradient
 from fedflame.seeds import derive_seed
 from fedflame.token_loss import token_loss
 
@@ -148,13 +149,15 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
 
 
 def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, batch: Batch, plan: RoundPlan) -> float:
-    """One optimizer step; returns the batch's mean response loss, without what FedProx adds."""
+    """One optimizer step; returns the batch's mean response loss, without `regularizers`."""
     adapted.counts.begin_step(batch.attention_mask)
     try:
         loss = token_losses(adapted, batch).mean()
         loss.backward()
         if plan.proximal_mu:
-            _add_proximal_gradient(adapted, plan)
+            add_proximal_gradient(adapted.attached(), plan.adapter, plan.proximal_mu)
+        if plan.rank_penalty:
+            add_rank_penalty_gradient(adapted.attached(), plan.kept_rank, plan.rank_penalty)
         optimizer.step(adapted.counts.end_step())
     except BaseException:
         # The rounds go on with this model: no half step may reach the next client or an evaluation.
@@ -162,19 +165,6 @@ def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, batch: Batch, pla
         adapted.model.zero_grad()
         raise
     return float(loss.detach())
-
-
-@torch.no_grad()
-def _add_proximal_gradient(adapted: AdaptedModel, plan: RoundPlan) -> None:
-    """Add mu (w - w_0), the gradient of mu/2 ||w - w_0||^2, to what is trained of the adapter.
-
-    Li et al.: Federated Optimization in Heterogeneous Networks, arXiv 1812.06127. As weight decay, it leaves
-    s alone, and experts without a token in the step, which the optimizer skips.
-    """
-    start = plan.adapter.tensors()
-    for name, parameter in adapted.attached().tensors().items():
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter - start[name], alpha=plan.proximal_mu)
 
 
 def _batches(examples: Sequence[EncodedRow], plan: RoundPlan, pad_token_id: int) -> Iterator[Batch]:

@@ -123,7 +123,7 @@ METHOD_OPTIONS = {
     "ffa_lora": _ALIKE,
     "rolora": _ALIKE,
     "fedex_lora": _ALIKE,
-    "hetlora": set[str](),
+    "hetlora": {"rank_decay", "rank_penalty"},
     "flexlora": set[str](),
     "flora": set[str](),
 }
@@ -150,6 +150,12 @@ class StrategyConfig(_Section):
     rank: str = "full"
     """FedAvg, FFA-LoRA, RoLoRA, FedEx-LoRA: the LoRA rank of every client: `full` (adapter.r), `min` (the
     smallest client's) or a number."""
+
+    rank_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """HetLoRA: gamma of rank self-pruning, such as 0.9: a client whose last ranks, those after the first
+    gamma r_i, shrank in a round goes on without them; 0 for none."""
+    rank_penalty: Annotated[float, Field(ge=0)] = 0.01
+    """HetLoRA with rank_decay: weight of the penalty on those ranks in the client's objective."""
 
     @field_validator("active_experts", "rank")
     @classmethod

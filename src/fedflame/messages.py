@@ -74,6 +74,14 @@ class Adapter:
             values[name], values[_b_of(name)] = a.flatten(-3, -2), b.flatten(-3, -2)
         return cls.from_tensors(values)
 
+    def tail_norms(self, kept: int) -> tuple[float, float]:
+        """||B|| and ||A|| of the ranks after the first `kept`, each a Frobenius norm over all products."""
+        squares_b = squares_a = 0.0
+        for b, a in self.factors().values():
+            squares_b += float(b[..., kept:].detach().double().square().sum())
+            squares_a += float(a[..., kept:, :].detach().double().square().sum())
+        return math.sqrt(squares_b), math.sqrt(squares_a)
+
     def concatenate(self, *others: Adapter) -> Adapter:
         """All side by side along the rank: every product B A is the sum of theirs.
 
@@ -169,6 +177,9 @@ class RoundPlan:
     """Factors of any rank that are part of the base, scaled as `adapter` is; see `ServerState.merged`."""
     proximal_mu: float = 0.0
     """Of FedProx: the objective has mu/2 ||w - w_0||^2 more, w_0 being `adapter`."""
+    rank_penalty: float = 0.0
+    """Of HetLoRA: the objective has this times ||B|| ||A|| of the ranks from `kept_rank` on more."""
+    kept_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -290,7 +301,7 @@ def _validate_counts(update: ClientUpdate, plan: RoundPlan) -> None:
 
 def _moved_experts(bank: str, update: ClientUpdate) -> Tensor:
     activated = update.counts[int(bank.split(".")[0])] > 0
-    return torch.nonzero(activated & is_trained(bank, update.trainable)).flatten()
+    return torch.nonzero(activated & is_trained(bank, update.trainable)).squeeze(1)
 
 
 def _unpack_bank(bank: str, rows: Tensor, packed: ClientUpdate) -> Tensor:

@@ -73,19 +73,19 @@ def test_planned_bytes_are_those_of_whole_runs(tiny_folder: Path, tmp_path: Path
 
 
 def killed_and_resumed(
-    name: str, model: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str
+    name: str, model: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, round_number: int = 2
 ) -> None:
-    """The run, killed in its second round and taken up again."""
+    """The run, killed in this round and taken up again."""
 
-    def killed_in_round_2(adapted, examples, plan, pad_token_id, on_step):  # type: ignore[no-untyped-def]
-        if plan.round == 2 and plan.client == 1:
+    def killed(adapted, examples, plan, pad_token_id, on_step):  # type: ignore[no-untyped-def]
+        if plan.round == round_number and plan.client == 1:
             raise KeyboardInterrupt
         return fine_tune(adapted, examples, plan, pad_token_id, on_step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fedflame.server.local_clients.fine_tune", killed_in_round_2)
+        patch.setattr("fedflame.server.local_clients.fine_tune", killed)
         a_run(name, model, run, *overrides)
-    assert read_checkpoint(run).round == 1
+    assert read_checkpoint(run).round == round_number - 1
     a_run(name, model, run, *overrides, existing="resume")
 
 
@@ -100,6 +100,20 @@ def test_a_run_that_was_killed_resumes_to_the_same_bytes(
     assert_same_bits(one.total, other.total)
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
     assert last_losses(tmp_path / "killed") == last_losses(tmp_path / "whole")
+
+
+def test_a_run_whose_clients_prune_their_ranks_resumes_to_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pruning = ("clients.ranks=3", "strategy.rank_decay=0.9", "strategy.rank_penalty=50")
+    pruning += ("server.num_server_rounds=3", "training.max_steps=6")
+    a_run("hetlora", tiny_folder, tmp_path / "whole", *pruning)
+    killed_and_resumed("hetlora", tiny_folder, tmp_path / "killed", monkeypatch, *pruning, round_number=3)
+    one, other = (read_checkpoint(tmp_path / run).state for run in ("whole", "killed"))
+    assert one.ranks == other.ranks != {}
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
+    ranks = [[e["rank"] for e in events(tmp_path / "whole", "client") if e["round"] == n] for n in (1, 2, 3)]
+    assert ranks[0] == ranks[1] == [3, 3, 3] and min(ranks[2]) == 2
 
 
 def test_every_command_counts_merged_factors_in(tiny_folder: Path, tmp_path: Path) -> None:

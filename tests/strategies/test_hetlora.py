@@ -24,7 +24,7 @@ from tests.random_rounds import (
 
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies import FedAvg, HetLoRA
-from fedflame.strategies.base import ServerState
+from fedflame.strategies.base import ClientProfile, ServerState
 from fedflame.strategies.hetlora import product_norm
 
 
@@ -100,3 +100,52 @@ def test_rows_and_counts_do_not_matter() -> None:
     others = [replace(u, num_examples=5 + u.client, counts=u.counts.flip(1)) for u in updates]
     one, other = (HetLoRA(K).aggregate_train(state, given) for given in (updates, others))
     assert_same_bits(one.adapter, other.adapter)
+
+
+# Rank self-pruning
+
+
+def with_last_rank(state: ServerState, update: ClientUpdate, factor: float) -> ClientUpdate:
+    """The update, but B's last rank is the factor times what the client was given, and A's the same."""
+    first = torch.tensor([*[1.0] * (update.delta.rank - 1), 0.0])
+    given = state.adapter.with_rank(update.delta.rank).factors()
+    deltas = {
+        name: (first * db + (1 - first) * (factor - 1) * given[name][0], first.unsqueeze(1) * da)
+        for name, (db, da) in update.delta.factors().items()
+    }
+    return replace(update, delta=Adapter.from_factors(deltas))
+
+
+def test_a_client_whose_last_ranks_shrank_goes_on_without_them_and_counts_without_them() -> None:
+    strategy = HetLoRA(K, rank_decay=0.7, rank_penalty=0.2)
+    state, (one, other) = a_round(10, (3, 3))
+    smaller, larger = with_last_rank(state, one, 0.9), with_last_rank(state, other, 1.1)
+    new = strategy.aggregate_train(state, [smaller, larger])
+    assert new.ranks == {0: 2}
+    cut = replace(smaller, delta=smaller.delta.with_rank(2))
+    assert_same_bits(new.adapter, HetLoRA(K).aggregate_train(state, [cut, larger]).adapter)
+
+
+def test_a_pruned_rank_stays_and_is_the_clients_from_then_on() -> None:
+    strategy = HetLoRA(K, rank_decay=0.7, rank_penalty=0.2)
+    state, updates = a_round(11, (3, 3))
+    state = replace(state, ranks={0: 2, 5: 1})
+    asked = [strategy.configure_train(state, ClientProfile(client, K, 3, 10)) for client in (0, 1, 5)]
+    assert [told.adapter.rank for told in asked] == [2, 3, 1]
+    assert [(told.kept_rank, told.rank_penalty) for told in asked] == [(1, 0.2), (2, 0.2), (0, 0.0)]
+    assert strategy.aggregate_train(state, updates[1:]).ranks.items() >= {0: 2, 5: 1}.items()
+
+
+def test_without_decay_nothing_is_penalised_or_pruned() -> None:
+    state, updates = a_round(12, (3,))
+    told = HetLoRA(K, rank_penalty=0.2).configure_train(state, ClientProfile(0, K, 3, 10))
+    assert (told.kept_rank, told.rank_penalty) == (0, 0.0)
+    assert HetLoRA(K).aggregate_train(state, [with_last_rank(state, updates[0], 0.9)]).ranks == {}
+
+
+def test_an_adapter_at_its_start_is_not_pruned() -> None:
+    """B is zero before the first round: nothing can be smaller."""
+    state, updates = a_round(13, (3, 2))
+    start = {name: (torch.zeros_like(b), a) for name, (b, a) in state.adapter.factors().items()}
+    state = replace(state, adapter=Adapter.from_factors(start))
+    assert HetLoRA(K, rank_decay=0.9).aggregate_train(state, updates).ranks == {}

@@ -20,6 +20,8 @@ from fedflame.strategies.base import ServerState
 
 FILE_NAME = "checkpoint/state.safetensors"
 FORMAT_VERSION = 1
+_DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a foreign or truncated file can raise."""
 _HALVES: dict[str, Trainable] = {half: half for half in get_args(Trainable)}
 
 
@@ -46,6 +48,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
         "round": checkpoint.round,
         "metrics_bytes": checkpoint.metrics_bytes,
         "trainable": state.trainable,
+        "ranks": {str(client): rank for client, rank in state.ranks.items()},
     }
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(run / FILE_NAME, save(contiguous, metadata={"fedflame": json.dumps(header)}))
@@ -67,14 +70,15 @@ def read_checkpoint(run: Path) -> Checkpoint:
         _require_version(path, int(header["version"]))
         number, metrics_bytes = int(header["round"]), int(header["metrics_bytes"])
         trainable = _HALVES[header["trainable"]]
+        ranks = {int(client): int(rank) for client, rank in header["ranks"].items()}
         prefix = "rescalers."
         rescalers = {int(name[len(prefix) :]): tensors[name] for name in tensors if name.startswith(prefix)}
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except _DAMAGE as error:
         raise UserError(
             f"{path}: truncated or no fedflame checkpoint ({error}); nothing was changed"
         ) from error
     adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
-    return Checkpoint(number, metrics_bytes, ServerState(adapter, rescalers, merged, trainable))
+    return Checkpoint(number, metrics_bytes, ServerState(adapter, rescalers, merged, trainable, ranks))
 
 
 def _require_version(path: Path, version: int) -> None:

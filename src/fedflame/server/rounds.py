@@ -188,6 +188,8 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         trainable=instructions.trainable,
         merged=state.merged,
         proximal_mu=training.proximal_mu,
+        rank_penalty=instructions.rank_penalty,
+        kept_rank=instructions.kept_rank,
     )
 
 

@@ -45,7 +45,7 @@ def build_strategy(config: RunConfig, num_experts_per_tok: int) -> Strategy:
     if options.name == "flame":
         return Flame(full, options.temperature, options.rescaler, options.count_normalization)
     if options.name == "hetlora":
-        return HetLoRA(full)
+        return HetLoRA(full, rank_decay=options.rank_decay, rank_penalty=options.rank_penalty)
     if options.name == "flexlora":
         return FlexLoRA(full)
     if options.name == "flora":

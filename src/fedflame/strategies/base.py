@@ -7,7 +7,7 @@ configs and not the engine that carries the messages. The hook names are Flower'
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -29,6 +29,8 @@ class ServerState:
     Names and layout are the adapter's, alpha/r is that of the run, the rank is any."""
     trainable: Trainable = "both"
     """The half that the clients train in the coming round."""
+    ranks: Mapping[int, int] = field(default_factory=dict)
+    """Client -> rank, of clients that pruned themselves below what they afford (HetLoRA)."""
 
     @property
     def total(self) -> Adapter:
@@ -59,6 +61,9 @@ class TrainInstructions:
     rescaler_values: Tensor
     """[L] s per MoE layer at the start of the round."""
     trainable: Trainable = "both"
+    rank_penalty: float = 0.0
+    """Strength of a penalty on the ranks from `kept_rank` on; see `regularizers`."""
+    kept_rank: int = 0
 
 
 class Strategy(Protocol):
