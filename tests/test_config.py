@@ -152,6 +152,15 @@ def test_what_each_client_trains_with_on_a_model_of_six_experts_per_token(
     assert config.evaluated_experts(6) == sorted({4, 2, 1, *k}, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("hetlora", [(8, 4), (8, 1)]), ("flexlora", [(8, 4), (8, 1)]), ("flora", []), ("flame", [])],
+)
+def test_cut_ranks_are_deployed_where_a_method_cuts(name: str, wanted: list[tuple[int, int]]) -> None:
+    settings = (f"strategy.name={name}", "clients.num_clients=5", "clients.active_experts=8,4,1")
+    assert load_config(None, [*settings, "adapter.r=9"]).deployments(8) == wanted
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 10**6), min_size=1))
 def test_a_list_of_tiers_is_read_with_and_without_blanks(tiers: list[int]) -> None:

@@ -229,6 +229,18 @@ class RunConfig(_Section):
         """Every k that a client affords or trains with on a model with this K, largest first."""
         return sorted({*self.tiers(), *self.trained_experts(num_experts_per_tok)}, reverse=True)
 
+    def deployments(self, num_experts_per_tok: int) -> list[tuple[int, int]]:
+        """Each k and cut rank that clients use the global model at, on a model with this K, largest first.
+
+        Under a method that cuts the adapter; others give all clients the whole one.
+        """
+        if self.strategy.name not in RANK_METHODS or self.strategy.name in MERGING_METHODS:
+            return []
+        trained = zip(
+            self.trained_experts(num_experts_per_tok), self.trained_ranks(num_experts_per_tok), strict=True
+        )
+        return sorted({(k, rank) for k, rank in trained if rank < self.adapter.r}, reverse=True)
+
     def learning_rate(self, round_number: int) -> float:
         """Of one round, counted from 1."""
         training, rounds = self.training, self.server.num_server_rounds

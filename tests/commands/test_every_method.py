@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from fedflame.client import fine_tune
 from fedflame.commands.run import Existing
 from fedflame.config import METHOD_OPTIONS, RANK_METHODS
-from fedflame.server.checkpoint import read_checkpoint
+from fedflame.server.checkpoint import read_checkpoint, write_checkpoint
 
 
 def a_run(name: str, model: Path, run: Path, *overrides: str, existing: Existing = "refuse") -> str:
@@ -56,6 +57,26 @@ def test_every_method_runs_from_the_command_line_and_learns(
     assert sum(last) < sum(first)
     planned = json.loads((run / "plan.json").read_text())["tiers"]
     assert sorted((t["active_experts"], t["rank"]) for t in planned if t["clients"]) == sorted({*clients})
+
+
+def test_a_method_that_cuts_ranks_is_evaluated_at_the_ranks_of_its_clients(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The scores are those of the adapter whose other ranks are zero."""
+    run = tmp_path / "run"
+    shown = a_run("hetlora", tiny_folder, run, "clients.ranks=3,1,2")
+    deployed = events(run, "deployment")
+    assert [(e["round"], e["active_experts"], e["rank"]) for e in deployed] == [
+        (n, 4, rank) for n in (0, 1, 2) for rank in (2, 1)
+    ]
+    state = read_checkpoint(run).state
+    whole = last_losses(run)["4"]
+    for event in deployed[-2:]:
+        cut = replace(state, adapter=state.adapter.with_rank(event["rank"]).with_rank(3))
+        write_checkpoint(run, replace(read_checkpoint(run), state=cut))
+        assert losses(run)["4"] == pytest.approx(event["loss"], rel=1e-5)
+        assert abs(event["loss"] - whole) > 1e-4
+        assert f"its first {event['rank']} ranks at k=4: loss {event['loss']:.3f}" in shown
 
 
 def test_planned_bytes_are_those_of_whole_runs(tiny_folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from fedflame.config import RunConfig
 from fedflame.errors import UserError
 from fedflame.evaluation import HeldOut, Scores, evaluate, total
 from fedflame.messages import (
+    Adapter,
     ClientUpdate,
     InvalidMessage,
     RoundPlan,
@@ -38,6 +39,8 @@ class Server:
     profiles: Sequence[ClientProfile]
     tiers: Sequence[int]
     """The k to evaluate at, largest first."""
+    deployments: Sequence[tuple[int, int]]
+    """The k and cut rank to evaluate at besides; see `RunConfig.deployments`."""
     training_flops: Callable[[int, int], float]
     """Per token, from k and rank."""
     clients: Clients
@@ -203,32 +206,49 @@ def _require_quorum(server: Server, round_number: int, usable: int) -> None:
 
 
 def _evaluate_tiers(server: Server, state: ServerState, round_number: int) -> None:
-    """Scores of the global model at every tier's k with that tier's rescaler."""
+    """Scores of the global model at every tier's k with that tier's rescaler, and at the ranks of clients."""
+    for k in server.tiers:
+        scores = _evaluate(server, state, state.adapter, k, round_number)
+        together = total(scores)
+        _log_scores(
+            server.metrics, "evaluation", together, round=round_number, active_experts=k, category=None
+        )
+        for category, category_scores in scores.items():
+            _log_scores(
+                server.metrics,
+                "evaluation",
+                category_scores,
+                round=round_number,
+                active_experts=k,
+                category=category,
+            )
+        server.reporter.message(f"round {round_number}: global model at k={k}: {_in_words(together)}")
+    for k, rank in server.deployments:
+        together = total(_evaluate(server, state, state.adapter.with_rank(rank), k, round_number))
+        _log_scores(server.metrics, "deployment", together, round=round_number, active_experts=k, rank=rank)
+        server.reporter.message(
+            f"round {round_number}: its first {rank} ranks at k={k}: {_in_words(together)}"
+        )
+
+
+def _evaluate(
+    server: Server, state: ServerState, adapter: Adapter, k: int, round_number: int
+) -> dict[str, Scores]:
     every, last = server.config.evaluation.generate_every, server.config.server.num_server_rounds
     generate = round_number in (0, last) or (every > 0 and round_number % every == 0)
-    for k in server.tiers:
-        scores = evaluate(
-            server.adapted, server.held_out, state.adapter, k, state.rescalers[k], generate, state.merged
-        )
-        together = total(scores)
-        _log_scores(server.metrics, round_number, k, None, together)
-        for category, category_scores in scores.items():
-            _log_scores(server.metrics, round_number, k, category, category_scores)
-        exact = "" if together.exact_match is None else f", exact match {together.exact_match:.1%}"
-        rouge = "" if together.rouge_l is None else f", ROUGE-L {together.rouge_l:.3f}"
-        server.reporter.message(
-            f"round {round_number}: global model at k={k}: loss {together.loss:.3f}{exact}{rouge}"
-        )
+    return evaluate(server.adapted, server.held_out, adapter, k, state.rescalers[k], generate, state.merged)
 
 
-def _log_scores(
-    metrics: MetricsFile, round_number: int, k: int, category: str | None, scores: Scores
-) -> None:
+def _in_words(scores: Scores) -> str:
+    exact = "" if scores.exact_match is None else f", exact match {scores.exact_match:.1%}"
+    rouge = "" if scores.rouge_l is None else f", ROUGE-L {scores.rouge_l:.3f}"
+    return f"loss {scores.loss:.3f}{exact}{rouge}"
+
+
+def _log_scores(metrics: MetricsFile, event: str, scores: Scores, **what: int | str | None) -> None:
     metrics.log(
-        "evaluation",
-        round=round_number,
-        active_experts=k,
-        category=category,
+        event,
+        **what,
         loss=scores.loss,
         exact_match=scores.exact_match,
         rouge_l=scores.rouge_l,
