@@ -15,7 +15,7 @@ SOURCE = Path(fedflame.__file__).parent
 STAGES = (
     ("errors", "seeds", "refused_families"),
     ("config", "atomic_file", "mapped_base", "messages", "model_shape", "tracking"),
-    ("budgets", "data", "moe", "base_model", "token_loss"),
+    ("budgets", "data", "moe", "base_model", "regularizers", "token_loss"),
     ("cost", "client", "strategies", "bench"),
     ("evaluation",),
     ("server",),
@@ -114,7 +114,9 @@ def test_strategies_know_messages_and_tensors_but_no_model_and_no_engine() -> No
         assert third_party(imports(name)) <= {"torch"}, name
         assert third_party(loaded_by(name)).isdisjoint({"transformers", "peft", "datasets"}), name
         parts = {part(module) for module in imports(name)} - {None, "strategies"}
-        assert parts <= ({"config", "errors"} if name == "fedflame.strategies" else {"messages"}), name
+        assert parts <= ({"config", "errors"} if name == "fedflame.strategies" else {"messages", "seeds"}), (
+            name
+        )
 
 
 def test_mechanisms_know_neither_configuration_nor_data_nor_server() -> None:
@@ -127,7 +129,15 @@ def test_only_the_moe_package_knows_peft() -> None:
 
 
 def test_the_client_knows_no_strategy_and_no_server() -> None:
-    assert parts_imported("client") <= {"data", "errors", "messages", "moe", "seeds", "token_loss"}
+    assert parts_imported("client") <= {
+        "data",
+        "errors",
+        "messages",
+        "moe",
+        "regularizers",
+        "seeds",
+        "token_loss",
+    }
 
 
 @pytest.mark.parametrize(

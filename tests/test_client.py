@@ -529,3 +529,62 @@ def test_the_model_can_be_evaluated_after_a_client_broke(break_in: Callable[[Ada
     adapted.load(adapted.initial_adapter(0), torch.ones(LAYERS))
     with torch.no_grad():
         torch.testing.assert_close(token_losses(adapted, batch).mean(), tiny_olmoe()(**vars(batch)).loss)
+
+
+# Ranks of a rank method
+
+
+def test_a_client_of_fewer_ranks_learns_what_zeros_in_the_others_would_leave_it_to_learn() -> None:
+    """Ranks of zeros have no gradient: the two routes differ in memory and bytes, not in values."""
+    adapted, examples = tiny_adapted(), rows(9)
+    cut = random_adapter(adapted).with_rank(2)
+    plan = plan_for(adapted, adapter=cut, weight_decay=0.0, learning_rate=1e-3)
+    update = fine_tune(adapted, examples, plan, PAD)
+    validate_update(update, plan)
+    padded = fine_tune(adapted, examples, replace(plan, adapter=cut.with_rank(RANK)), PAD)
+    assert update.delta.rank == 2
+    assert update.loss == pytest.approx(padded.loss, rel=1e-6)
+    for name, delta in update.delta.with_rank(RANK).tensors().items():
+        others = padded.delta.tensors()[name]
+        assert torch.equal(delta == 0, others == 0), name
+        assert (delta - others).abs().max() < 1e-4 < delta.abs().max(), name
+    assert len(encode_update(update)) < 0.65 * len(encode_update(padded))
+
+
+# FedProx
+
+
+@pytest.mark.parametrize("trainable", ["both", "B"])
+def test_the_proximal_term_is_autograds_of_the_penalised_loss(trainable: str) -> None:
+    """The same rounds with mu/2 ||w - w_0||^2 in the loss itself."""
+    mu, adapted, examples = 3.0, tiny_adapted(), rows(9)
+    plan = plan_for(adapted, adapter=random_adapter(adapted), trainable=trainable, proximal_mu=mu)
+    update = fine_tune(adapted, examples, plan, PAD)
+    start, losses = plan.adapter.tensors(), []
+
+    def penalised(adapted: AdaptedModel, batch: Batch) -> Tensor:
+        loss = token_losses(adapted, batch)
+        losses.append(float(loss.detach().mean()))
+        distance = sum(
+            ((value - start[name]) ** 2).sum() for name, value in adapted.attached().tensors().items()
+        )
+        return loss + mu / 2 * distance
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedflame.client.token_losses", penalised)
+        wanted = fine_tune(adapted, examples, replace(plan, proximal_mu=0.0), PAD)
+    for name, delta in wanted.delta.tensors().items():
+        torch.testing.assert_close(update.delta.tensors()[name], delta, rtol=1e-3, atol=1e-5, msg=name)
+    assert update.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert torch.allclose(update.rescaler_values, wanted.rescaler_values, rtol=0, atol=1e-5)
+
+
+def test_the_larger_mu_the_nearer_the_client_stays_and_zero_is_plain_training() -> None:
+    adapted, examples = tiny_adapted(), rows(9)
+
+    def distance(mu: float) -> float:
+        delta = fine_tune(adapted, examples, plan_for(adapted, proximal_mu=mu, max_steps=8), PAD).delta
+        return sum(float((value**2).sum()) for value in delta.tensors().values())
+
+    assert distance(0.0) > 1.1 * distance(0.1) > 1.2 * distance(10.0)
+    assert train(adapted, examples) == train(adapted, examples, proximal_mu=0.0)

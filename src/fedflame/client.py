@@ -16,6 +16,7 @@ from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.moe.rescaler import mass_ratio
+from fedflame.regularizers import regularizer
 from fedflame.seeds import derive_seed
 from fedflame.token_loss import token_loss
 
@@ -57,7 +58,7 @@ def fine_tune(
     tokens, losses = 0, []
     with adapted.training(plan.active_experts):
         for batch in itertools.islice(_batches(examples, plan, pad_token_id), plan.max_steps):
-            losses.append(_train_step(adapted, optimizer, scaler, batch))
+            losses.append(_train_step(adapted, optimizer, scaler, batch, plan))
             tokens += batch.tokens
             on_step(batch.tokens)
     del optimizer  # its moments are twice the adapter, and the delta is as large
@@ -156,16 +157,22 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
     )
 
 
-def _train_step(adapted: AdaptedModel, optimizer: ExpertAdamW, scaler: GradScaler, batch: Batch) -> float:
-    """One optimizer step; a scaler that is enabled skips it if a gradient is not finite, not its counts."""
+def _train_step(
+    adapted: AdaptedModel, optimizer: ExpertAdamW, scaler: GradScaler, batch: Batch, plan: RoundPlan
+) -> float:
+    """One optimizer step; returns the batch's mean response loss, without `regularizers`.
+
+    A scaler that is enabled skips the update if a gradient is not finite, but not its counts.
+    """
     adapted.counts.begin_step(batch.attention_mask)
     try:
         loss = token_losses(adapted, batch).mean()
+        objective = loss + regularizer(adapted.attached(), plan)
         touched = adapted.counts.touched()
         if scaler.is_enabled():
-            _scaled_step(optimizer, scaler, loss, touched)
+            _scaled_step(optimizer, scaler, objective, touched)
         else:
-            optimizer.backward(loss, touched)
+            optimizer.backward(objective, touched)
         adapted.counts.end_step()
     finally:
         # The rounds go on with this model: no half or skipped step may reach the next step or client.

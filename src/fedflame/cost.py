@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +16,10 @@ from fedflame.budgets import (
     TierCost,
     adapter_parameters,
     tier_costs,
+    training_flops_per_token,
     training_memory,
 )
-from fedflame.config import RunConfig, TrainingConfig
+from fedflame.config import MERGING_METHODS, TRAINED_HALVES, RunConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class ClientCost:
     client: int
     trained_experts: int
     """The k it trains with, which the method may set apart from what it affords."""
+    trained_rank: int
     steps: int
     tokens_per_step: int
     """Of its largest optimizer step."""
@@ -43,6 +47,9 @@ class RunCost:
     memory: list[MemoryEstimate]
     """Per tier, in the order of `tiers`, at the largest optimizer step of the tier's clients."""
     adapter: AdapterSize
+    """At the run's rank."""
+    merged_bytes: int
+    """By so much every round makes the next one's bytes down to each client grow, at most."""
     sequence_length: int
     """Tokens per row."""
     labelled_share: float
@@ -59,6 +66,7 @@ class RunCost:
             "labelled_share": self.labelled_share,
             "adapter_parameters": self.adapter.total,
             "adapter_bytes": self.adapter.bytes_down,
+            "merged_bytes_per_round": self.merged_bytes,
             "tiers": tiers,
             "clients": [asdict(client) for client in self.clients],
         }
@@ -71,23 +79,42 @@ def run_cost(
     sequence_length: int,
     labelled_share: float,
 ) -> RunCost:
-    """Costs of every k that a client affords or trains with, on a model of this shape.
+    """Costs of every k and rank that a client trains with, then of every other k that a client affords.
 
     Raises:
         UserError: a tier's k is 0 or above the model's own.
     """
-    targets, r = config.adapter.attention_modules(), config.adapter.r
-    trained = config.trained_experts()
-    tiers = [Tier(k, trained.count(k)) for k in config.evaluated_experts()]
-    costs = tier_costs(shape, tiers, r, targets, sequence_length, labelled_share)
-    clients = _client_costs(config, costs, sequence_length)
+    targets, r, full = config.adapter.attention_modules(), config.adapter.r, shape.num_experts_per_tok
+
+    def flops_per_token(k: int, rank: int) -> float:
+        return training_flops_per_token(shape, k, rank, targets, sequence_length, labelled_share).total
+
+    clients = _client_costs(config, full, sequence_length, flops_per_token)
+    trained = Counter((client.trained_experts, client.trained_rank) for client in clients)
+    idle = set(config.evaluated_experts(full)) - {k for k, _ in trained}
+    rows = sorted([*trained, *((k, r) for k in idle)], reverse=True)
+    tiers = [Tier(k, rank, trained[k, rank]) for k, rank in rows]
+    setting = (targets, sequence_length, labelled_share)
+    costs = tier_costs(shape, tiers, r, *setting, TRAINED_HALVES.get(config.strategy.name, ("both",)))
     memory = []
-    for k in config.evaluated_experts():
-        steps = zip(config.tiers(), clients, strict=True)
-        tokens = max(c.tokens_per_step for affords, c in steps if k in (affords, c.trained_experts))
-        memory.append(training_memory(shape, k, r, targets, tokens, dtype, labelled_share))
-    size = adapter_parameters(shape, r, targets)
-    return RunCost(clients, costs, memory, size, sequence_length, labelled_share)
+    for k, rank in rows:
+        tokens = max(
+            client.tokens_per_step
+            for affords, client in zip(config.tiers(), clients, strict=True)
+            if (k, rank) in ((affords, r), (client.trained_experts, client.trained_rank))
+        )
+        memory.append(training_memory(shape, k, rank, targets, tokens, dtype, labelled_share))
+    ranks = sorted(client.trained_rank for client in clients)
+    merged = sum(ranks[-config.clients_per_round() :]) * (config.strategy.name in MERGING_METHODS)
+    return RunCost(
+        clients,
+        costs,
+        memory,
+        adapter_parameters(shape, r, targets),
+        4 * adapter_parameters(shape, merged, targets).total,
+        sequence_length,
+        labelled_share,
+    )
 
 
 def local_steps(training: TrainingConfig, afforded: float, spent: float) -> int:
@@ -105,13 +132,17 @@ def local_steps(training: TrainingConfig, afforded: float, spent: float) -> int:
     return max(1, round(training.max_steps * afforded / spent))
 
 
-def _client_costs(config: RunConfig, tiers: list[TierCost], sequence_length: int) -> list[ClientCost]:
-    flops = {tier.active_experts: tier.training_flops_per_token for tier in tiers}
+def _client_costs(
+    config: RunConfig, full: int, sequence_length: int, flops_per_token: Callable[[int, int], float]
+) -> list[ClientCost]:
     by_rows = sequence_length * config.training.per_device_train_batch_size
-    settings = zip(config.tiers(), config.trained_experts(), config.tokens_per_step(), strict=True)
+    trained = zip(config.trained_experts(full), config.trained_ranks(full), strict=True)
     costs = []
-    for client, (affords, trains, budget) in enumerate(settings):
+    for client, (affords, (k, rank), budget) in enumerate(
+        zip(config.tiers(), trained, config.tokens_per_step(), strict=True)
+    ):
         tokens = max(budget, sequence_length) if budget else by_rows
-        steps = local_steps(config.training, flops[affords], flops[trains])
-        costs.append(ClientCost(client, trains, steps, tokens, steps * tokens * flops[trains]))
+        spent = flops_per_token(k, rank)
+        steps = local_steps(config.training, flops_per_token(affords, config.adapter.r), spent)
+        costs.append(ClientCost(client, k, rank, steps, tokens, steps * tokens * spent))
     return costs

@@ -53,8 +53,12 @@ def print_plan(config: RunConfig, sequence_length: int | None, as_json: bool, co
 
 def _adapter_line(config: RunConfig, cost: RunCost) -> str:
     adapter, clients = cost.adapter, config.clients_per_round()
-    return (
+    trained = [tier for tier in cost.tiers if tier.clients]
+    down, up = max(tier.bytes_down for tier in trained), max(tier.bytes_up for tier in trained)
+    line = (
         f"adapter: {adapter.total:,} parameters ({adapter.experts:,} on experts, {adapter.attention:,} on "
-        f"attention); per round {clients} clients, {clients * adapter.bytes_down:,} bytes down, at most "
-        f"{clients * adapter.bytes_up:,} up"
+        f"attention); per round {clients} clients, {clients * down:,} bytes down, at most {clients * up:,} up"
     )
+    if cost.merged_bytes:
+        line += f"; merged factors add {cost.merged_bytes:,} bytes down to each client with every round"
+    return line

@@ -77,8 +77,9 @@ class Workbench:
 
     @property
     def profiles(self) -> list[ClientProfile]:
-        parts = zip(self.config.tiers(), self.federation.parts, strict=True)
-        return [ClientProfile(client, k, len(part)) for client, (k, part) in enumerate(parts)]
+        ranks = self.config.ranks(self.adapted.num_experts_per_tok)
+        budgets = zip(self.config.tiers(), ranks, self.federation.parts, strict=True)
+        return [ClientProfile(client, k, r, len(part)) for client, (k, r, part) in enumerate(budgets)]
 
 
 def execute(
@@ -144,7 +145,7 @@ def assemble(config: RunConfig, console: Console, dtype: Dtype | None = None) ->
     choice = DtypeChoice(dtype, "as before") if dtype else choose_dtype(config.model.dtype, shape)
     adapted, tokenizer = load_adapted_model(config, choice.name)
     _require_context(config, adapted.model.config)
-    strategy = build_strategy(config.strategy, config.tiers(), adapted.num_experts_per_tok)
+    strategy = build_strategy(config, adapted.num_experts_per_tok)
     encoded = encode_federation(federation, tokenizer, config.data.max_length)
     cost = run_cost(config, shape, choice.name, encoded.mean_length, encoded.labelled_share)
     bench = Workbench(config, adapted, tokenizer, shape, federation, encoded, strategy, cost)
@@ -276,7 +277,8 @@ def _server(
         run=run,
         strategy=bench.strategy,
         profiles=bench.profiles,
-        tiers=bench.config.evaluated_experts(),
+        tiers=bench.config.evaluated_experts(bench.adapted.num_experts_per_tok),
+        deployments=bench.config.deployments(bench.adapted.num_experts_per_tok),
         training_flops=partial(_training_flops, bench),
         clients=clients,
         adapted=bench.adapted,
@@ -286,11 +288,11 @@ def _server(
     )
 
 
-def _training_flops(bench: Workbench, k: int, r: int) -> float:
+def _training_flops(bench: Workbench, k: int, rank: int) -> float:
     config, cost = bench.config, bench.cost
     targets = config.adapter.attention_modules()
     return training_flops_per_token(
-        bench.shape, k, r, targets, cost.sequence_length, cost.labelled_share
+        bench.shape, k, rank, targets, cost.sequence_length, cost.labelled_share
     ).total
 
 

@@ -35,13 +35,14 @@ def partition_table(clients: Sequence[dict[str, Any]], costs: Sequence[ClientCos
 
 
 def cost_table(cost: RunCost) -> Table:
-    """Per tier: FLOPs per token, adapter bytes per round, expected memory."""
+    """Per k and rank: FLOPs per token, adapter bytes per round, expected memory."""
     rows, head = f"rows of {cost.sequence_length} tokens", f"head at {cost.labelled_share:.0%} of them"
-    columns = ("k", "clients", "forward", "of full k", "training", "down", "up to", "memory")
+    columns = ("k", "r", "clients", "forward", "of full k", "training", "down", "up to", "memory")
     table = _table(f"FLOPs per token ({rows}, {head}), bytes per client and round", *columns)
     for tier, memory in zip(cost.tiers, cost.memory, strict=True):
         table.add_row(
             str(tier.active_experts),
+            str(tier.rank),
             str(tier.clients),
             si(tier.forward_flops_per_token),
             percent(tier.relative_to_full),
@@ -60,7 +61,7 @@ def result_table(run: Run) -> Table:
     title = f"Global model: loss and {label} before and after; forward FLOPs per token; tokens trained"
     columns = ("k", "clients", "loss", "", label.split()[-1], "", "FLOPs", "tokens", "up", "down")
     table = _table(title, *columns)
-    flops = {tier["active_experts"]: tier["forward_flops_per_token"] for tier in run.plan.get("tiers", [])}
+    flops = run.forward_flops()
     show = score_format(score) if score else decimal
     for tier in run.tiers():
         updates = [update for update in run.updates if update.active_experts == tier]

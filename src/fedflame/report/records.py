@@ -138,6 +138,12 @@ class Run:
         evaluated = {evaluation.active_experts for evaluation in self.evaluations}
         return sorted(evaluated | set(self.clients().values()), reverse=True)
 
+    def forward_flops(self) -> dict[int, float]:
+        """By k, per token, of the largest rank that is planned for it."""
+        tiers: list[dict[str, Any]] = self.plan.get("tiers", [])
+        rising = sorted(tiers, key=lambda tier: int(tier.get("rank", 0)))
+        return {tier["active_experts"]: tier["forward_flops_per_token"] for tier in rising}
+
     def score_name(self) -> ScoreName | None:
         """The score this run was measured by: ROUGE-L for free text, where an exact match means little."""
         preferred = SCORES if self.setting("data", "dataset_name") == SKILLS else SCORES[::-1]
