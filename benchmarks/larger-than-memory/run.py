@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,12 @@ RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "MALLOC_TRIM_TH
 """glibc otherwise keeps up to 1 GB of freed blocks; the kernel is asked more often then, which takes time."""
 
 
+COLUMNS = (
+    *("k", "memory", "s/step", "CPU s/step", "of unlimited", "charged, GiB"),
+    *("anonymous, GiB", "loss", "update", "touched"),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,10 +49,13 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="a file for the results; those in it are kept")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no group is left behind
+    if arguments.steps < 2:
+        parser.error(f"--steps {arguments.steps}: 2 or more are needed, as the first one is not timed")
     with memory_group(None):
         pass  # before the model is written: exits where no group can be made
     write_model(arguments.folder)
-    result = {"environment": environment(), "steps": arguments.steps, "settings": []}
+    result = {"environment": environment() | {"threads": 1}, "steps": arguments.steps, "settings": []}
     if arguments.json and arguments.json.exists():
         result = json.loads(arguments.json.read_text())
     for k in map(int, arguments.active_experts):
@@ -102,8 +112,8 @@ def anonymous_bytes(process: int) -> int:
 
 def table(settings: list[dict[str, Any]]) -> str:
     lines = [
-        "| k | memory | s/step | of unlimited | charged, GiB | anonymous, GiB | loss | update | touched |",
-        "| --- " * 9 + "|",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- " * len(COLUMNS) + "|",
     ]
     for setting in settings:
         unlimited = find(settings, None, setting["active_experts"])
@@ -115,13 +125,14 @@ def table(settings: list[dict[str, Any]]) -> str:
 def cells(setting: dict[str, Any], unlimited: dict[str, Any]) -> list[str]:
     k, limit = setting["active_experts"], memory(setting["limit_gib"])
     if setting["out_of_memory"]:
-        return [str(k), limit, "**killed: out of memory**", *[""] * 6]
+        return [str(k), limit, "**killed: out of memory**", *[""] * (len(COLUMNS) - 3)]
     seconds, most = (statistics.median(one["seconds"][1:]) for one in (setting, unlimited))
     equal = "same bits" if setting["digest"] == unlimited["digest"] else "**differs**"
     return [
         str(k),
         limit,
         f"{seconds:.1f}",
+        f"{statistics.median(setting['cpu_seconds'][1:]):.1f}",
         f"{seconds / most:.2f}",
         f"{setting['charged_bytes'] / GIB:.2f}",
         f"{setting['anonymous_bytes'] / GIB:.2f}",

@@ -8,6 +8,7 @@ run.py starts it, in a group of limited memory, and writes the folder.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -38,17 +39,20 @@ def main() -> None:
 
 def train(folder: Path, k: int, steps: int) -> dict[str, Any]:
     adapted = adapted_model(folder)
-    begun, touched = [time.monotonic()], [torch.zeros_like(adapted.counts.total)]
+    begun, worked = [time.monotonic()], [time.process_time()]
+    touched = [torch.zeros_like(adapted.counts.total)]
 
     def on_step(tokens: int) -> None:
         begun.append(time.monotonic())
+        worked.append(time.process_time())
         touched.append(adapted.counts.total.clone())
         print(f"k = {k}, step {len(begun) - 1}: {begun[-1] - begun[-2]:.1f} s", file=sys.stderr, flush=True)
 
     update = fine_tune(adapted, rows(steps), plan(adapted, folder, k, steps), 1, on_step)
     used = torch.stack(touched).diff(dim=0) > 0
     return {
-        "seconds": [after - before for before, after in zip(begun, begun[1:], strict=False)],
+        "seconds": [after - before for before, after in itertools.pairwise(begun)],
+        "cpu_seconds": [after - before for before, after in itertools.pairwise(worked)],
         "touched": used.flatten(1).float().mean(1).tolist(),
         "loss": update.loss,
         "digest": digest(update.delta.tensors()),
