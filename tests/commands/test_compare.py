@@ -135,7 +135,7 @@ def test_a_failed_cell_is_reported_and_the_others_finish(
     grid = write_grid(tmp_path, tiny_folder, broken + METHODS + two, "[0]")
     result = invoke("compare", grid, "--output-dir", out)
     assert result.exit_code == 1, result.output
-    reason = "strategy.active_experts 5: must be 'min' or between 1 and 4"
+    reason = "strategy.active_experts 5: must be 'min', 'full' or between 1 and 4"
     assert "4 cells, 2 finished" in result.stdout
     assert result.stdout.count(reason) == 2, "when it happens and at the end"
     failed = next(cell for name, cell in cells(out).items() if name.startswith("broken"))
