@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
+from scipy.stats import t
+
 CONFIDENCE = 0.95
-_HALVINGS = 60
-"""Of a right angle: what is left is below the spacing of floats."""
 
 Verdict = Literal["better", "worse", "no clear difference", "one seed"]
 
@@ -56,26 +56,6 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     summary = summarize(differences)
     if summary.deviation is None:
         return Difference(summary.count, summary.mean, None)
-    reach = t_quantile(CONFIDENCE, summary.count - 1) * summary.deviation / math.sqrt(summary.count)
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, summary.count - 1))
+    reach = quantile * summary.deviation / math.sqrt(summary.count)
     return Difference(summary.count, summary.mean, (summary.mean - reach, summary.mean + reach))
-
-
-def t_quantile(confidence: float, degrees: int) -> float:
-    """The t that |T| stays below with this probability, for whole degrees of freedom of at least 1."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _probability(middle, degrees) < confidence else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
-def _probability(angle: float, degrees: int) -> float:
-    """P(|T| < t) for t = sqrt(degrees) tan(angle), exactly: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    odd = degrees % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for power in range(odd, degrees - 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
-    total *= math.sin(angle)
-    return (angle + total) * 2 / math.pi if odd else total
