@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_models import LAYERS, TOP_K
+from tests.tiny_models import TOP_K
 from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, tiny_run
 from transformers import AutoModelForCausalLM
 
@@ -142,7 +142,6 @@ def test_plan_matches_what_the_run_wrote(finished: Path, tiny_folder: Path) -> N
     written = json.loads((finished / "plan.json").read_text())
     assert plan["tiers"] == written["tiers"]
     assert plan["clients"] == json.loads((finished / "partition.json").read_text())["clients"]
-    assert len(json.loads((finished / "config.json").read_text())["clients"]) == LAYERS
     assert max(tier["active_experts"] for tier in plan["tiers"]) == TOP_K
 
 
