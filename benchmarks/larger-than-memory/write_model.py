@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from train import ADAPTER_FILE, WEIGHTS, adapted_model
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from train import ADAPTER_FILE, WEIGHTS, adapted_model
 
 CONFIG = Path(__file__).parents[2] / "configs" / "models" / "OLMoE-1B-7B-0924"
 COMPLETE = "complete"
