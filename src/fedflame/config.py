@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from fedflame.errors import UserError
 
+Model = TypeVar("Model", bound=BaseModel)
 EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
 
@@ -294,7 +296,7 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
 
     Raises UserError for a missing or broken file, an unknown key or a value that is not allowed.
     """
-    return _resolve(_read_toml(path) if path is not None else {}, overrides)
+    return _resolve(read_toml(path) if path is not None else {}, overrides)
 
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -306,14 +308,19 @@ def _resolve(values: dict[str, Any], overrides: list[str]) -> RunConfig:
     for override in overrides:
         _apply_override(values, override)
     _refuse_unknown_keys(values)
+    config = validated(RunConfig, values, "config")
+    _refuse_contradictions(config)
+    return config
+
+
+def validated(model: type[Model], values: dict[str, Any], what: str) -> Model:
+    """The values as a model; UserError names `what`, the key and its value where one is not allowed."""
     try:
-        config = RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"config: {where} = {first['input']!r}: {first['msg']}") from error
-    _refuse_contradictions(config)
-    return config
+        raise UserError(f"{what}: {where} = {first['input']!r}: {first['msg']}") from error
 
 
 def _refuse_contradictions(config: RunConfig) -> None:
@@ -364,7 +371,16 @@ def valid_keys() -> list[str]:
     return keys
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"data": {"alpha": 0.5}}` and `{"data.alpha": 0.5}` alike as `{"data.alpha": 0.5}`."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; UserError where it cannot be read or is no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -395,13 +411,16 @@ def _refuse_unknown_keys(values: dict[str, Any]) -> None:
             raise UserError(f"config: {name} is a section; write {name}.key=value")
         flat = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
         for key in flat:
-            if key not in valid:
-                raise UserError(
-                    f"config: unknown key {key!r}; the nearest valid key is {_nearest(key, valid)!r}"
-                )
+            refuse_unknown_key(key, valid, "config")
 
 
-def _nearest(key: str, valid: list[str]) -> str:
+def refuse_unknown_key(key: str, valid: Collection[str], what: str) -> None:
+    """Raises UserError with the nearest valid key where `key` is none of them."""
+    if key not in valid:
+        raise UserError(f"{what}: unknown key {key!r}; the nearest valid key is {_nearest(key, valid)!r}")
+
+
+def _nearest(key: str, valid: Collection[str]) -> str:
     """The most similar key, of those that have its letters in order, as `lr` is in `learning_rate`."""
     longer = [name for name in valid if _abbreviates(key, name)]
     return difflib.get_close_matches(key, longer or valid, n=1, cutoff=0.0)[0]

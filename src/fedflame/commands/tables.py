@@ -7,7 +7,9 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
+from fedflame.compare.tables import ResultTable
 from fedflame.cost import ClientCost, RunCost
 from fedflame.report.numbers import decimal, percent, si
 from fedflame.report.records import Run
@@ -114,8 +116,23 @@ def bench_table(measurements: Sequence[dict[str, Any]], device: str) -> Table:
     return table
 
 
+def comparison_table(result: ResultTable, where: str) -> Table:
+    """One table of a comparison; `where` is its setting, or empty."""
+    title = f"{result.title} ({where})" if where else result.title
+    table = Table(
+        title=Text(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for number, header in enumerate(result.headers):
+        table.add_column(header, justify="right" if number else "left", no_wrap=not number)
+    for row in result.rows:
+        table.add_row(*(Text(f"{entry.text}\n{entry.detail}".strip()) for entry in row))
+    return table
+
+
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "largest categories" else "right", no_wrap=True)
     return table
