@@ -20,6 +20,7 @@ STAGES = (
     ("evaluation",),
     ("server",),
     ("report", "export", "engines"),
+    ("compare",),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -140,9 +141,12 @@ def test_the_client_knows_no_strategy_and_no_server() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "name", "errors config atomic_file model_shape budgets cost tracking report cli __main__".split()
+START_FAST = (
+    "errors config atomic_file model_shape budgets cost tracking report compare.files commands.compare cli"
 )
+
+
+@pytest.mark.parametrize("name", [*START_FAST.split(), "__main__"])
 def test_what_must_start_fast_loads_no_heavy_package(name: str) -> None:
     heavy = {
         "torch",

@@ -119,6 +119,15 @@ def test_tiers_are_repeated_in_turn_over_the_clients(
 
 
 @pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("", [0] * 5), ("2048", [2048] * 5), ("512, 1024", [512, 1024, 512, 1024, 512])],
+)
+def test_tokens_per_step_are_repeated_in_turn_over_the_clients(text: str, tokens: list[int]) -> None:
+    config = load_config(None, ["clients.num_clients=5", f"training.tokens_per_step={text}"])
+    assert config.tokens_per_step() == tokens
+
+
+@pytest.mark.parametrize(
     ("overrides", "ranks"),
     [
         ((), [9, 4, 2, 1, 9]),
@@ -227,8 +236,8 @@ LIST_ERROR = 'Value error, must be integers of at least 1, comma-separated, such
             "config: server.fraction_train = '1.5': Input should be less than or equal to 1",
         ),
         (
-            "model.dtype=float16",
-            "config: model.dtype = 'float16': Input should be 'auto', 'float32' or 'bfloat16'",
+            "model.dtype=float8",
+            "config: model.dtype = 'float8': Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
         ),
         (
             "strategy.name=fedprox",
@@ -254,6 +263,13 @@ LIST_ERROR = 'Value error, must be integers of at least 1, comma-separated, such
         ("clients.active_experts=8,0", f"config: clients.active_experts = '8,0': {LIST_ERROR}"),
         ("clients.active_experts=8,-2", f"config: clients.active_experts = '8,-2': {LIST_ERROR}"),
         ("clients.active_experts=8;4", f"config: clients.active_experts = '8;4': {LIST_ERROR}"),
+        ("training.tokens_per_step=0", f"config: training.tokens_per_step = '0': {LIST_ERROR}"),
+        ("training.tokens_per_step=1k", f"config: training.tokens_per_step = '1k': {LIST_ERROR}"),
+        (
+            "training.tokens_per_step=64,64,64,64,32",
+            "config: training.tokens_per_step has 5 entries for clients.num_clients = 4; "
+            "it must have at most one per client",
+        ),
         (
             "strategy.active_experts=max",
             f"config: strategy.active_experts = 'max': {CHOICE_ERROR}",

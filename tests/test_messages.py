@@ -77,6 +77,7 @@ def a_plan(shape: Shape = SHAPE, seed: int = 0, values: Callable[..., Tensor] = 
         weight_decay=0.1,
         batch_size=4,
         max_steps=25,
+        tokens_per_step=96,
     )
 
 
@@ -373,7 +374,9 @@ def test_an_update_with_a_field_that_is_no_64_bit_integer_is_refused(name: str) 
             decode_update(forge(DECODERS["update"][1], {name: value}))
 
 
-@pytest.mark.parametrize("name", ["round", "client", "seed", "active_experts", "batch_size", "max_steps"])
+@pytest.mark.parametrize(
+    "name", ["round", "client", "seed", "active_experts", "batch_size", "max_steps", "tokens_per_step"]
+)
 def test_a_plan_with_a_field_that_is_no_64_bit_integer_is_refused(name: str) -> None:
     for value in NO_INTEGERS:
         with pytest.raises(InvalidMessage):

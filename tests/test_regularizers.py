@@ -1,25 +1,14 @@
-"""The added gradients against autograd of the terms themselves."""
+"""The terms against plain numbers; their gradients are autograd's."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from tests.random_rounds import RANK, an_adapter, half_only, projections
-from torch import Tensor, nn
 
-from fedflame.messages import Adapter, half_of
-from fedflame.regularizers import add_proximal_gradient, add_rank_penalty_gradient
-
-
-def parameters_of(adapter: Adapter) -> Adapter:
-    """As parameters with gradients of one everywhere, as after a backward."""
-    values = {name: nn.Parameter(value.clone()) for name, value in adapter.tensors().items()}
-    for value in values.values():
-        value.grad = torch.ones_like(value)
-    return Adapter.from_tensors(values)
+from fedflame.messages import Adapter
+from fedflame.regularizers import rank_penalty, squared_distance
 
 
 def random_adapters(count: int) -> list[Adapter]:
@@ -27,57 +16,19 @@ def random_adapters(count: int) -> list[Adapter]:
     return [an_adapter(generator) for _ in range(count)]
 
 
-def assert_added(parameters: Adapter, term: Callable[[Adapter], Tensor]) -> None:
-    """The gradients are those of one plus autograd's of the term."""
-    values = {name: value.detach().double().requires_grad_() for name, value in parameters.tensors().items()}
-    term(Adapter.from_tensors(values)).backward()
-    for name, parameter in parameters.tensors().items():
-        wanted = 1 + values[name].grad
-        torch.testing.assert_close(parameter.grad.double(), wanted, rtol=1e-5, atol=1e-6, msg=name)
+def gradients(adapter: Adapter, kept: int) -> Adapter:
+    """Those of the rank penalty."""
+    values = {name: value.clone().requires_grad_() for name, value in adapter.tensors().items()}
+    rank_penalty(Adapter.from_tensors(values), kept).backward()
+    return Adapter.from_tensors({name: value.grad for name, value in values.items()})
 
 
-def test_the_proximal_gradient_is_autograds() -> None:
+def test_the_squared_distance_is_that_of_all_values() -> None:
     now, start = random_adapters(2)
-    parameters = parameters_of(now)
-    add_proximal_gradient(parameters, start, 0.7)
     origin = start.tensors()
-    assert_added(
-        parameters,
-        lambda w: 0.35 * sum(((v - origin[name].double()) ** 2).sum() for name, v in w.tensors().items()),
-    )
-
-
-def test_what_is_frozen_has_no_gradient_after_it_either() -> None:
-    now, start = random_adapters(2)
-    parameters = parameters_of(now)
-    for name, value in parameters.tensors().items():
-        if half_of(name) == "A":
-            value.grad = None
-    add_proximal_gradient(parameters, start, 0.7)
-    assert all((value.grad is None) == (half_of(name) == "A") for name, value in parameters.tensors().items())
-
-
-def by_hand(adapter: Adapter, kept: int) -> Tensor:
-    """||B_>|| ||A_>||, with the ranks of gate and up in A1 taken apart by index."""
-    r = adapter.rank
-    b_squares, a_squares = [], []
-    for name, value in adapter.tensors().items():
-        if half_of(name) == "B":
-            b_squares.append((value[..., kept:] ** 2).sum())
-        else:
-            late = [i for i in range(value.shape[-2]) if i % r >= kept]
-            a_squares.append((value[..., late, :] ** 2).sum())
-    return sum(b_squares).sqrt() * sum(a_squares).sqrt()
-
-
-@pytest.mark.parametrize("kept", [1, 2])
-def test_the_rank_penalty_is_autograds_and_leaves_the_first_ranks_alone(kept: int) -> None:
-    parameters = parameters_of(random_adapters(1)[0])
-    add_rank_penalty_gradient(parameters, kept, 0.3)
-    assert_added(parameters, lambda w: 0.3 * by_hand(w, kept))
-    gradients = Adapter.from_tensors({name: value.grad for name, value in parameters.tensors().items()})
-    assert all((value == 1).all() for value in gradients.with_rank(kept).tensors().values())
-    assert not any((value == 1).all() for value in gradients.tensors().values())
+    wanted = sum(((v.double() - origin[name].double()) ** 2).sum() for name, v in now.tensors().items())
+    assert squared_distance(now, start).item() == pytest.approx(float(wanted), rel=1e-5)
+    assert squared_distance(now, now) == 0
 
 
 def test_the_norms_are_those_of_the_last_ranks_of_all_products() -> None:
@@ -87,11 +38,18 @@ def test_the_norms_are_those_of_the_last_ranks_of_all_products() -> None:
         np.sqrt(sum((b[:, 2:] ** 2).sum() for b, _ in pairs)),
         np.sqrt(sum((a[2:] ** 2).sum() for _, a in pairs)),
     ]
-    assert adapter.tail_norms(2) == pytest.approx(wanted, rel=1e-12)
+    assert [norm.item() for norm in adapter.tail_norms(2)] == pytest.approx(wanted, rel=1e-6)
     assert adapter.tail_norms(RANK) == (0.0, 0.0)
+    assert rank_penalty(adapter, 2).item() == pytest.approx(wanted[0] * wanted[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_the_rank_penalty_pulls_the_last_ranks_alone(kept: int) -> None:
+    slopes = gradients(random_adapters(1)[0], kept)
+    assert not any(value.any() for value in slopes.with_rank(kept).tensors().values())
+    assert all(value.any() for value in slopes.tensors().values())
 
 
 def test_a_half_of_zeros_gets_no_penalty_and_no_nan() -> None:
-    parameters = parameters_of(half_only(random_adapters(1)[0], "A"))
-    add_rank_penalty_gradient(parameters, 1, 0.3)
-    assert all((value.grad == 1).all() for value in parameters.tensors().values())
+    slopes = gradients(half_only(random_adapters(1)[0], "A"), 1)
+    assert not any(value.any() for value in slopes.tensors().values())

@@ -15,10 +15,11 @@ from dataclasses import astuple, dataclass
 from typing import Literal
 
 from fedflame.errors import UserError
-from fedflame.model_shape import ModelShape, Projection, base_parameters, read_model_shape
+from fedflame.model_shape import Dtype, ModelShape, Projection, base_parameters, read_model_shape
 
 __all__ = [
     "AdapterSize",
+    "Dtype",
     "FlopTerms",
     "MemoryEstimate",
     "ModelShape",
@@ -206,7 +207,7 @@ def training_memory(
     r: int,
     target_modules: Collection[str],
     tokens_per_step: int,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     labelled_share: float = 1.0,
 ) -> MemoryEstimate:
     """Base in `dtype`; adapter, gradients and AdamW's two moments in fp32; an estimate of activations.

@@ -17,6 +17,7 @@ from fedflame.errors import UserError
 
 INTERRUPTED = 130
 USER_ERROR = 2
+CELL_FAILED = 1
 
 app = typer.Typer(
     help="Federated fine-tuning of sparse-mixture-of-experts language models on unequal machines.",
@@ -95,6 +96,33 @@ def plan(
         from fedflame.commands.plan import print_plan
 
         print_plan(config, sequence_length, as_json, Console())
+
+
+@app.command()
+def compare(
+    grid_file: Annotated[Path, typer.Argument(help="TOML grid of methods, seeds and settings.")],
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the comparison (output_dir).")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cells that run side by side, one thread each.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells and which are finished.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run what is missing of a grid, a process per cell; leaves tables, curves and differences."""
+    console = Console()
+    with _user_errors(debug):
+        from fedflame.commands.compare import list_cells, run_comparison
+
+        given = _flags(overrides, data, model, None)
+        if dry_run:
+            list_cells(grid_file, given, output_dir, console)
+            return
+        _quiet_libraries()
+        if not run_comparison(grid_file, given, output_dir, workers, console):
+            raise typer.Exit(CELL_FAILED)
 
 
 @app.command()

@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from fedflame.errors import UserError
 
+Model = TypeVar("Model", bound=BaseModel)
 EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
 
@@ -29,8 +31,9 @@ class ModelConfig(_Section):
     """`olmoe-tiny` (embedded), a folder in Hugging Face layout, or a hub id."""
     adapter_name_or_path: str = ""
     """Folder of a LoRA adapter, of fedflame or PEFT, that the run goes on from; empty to start anew."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base; `auto` takes bfloat16 where the machine multiplies it faster."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen base; `auto` takes bfloat16 or float16 where the machine multiplies it clearly
+    faster. With float16 the loss is scaled, and a step whose gradients overflow is skipped."""
     memory_map: bool = False
     """Map the frozen base from files, made once per model: for a model larger than memory, and shared
     by all processes of the machine."""
@@ -99,15 +102,30 @@ class TrainingConfig(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of AdamW, on experts that saw a token."""
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
-    """Rows per optimizer step."""
+    """Rows per optimizer step, unless `tokens_per_step` is set."""
+    tokens_per_step: str = ""
+    """Tokens per optimizer step: a batch has as many rows of similar length as fit, padding counted, and
+    at least one. One number for every client, or several, in turn over the clients, such as `1024,2048`:
+    more where few experts run. Empty for `per_device_train_batch_size` rows."""
     max_steps: Annotated[int, Field(ge=1)] = 80
     """Optimizer steps per client and round."""
+    budget: Literal["steps", "compute"] = "steps"
+    """`steps`: every client takes `max_steps`, as in the paper. `compute`: every client spends the FLOPs
+    of `max_steps` at the number of experts that it affords and `adapter.r`, so that a method that runs
+    more experts there takes fewer steps, and one that runs fewer takes more."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """FedProx (arXiv 1812.06127), under every method: mu/2 times the squared distance from the adapter
     that the client was given is added to its objective; 0 for none."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer for the backward, which computes the layer again: less memory,
     more time, the same result."""
+
+    @field_validator("tokens_per_step")
+    @classmethod
+    def _tokens_are_positive_integers(cls, value: str) -> str:
+        if value:
+            parse_tiers(value)
+        return value
 
 
 RANK_METHODS = ("hetlora", "flexlora", "flora")
@@ -201,14 +219,20 @@ class RunConfig(_Section):
 
     def tiers(self) -> list[int]:
         """Active experts k of each client, in client order."""
-        cycle = parse_tiers(self.clients.active_experts)
+        return self._in_turn(self.clients.active_experts)
+
+    def tokens_per_step(self) -> list[int]:
+        """Tokens per optimizer step of each client, in client order; 0 where rows count."""
+        return self._in_turn(self.training.tokens_per_step or "0")
+
+    def _in_turn(self, text: str) -> list[int]:
+        cycle = [int(part) for part in text.split(",")]
         return [cycle[client % len(cycle)] for client in range(self.clients.num_clients)]
 
     def ranks(self, num_experts_per_tok: int) -> list[int]:
         """LoRA rank that each client affords on a model with this K, in client order."""
-        cycle = parse_tiers(self.clients.ranks) if self.clients.ranks else []
-        if cycle:
-            return [cycle[client % len(cycle)] for client in range(self.clients.num_clients)]
+        if self.clients.ranks:
+            return self._in_turn(self.clients.ranks)
         return [max(1, self.adapter.r * k // num_experts_per_tok) for k in self.tiers()]
 
     def trained_experts(self, num_experts_per_tok: int) -> list[int]:
@@ -272,7 +296,7 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
 
     Raises UserError for a missing or broken file, an unknown key or a value that is not allowed.
     """
-    return _resolve(_read_toml(path) if path is not None else {}, overrides)
+    return _resolve(read_toml(path) if path is not None else {}, overrides)
 
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -284,19 +308,35 @@ def _resolve(values: dict[str, Any], overrides: list[str]) -> RunConfig:
     for override in overrides:
         _apply_override(values, override)
     _refuse_unknown_keys(values)
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"config: {where} = {first['input']!r}: {first['msg']}") from error
+    config = validated(RunConfig, values, "config")
     _refuse_contradictions(config)
     return config
 
 
+def validated(model: type[Model], values: dict[str, Any], what: str) -> Model:
+    """The values as a model; UserError names `what`, the key and its value where one is not allowed."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{what}: {where} = {first['input']!r}: {first['msg']}") from error
+
+
 def _refuse_contradictions(config: RunConfig) -> None:
-    for key in ("active_experts", "ranks"):
-        _refuse_more_than_clients(config, key)
+    clients = config.clients.num_clients
+    in_turn = {
+        "clients.active_experts": config.clients.active_experts,
+        "clients.ranks": config.clients.ranks,
+        "training.tokens_per_step": config.training.tokens_per_step,
+    }
+    for key, text in in_turn.items():
+        entries = text.count(",") + 1
+        if entries > clients:
+            raise UserError(
+                f"config: {key} has {entries} entries for clients.num_clients = {clients}; "
+                "it must have at most one per client"
+            )
     for key, value in (("clients.ranks", config.clients.ranks), ("strategy.rank", config.strategy.rank)):
         largest = max((int(part) for part in value.split(",") if part.strip().isdecimal()), default=0)
         if largest > config.adapter.r:
@@ -305,18 +345,7 @@ def _refuse_contradictions(config: RunConfig) -> None:
     if config.server.min_clients > config.clients_per_round():
         raise UserError(
             f"config: server.min_clients = {config.server.min_clients}: server.fraction_train = "
-            f"{config.server.fraction_train} samples only {config.clients_per_round()} of "
-            f"{config.clients.num_clients} clients"
-        )
-
-
-def _refuse_more_than_clients(config: RunConfig, key: str) -> None:
-    text, clients = getattr(config.clients, key), config.clients.num_clients
-    entries = len(parse_tiers(text)) if text else 0
-    if entries > clients:
-        raise UserError(
-            f"config: clients.{key} has {entries} entries for clients.num_clients = {clients}; "
-            "it must have at most one per client"
+            f"{config.server.fraction_train} samples only {config.clients_per_round()} of {clients} clients"
         )
 
 
@@ -342,7 +371,16 @@ def valid_keys() -> list[str]:
     return keys
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"data": {"alpha": 0.5}}` and `{"data.alpha": 0.5}` alike as `{"data.alpha": 0.5}`."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; UserError where it cannot be read or is no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -373,6 +411,21 @@ def _refuse_unknown_keys(values: dict[str, Any]) -> None:
             raise UserError(f"config: {name} is a section; write {name}.key=value")
         flat = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
         for key in flat:
-            if key not in valid:
-                nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
-                raise UserError(f"config: unknown key {key!r}; the nearest valid key is {nearest!r}")
+            refuse_unknown_key(key, valid, "config")
+
+
+def refuse_unknown_key(key: str, valid: Collection[str], what: str) -> None:
+    """Raises UserError with the nearest valid key where `key` is none of them."""
+    if key not in valid:
+        raise UserError(f"{what}: unknown key {key!r}; the nearest valid key is {_nearest(key, valid)!r}")
+
+
+def _nearest(key: str, valid: Collection[str]) -> str:
+    """The most similar key, of those that have its letters in order, as `lr` is in `learning_rate`."""
+    longer = [name for name in valid if _abbreviates(key, name)]
+    return difflib.get_close_matches(key, longer or valid, n=1, cutoff=0.0)[0]
+
+
+def _abbreviates(short: str, name: str) -> bool:
+    letters = iter(name)
+    return all(letter in letters for letter in short)

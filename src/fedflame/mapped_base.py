@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -53,10 +53,24 @@ def map_base(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[st
     cache = _cache_folder(folder, dtype)
     if not (cache / COMPLETE).exists():
         _build(folder, dtype, cache)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    weights = dict(_mapped(cache))
+    return load_mapped(cache, AutoConfig.from_pretrained(folder, local_files_only=True), dtype)
+
+
+def load_mapped(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of a folder of mapped files, and transformers' report on the loading.
+
+    Args:
+        folder: .safetensors files, however split, with the values of the model's `state_dict`.
+        config: of the model.
+        dtype: of the values in the files; in another one they would be copied into memory.
+
+    Raises:
+        UserError: a file is broken.
+    """
     loaded: Any = type(_on_meta(config, dtype)).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        None, config=config, state_dict=dict(_mapped(folder)), dtype=dtype, output_loading_info=True
     )
     return loaded[0], loaded[1]
 
@@ -83,9 +97,10 @@ def _build(folder: Path, dtype: torch.dtype, cache: Path) -> None:
             save_file(tensors, partial / f"{number:04}.safetensors", metadata={"format": "pt"})
             names += list(tensors)
         (partial / COMPLETE).write_text(json.dumps({"checkpoint": str(folder.resolve()), "tensors": names}))
-        if not (cache / COMPLETE).exists():  # another process may have been quicker
-            partial.rename(cache)
+        partial.rename(cache)
     except OSError as error:
+        if (cache / COMPLETE).exists():  # another process was quicker, so that the name was taken
+            return
         raise UserError(f"{cache}: cannot write the mapped model: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -74,13 +74,13 @@ class Adapter:
             values[name], values[_b_of(name)] = a.flatten(-3, -2), b.flatten(-3, -2)
         return cls.from_tensors(values)
 
-    def tail_norms(self, kept: int) -> tuple[float, float]:
+    def tail_norms(self, kept: int) -> tuple[Tensor, Tensor]:
         """||B|| and ||A|| of the ranks after the first `kept`, each a Frobenius norm over all products."""
-        squares_b = squares_a = 0.0
-        for b, a in self.factors().values():
-            squares_b += float(b[..., kept:].detach().double().square().sum())
-            squares_a += float(a[..., kept:, :].detach().double().square().sum())
-        return math.sqrt(squares_b), math.sqrt(squares_a)
+        pairs = self.factors().values()
+        norms_b = [torch.linalg.vector_norm(b[..., kept:], dtype=torch.float64) for b, _ in pairs]
+        norms_a = [torch.linalg.vector_norm(a[..., kept:, :], dtype=torch.float64) for _, a in pairs]
+        # The norm of norms has the gradient zero where it is zero, a root of squares has none there.
+        return torch.linalg.vector_norm(torch.stack(norms_b)), torch.linalg.vector_norm(torch.stack(norms_a))
 
     def concatenate(self, *others: Adapter) -> Adapter:
         """All side by side along the rank: every product B A is the sum of theirs.
@@ -172,6 +172,8 @@ class RoundPlan:
     """Rows per optimizer step."""
     max_steps: int
     """Optimizer steps."""
+    tokens_per_step: int = 0
+    """If not 0, a step's batch has, instead of `batch_size` rows, as many as fit in so many tokens."""
     trainable: Trainable = "both"
     merged: Adapter = NOTHING
     """Factors of any rank that are part of the base, scaled as `adapter` is; see `ServerState.merged`."""

@@ -1,41 +1,40 @@
-"""What a client's objective may have beside the loss, as gradients that are added to those of the loss.
+"""What a client's objective has beside the loss.
 
-As weight decay, they leave s alone, and experts without a token in the step, which the optimizer skips.
+As weight decay, it moves neither s nor experts without a token in the step, which the optimizer skips.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from fedflame.messages import Adapter
+from fedflame.messages import Adapter, RoundPlan
 
 
-@torch.no_grad()
-def add_proximal_gradient(parameters: Adapter, start: Adapter, mu: float) -> None:
-    """Add mu (w - w_0), the gradient of mu/2 ||w - w_0||^2, to what has a gradient of the parameters w.
+def regularizer(parameters: Adapter, plan: RoundPlan) -> Tensor | float:
+    """The terms that the plan asks for; zero without any."""
+    terms: Tensor | float = 0.0
+    if plan.proximal_mu:
+        terms += plan.proximal_mu / 2 * squared_distance(parameters, plan.adapter)
+    if plan.rank_penalty:
+        terms += plan.rank_penalty * rank_penalty(parameters, plan.kept_rank)
+    return terms
+
+
+def squared_distance(parameters: Adapter, start: Adapter) -> Tensor:
+    """||w - w_0||^2.
 
     Li et al.: Federated Optimization in Heterogeneous Networks (FedProx), arXiv 1812.06127.
     """
     origin = start.tensors()
-    for name, parameter in parameters.tensors().items():
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter - origin[name], alpha=mu)
+    squares = [(value - origin[name]).square().sum() for name, value in parameters.tensors().items()]
+    return torch.stack(squares).sum()
 
 
-@torch.no_grad()
-def add_rank_penalty_gradient(parameters: Adapter, kept: int, strength: float) -> None:
-    """Add the gradient of strength * ||B|| * ||A||, both of the ranks after the first `kept`.
+def rank_penalty(parameters: Adapter, kept: int) -> Tensor:
+    """||B|| ||A||, both of the ranks after the first `kept`; see `Adapter.tail_norms`.
 
-    Cho et al.: HetLoRA, arXiv 2401.06432 (rank self-pruning); see `Adapter.tail_norms`. Where a norm is
-    zero it adds nothing.
+    Cho et al.: HetLoRA, arXiv 2401.06432 (rank self-pruning).
     """
     norm_b, norm_a = parameters.tail_norms(kept)
-    if norm_b == 0 or norm_a == 0:
-        return
-    values = parameters.tensors()
-    gradients = {name: value.grad for name, value in values.items() if value.grad is not None}
-    views = Adapter.from_tensors(gradients).factors()
-    for name, (b, a) in parameters.factors().items():
-        d_b, d_a = views[name]
-        d_b[..., kept:].add_(b[..., kept:], alpha=strength * norm_a / norm_b)
-        d_a[..., kept:, :].add_(a[..., kept:, :], alpha=strength * norm_b / norm_a)
+    return norm_b * norm_a

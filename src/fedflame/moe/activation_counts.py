@@ -45,8 +45,12 @@ class ActivationCounts:
         """Close the step without counting it."""
         self._open, self.real_tokens = False, None
 
+    def touched(self) -> Tensor:
+        """Which experts have seen a token in this step, bool [L,E]."""
+        return self._step > 0
+
     def end_step(self) -> Tensor:
-        """Close the step, add it to `total`, and return which experts saw a token, bool [L,E]."""
+        """Close the step, add it to `total`, and return which experts it `touched`."""
         self._open, self.real_tokens = False, None
         self.total += self._step
-        return self._step > 0
+        return self.touched()

@@ -130,6 +130,10 @@ class AdaptedModel:
         values = {name: value.detach().clone() for name, value in self.attached().tensors().items()}
         return Adapter.from_tensors(values)
 
+    def learned_since(self, start: Adapter) -> Adapter:
+        """The values attached now minus `start`."""
+        return self.attached().combine(start, lambda value, before: value.detach() - before)
+
     def rescaler_values(self) -> Tensor:
         """[L] the s attached now."""
         return torch.stack([lora.s.detach().clone() for lora in self.loras])

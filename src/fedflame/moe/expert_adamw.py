@@ -58,17 +58,48 @@ class ExpertAdamW:
         self._unregularized = [(parameter, _Moments.at_start(parameter.data)) for parameter in unregularized]
         self._learning_rate, self._weight_decay = learning_rate, weight_decay
 
+    @property
+    def param_groups(self) -> list[dict[str, list[nn.Parameter]]]:
+        """All trained parameters, as `torch.amp.GradScaler` looks for gradients."""
+        banks = [bank for _, bank, _ in self._banks]
+        others = [parameter for parameter, _ in [*self._shared, *self._unregularized]]
+        return [{"params": [*banks, *others]}]
+
+    def backward(self, loss: Tensor, touched: Tensor) -> None:
+        """Gradients of the loss, and one update from them, for experts that `touched` [L,E] names.
+
+        A bank moves as soon as its gradient is complete, which is freed then, so that the gradients of
+        one layer exist at a time (Lv et al.: LOMO, arXiv 2306.09782). The values have the bits that
+        `loss.backward()` and `step` give. Where the backward fails, some banks have moved.
+        """
+        handles = [
+            bank.register_post_accumulate_grad_hook(lambda _, at=number: self._step_bank(at, touched))
+            for number, (_, bank, _) in enumerate(self._banks)
+        ]
+        try:
+            loss.backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._step_others()
+
     def step(self, touched: Tensor) -> None:
-        """One update from the gradients on the banks, for experts that `touched` [L,E] names."""
-        active = [layer.nonzero().flatten().tolist() for layer in touched]
-        moved = [(_take_gradient(parameter), moments) for parameter, moments in self._shared]
-        for layer, bank, moments in self._banks:
-            slices = _take_gradient(bank).unbind(0)
-            moved += [(slices[expert], moments[expert]) for expert in active[layer]]
+        """One update from the gradients on the parameters, for experts that `touched` [L,E] names."""
+        for number in range(len(self._banks)):
+            self._step_bank(number, touched)
+        self._step_others()
+
+    def _step_bank(self, number: int, touched: Tensor) -> None:
+        layer, bank, moments = self._banks[number]
+        gradients = _take_gradient(bank)
+        experts = touched[layer].nonzero().flatten().tolist()
+        moved = [(gradients[expert], moments[expert]) for expert in experts]
         self._update(moved, self._weight_decay)
-        self._update(
-            [(_take_gradient(parameter), moments) for parameter, moments in self._unregularized], 0.0
-        )
+
+    def _step_others(self) -> None:
+        for parameters, weight_decay in ((self._shared, self._weight_decay), (self._unregularized, 0.0)):
+            moved = [(_take_gradient(parameter), moments) for parameter, moments in parameters]
+            self._update(moved, weight_decay)
 
     def _update(self, moved: Sequence[tuple[Tensor, _Moments]], weight_decay: float) -> None:
         adamw(

@@ -47,6 +47,8 @@ class ClientRound:
     """Mean over the steps, nats per response token."""
     tokens: int
     """Non-padding tokens trained on."""
+    steps: int
+    """Optimizer steps."""
     num_examples: int
     """Rows the client holds."""
     seconds: float

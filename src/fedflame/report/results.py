@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedflame.report.charts import TIER_COLOURS, Series, legend, line_chart
+from fedflame.report.charts import LINE_COLOURS, Series, legend, line_chart
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import MISSING, decimal, percent, si
 from fedflame.report.records import Run, ScoreName
@@ -14,7 +14,7 @@ SCORE_LABELS: dict[ScoreName, str] = {"exact_match": "Exact match", "rouge_l": "
 
 def tier_colours(run: Run) -> dict[int, int]:
     """The line colour of each tier, the same in every chart of the page."""
-    return {tier: i % TIER_COLOURS for i, tier in enumerate(run.tiers())}
+    return {tier: i % LINE_COLOURS for i, tier in enumerate(run.tiers())}
 
 
 def headline(run: Run) -> Markup:

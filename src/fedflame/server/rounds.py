@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedflame.config import RunConfig
+from fedflame.cost import local_steps
 from fedflame.errors import UserError
 from fedflame.evaluation import HeldOut, Scores, evaluate, total
 from fedflame.messages import (
@@ -175,19 +176,22 @@ def _validate_rows(update: ClientUpdate, profile: ClientProfile) -> None:
 
 def _round_plan(server: Server, state: ServerState, profile: ClientProfile, round_number: int) -> RoundPlan:
     instructions = server.strategy.configure_train(state, profile)
-    training = server.config.training
+    training, k = server.config.training, instructions.active_experts
+    afforded = server.training_flops(profile.active_experts, server.config.adapter.r)
+    spent = server.training_flops(k, instructions.adapter.rank)
     return RoundPlan(
         round=round_number,
         client=profile.client,
         seed=server.config.seed,
-        active_experts=instructions.active_experts,
+        active_experts=k,
         rescaler=instructions.rescaler,
         rescaler_values=instructions.rescaler_values,
         adapter=instructions.adapter,
         learning_rate=server.config.learning_rate(round_number),
         weight_decay=training.weight_decay,
         batch_size=training.per_device_train_batch_size,
-        max_steps=training.max_steps,
+        max_steps=local_steps(training, afforded, spent),
+        tokens_per_step=server.config.tokens_per_step()[profile.client],
         trainable=instructions.trainable,
         merged=state.merged,
         proximal_mu=training.proximal_mu,
