@@ -6,7 +6,7 @@ import pytest
 
 from fedflame.config import load_config
 from fedflame.errors import UserError
-from fedflame.strategies import FedAvg, FedExLoRA, Flame, FLoRA, HetLoRA, Strategy, build_strategy
+from fedflame.strategies import FedAvg, FedExLoRA, Flame, FlexLoRA, FLoRA, HetLoRA, Strategy, build_strategy
 
 CLIENTS = ("clients.num_clients=3", "clients.active_experts=6,2,4", "adapter.r=9")
 
@@ -24,7 +24,11 @@ def built(*overrides: str) -> Strategy:
         (("strategy.name=fedavg", "strategy.active_experts=full", "strategy.rank=min"), FedAvg(6, 3)),
         (("strategy.name=fedavg", "strategy.rank=min", "clients.ranks=7,8"), FedAvg(2, 7)),
         (("strategy.name=fedex_lora", "strategy.rank=min"), FedExLoRA(2, 3)),
-        (("strategy.name=hetlora",), HetLoRA(6, rank_penalty=0.01)),
+        (
+            ("strategy.name=hetlora", "strategy.rank_decay=0.5", "strategy.rank_penalty=2"),
+            HetLoRA(6, rank_decay=0.5, rank_penalty=2.0),
+        ),
+        (("strategy.name=flexlora",), FlexLoRA(6)),
         (("strategy.name=flora", "seed=5"), FLoRA(6, seed=5)),
         (
             ("strategy.temperature=3.5", "strategy.rescaler=mass", "strategy.count_normalization=slot"),

@@ -57,8 +57,9 @@ def _adapter_line(config: RunConfig, cost: RunCost) -> str:
     down, up = max(tier.bytes_down for tier in trained), max(tier.bytes_up for tier in trained)
     line = (
         f"adapter: {adapter.total:,} parameters ({adapter.experts:,} on experts, {adapter.attention:,} on "
-        f"attention); per round {clients} clients, {clients * down:,} bytes down, at most {clients * up:,} up"
+        f"attention); per round {clients} clients, at most {clients * down:,} bytes down and "
+        f"{clients * up:,} up"
     )
     if cost.merged_bytes:
-        line += f"; merged factors add {cost.merged_bytes:,} bytes down to each client with every round"
+        line += f"; merged factors add up to {cost.merged_bytes:,} bytes down to each client with every round"
     return line
