@@ -27,10 +27,6 @@ from fedflame.commands.environment import environment
 
 TRAIN = Path(__file__).with_name("train.py")
 GIB = 2**30
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
-"""glibc otherwise keeps up to 1 GB of freed blocks; the kernel is asked more often then, which takes time."""
-
-
 COLUMNS = (
     *("k", "memory", "s/step", "CPU s/step", "of unlimited", "charged, GiB"),
     *("anonymous, GiB", "loss", "update", "touched"),
@@ -78,8 +74,7 @@ def measure(folder: Path, limit_gib: float | None, k: int, steps: int) -> dict[s
     setting = {"limit_gib": limit_gib, "active_experts": k, "load_before": os.getloadavg()[0]}
     with memory_group(None if limit_gib is None else int(limit_gib * GIB)) as group:
         command = [sys.executable, str(TRAIN), str(folder), str(k), str(steps)]
-        malloc = {} if limit_gib is None else RETURN_FREED_MEMORY
-        process = group.start(command, {"OMP_NUM_THREADS": "1"} | malloc)
+        process = group.start(command, {"OMP_NUM_THREADS": "1"})
         try:
             watched = watch(process, group)
         finally:  # an interrupted program leaves none behind, which would keep the group alive

@@ -26,6 +26,7 @@ from fedflame.data.batches import EncodedRow
 from fedflame.mapped_base import load_mapped
 from fedflame.messages import Adapter, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.read_ahead import read_ahead
 
 ADAPTER = AdapterConfig(r=16)
 TOKENS = 512
@@ -39,6 +40,7 @@ def main() -> None:
 
 def train(folder: Path, k: int, steps: int) -> dict[str, Any]:
     adapted = adapted_model(folder)
+    read_ahead(adapted.layers)
     begun, worked = [time.monotonic()], [time.process_time()]
     touched = [torch.zeros_like(adapted.counts.total)]
 
