@@ -52,4 +52,5 @@ def _read(wanted: SimpleQueue[MoELayer]) -> None:
             if not wanted.empty():
                 break  # the model is there already
             for weight in expert:
-                weight.flatten()[:: mmap.PAGESIZE // weight.itemsize].sum()
+                stored = weight if weight.is_contiguous() else weight.mT
+                stored.view(-1)[:: mmap.PAGESIZE // weight.itemsize].sum()
