@@ -15,11 +15,12 @@ SOURCE = Path(fedflame.__file__).parent
 STAGES = (
     ("errors", "seeds", "refused_families"),
     ("config", "atomic_file", "mapped_base", "messages", "model_shape", "tracking"),
-    ("budgets", "data", "moe", "base_model", "token_loss"),
+    ("budgets", "data", "moe", "base_model", "regularizers", "token_loss"),
     ("cost", "client", "strategies", "bench"),
     ("evaluation",),
     ("server",),
     ("report", "export", "engines"),
+    ("compare",),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -114,7 +115,9 @@ def test_strategies_know_messages_and_tensors_but_no_model_and_no_engine() -> No
         assert third_party(imports(name)) <= {"torch"}, name
         assert third_party(loaded_by(name)).isdisjoint({"transformers", "peft", "datasets"}), name
         parts = {part(module) for module in imports(name)} - {None, "strategies"}
-        assert parts <= ({"config", "errors"} if name == "fedflame.strategies" else {"messages"}), name
+        assert parts <= ({"config", "errors"} if name == "fedflame.strategies" else {"messages", "seeds"}), (
+            name
+        )
 
 
 def test_mechanisms_know_neither_configuration_nor_data_nor_server() -> None:
@@ -127,12 +130,23 @@ def test_only_the_moe_package_knows_peft() -> None:
 
 
 def test_the_client_knows_no_strategy_and_no_server() -> None:
-    assert parts_imported("client") <= {"data", "errors", "messages", "moe", "seeds", "token_loss"}
+    assert parts_imported("client") <= {
+        "data",
+        "errors",
+        "messages",
+        "moe",
+        "regularizers",
+        "seeds",
+        "token_loss",
+    }
 
 
-@pytest.mark.parametrize(
-    "name", "errors config atomic_file model_shape budgets cost tracking report cli __main__".split()
+START_FAST = (
+    "errors config atomic_file model_shape budgets cost tracking report compare.files commands.compare cli"
 )
+
+
+@pytest.mark.parametrize("name", [*START_FAST.split(), "__main__"])
 def test_what_must_start_fast_loads_no_heavy_package(name: str) -> None:
     heavy = {
         "torch",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_models import character_tokenizer, tiny_olmoe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedflame.base_model import faster_dtype, load_base_model, resolve_model
+from fedflame.base_model import DTYPES, DtypeChoice, choose_dtype, load_base_model, resolve_model
 from fedflame.errors import UserError
 from fedflame.model_shape import read_model_shape
 from fedflame.moe.families import find_moe_layers
@@ -54,7 +55,7 @@ def rewrite_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], ob
 # What loads
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_complete_folder_gives_its_model_in_the_dtype_asked_for(
     tiny_folder: Path, dtype: torch.dtype
 ) -> None:
@@ -68,40 +69,60 @@ def test_a_complete_folder_gives_its_model_in_the_dtype_asked_for(
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
 
 
-def test_auto_takes_the_faster_dtype_which_is_one_of_two(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_dtype_that_is_asked_for_is_taken_unprobed(tiny_folder: Path) -> None:
+    shape = replace(read_model_shape(tiny_folder), hidden_size=2**20, expert_size=2**20)  # 4 TB to probe
+    assert choose_dtype("float16", shape) == DtypeChoice("float16", "as model.dtype asks")
+
+
+def test_auto_takes_one_of_the_dtypes_and_says_how_long_each_took(tiny_folder: Path) -> None:
+    shape = read_model_shape(tiny_folder)
+    assert choose_dtype("auto", shape) == DtypeChoice(
+        "float32", "experts below 256 gain nothing from another dtype"
+    )
+    choice = choose_dtype("auto", replace(shape, hidden_size=256, expert_size=264))
+    assert choice.name in DTYPES
+    assert re.match(r"one expert's products: \d+\.\d ms in float32, ", choice.reason)
+    assert all(dtype in choice.reason for dtype in DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),  # of float32, bfloat16 and float16; at full size, twice as long
+    [
+        ((2.0, 1.0, 1.0), "bfloat16"),
+        ((2.0, 1.3, 9.0), "bfloat16"),
+        ((2.0, 1.4, 1.4), "float32"),
+        ((2.0, 9.0, 9.0), "float32"),
+        ((3.0, 2.0, 1.0), "float16"),
+        ((3.0, 1.0, 0.7), "bfloat16"),  # no clear gain over bfloat16
+        ((3.0, 9.0, 1.0), "float16"),  # bfloat16 emulated, as on a GPU that lacks it
+        ((3.0, 2.5, 1.8), "float32"),  # clearly faster than float32 alone
+    ],
+)
+def test_auto_takes_a_dtype_only_where_it_is_clearly_faster_than_those_before(
+    seconds: tuple[float, ...], expected: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert faster_dtype(read_model_shape(tiny_folder)) in (torch.float32, torch.bfloat16)
-    for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr("fedflame.base_model.faster_dtype", lambda *_, dtype=dtype: dtype)
-        assert load_base_model(str(tiny_folder), "auto")[0].dtype == dtype
+    now, timed = 0.0, set()
 
+    def products(hidden_size: int, expert_size: int, dtype: torch.dtype) -> None:
+        nonlocal now
+        name = str(dtype).removeprefix("torch.")
+        now += seconds[DTYPES.index(name)] * hidden_size / 256
+        timed.add((name, hidden_size, expert_size))
 
-def test_the_faster_dtype_is_bfloat16_only_where_it_is_clearly_faster(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def clock_with(seconds: dict[torch.dtype, float]) -> None:
-        now = 0.0
-
-        def products(_: object, dtype: torch.dtype) -> None:
-            nonlocal now
-            now += seconds[dtype]
-
-        monkeypatch.setattr("fedflame.base_model._expert_products", products)
-        monkeypatch.setattr("fedflame.base_model.time.perf_counter", lambda: now)
-
-    narrow = read_model_shape(tiny_folder)
-    shape = replace(narrow, hidden_size=512, expert_size=256)
-    clock_with({torch.float32: 9.0, torch.bfloat16: 1.0})
-    assert faster_dtype(narrow) == torch.float32
-    for bfloat16, expected in (
-        (1.0, torch.bfloat16),
-        (1.3, torch.bfloat16),
-        (1.4, torch.float32),
-        (9, torch.float32),
-    ):
-        clock_with({torch.float32: 2.0, torch.bfloat16: bfloat16})
-        assert faster_dtype(shape) == expected
+    monkeypatch.setattr("fedflame.base_model._expert_products", products)
+    monkeypatch.setattr("fedflame.base_model.time.perf_counter", lambda: now)
+    shape = replace(read_model_shape(tiny_folder), hidden_size=512, expert_size=256)
+    choice = choose_dtype("auto", shape)
+    assert choice.name == expected
+    emulated = {name for name, time in zip(DTYPES, seconds, strict=True) if time > 4 * seconds[0]}
+    assert timed == {(name, 256, 256) for name in DTYPES} | {
+        (name, 512, 256) for name in DTYPES if name not in emulated
+    }
+    found = [
+        f"emulated in {name}" if name in emulated else f"{2e3 * time:.1f} ms in {name}"
+        for name, time in zip(DTYPES, seconds, strict=True)
+    ]
+    assert choice.reason == f"one expert's products: {', '.join(sorted(found, key=lambda f: f[0] == 'e'))}"
 
 
 def test_only_the_name_of_the_embedded_model_is_resolved() -> None:

@@ -262,14 +262,41 @@ def test_adapter_of_olmoe_is_that_of_the_banks() -> None:
     assert size.attention == 16 * 4 * 16 * (2048 + 2048)
 
 
+@pytest.mark.parametrize("model", ["OLMoE-1B-7B-0924", "Mixtral-8x7B"])
+def test_halves_of_an_adapter_are_those_of_the_banks_and_together_the_whole(model: str) -> None:
+    shape = read_model_shape(MODELS / model / "config.json")
+    whole, a, b = (adapter_parameters(shape, 5, ("q_proj", "k_proj"), half) for half in ("both", "A", "B"))
+    assert (a.experts + b.experts, a.attention + b.attention) == (whole.experts, whole.attention)
+    h, inner = shape.hidden_size, shape.expert_size
+    assert a.experts == shape.moe_layers * shape.num_experts * 5 * (2 * h + inner)
+    assert b.experts == shape.moe_layers * shape.num_experts * 5 * (2 * inner + h)
+    heads = [p.fan_out for p in shape.attention if p.name in ("q_proj", "k_proj")]
+    ranks = 5 * len(shape.sparse_layers)
+    assert (a.attention, b.attention) == (ranks * 2 * h, ranks * sum(heads))
+
+
+def test_of_halves_that_take_turns_the_larger_one_counts_up() -> None:
+    shape = read_model_shape(OLMOE)
+    a, b = (adapter_parameters(shape, 16, (), half) for half in ("A", "B"))
+    assert a.bytes_up > b.bytes_up
+    up = [
+        tier_costs(shape, [Tier(8, 16, 1)], 16, (), 128, halves=halves)[0].bytes_up
+        for halves in (("B",), ("B", "A"))
+    ]
+    assert up == [b.bytes_up, a.bytes_up]
+
+
 def test_tier_costs() -> None:
     shape = read_model_shape(OLMOE)
-    costs = tier_costs(shape, [Tier(8, 3), Tier(2, 1), Tier(1, 2)], 16, QKVO, 128)
-    assert [(c.active_experts, c.clients) for c in costs] == [(8, 3), (2, 1), (1, 2)]
+    tiers = [Tier(8, 16, 3), Tier(2, 16, 1), Tier(1, 16, 2), Tier(8, 5, 1)]
+    costs = tier_costs(shape, tiers, 16, QKVO, 128)
+    assert [Tier(c.active_experts, c.rank, c.clients) for c in costs] == tiers
     assert costs[0].relative_to_full == 1.0
     for cost in costs:
-        forward = forward_flops_per_token(shape, cost.active_experts, 16, QKVO, 128).total
-        training = training_flops_per_token(shape, cost.active_experts, 16, QKVO, 128).total
+        size = adapter_parameters(shape, cost.rank, QKVO)
+        forward = forward_flops_per_token(shape, cost.active_experts, cost.rank, QKVO, 128).total
+        training = training_flops_per_token(shape, cost.active_experts, cost.rank, QKVO, 128).total
+        assert cost.bytes_down == size.bytes_down
         assert cost.forward_flops_per_token == forward
         assert cost.relative_to_full == forward / costs[0].forward_flops_per_token
         assert cost.training_flops_per_token == training
@@ -279,9 +306,9 @@ def test_tier_costs() -> None:
 @pytest.mark.parametrize("k", [0, 9])
 def test_a_tier_the_model_cannot_run_is_refused(k: int) -> None:
     shape = read_model_shape(OLMOE)
-    validate_tiers([Tier(1, 1), Tier(8, 1)], shape)
+    validate_tiers([Tier(1, 16, 1), Tier(8, 16, 1)], shape)
     with pytest.raises(UserError) as caught:
-        validate_tiers([Tier(8, 1), Tier(k, 1)], shape)
+        validate_tiers([Tier(8, 16, 1), Tier(k, 16, 1)], shape)
     expected = f"active_experts {k}: must be between 1 and 8 (the model's num_experts_per_tok)"
     assert str(caught.value) == expected
 

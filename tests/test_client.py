@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from tests.tiny_models import (
     EXPERTS,
     LAYERS,
     PAD,
+    RANK,
     TOP_K,
     VOCABULARY,
+    WIDTH,
     exact_token_losses,
     forbid_expert,
     merged,
@@ -26,11 +29,15 @@ from tests.tiny_models import (
     with_active_experts,
 )
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.utils.flop_counter import FlopCounterMode
 
+from fedflame.budgets import training_flops_per_token
 from fedflame.client import MASS_BATCHES, fine_tune, measure_mass, token_losses
 from fedflame.data.batches import Batch, EncodedRow, collate
 from fedflame.errors import UserError
-from fedflame.messages import RoundPlan, encode_update, half_of, validate_update
+from fedflame.messages import ClientUpdate, RoundPlan, encode_update, half_of, validate_update
+from fedflame.model_shape import read_model_shape
 from fedflame.moe.adapted_model import AdaptedModel
 
 
@@ -244,12 +251,113 @@ def test_a_k_that_the_model_does_not_have_is_refused(rescaler: str, k: int) -> N
     )
 
 
-def test_a_bfloat16_base_gives_a_valid_update() -> None:
-    adapted = AdaptedModel(tiny_olmoe(intermediate_size=40).to(torch.bfloat16), 8, ALPHA, ATTENTION)
+def adapted_in(dtype: torch.dtype, head: float = 1.0) -> AdaptedModel:
+    """`tiny_adapted` with a base in this dtype, of weights that float16 holds, the head's times `head`."""
+    model = tiny_olmoe(intermediate_size=40)  # rows of 16 bytes and more
+    model.lm_head.weight.data *= head
+    return AdaptedModel(model.half().to(dtype), 8, ALPHA, ATTENTION)
+
+
+def deltas(update: ClientUpdate) -> Tensor:
+    """All of them as one vector."""
+    return torch.cat([delta.flatten() for delta in update.delta.tensors().values()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_base_in_half_precision_gives_a_valid_update(dtype: torch.dtype) -> None:
+    adapted = adapted_in(dtype)
     plan = plan_for(adapted)
     update = fine_tune(adapted, rows(9), plan, PAD)
     validate_update(update, plan)
     assert all(delta.any() for delta in update.delta.tensors().values())
+
+
+# float16
+
+
+def test_float16_learns_what_float32_learns() -> None:
+    exact, half = (
+        fine_tune(adapted, rows(9), plan_for(adapted, max_steps=30), PAD)
+        for adapted in map(adapted_in, (torch.float32, torch.float16))
+    )
+    assert half.loss == pytest.approx(exact.loss, rel=2e-3)
+    assert cosine_similarity(deltas(half), deltas(exact), 0) > 0.998
+    torch.testing.assert_close(half.rescaler_values, exact.rescaler_values, rtol=5e-3, atol=0)
+
+
+def test_gradients_too_small_for_float16_survive_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a head so weak, half of the gradients vanish in float16; AdamW would make full steps of them."""
+
+    def one_step(dtype: torch.dtype) -> Tensor:
+        adapted = adapted_in(dtype, head=1e-5)
+        changes = {"adapter": random_adapter(adapted), "weight_decay": 0.0, "max_steps": 1}
+        return deltas(fine_tune(adapted, rows(9), plan_for(adapted, **changes), PAD))
+
+    exact, scaled = one_step(torch.float32), one_step(torch.float16)
+    monkeypatch.setattr("fedflame.client.LOSS_SCALE", 1.0)
+    bare = one_step(torch.float16)
+    moved = exact != 0
+    assert (bare[moved] == 0).float().mean() > 0.4 and cosine_similarity(bare, exact, 0) < 0.8
+    assert (scaled[moved] == 0).float().mean() < 0.01 and cosine_similarity(scaled, exact, 0) > 0.998
+
+
+def test_a_step_whose_gradients_overflow_is_skipped_and_the_next_is_scaled_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def first(steps: int) -> Tensor:
+        adapted = adapted_in(torch.float16)
+        plan = plan_for(adapted, max_steps=steps, weight_decay=0.5)
+        update = fine_tune(adapted, rows(9), plan, PAD)
+        validate_update(update, plan)  # refuses what is not finite
+        assert update.steps == steps and update.counts.sum() == update.tokens * 2 * LAYERS
+        return deltas(update)
+
+    monkeypatch.setattr("fedflame.client.LOSS_SCALE", 2.0**24)
+    assert not first(1).any()
+    assert first(20).any()
+
+
+def test_activations_that_overflow_are_one_line_and_leave_the_model_as_it_was() -> None:
+    alone, adapted = train(adapted_in(torch.float16), rows(9)), adapted_in(torch.float16)
+    up = adapted.layers[0].experts.get_parameter("gate_up_proj")
+    before = up.detach().clone()
+    up.data.fill_(6e4)
+    with pytest.raises(UserError) as caught:
+        train(adapted, rows(7, seed=1), client=4)
+    assert str(caught.value) == (
+        "the loss is nan in float16, whose largest number is 65504; try model.dtype=bfloat16 or float32"
+    )
+    up.data.copy_(before)
+    assert train(adapted, rows(9)) == alone
+
+
+# Cost
+
+
+def grouped_mm_flops(a: tuple[int, int], b: tuple[int, ...], *_: object, **__: object) -> int:
+    """Of [S,in] times [E,in,out], and of [a,S] times [S,b]: torch's counter has no formula for it."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+@pytest.mark.parametrize("target_modules", [ATTENTION, ("k_proj",)])
+@pytest.mark.parametrize("k", [1, 2, TOP_K])
+def test_a_step_costs_what_the_planner_says(k: int, target_modules: tuple[str, ...], tmp_path: Path) -> None:
+    adapted = tiny_adapted(target_modules=target_modules)
+    adapted.model.config.save_pretrained(tmp_path)
+    adapted.model.set_attn_implementation("eager")  # the counter counts the CPU's fused attention as 0
+    length, labelled, count = 10, 5, 3
+    examples = [EncodedRow(list(range(3, 3 + length)), length - labelled, False)] * count
+    plan = plan_for(adapted, active_experts=k, batch_size=count, max_steps=1)
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_mm_flops}
+    ) as counter:
+        update = fine_tune(adapted, examples, plan, PAD)
+    shape = read_model_shape(tmp_path)
+    planned = training_flops_per_token(shape, k, RANK, target_modules, length, labelled / length)
+    assert update.tokens == length * count
+    # B1 is multiplied with gate and up side by side, in three products: half of each is zeros.
+    zeros = 3 * 2 * (2 * WIDTH) * RANK * k * LAYERS * update.tokens
+    assert 0 <= counter.get_total_flops() - planned.total * update.tokens <= zeros
 
 
 # Rescaler modes
@@ -421,3 +529,62 @@ def test_the_model_can_be_evaluated_after_a_client_broke(break_in: Callable[[Ada
     adapted.load(adapted.initial_adapter(0), torch.ones(LAYERS))
     with torch.no_grad():
         torch.testing.assert_close(token_losses(adapted, batch).mean(), tiny_olmoe()(**vars(batch)).loss)
+
+
+# Ranks of a rank method
+
+
+def test_a_client_of_fewer_ranks_learns_what_zeros_in_the_others_would_leave_it_to_learn() -> None:
+    """Ranks of zeros have no gradient: the two routes differ in memory and bytes, not in values."""
+    adapted, examples = tiny_adapted(), rows(9)
+    cut = random_adapter(adapted).with_rank(2)
+    plan = plan_for(adapted, adapter=cut, weight_decay=0.0, learning_rate=1e-3)
+    update = fine_tune(adapted, examples, plan, PAD)
+    validate_update(update, plan)
+    padded = fine_tune(adapted, examples, replace(plan, adapter=cut.with_rank(RANK)), PAD)
+    assert update.delta.rank == 2
+    assert update.loss == pytest.approx(padded.loss, rel=1e-6)
+    for name, delta in update.delta.with_rank(RANK).tensors().items():
+        others = padded.delta.tensors()[name]
+        assert torch.equal(delta == 0, others == 0), name
+        assert (delta - others).abs().max() < 1e-4 < delta.abs().max(), name
+    assert len(encode_update(update)) < 0.65 * len(encode_update(padded))
+
+
+# FedProx
+
+
+@pytest.mark.parametrize("trainable", ["both", "B"])
+def test_the_proximal_term_is_autograds_of_the_penalised_loss(trainable: str) -> None:
+    """The same rounds with mu/2 ||w - w_0||^2 in the loss itself."""
+    mu, adapted, examples = 3.0, tiny_adapted(), rows(9)
+    plan = plan_for(adapted, adapter=random_adapter(adapted), trainable=trainable, proximal_mu=mu)
+    update = fine_tune(adapted, examples, plan, PAD)
+    start, losses = plan.adapter.tensors(), []
+
+    def penalised(adapted: AdaptedModel, batch: Batch) -> Tensor:
+        loss = token_losses(adapted, batch)
+        losses.append(float(loss.detach().mean()))
+        distance = sum(
+            ((value - start[name]) ** 2).sum() for name, value in adapted.attached().tensors().items()
+        )
+        return loss + mu / 2 * distance
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedflame.client.token_losses", penalised)
+        wanted = fine_tune(adapted, examples, replace(plan, proximal_mu=0.0), PAD)
+    for name, delta in wanted.delta.tensors().items():
+        torch.testing.assert_close(update.delta.tensors()[name], delta, rtol=1e-3, atol=1e-5, msg=name)
+    assert update.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert torch.allclose(update.rescaler_values, wanted.rescaler_values, rtol=0, atol=1e-5)
+
+
+def test_the_larger_mu_the_nearer_the_client_stays_and_zero_is_plain_training() -> None:
+    adapted, examples = tiny_adapted(), rows(9)
+
+    def distance(mu: float) -> float:
+        delta = fine_tune(adapted, examples, plan_for(adapted, proximal_mu=mu, max_steps=8), PAD).delta
+        return sum(float((value**2).sum()) for value in delta.tensors().values())
+
+    assert distance(0.0) > 1.1 * distance(0.1) > 1.2 * distance(10.0)
+    assert train(adapted, examples) == train(adapted, examples, proximal_mu=0.0)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedflame.config import RunConfig, load_config, parse_tiers, valid_keys, with_overrides
+from fedflame.config import METHOD_OPTIONS, RunConfig, load_config, parse_tiers, valid_keys, with_overrides
 from fedflame.errors import UserError
 
 
@@ -118,6 +118,58 @@ def test_tiers_are_repeated_in_turn_over_the_clients(
     assert config.tiers() == tiers
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("", [0] * 5), ("2048", [2048] * 5), ("512, 1024", [512, 1024, 512, 1024, 512])],
+)
+def test_tokens_per_step_are_repeated_in_turn_over_the_clients(text: str, tokens: list[int]) -> None:
+    config = load_config(None, ["clients.num_clients=5", f"training.tokens_per_step={text}"])
+    assert config.tokens_per_step() == tokens
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [
+        ((), [9, 4, 2, 1, 9]),
+        (("clients.ranks=5,1",), [5, 1, 5, 1, 5]),
+        (("adapter.r=2",), [2, 1, 1, 1, 2]),
+    ],
+)
+def test_ranks_are_given_or_the_share_of_the_experts_and_at_least_one(
+    overrides: tuple[str, ...], ranks: list[int]
+) -> None:
+    config = load_config(None, ["clients.num_clients=5", "adapter.r=9", *overrides])
+    assert config.ranks(8) == ranks
+
+
+@pytest.mark.parametrize(
+    ("overrides", "k", "ranks"),
+    [
+        (("strategy.name=flame",), [4, 2, 1], [8, 8, 8]),
+        (("strategy.name=fedavg",), [1, 1, 1], [8, 8, 8]),
+        (("strategy.name=fedavg", "strategy.active_experts=full", "strategy.rank=min"), [6, 6, 6], [1, 1, 1]),
+        (("strategy.name=rolora", "strategy.active_experts=3", "strategy.rank=5"), [3, 3, 3], [5, 5, 5]),
+        (("strategy.name=hetlora",), [6, 6, 6], [5, 2, 1]),
+        (("strategy.name=flora", "clients.ranks=7"), [6, 6, 6], [7, 7, 7]),
+    ],
+)
+def test_what_each_client_trains_with_on_a_model_of_six_experts_per_token(
+    overrides: tuple[str, ...], k: list[int], ranks: list[int]
+) -> None:
+    config = load_config(None, ["clients.num_clients=3", "clients.active_experts=4,2,1", *overrides])
+    assert (config.trained_experts(6), config.trained_ranks(6)) == (k, ranks)
+    assert config.evaluated_experts(6) == sorted({4, 2, 1, *k}, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("hetlora", [(8, 4), (8, 1)]), ("flexlora", [(8, 4), (8, 1)]), ("flora", []), ("flame", [])],
+)
+def test_cut_ranks_are_deployed_where_a_method_cuts(name: str, wanted: list[tuple[int, int]]) -> None:
+    settings = (f"strategy.name={name}", "clients.num_clients=5", "clients.active_experts=8,4,1")
+    assert load_config(None, [*settings, "adapter.r=9"]).deployments(8) == wanted
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 10**6), min_size=1))
 def test_a_list_of_tiers_is_read_with_and_without_blanks(tiers: list[int]) -> None:
@@ -138,6 +190,7 @@ def test_any_text_is_a_list_of_positive_tiers_or_a_value_error(text: str) -> Non
 
 # What a user can get wrong
 
+CHOICE_ERROR = "Value error, must be 'min', 'full' or an integer of at least 1"
 LIST_ERROR = 'Value error, must be integers of at least 1, comma-separated, such as "8,4,2,1"'
 
 
@@ -183,28 +236,73 @@ LIST_ERROR = 'Value error, must be integers of at least 1, comma-separated, such
             "config: server.fraction_train = '1.5': Input should be less than or equal to 1",
         ),
         (
-            "model.dtype=float16",
-            "config: model.dtype = 'float16': Input should be 'auto', 'float32' or 'bfloat16'",
+            "model.dtype=float8",
+            "config: model.dtype = 'float8': Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
         ),
-        ("strategy.name=fedprox", "config: strategy.name = 'fedprox': Input should be 'flame' or 'fedavg'"),
+        (
+            "strategy.name=fedprox",
+            "config: strategy.name = 'fedprox': Input should be 'flame', 'fedavg', 'ffa_lora', 'rolora', "
+            "'fedex_lora', 'hetlora', 'flexlora' or 'flora'",
+        ),
+        ("clients.ranks=8,x", f"config: clients.ranks = '8,x': {LIST_ERROR}"),
+        ("clients.ranks=8,9", "config: clients.ranks = '8,9': must be at most adapter.r = 8"),
+        (
+            "clients.ranks=1,1,1,1,1",
+            "config: clients.ranks has 5 entries for clients.num_clients = 4; it must have at most one per "
+            "client",
+        ),
+        ("strategy.rank=0", f"config: strategy.rank = '0': {CHOICE_ERROR}"),
+        (
+            "strategy.rank=min",
+            "config: strategy.rank = 'min': flame has no such option; fedavg, ffa_lora, rolora, fedex_lora "
+            "have it (leave it at 'full')",
+        ),
         ("clients.active_experts=", f"config: clients.active_experts = '': {LIST_ERROR}"),
         ("clients.active_experts=8,,4", f"config: clients.active_experts = '8,,4': {LIST_ERROR}"),
         ("clients.active_experts=8,4,", f"config: clients.active_experts = '8,4,': {LIST_ERROR}"),
         ("clients.active_experts=8,0", f"config: clients.active_experts = '8,0': {LIST_ERROR}"),
         ("clients.active_experts=8,-2", f"config: clients.active_experts = '8,-2': {LIST_ERROR}"),
         ("clients.active_experts=8;4", f"config: clients.active_experts = '8;4': {LIST_ERROR}"),
+        ("training.tokens_per_step=0", f"config: training.tokens_per_step = '0': {LIST_ERROR}"),
+        ("training.tokens_per_step=1k", f"config: training.tokens_per_step = '1k': {LIST_ERROR}"),
+        (
+            "training.tokens_per_step=64,64,64,64,32",
+            "config: training.tokens_per_step has 5 entries for clients.num_clients = 4; "
+            "it must have at most one per client",
+        ),
         (
             "strategy.active_experts=max",
-            "config: strategy.active_experts = 'max': Value error, must be 'min' or an integer of at least 1",
+            f"config: strategy.active_experts = 'max': {CHOICE_ERROR}",
         ),
         (
             "strategy.active_experts=0",
-            "config: strategy.active_experts = '0': Value error, must be 'min' or an integer of at least 1",
+            f"config: strategy.active_experts = '0': {CHOICE_ERROR}",
         ),
     ],
 )
 def test_a_wrong_override_is_one_line_that_says_what_is_allowed(override: str, wanted: str) -> None:
     assert message(override) == wanted
+
+
+OTHER_VALUES = {
+    "temperature": "2",
+    "rescaler": "none",
+    "count_normalization": "slot",
+    "active_experts": "2",
+    "rank": "2",
+    "rank_decay": "0.5",
+    "rank_penalty": "0.5",
+}
+
+
+@pytest.mark.parametrize("name", METHOD_OPTIONS)
+@pytest.mark.parametrize("option", OTHER_VALUES)
+def test_an_option_is_for_the_methods_that_have_it(name: str, option: str) -> None:
+    overrides = (f"strategy.name={name}", f"strategy.{option}={OTHER_VALUES[option]}")
+    if option in METHOD_OPTIONS[name]:
+        load_config(None, list(overrides))
+    else:
+        assert f"{name} has no such option" in message(*overrides)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -5,23 +5,20 @@ from __future__ import annotations
 import importlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tests.tiny_models import EXPERTS, LAYERS, PAD, RANK, TOP_K, VOCABULARY, random_adapter, tiny_adapted
-from torch import Tensor
+from tests.random_rounds import LAYERS, RANK, K, an_adapter, updates_of
 
 import fedflame
-from fedflame.client import fine_tune
 from fedflame.config import valid_keys
-from fedflame.data.batches import EncodedRow
-from fedflame.messages import Adapter, ClientUpdate, RoundPlan, validate_update
+from fedflame.messages import ClientUpdate
 from fedflame.strategies import FedAvg
-from fedflame.strategies.base import ClientProfile, Strategy
+from fedflame.strategies.base import ServerState, Strategy
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(fedflame.__file__).parent
@@ -141,76 +138,37 @@ def sketch() -> dict[str, Any]:
     return names
 
 
-def ranks(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Every value as [ranks, rest], gate and up of A1 and of B1 apart."""
-    for name, value in adapter.tensors().items():
-        if name.endswith("A1"):
-            yield from ((name, half.transpose(0, 1).flatten(1)) for half in value.chunk(2, dim=1))
-        elif name.endswith("B1"):
-            yield from ((name, half.movedim(2, 0).flatten(1)) for half in value.chunk(2, dim=1))
-        elif name.startswith("attention"):
-            yield name, value if name.endswith(".A") else value.T
-        else:
-            yield name, value.movedim(1 if name.endswith("A2") else 2, 0).flatten(1)
+Round = tuple[ServerState, ServerState, list[ClientUpdate]]
 
 
-@pytest.mark.parametrize(("k", "kept"), [(TOP_K, RANK), (TOP_K // 2, RANK // 2), (1, 1)])
-def test_the_sketch_cuts_ranks_and_a_client_trains_only_those(
-    sketch: dict[str, Any], k: int, kept: int
-) -> None:
-    adapted = tiny_adapted()
-    strategy: Strategy = sketch["TruncatedRanks"](TOP_K)
-    state = strategy.initialize(random_adapter(adapted), (TOP_K, 2, 1), LAYERS)
-    told = strategy.configure_train(state, ClientProfile(client=0, active_experts=k, num_examples=3))
-    assert (told.active_experts, told.rescaler) == (TOP_K, "fixed")
-    for (name, value), (_, cut) in zip(ranks(state.adapter), ranks(told.adapter), strict=True):
-        assert torch.equal(cut[:kept], value[:kept]) and not cut[kept:].any(), name
-    plan = RoundPlan(1, 0, 7, TOP_K, told.rescaler, told.rescaler_values, told.adapter, 0.01, 0.1, 3, 2)
-    rows = [
-        EncodedRow([(3 + 5 * n + i) % (VOCABULARY - 3) + 3 for i in range(12)], 2, False) for n in range(3)
-    ]
-    update = fine_tune(adapted, rows, plan, PAD)
-    validate_update(update, plan)
-    for name, delta in ranks(update.delta):
-        assert delta[:kept].any() and not delta[kept:].any(), name
+def a_round(sketch: dict[str, Any], steps: tuple[int, ...]) -> Round:
+    """The state before and after a round of the sketch, and its updates."""
+    strategy: Strategy = sketch["FedNova"](K)
+    state = strategy.initialize(an_adapter(torch.Generator().manual_seed(0)), (K,), LAYERS)
+    updates = updates_of(1, [RANK] * len(steps))
+    updates = [replace(update, steps=count) for update, count in zip(updates, steps, strict=True)]
+    return state, strategy.aggregate_train(state, iter(updates)), updates
 
 
-def test_the_sketch_averages_deltas_with_their_zeros_by_rows_as_by_hand(sketch: dict[str, Any]) -> None:
-    strategy: Strategy = sketch["TruncatedRanks"](TOP_K)
-    state = strategy.initialize(random_adapter(tiny_adapted()), (TOP_K, 2), LAYERS)
-    updates = [an_update(0, state.adapter, 1.0, 10), an_update(1, state.adapter, 5.0, 30)]
-    first_ranks = sketch["first_ranks"]
-    cut = {name: first_ranks(name, value, 0.5) for name, value in updates[1].delta.tensors().items()}
-    updates[1] = replace(updates[1], delta=Adapter.from_tensors(cut))
-    new = strategy.aggregate_train(state, iter(updates)).adapter
-    for (name, value), (_, mean) in zip(ranks(state.adapter), ranks(new), strict=True):
-        half = len(value) // 2
-        torch.testing.assert_close(mean[:half], value[:half] + (10 + 150) / 40, rtol=1e-6, atol=0, msg=name)
-        torch.testing.assert_close(mean[half:], value[half:] + 10 / 40, rtol=1e-6, atol=1e-6, msg=name)
+def test_the_sketch_averages_steps_and_goes_as_many_as_the_clients_took(sketch: dict[str, Any]) -> None:
+    state, new, updates = a_round(sketch, (2, 7, 4))
+    rows, steps = [u.num_examples for u in updates], [u.steps for u in updates]
+    for name, value in state.adapter.tensors().items():
+        per_step = [u.delta.tensors()[name].double().numpy() / u.steps for u in updates]
+        mean = np.average(steps, weights=rows) * np.average(per_step, axis=0, weights=rows)
+        np.testing.assert_allclose(
+            new.adapter.tensors()[name], value.double().numpy() + mean, rtol=0, atol=2e-6
+        )
 
 
-def test_the_sketch_with_all_clients_at_full_k_is_fedavg(sketch: dict[str, Any]) -> None:
-    strategy, fedavg = sketch["TruncatedRanks"](TOP_K), FedAvg(TOP_K)
-    state = fedavg.initialize(random_adapter(tiny_adapted()), (TOP_K,), LAYERS)
-    client = ClientProfile(client=0, active_experts=TOP_K, num_examples=3)
-    told = strategy.configure_train(state, client).adapter.tensors()
-    assert all(torch.equal(told[name], value) for name, value in state.adapter.tensors().items())
-    updates = [an_update(client, state.adapter, 1.0 + client, 10) for client in range(3)]
-    new = strategy.aggregate_train(state, updates).adapter.tensors()
-    wanted = fedavg.aggregate_train(state, updates).adapter.tensors()
-    assert all(torch.equal(new[name], value) for name, value in wanted.items())
+def test_the_sketch_with_equal_steps_is_fedavg(sketch: dict[str, Any]) -> None:
+    state, new, updates = a_round(sketch, (5, 5, 5))
+    for name, value in FedAvg(K).aggregate_train(state, updates).adapter.tensors().items():
+        torch.testing.assert_close(new.adapter.tensors()[name], value, rtol=0, atol=1e-6)
+    moved = new.adapter.combine(state.adapter, torch.sub).tensors()
+    assert all(value.abs().max() > 0.01 for value in moved.values())
 
 
-def an_update(client: int, like: Adapter, delta: float, num_examples: int) -> ClientUpdate:
-    return ClientUpdate(
-        round=1,
-        client=client,
-        active_experts=TOP_K,
-        delta=like.combine(like, lambda value, _: torch.full_like(value, delta)),
-        rescaler_values=torch.ones(LAYERS),
-        counts=torch.ones(LAYERS, EXPERTS, dtype=torch.int64),
-        tokens=8,
-        num_examples=num_examples,
-        steps=1,
-        loss=1.0,
-    )
+def test_the_sketch_without_updates_changes_nothing(sketch: dict[str, Any]) -> None:
+    state, new, _ = a_round(sketch, ())
+    assert new is state

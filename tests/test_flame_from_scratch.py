@@ -210,7 +210,7 @@ def library_update(
     number: int,
     client: int,
 ) -> ClientUpdate:
-    told = strategy.configure_train(state, ClientProfile(client, TIERS[client], len(rows)))
+    told = strategy.configure_train(state, ClientProfile(client, TIERS[client], 1, len(rows)))
     plan = RoundPlan(
         round=number,
         client=client,

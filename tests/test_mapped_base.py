@@ -121,6 +121,22 @@ def test_a_build_that_was_cut_off_is_not_taken(
     assert (made / COMPLETE).exists()
 
 
+def test_of_two_builds_at_once_the_later_takes_the_files_of_the_other(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def overtaken(partial: Path, target: Path) -> Path:
+        shutil.copytree(partial, target)
+        return rename(partial, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", overtaken)
+        map_base(folder, torch.float32)
+    (made,) = cache.iterdir()
+    assert (made / COMPLETE).exists()
+
+
 def test_a_broken_file_is_named_with_what_to_do(folder: Path, cache: Path) -> None:
     map_base(folder, torch.float32)
     (made,) = cache.iterdir()

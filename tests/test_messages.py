@@ -77,6 +77,7 @@ def a_plan(shape: Shape = SHAPE, seed: int = 0, values: Callable[..., Tensor] = 
         weight_decay=0.1,
         batch_size=4,
         max_steps=25,
+        tokens_per_step=96,
     )
 
 
@@ -373,7 +374,9 @@ def test_an_update_with_a_field_that_is_no_64_bit_integer_is_refused(name: str) 
             decode_update(forge(DECODERS["update"][1], {name: value}))
 
 
-@pytest.mark.parametrize("name", ["round", "client", "seed", "active_experts", "batch_size", "max_steps"])
+@pytest.mark.parametrize(
+    "name", ["round", "client", "seed", "active_experts", "batch_size", "max_steps", "tokens_per_step"]
+)
 def test_a_plan_with_a_field_that_is_no_64_bit_integer_is_refused(name: str) -> None:
     for value in NO_INTEGERS:
         with pytest.raises(InvalidMessage):
@@ -528,6 +531,12 @@ dtypes = st.sampled_from(
         torch.complex64,
     )
 )
+
+
+def test_counts_of_more_dimensions_are_refused_also_where_the_experts_are_as_many() -> None:
+    counts = torch.ones(2, 2, 1, dtype=torch.int64)  # nonzero gives two indices for each of two experts
+    with pytest.raises(InvalidMessage, match="do not fit the activation counts"):
+        decode_update(forge(encode_update(an_update()), counts=counts))
 
 
 @both_kinds
@@ -759,3 +768,92 @@ def test_nothing_beside_an_adapter_is_that_adapter() -> None:
     adapter = a_plan().adapter
     assert adapter.concatenate(NOTHING) is NOTHING.concatenate(adapter) is adapter
     assert NOTHING.concatenate(NOTHING).rank == 0
+
+
+def test_of_several_the_products_are_summed_in_their_order() -> None:
+    adapters = [a_rank(rank, seed=rank) for rank in (2, 1, 4)]
+    all_of = adapters[0].concatenate(NOTHING, *adapters[1:])
+    assert all_of.rank == 7
+    for name, value in low_rank_products(all_of).items():
+        wanted = sum(low_rank_products(adapter)[name] for adapter in adapters)
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    in_pairs = adapters[0].concatenate(adapters[1]).concatenate(adapters[2])
+    assert all(torch.equal(value, all_of.tensors()[name]) for name, value in in_pairs.tensors().items())
+
+
+# Ranks
+
+
+def a_rank(rank: int, seed: int = 0) -> Adapter:
+    layers, experts, _, hidden, width = SHAPE
+    generator = torch.Generator().manual_seed(seed)
+    return an_adapter((layers, experts, rank, hidden, width), random_numbers, generator)
+
+
+ranks = st.integers(1, 9)
+
+
+@settings(deadline=None)
+@given(ranks, ranks, seeds)
+def test_the_first_ranks_are_those_of_every_product_by_hand(rank: int, wanted: int, seed: int) -> None:
+    adapter = a_rank(rank, seed)
+    got = adapter.with_rank(wanted).tensors()
+    kept = min(rank, wanted)
+    for name, value in adapter.tensors().items():
+        if name.endswith("A1"):
+            pairs = zip(got[name].chunk(2, dim=1), value.chunk(2, dim=1), strict=True)
+        else:
+            pairs = iter([(got[name], value)])
+        for mine, its in pairs:
+            dim = (1 if its.dim() == 3 else 0) if half_of(name) == "A" else its.dim() - 1
+            assert mine.shape[dim] == wanted
+            assert torch.equal(mine.narrow(dim, 0, kept), its.narrow(dim, 0, kept)), name
+            assert not mine.narrow(dim, kept, wanted - kept).any(), name
+
+
+@settings(deadline=None)
+@given(ranks, ranks, seeds)
+def test_zeros_after_the_ranks_change_no_product_and_cut_off_leave_every_bit(
+    rank: int, more: int, seed: int
+) -> None:
+    adapter = a_rank(rank, seed)
+    padded = adapter.with_rank(rank + more)
+    assert padded.rank == rank + more
+    back = padded.with_rank(rank).tensors()
+    for name, value in adapter.tensors().items():
+        assert_same_bits(back[name], value, name)
+    wanted = low_rank_products(adapter)
+    for name, value in low_rank_products(padded).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(ranks, ranks)
+def test_two_cuts_are_the_smaller_one(one: int, other: int) -> None:
+    adapter = a_rank(9)
+    got = adapter.with_rank(max(one, other)).with_rank(min(one, other)).tensors()
+    for name, value in adapter.with_rank(min(one, other)).tensors().items():
+        assert_same_bits(got[name], value, name)
+
+
+def test_factors_are_those_of_each_product_and_come_back_bit_for_bit() -> None:
+    adapter = a_plan(values=random_bits).adapter
+    back = Adapter.from_factors(adapter.factors()).tensors()
+    assert list(back) == list(adapter.tensors())
+    for name, value in adapter.tensors().items():
+        assert_same_bits(back[name], value, name)
+    layers, experts, rank, hidden, width = SHAPE
+    shapes = {name: (tuple(b.shape), tuple(a.shape)) for name, (b, a) in adapter.factors().items()}
+    assert shapes == {
+        **{f"experts.{n}.A1": ((experts, 2, width, rank), (experts, 2, rank, hidden)) for n in range(layers)},
+        **{f"experts.{n}.A2": ((experts, 1, hidden, rank), (experts, 1, rank, width)) for n in range(layers)},
+        "attention.layers.0.q_proj.A": ((1, OUT, rank), (1, rank, IN)),
+    }
+
+
+def test_experts_without_a_gate_are_cut_as_one_product() -> None:
+    bank = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
+    up, down = torch.ones(2, 5, 3), torch.ones(2, 3, 5)
+    adapter = Adapter({"0.A1": bank, "0.B1": up, "0.A2": down, "0.B2": torch.ones(2, 4, 3)}, {})
+    cut = adapter.with_rank(2).experts
+    assert torch.equal(cut["0.A1"], bank[:, :2]) and torch.equal(cut["0.B1"], up[:, :, :2])

@@ -211,7 +211,7 @@ def test_categories_partition_cost_and_rounds(run: Path) -> None:
     assert "Client 3 <small>k = 1</small>" in bars
     # Client 2 trained in rounds 1 and 3: 4000 tokens in 8 s.
     cost = rows(part(html, "Cost by client"))
-    assert cost[3] == ["Client 2", "2", "2", "4 k", "8.0 s", "500", "3 GFLOP", "2.1 MB", "4 MB"]
+    assert cost[3] == ["Client 2", "2", "2", "10", "4 k", "8.0 s", "500", "3 GFLOP", "2.1 MB", "4 MB"]
     rounds = rows(part(html, "Rounds"))
     assert rounds[2] == ["2", "3", "30.0 s", "2.000", "Client 2 (k = 2): update has a &lt;NaN&gt; in 0.A1"]
 
@@ -279,7 +279,7 @@ def test_client_that_was_never_sampled(tmp_path: Path) -> None:
     events = [event for event in synthetic_events() if event.get("client") != 3]
     html = report(write_run(tmp_path / "run", events))
     assert "Has not trained" in part(html, "Expert activation")
-    assert rows(part(html, "Cost by client"))[4] == ["Client 3", "1", "0", *[MISSING] * 6]
+    assert rows(part(html, "Cost by client"))[4] == ["Client 3", "1", "0", *[MISSING] * 7]
     assert rows(part(html, "Results by tier"))[4][6:] == ["0", "0 B", "0 B"]
 
 

@@ -57,17 +57,21 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=OPTIONS, default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=("block", "step", "readme"), help="measure no more than this")
+    parser.add_argument(
+        "--only", choices=("block", "step", "step-collapsed", "readme"), help="measure no more than this"
+    )
     arguments = parser.parse_args()
     commands = {
         "block": ["-m", "fedflame", "bench", "--json"],
         "step": [str(HERE / "full_step.py")],
+        "step-collapsed": [str(HERE / "full_step.py"), "--routing", "collapsed"],
     }
     for name, command in commands.items():
         if arguments.only in (None, name):
             options = ["--device", arguments.device, "--repeats", str(arguments.repeats)]
-            full = [sys.executable, *command, *options, *OPTIONS[arguments.device][name]]
-            quiet = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
+            sizes = OPTIONS[arguments.device][name.partition("-")[0]]
+            full = [sys.executable, *command, *options, *sizes]
+            quiet = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", "THP_MEM_ALLOC_ENABLE": "1"}
             done = subprocess.run(full, check=True, stdout=subprocess.PIPE, env=os.environ | quiet)
             (RESULTS / f"{arguments.device}-{name}.json").write_bytes(done.stdout)
     (HERE / "README.md").write_text(readme())
@@ -76,11 +80,10 @@ def main() -> None:
 def readme() -> str:
     sections = [INTRODUCTION]
     for device in OPTIONS:
-        block, step = (RESULTS / f"{device}-{name}.json" for name in ("block", "step"))
-        if block.exists():
-            sections.append(block_section(device, json.loads(block.read_text())))
-        if step.exists():
-            sections.append(step_section(device, json.loads(step.read_text())))
+        for name, section in SECTIONS.items():
+            results = RESULTS / f"{device}-{name}.json"
+            if results.exists():
+                sections.append(section(device, json.loads(results.read_text())))
     return "\n".join(sections)
 
 
@@ -113,21 +116,27 @@ def bars_table(rows: list[dict[str, Any]]) -> str:
 
 def step_section(device: str, result: dict[str, Any]) -> str:
     rows = result["steps"]
-    lines = [f"## A whole training step on {'a CPU' if device == 'cpu' else 'a GPU'}\n"]
+    place = "a CPU" if device == "cpu" else "a GPU"
+    lines = [f"## A whole training step on {place}, routing {result['routing']}\n"]
     if device == "cpu":
         full, least = (row for row in rows if row["active_experts"] in (8, 1))
         ratio = verdict(least["seconds"] / full["seconds"], STEP_TIME_BAR)
         peak = verdict(full["peak_bytes"] / 1e9, STEP_PEAK_BAR / 1e9)
         lines += [f"Time at k = 1 over that at k = 8: {ratio}. Peak above model, adapter and optimizer at"]
         lines += [f"k = 8, in GB: {peak}.\n"]
-    lines.append(head("tokens", "k", "seconds", "tokens/s", "TFLOP", "of bare product", "peak, MB"))
+    names = ("tokens", "k", "seconds", "tokens/s", "TFLOP", "of bare product", "peak, MB", "experts used")
+    lines.append(head(*names))
     for row in rows:
         cells = [row["tokens"], row["active_experts"], f"{row['seconds']:.4g}"]
         cells += [f"{row['tokens_per_second']:,.1f}", f"{row['training_flops'] / 1e12:.2f}"]
         cells += [f"{row['of_matrix_multiply']:.0%}", f"{row['peak_bytes'] / 1e6:,.0f}"]
+        cells.append(f"{row['experts_used']:.0%}")
         lines.append(line(*cells))
     product = f"One large bfloat16 product: {result['matrix_multiply_flops'] / 1e12:.3g} TFLOP/s."
     return "\n".join([*lines, "", product, origin(result), ""])
+
+
+SECTIONS = {"block": block_section, "step": step_section, "step-collapsed": step_section}
 
 
 def find(rows: list[dict[str, Any]], tokens: int, k: int, method: str) -> dict[str, Any]:
@@ -178,7 +187,9 @@ size of a process grows by more. On a GPU time is from events, and the peak is t
 not seconds: they do not travel.
 
 The whole step (`full_step.py`) is OLMoE-1B-7B with all 16 layers around the weights of one, its head, a
-loss at every token but the first, LoRA on experts and on q, k, v, o, and AdamW.
+loss at every token but the first, LoRA on experts and on q, k, v, o, and AdamW. Its routing is balanced,
+as that of a trained model, unless the heading says *collapsed*: so the weights are initialised, and by depth
+all tokens choose the same few experts, whose products are then larger and quicker at small k.
 
     python benchmarks/expert-lora/run.py                  # writes results/cpu-*.json and this file
     python benchmarks/expert-lora/run.py --device cuda    # the same on a GPU, k = 8, 4, 2, 1

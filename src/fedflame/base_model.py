@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import torch
@@ -23,14 +25,27 @@ from transformers.utils.hub import cached_file
 from fedflame.config import EMBEDDED_MODEL
 from fedflame.errors import UserError
 from fedflame.mapped_base import map_base
-from fedflame.model_shape import ModelShape, read_model_shape
+from fedflame.model_shape import Dtype, ModelShape, read_model_shape
 
 PROBE_ROWS, PROBE_RANK, PROBE_REPEATS = 64, 8, 15
 NARROW = 256
 HUB_TIMEOUT_SECONDS = 10.0
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
+"""Each is taken only where it is clearly faster than all before it: float16 needs loss scaling."""
 CLEAR_GAIN = 1.5
-"""bfloat16 is taken only when so many times faster: native support gives 2 to 3 on large experts,
-so that noise on a busy machine does not change the answer, nor the bytes of a run."""
+"""So many times faster: native support of a half precision gives 2 to 3 on large experts, so that
+noise on a busy machine does not change the answer, nor the bytes of a run."""
+EMULATED = 4.0
+"""Where even `NARROW` products are so many times slower than in float32 the CPU emulates the dtype;
+at full size that is a hundred times, too slow to time."""
+
+
+@dataclass(frozen=True)
+class DtypeChoice:
+    """The dtype of the frozen base, under its name in the configuration, and why this one."""
+
+    name: Dtype
+    reason: str
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -62,18 +77,17 @@ def load_base_model(
 
     Args:
         name_or_path: `olmoe-tiny`, a folder in Hugging Face layout, or a hub id.
-        dtype: `float32`, `bfloat16`, or `auto` for the faster of the two on this machine.
+        dtype: one of `DTYPES`.
         memory_map: map the weights from files instead of holding them; see `mapped_base`.
 
     Raises:
         UserError: the model is dense, the folder is missing or incomplete, or the hub cannot be reached.
     """
     source = resolve_model(name_or_path)
-    shape = read_model_shape(model_config_path(name_or_path))
-    torch_dtype = faster_dtype(shape) if dtype == "auto" else getattr(torch, dtype)
+    read_model_shape(model_config_path(name_or_path))  # refuses what is no mixture of experts at once
     try:
         _require_folder_complete(source)
-        model, loading = _from_pretrained(source, torch_dtype, memory_map)
+        model, loading = _from_pretrained(source, getattr(torch, dtype), memory_map)
         tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=_is_local(source))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_error(name_or_path, error)) from error
@@ -85,32 +99,53 @@ def load_base_model(
     return model.eval(), tokenizer
 
 
-def faster_dtype(shape: ModelShape) -> torch.dtype:
-    """bfloat16 where this CPU trains experts of this shape clearly faster in it, else float32.
+def choose_dtype(wanted: Dtype | Literal["auto"], shape: ModelShape) -> DtypeChoice:
+    """The wanted dtype; for `auto` that in which this machine trains experts of this shape fastest.
 
     AVX-512 BF16 and AMX make large products two to three times faster; the thin ones of a small model
     run slower, so narrow experts stay in float32 unasked. Others are timed: one expert's products,
     forward and backward.
     """
+    if wanted != "auto":
+        return DtypeChoice(wanted, "as model.dtype asks")
     if min(shape.hidden_size, shape.expert_size) < NARROW:
-        return torch.float32
-    seconds = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+        return DtypeChoice("float32", f"experts below {NARROW} gain nothing from another dtype")
+    narrow = _probe(DTYPES, NARROW, NARROW)
+    native = [dtype for dtype in DTYPES if narrow[dtype] <= EMULATED * narrow["float32"]]
+    seconds = _probe(native, shape.hidden_size, shape.expert_size)
+    found = [f"{seconds[dtype] * 1e3:.1f} ms in {dtype}" for dtype in native]
+    found += [f"emulated in {dtype}" for dtype in DTYPES if dtype not in native]
+    return DtypeChoice(_clearly_fastest(seconds), f"one expert's products: {', '.join(found)}")
+
+
+def _clearly_fastest(seconds: dict[Dtype, float]) -> Dtype:
+    """The last one that is clearly faster than all before it; the first if there is none."""
+    names = list(seconds)
+    return next(
+        name
+        for number, name in reversed(list(enumerate(names)))
+        if all(seconds[before] >= CLEAR_GAIN * seconds[name] for before in names[:number])
+    )
+
+
+def _probe(dtypes: Sequence[Dtype], hidden_size: int, expert_size: int) -> dict[Dtype, float]:
+    """Seconds of one expert's products in each dtype."""
+    seconds = dict.fromkeys(dtypes, math.inf)
     for _ in range(PROBE_REPEATS):
-        for dtype in seconds:
+        for name in dtypes:
             start = time.perf_counter()
-            _expert_products(shape, dtype)
+            _expert_products(hidden_size, expert_size, getattr(torch, name))
             # The least of several, since another program can only add time.
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
-    gain = seconds[torch.float32] / seconds[torch.bfloat16]
-    return torch.bfloat16 if gain >= CLEAR_GAIN else torch.float32
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
 
 
-def _expert_products(shape: ModelShape, dtype: torch.dtype) -> None:
+def _expert_products(hidden_size: int, expert_size: int, dtype: torch.dtype) -> None:
     """The gate and up products of one expert with LoRA, and their gradients."""
-    rows = torch.ones(PROBE_ROWS, shape.hidden_size, dtype=dtype, requires_grad=True)
-    base = torch.ones(2 * shape.expert_size, shape.hidden_size, dtype=dtype)
-    low = torch.ones(PROBE_RANK, shape.hidden_size, dtype=dtype, requires_grad=True)
-    high = torch.ones(2 * shape.expert_size, PROBE_RANK, dtype=dtype, requires_grad=True)
+    rows = torch.ones(PROBE_ROWS, hidden_size, dtype=dtype, requires_grad=True)
+    base = torch.ones(2 * expert_size, hidden_size, dtype=dtype)
+    low = torch.ones(PROBE_RANK, hidden_size, dtype=dtype, requires_grad=True)
+    high = torch.ones(2 * expert_size, PROBE_RANK, dtype=dtype, requires_grad=True)
     output = rows @ base.T + (rows @ low.T) @ high.T
     output.backward(torch.ones_like(output))
 

@@ -15,10 +15,11 @@ from dataclasses import astuple, dataclass
 from typing import Literal
 
 from fedflame.errors import UserError
-from fedflame.model_shape import ModelShape, Projection, base_parameters, read_model_shape
+from fedflame.model_shape import Dtype, ModelShape, Projection, base_parameters, read_model_shape
 
 __all__ = [
     "AdapterSize",
+    "Dtype",
     "FlopTerms",
     "MemoryEstimate",
     "ModelShape",
@@ -37,6 +38,10 @@ __all__ = [
 # What backward needs of norms, attention and its LoRA, in bytes per token, layer and unit of H. Measured
 # with saved-tensor hooks on OLMoE with sdpa: 40.6 in fp32, 42.6 in bf16 (where norms keep fp32 copies).
 _SAVED_BYTES_PER_WIDTH = 43
+
+
+Half = Literal["both", "A", "B"]
+"""What of every pair A, B."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,10 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Tier:
-    """The clients that afford the same number of active experts."""
+    """The clients that train with the same number of active experts and the same rank."""
 
     active_experts: int
+    rank: int
     clients: int
 
 
@@ -111,10 +117,12 @@ class TierCost:
     """What each client of a tier pays: FLOPs per token, bytes per round."""
 
     active_experts: int
+    rank: int
+    """Of the LoRA that is trained, down and up."""
     clients: int
     forward_flops_per_token: float
     relative_to_full: float
-    """Forward FLOPs over those at the model's own num_experts_per_tok."""
+    """Forward FLOPs over those at the model's own num_experts_per_tok and the run's rank."""
     training_flops_per_token: float
     bytes_down: int
     bytes_up: int
@@ -172,11 +180,14 @@ def training_flops_per_token(
     return _sum(terms)
 
 
-def adapter_parameters(shape: ModelShape, r: int, target_modules: Collection[str]) -> AdapterSize:
-    """Sizes of the banks A1, B1, A2 and B2 (see `messages.Adapter`) and of A [R,in], B [out,R]."""
-    targets = _targets(shape, target_modules)
-    expert = shape.expert_matrices * r * (shape.expert_hidden_size + shape.expert_size)
-    attention = sum(r * (p.fan_in + p.fan_out) for p in shape.attention if p.name in targets)
+def adapter_parameters(
+    shape: ModelShape, r: int, target_modules: Collection[str], half: Half = "both"
+) -> AdapterSize:
+    """Sizes of banks A1, B1, A2, B2 and of A [R,in], B [out,R] (`messages.Adapter`), or of a half of them."""
+    targets, inner = _targets(shape, target_modules), shape.expert_matrices - 1
+    pairs = [(shape.expert_hidden_size, shape.expert_size)] * inner
+    expert = _low_rank([*pairs, (shape.expert_size, shape.expert_hidden_size)], r, half)
+    attention = _low_rank([(p.fan_in, p.fan_out) for p in shape.attention if p.name in targets], r, half)
     return AdapterSize(
         experts=shape.moe_layers * shape.num_experts * expert,
         attention=len(shape.sparse_layers) * attention,
@@ -185,13 +196,18 @@ def adapter_parameters(shape: ModelShape, r: int, target_modules: Collection[str
     )
 
 
+def _low_rank(projections: Sequence[tuple[int, int]], r: int, half: Half) -> int:
+    """Values of the LoRA on projections (in, out)."""
+    return sum(r * (fan_in * (half != "B") + fan_out * (half != "A")) for fan_in, fan_out in projections)
+
+
 def training_memory(
     shape: ModelShape,
     active_experts: int,
     r: int,
     target_modules: Collection[str],
     tokens_per_step: int,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     labelled_share: float = 1.0,
 ) -> MemoryEstimate:
     """Base in `dtype`; adapter, gradients and AdamW's two moments in fp32; an estimate of activations.
@@ -239,25 +255,31 @@ def tier_costs(
     target_modules: Collection[str],
     sequence_length: int,
     labelled_share: float = 1.0,
+    halves: Sequence[Half] = ("both",),
 ) -> list[TierCost]:
-    """One row per tier, in the order given; the adapter, and so its bytes, is the same for all."""
+    """One row per tier, in the order given.
+
+    r is the rank of the run, which `relative_to_full` is taken to. A method trains and sends `halves` in
+    turn: the largest of them counts. FLOPs are those of both halves.
+    """
     validate_tiers(tiers, shape)
-    size = adapter_parameters(shape, r, target_modules)
-    setting = (r, target_modules, sequence_length, labelled_share)
-    full = forward_flops_per_token(shape, shape.num_experts_per_tok, *setting).total
+    setting = (target_modules, sequence_length, labelled_share)
+    full = forward_flops_per_token(shape, shape.num_experts_per_tok, r, *setting).total
     costs = []
     for tier in tiers:
-        forward = forward_flops_per_token(shape, tier.active_experts, *setting).total
-        training = training_flops_per_token(shape, tier.active_experts, *setting).total
+        sizes = [adapter_parameters(shape, tier.rank, target_modules, half) for half in halves]
+        forward = forward_flops_per_token(shape, tier.active_experts, tier.rank, *setting).total
+        training = training_flops_per_token(shape, tier.active_experts, tier.rank, *setting).total
         costs.append(
             TierCost(
                 active_experts=tier.active_experts,
+                rank=tier.rank,
                 clients=tier.clients,
                 forward_flops_per_token=forward,
                 relative_to_full=forward / full,
                 training_flops_per_token=training,
-                bytes_down=size.bytes_down,
-                bytes_up=size.bytes_up,
+                bytes_down=adapter_parameters(shape, tier.rank, target_modules).bytes_down,
+                bytes_up=max(size.bytes_up for size in sizes),
             )
         )
     return costs

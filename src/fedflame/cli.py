@@ -17,6 +17,7 @@ from fedflame.errors import UserError
 
 INTERRUPTED = 130
 USER_ERROR = 2
+CELL_FAILED = 1
 
 app = typer.Typer(
     help="Federated fine-tuning of sparse-mixture-of-experts language models on unequal machines.",
@@ -64,7 +65,7 @@ def run(
             raise UserError("--resume and --overwrite exclude each other; give one")
         config = _config(config_file, overrides, data, model, output_dir)
         text = config_file.read_text(encoding="utf-8") if config_file else ""
-        _quiet_libraries()
+        _set_up_libraries()
         from fedflame.commands.run import execute
 
         existing: Literal["refuse", "resume", "overwrite"] = (
@@ -91,10 +92,37 @@ def plan(
     """Print partition, tiers, FLOPs, bytes and memory of a run without loading weights."""
     with _user_errors(debug):
         config = _config(config_file, overrides, data, model, None)
-        _quiet_libraries()
+        _set_up_libraries()
         from fedflame.commands.plan import print_plan
 
         print_plan(config, sequence_length, as_json, Console())
+
+
+@app.command()
+def compare(
+    grid_file: Annotated[Path, typer.Argument(help="TOML grid of methods, seeds and settings.")],
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the comparison (output_dir).")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cells that run side by side, one thread each.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells and which are finished.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run what is missing of a grid, a process per cell; leaves tables, curves and differences."""
+    console = Console()
+    with _user_errors(debug):
+        from fedflame.commands.compare import list_cells, run_comparison
+
+        given = _flags(overrides, data, model, None)
+        if dry_run:
+            list_cells(grid_file, given, output_dir, console)
+            return
+        _set_up_libraries()
+        if not run_comparison(grid_file, given, output_dir, workers, console):
+            raise typer.Exit(CELL_FAILED)
 
 
 @app.command()
@@ -109,7 +137,7 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a base model on held-out rows at any k."""
     with _user_errors(debug):
-        _quiet_libraries()
+        _set_up_libraries()
         from fedflame.commands.evaluate import print_scores
 
         given = _flags(overrides, data, model, None)
@@ -135,7 +163,7 @@ def bench(
 ) -> None:
     """Time one MoE block with expert LoRA beside its bare products, the frozen block and PEFT."""
     with _user_errors(debug):
-        _quiet_libraries()
+        _set_up_libraries()
         from fedflame.bench.block import Geometry
         from fedflame.commands.bench import print_bench
 
@@ -180,7 +208,7 @@ def export(
             raise UserError("--active-experts needs --merge; an adapter serves every k")
         if layout is not None and merge:
             raise UserError("--layout is of an adapter; with --merge there is none")
-        _quiet_libraries()
+        _set_up_libraries()
         from fedflame.commands.export import export_run
 
         console = Console()
@@ -206,11 +234,12 @@ def _flags(
     return [*(overrides or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 
-def _quiet_libraries() -> None:
-    """No progress bars and no advice from libraries between our own lines."""
+def _set_up_libraries() -> None:
+    """No progress bars and no advice from libraries between our own lines; large pages for large tensors."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch; without it a page fault for every 4 KiB
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler; it reads this when torch is loaded
     from transformers.utils import logging
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from fedflame.errors import UserError
 
+Model = TypeVar("Model", bound=BaseModel)
 EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
 
@@ -29,8 +31,9 @@ class ModelConfig(_Section):
     """`olmoe-tiny` (embedded), a folder in Hugging Face layout, or a hub id."""
     adapter_name_or_path: str = ""
     """Folder of a LoRA adapter, of fedflame or PEFT, that the run goes on from; empty to start anew."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base; `auto` takes bfloat16 where the machine multiplies it faster."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen base; `auto` takes bfloat16 or float16 where the machine multiplies it clearly
+    faster. With float16 the loss is scaled, and a step whose gradients overflow is skipped."""
     memory_map: bool = False
     """Map the frozen base from files, made once per model: for a model larger than memory, and shared
     by all processes of the machine."""
@@ -38,9 +41,9 @@ class ModelConfig(_Section):
 
 class AdapterConfig(_Section):
     r: Annotated[int, Field(ge=1)] = 8
-    """LoRA rank of every projection, the same on every client."""
+    """LoRA rank of every projection; a method may give a client less."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
-    """The update is scaled by lora_alpha / r."""
+    """The update is scaled by lora_alpha / r, also where a client trains a smaller rank."""
     target_modules: str = "q_proj,k_proj,v_proj,o_proj"
     """Attention projections with LoRA, comma-separated; empty for experts only."""
 
@@ -79,11 +82,15 @@ class ClientsConfig(_Section):
     """Number of clients."""
     active_experts: str = "8,4,2,1"
     """Experts per token that the clients afford, repeated in turn over the clients."""
+    ranks: str = ""
+    """LoRA ranks that the clients afford under a method that adapts the rank (hetlora, flexlora, flora),
+    repeated in turn; empty for the share of adapter.r that they afford of the model's experts."""
 
-    @field_validator("active_experts")
+    @field_validator("active_experts", "ranks")
     @classmethod
-    def _tiers_are_positive_integers(cls, value: str) -> str:
-        parse_tiers(value)
+    def _positive_integers(cls, value: str, info: ValidationInfo) -> str:
+        if value or info.field_name == "active_experts":
+            parse_tiers(value)
         return value
 
 
@@ -95,39 +102,85 @@ class TrainingConfig(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of AdamW, on experts that saw a token."""
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
-    """Rows per optimizer step."""
+    """Rows per optimizer step, unless `tokens_per_step` is set."""
+    tokens_per_step: str = ""
+    """Tokens per optimizer step: a batch has as many rows of similar length as fit, padding counted, and
+    at least one. One number for every client, or several, in turn over the clients, such as `1024,2048`:
+    more where few experts run. Empty for `per_device_train_batch_size` rows."""
     max_steps: Annotated[int, Field(ge=1)] = 80
     """Optimizer steps per client and round."""
+    budget: Literal["steps", "compute"] = "steps"
+    """`steps`: every client takes `max_steps`, as in the paper. `compute`: every client spends the FLOPs
+    of `max_steps` at the number of experts that it affords and `adapter.r`, so that a method that runs
+    more experts there takes fewer steps, and one that runs fewer takes more."""
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx (arXiv 1812.06127), under every method: mu/2 times the squared distance from the adapter
+    that the client was given is added to its objective; 0 for none."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer for the backward, which computes the layer again: less memory,
     more time, the same result."""
 
+    @field_validator("tokens_per_step")
+    @classmethod
+    def _tokens_are_positive_integers(cls, value: str) -> str:
+        if value:
+            parse_tiers(value)
+        return value
+
+
+RANK_METHODS = ("hetlora", "flexlora", "flora")
+"""Each client runs all K experts and trains the rank that it affords."""
+MERGING_METHODS = ("flora", "fedex_lora")
+"""Each round adds the ranks of its clients to the factors that are merged into the base."""
+TRAINED_HALVES: dict[str, tuple[Literal["A", "B"], ...]] = {"ffa_lora": ("B",), "rolora": ("B", "A")}
+"""Of methods whose clients train and send one half of the adapter, in turn where there are two."""
+_ALIKE = {"active_experts", "rank"}
+METHOD_OPTIONS = {
+    "flame": {"temperature", "rescaler", "count_normalization"},
+    "fedavg": _ALIKE,
+    "ffa_lora": _ALIKE,
+    "rolora": _ALIKE,
+    "fedex_lora": _ALIKE,
+    "hetlora": {"rank_decay", "rank_penalty"},
+    "flexlora": set[str](),
+    "flora": set[str](),
+}
+"""The options of `StrategyConfig` that each method reads; the others must be left at their defaults."""
+
 
 class StrategyConfig(_Section):
-    name: Literal["flame", "fedavg"] = "flame"
-    """`flame`, or `fedavg`: every client runs the same number of experts."""
+    name: Literal["flame", "fedavg", "ffa_lora", "rolora", "fedex_lora", "hetlora", "flexlora", "flora"] = (
+        "flame"
+    )
+    """The federated method; docs/strategies.md has all of them side by side."""
     temperature: Annotated[float, Field(ge=0, le=8)] = 1.0
     """FLAME: exponent t on the activation frequency; 0 gives FedAvg weights, the paper finds 2 to 4
     good. The larger t, the more the clients with large k decide. Above 8 the weights of
     rarely used experts would vanish in fp32."""
     rescaler: Literal["learned", "none", "static", "mass"] = "learned"
     """FLAME: how the routed output is rescaled on clients with k < K."""
+    count_normalization: Literal["token", "slot"] = "token"
+    """FLAME: frequency per token as in the paper, or per routed slot, k of them to a token, so that a
+    client with large k has no more weight for it."""
     active_experts: str = "min"
-    """FedAvg: `min` (the smallest client's, the paper's baseline) or a number."""
+    """FedAvg, FFA-LoRA, RoLoRA, FedEx-LoRA: the k of every client: `min` (the smallest client's, the
+    paper's baseline), `full` (the model's) or a number."""
+    rank: str = "full"
+    """FedAvg, FFA-LoRA, RoLoRA, FedEx-LoRA: the LoRA rank of every client: `full` (adapter.r), `min` (the
+    smallest client's) or a number."""
 
-    @field_validator("active_experts")
+    rank_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """HetLoRA: gamma of rank self-pruning, such as 0.9: a client whose last ranks, those after the first
+    gamma r_i, shrank in a round goes on without them; 0 for none."""
+    rank_penalty: Annotated[float, Field(ge=0)] = 0.01
+    """HetLoRA with rank_decay: weight of the penalty on those ranks in the client's objective."""
+
+    @field_validator("active_experts", "rank")
     @classmethod
-    def _min_or_number(cls, value: str) -> str:
-        if value != "min" and not (value.isdecimal() and int(value) >= 1):
-            raise ValueError("must be 'min' or an integer of at least 1")
+    def _min_full_or_number(cls, value: str) -> str:
+        if value not in ("min", "full") and not (value.isdecimal() and int(value) >= 1):
+            raise ValueError("must be 'min', 'full' or an integer of at least 1")
         return value
-
-    def trained_experts(self, tiers: list[int]) -> list[int]:
-        """The k each client trains with, given what it affords: FedAvg overrules the budgets."""
-        if self.name == "flame":
-            return tiers
-        k = min(tiers) if self.active_experts == "min" else int(self.active_experts)
-        return [k] * len(tiers)
 
 
 class ServerConfig(_Section):
@@ -166,16 +219,51 @@ class RunConfig(_Section):
 
     def tiers(self) -> list[int]:
         """Active experts k of each client, in client order."""
-        cycle = parse_tiers(self.clients.active_experts)
+        return self._in_turn(self.clients.active_experts)
+
+    def tokens_per_step(self) -> list[int]:
+        """Tokens per optimizer step of each client, in client order; 0 where rows count."""
+        return self._in_turn(self.training.tokens_per_step or "0")
+
+    def _in_turn(self, text: str) -> list[int]:
+        cycle = [int(part) for part in text.split(",")]
         return [cycle[client % len(cycle)] for client in range(self.clients.num_clients)]
 
-    def trained_experts(self) -> list[int]:
-        """The k each client trains with, in client order."""
-        return self.strategy.trained_experts(self.tiers())
+    def ranks(self, num_experts_per_tok: int) -> list[int]:
+        """LoRA rank that each client affords on a model with this K, in client order."""
+        if self.clients.ranks:
+            return self._in_turn(self.clients.ranks)
+        return [max(1, self.adapter.r * k // num_experts_per_tok) for k in self.tiers()]
 
-    def evaluated_experts(self) -> list[int]:
-        """Every k that a client affords or trains with, largest first."""
-        return sorted({*self.tiers(), *self.trained_experts()}, reverse=True)
+    def trained_experts(self, num_experts_per_tok: int) -> list[int]:
+        """The k each client trains with on a model with this K: methods other than FLAME overrule budgets."""
+        if self.strategy.name == "flame":
+            return self.tiers()
+        chosen = "full" if self.strategy.name in RANK_METHODS else self.strategy.active_experts
+        return _alike(chosen, self.tiers(), num_experts_per_tok)
+
+    def trained_ranks(self, num_experts_per_tok: int) -> list[int]:
+        """The LoRA rank each client trains on a model with this K, in client order."""
+        ranks = self.ranks(num_experts_per_tok)
+        if self.strategy.name in RANK_METHODS:
+            return ranks
+        return _alike(self.strategy.rank, ranks, self.adapter.r)
+
+    def evaluated_experts(self, num_experts_per_tok: int) -> list[int]:
+        """Every k that a client affords or trains with on a model with this K, largest first."""
+        return sorted({*self.tiers(), *self.trained_experts(num_experts_per_tok)}, reverse=True)
+
+    def deployments(self, num_experts_per_tok: int) -> list[tuple[int, int]]:
+        """Each k and cut rank that clients use the global model at, on a model with this K, largest first.
+
+        Under a method that cuts the adapter; others give all clients the whole one.
+        """
+        if self.strategy.name not in RANK_METHODS or self.strategy.name in MERGING_METHODS:
+            return []
+        trained = zip(
+            self.trained_experts(num_experts_per_tok), self.trained_ranks(num_experts_per_tok), strict=True
+        )
+        return sorted({(k, rank) for k, rank in trained if rank < self.adapter.r}, reverse=True)
 
     def learning_rate(self, round_number: int) -> float:
         """Of one round, counted from 1."""
@@ -187,6 +275,12 @@ class RunConfig(_Section):
     def clients_per_round(self) -> int:
         """Clients sampled in each round."""
         return max(1, round(self.server.fraction_train * self.clients.num_clients))
+
+
+def _alike(chosen: str, afforded: list[int], full: int) -> list[int]:
+    """`min`, `full` or a number, for every client."""
+    value = {"min": min(afforded), "full": full}.get(chosen) or int(chosen)
+    return [value] * len(afforded)
 
 
 def parse_tiers(text: str) -> list[int]:
@@ -202,7 +296,7 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
 
     Raises UserError for a missing or broken file, an unknown key or a value that is not allowed.
     """
-    return _resolve(_read_toml(path) if path is not None else {}, overrides)
+    return _resolve(read_toml(path) if path is not None else {}, overrides)
 
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -214,28 +308,56 @@ def _resolve(values: dict[str, Any], overrides: list[str]) -> RunConfig:
     for override in overrides:
         _apply_override(values, override)
     _refuse_unknown_keys(values)
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"config: {where} = {first['input']!r}: {first['msg']}") from error
+    config = validated(RunConfig, values, "config")
     _refuse_contradictions(config)
     return config
 
 
+def validated(model: type[Model], values: dict[str, Any], what: str) -> Model:
+    """The values as a model; UserError names `what`, the key and its value where one is not allowed."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{what}: {where} = {first['input']!r}: {first['msg']}") from error
+
+
 def _refuse_contradictions(config: RunConfig) -> None:
-    tiers, clients = len(parse_tiers(config.clients.active_experts)), config.clients.num_clients
-    if tiers > clients:
-        raise UserError(
-            f"config: clients.active_experts has {tiers} entries for clients.num_clients = {clients}; "
-            "it must have at most one per client"
-        )
+    clients = config.clients.num_clients
+    in_turn = {
+        "clients.active_experts": config.clients.active_experts,
+        "clients.ranks": config.clients.ranks,
+        "training.tokens_per_step": config.training.tokens_per_step,
+    }
+    for key, text in in_turn.items():
+        entries = text.count(",") + 1
+        if entries > clients:
+            raise UserError(
+                f"config: {key} has {entries} entries for clients.num_clients = {clients}; "
+                "it must have at most one per client"
+            )
+    for key, value in (("clients.ranks", config.clients.ranks), ("strategy.rank", config.strategy.rank)):
+        largest = max((int(part) for part in value.split(",") if part.strip().isdecimal()), default=0)
+        if largest > config.adapter.r:
+            raise UserError(f"config: {key} = {value!r}: must be at most adapter.r = {config.adapter.r}")
+    _refuse_options_of_other_methods(config.strategy)
     if config.server.min_clients > config.clients_per_round():
         raise UserError(
             f"config: server.min_clients = {config.server.min_clients}: server.fraction_train = "
             f"{config.server.fraction_train} samples only {config.clients_per_round()} of {clients} clients"
         )
+
+
+def _refuse_options_of_other_methods(strategy: StrategyConfig) -> None:
+    for key in sorted(set.union(*METHOD_OPTIONS.values()) - METHOD_OPTIONS[strategy.name]):
+        value, default = getattr(strategy, key), StrategyConfig.model_fields[key].default
+        if value != default:
+            methods = ", ".join(name for name, options in METHOD_OPTIONS.items() if key in options)
+            raise UserError(
+                f"config: strategy.{key} = {value!r}: {strategy.name} has no such option; {methods} "
+                f"{'have' if ',' in methods else 'has'} it (leave it at {default!r})"
+            )
 
 
 def valid_keys() -> list[str]:
@@ -249,7 +371,16 @@ def valid_keys() -> list[str]:
     return keys
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"data": {"alpha": 0.5}}` and `{"data.alpha": 0.5}` alike as `{"data.alpha": 0.5}`."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; UserError where it cannot be read or is no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -280,6 +411,21 @@ def _refuse_unknown_keys(values: dict[str, Any]) -> None:
             raise UserError(f"config: {name} is a section; write {name}.key=value")
         flat = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
         for key in flat:
-            if key not in valid:
-                nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
-                raise UserError(f"config: unknown key {key!r}; the nearest valid key is {nearest!r}")
+            refuse_unknown_key(key, valid, "config")
+
+
+def refuse_unknown_key(key: str, valid: Collection[str], what: str) -> None:
+    """Raises UserError with the nearest valid key where `key` is none of them."""
+    if key not in valid:
+        raise UserError(f"{what}: unknown key {key!r}; the nearest valid key is {_nearest(key, valid)!r}")
+
+
+def _nearest(key: str, valid: Collection[str]) -> str:
+    """The most similar key, of those that have its letters in order, as `lr` is in `learning_rate`."""
+    longer = [name for name in valid if _abbreviates(key, name)]
+    return difflib.get_close_matches(key, longer or valid, n=1, cutoff=0.0)[0]
+
+
+def _abbreviates(short: str, name: str) -> bool:
+    letters = iter(name)
+    return all(letter in letters for letter in short)

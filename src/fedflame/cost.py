@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fedflame.budgets import (
     AdapterSize,
+    Dtype,
     MemoryEstimate,
     ModelShape,
     Tier,
     TierCost,
     adapter_parameters,
     tier_costs,
+    training_flops_per_token,
     training_memory,
 )
-from fedflame.config import RunConfig
+from fedflame.config import MERGING_METHODS, TRAINED_HALVES, RunConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class ClientCost:
+    """What one client does in a round."""
+
+    client: int
+    trained_experts: int
+    """The k it trains with, which the method may set apart from what it affords."""
+    trained_rank: int
+    steps: int
+    tokens_per_step: int
+    """Of its largest optimizer step."""
+    training_flops: float
+    """Forward and backward of all steps, were each of them the largest."""
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Costs per tier, adapter size, and the sequence they are for."""
+    """Costs per tier and client, adapter size, and the sequence they are for."""
 
+    clients: list[ClientCost]
+    """In client order."""
     tiers: list[TierCost]
     memory: list[MemoryEstimate]
-    """Per tier, in the order of `tiers`."""
+    """Per tier, in the order of `tiers`, at the largest optimizer step of the tier's clients."""
     adapter: AdapterSize
+    """At the run's rank."""
+    merged_bytes: int
+    """By so much every round makes the next one's bytes down to each client grow, at most."""
     sequence_length: int
     """Tokens per row."""
     labelled_share: float
@@ -42,29 +66,83 @@ class RunCost:
             "labelled_share": self.labelled_share,
             "adapter_parameters": self.adapter.total,
             "adapter_bytes": self.adapter.bytes_down,
+            "merged_bytes_per_round": self.merged_bytes,
             "tiers": tiers,
+            "clients": [asdict(client) for client in self.clients],
         }
 
 
 def run_cost(
     config: RunConfig,
     shape: ModelShape,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     sequence_length: int,
     labelled_share: float,
 ) -> RunCost:
-    """Costs of every k that a client affords or trains with, on a model of this shape.
+    """Costs of every k and rank that a client trains with, then of every other k that a client affords.
 
     Raises:
         UserError: a tier's k is 0 or above the model's own.
     """
-    targets, r = config.adapter.attention_modules(), config.adapter.r
-    trained = config.trained_experts()
-    tiers = [Tier(k, trained.count(k)) for k in config.evaluated_experts()]
-    costs = tier_costs(shape, tiers, r, targets, sequence_length, labelled_share)
-    tokens = sequence_length * config.training.per_device_train_batch_size
-    memory = [
-        training_memory(shape, cost.active_experts, r, targets, tokens, dtype, labelled_share)
-        for cost in costs
-    ]
-    return RunCost(costs, memory, adapter_parameters(shape, r, targets), sequence_length, labelled_share)
+    targets, r, full = config.adapter.attention_modules(), config.adapter.r, shape.num_experts_per_tok
+
+    def flops_per_token(k: int, rank: int) -> float:
+        return training_flops_per_token(shape, k, rank, targets, sequence_length, labelled_share).total
+
+    clients = _client_costs(config, full, sequence_length, flops_per_token)
+    trained = Counter((client.trained_experts, client.trained_rank) for client in clients)
+    idle = set(config.evaluated_experts(full)) - {k for k, _ in trained}
+    rows = sorted([*trained, *((k, r) for k in idle)], reverse=True)
+    tiers = [Tier(k, rank, trained[k, rank]) for k, rank in rows]
+    setting = (targets, sequence_length, labelled_share)
+    costs = tier_costs(shape, tiers, r, *setting, TRAINED_HALVES.get(config.strategy.name, ("both",)))
+    memory = []
+    for k, rank in rows:
+        tokens = max(
+            client.tokens_per_step
+            for affords, client in zip(config.tiers(), clients, strict=True)
+            if (k, rank) in ((affords, r), (client.trained_experts, client.trained_rank))
+        )
+        memory.append(training_memory(shape, k, rank, targets, tokens, dtype, labelled_share))
+    ranks = sorted(client.trained_rank for client in clients)
+    merged = sum(ranks[-config.clients_per_round() :]) * (config.strategy.name in MERGING_METHODS)
+    return RunCost(
+        clients,
+        costs,
+        memory,
+        adapter_parameters(shape, r, targets),
+        4 * adapter_parameters(shape, merged, targets).total,
+        sequence_length,
+        labelled_share,
+    )
+
+
+def local_steps(training: TrainingConfig, afforded: float, spent: float) -> int:
+    """A client's optimizer steps per round under `training.budget`; at least one.
+
+    A step has the client's own number of tokens whatever it trains, so that costs per token decide.
+
+    Args:
+        training: has the budget and `max_steps`.
+        afforded: training FLOPs per token at the k that the client affords and the run's rank.
+        spent: training FLOPs per token at the k and rank that the method gives it.
+    """
+    if training.budget == "steps":
+        return training.max_steps
+    return max(1, round(training.max_steps * afforded / spent))
+
+
+def _client_costs(
+    config: RunConfig, full: int, sequence_length: int, flops_per_token: Callable[[int, int], float]
+) -> list[ClientCost]:
+    by_rows = sequence_length * config.training.per_device_train_batch_size
+    trained = zip(config.trained_experts(full), config.trained_ranks(full), strict=True)
+    costs = []
+    for client, (affords, (k, rank), budget) in enumerate(
+        zip(config.tiers(), trained, config.tokens_per_step(), strict=True)
+    ):
+        tokens = max(budget, sequence_length) if budget else by_rows
+        spent = flops_per_token(k, rank)
+        steps = local_steps(config.training, flops_per_token(affords, config.adapter.r), spent)
+        costs.append(ClientCost(client, k, rank, steps, tokens, steps * tokens * spent))
+    return costs

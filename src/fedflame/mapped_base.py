@@ -97,9 +97,10 @@ def _build(folder: Path, dtype: torch.dtype, cache: Path) -> None:
             save_file(tensors, partial / f"{number:04}.safetensors", metadata={"format": "pt"})
             names += list(tensors)
         (partial / COMPLETE).write_text(json.dumps({"checkpoint": str(folder.resolve()), "tensors": names}))
-        if not (cache / COMPLETE).exists():  # another process may have been quicker
-            partial.rename(cache)
+        partial.rename(cache)
     except OSError as error:
+        if (cache / COMPLETE).exists():  # another process was quicker, so that the name was taken
+            return
         raise UserError(f"{cache}: cannot write the mapped model: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

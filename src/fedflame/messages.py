@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.nn.functional import pad
 
 FORMAT_VERSION = 1
 
@@ -53,20 +54,61 @@ class Adapter:
         """R; 0 for `NOTHING`."""
         return next((value.shape[1] for name, value in self.experts.items() if name.endswith(".A2")), 0)
 
-    def concatenate(self, other: Adapter) -> Adapter:
-        """Both side by side along the rank: every product B A is the sum of theirs.
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """B [...,n,out,R] and A [...,n,R,in] of n products each, under the name of A.
+
+        n is 2 where A1 and B1 hold gate and up, and 1 elsewhere; for banks E comes before it.
+        """
+        values, found = self.tensors(), {}
+        for name, a in values.items():
+            if half_of(name) == "A":
+                n = a.shape[-2] // self.rank
+                found[name] = (values[_b_of(name)].unflatten(-2, (n, -1)), a.unflatten(-2, (n, -1)))
+        return found
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
+        """The inverse of `factors`."""
+        values = {}
+        for name, (b, a) in factors.items():
+            values[name], values[_b_of(name)] = a.flatten(-3, -2), b.flatten(-3, -2)
+        return cls.from_tensors(values)
+
+    def tail_norms(self, kept: int) -> tuple[Tensor, Tensor]:
+        """||B|| and ||A|| of the ranks after the first `kept`, each a Frobenius norm over all products."""
+        pairs = self.factors().values()
+        norms_b = [torch.linalg.vector_norm(b[..., kept:], dtype=torch.float64) for b, _ in pairs]
+        norms_a = [torch.linalg.vector_norm(a[..., kept:, :], dtype=torch.float64) for _, a in pairs]
+        # The norm of norms has the gradient zero where it is zero, a root of squares has none there.
+        return torch.linalg.vector_norm(torch.stack(norms_b)), torch.linalg.vector_norm(torch.stack(norms_a))
+
+    def concatenate(self, *others: Adapter) -> Adapter:
+        """All side by side along the rank: every product B A is the sum of theirs.
 
         Raises:
-            KeyError: `other` lacks a name of this one, and neither is `NOTHING`.
+            KeyError: one of them lacks a name of the first that is not `NOTHING`, and is not `NOTHING`.
         """
-        mine, others = self.tensors(), other.tensors()
-        if not mine or not others:
-            return self if mine else other
-        return Adapter.from_tensors(
+        parts = [part for part in (self, *others) if part.tensors()]
+        if len(parts) < 2:
+            return parts[0] if parts else NOTHING
+        factors = [part.factors() for part in parts]
+        return Adapter.from_factors(
             {
-                name: _side_by_side(name, (value, others[name]), (self.rank, other.rank))
-                for name, value in mine.items()
+                name: (
+                    torch.cat([part[name][0] for part in factors], dim=-1),
+                    torch.cat([part[name][1] for part in factors], dim=-2),
+                )
+                for name in factors[0]
             }
+        )
+
+    def with_rank(self, rank: int) -> Adapter:
+        """The first ranks of every product, or all of them and zeros, which change no product, after them."""
+        spare = rank - self.rank
+        if spare == 0:
+            return self
+        return Adapter.from_factors(
+            {name: (pad(b, (0, spare)), pad(a, (0, 0, 0, spare))) for name, (b, a) in self.factors().items()}
         )
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
@@ -106,11 +148,10 @@ def rank_dim(name: str) -> int:
     return -2 if half_of(name) == "A" else -1
 
 
-def _side_by_side(name: str, values: tuple[Tensor, Tensor], ranks: tuple[int, int]) -> Tensor:
-    if not name.endswith(".A1"):
-        return torch.cat(values, dim=rank_dim(name))
-    gate_and_up = [value.unflatten(1, (-1, rank)) for value, rank in zip(values, ranks, strict=True)]
-    return torch.cat(gate_and_up, dim=2).flatten(1, 2)
+def _b_of(name: str) -> str:
+    """The name of the B whose A has this name."""
+    module, _, last = name.rpartition(".")
+    return f"{module}.B{last[1:]}"
 
 
 @dataclass(frozen=True)
@@ -131,9 +172,16 @@ class RoundPlan:
     """Rows per optimizer step."""
     max_steps: int
     """Optimizer steps."""
+    tokens_per_step: int = 0
+    """If not 0, a step's batch has, instead of `batch_size` rows, as many as fit in so many tokens."""
     trainable: Trainable = "both"
     merged: Adapter = NOTHING
     """Factors of any rank that are part of the base, scaled as `adapter` is; see `ServerState.merged`."""
+    proximal_mu: float = 0.0
+    """Of FedProx: the objective has mu/2 ||w - w_0||^2 more, w_0 being `adapter`."""
+    rank_penalty: float = 0.0
+    """Of HetLoRA: the objective has this times ||B|| ||A|| of the ranks from `kept_rank` on more."""
+    kept_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -255,7 +303,7 @@ def _validate_counts(update: ClientUpdate, plan: RoundPlan) -> None:
 
 def _moved_experts(bank: str, update: ClientUpdate) -> Tensor:
     activated = update.counts[int(bank.split(".")[0])] > 0
-    return torch.nonzero(activated & is_trained(bank, update.trainable)).flatten()
+    return torch.nonzero(activated & is_trained(bank, update.trainable)).squeeze(1)
 
 
 def _unpack_bank(bank: str, rows: Tensor, packed: ClientUpdate) -> Tensor:

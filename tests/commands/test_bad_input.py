@@ -115,7 +115,7 @@ def test_active_experts_above_the_models(tiny_folder: Path, tmp_path: Path) -> N
 
 def test_fedavg_with_more_experts_than_the_models(tiny_folder: Path, tmp_path: Path) -> None:
     line = refuse(tiny_folder, tmp_path / "run", "strategy.name=fedavg", "strategy.active_experts=5")
-    assert line.startswith("strategy.active_experts 5: must be 'min' or between 1 and 4")
+    assert line.startswith("strategy.active_experts 5: must be 'min', 'full' or between 1 and 4")
 
 
 def test_more_tiers_than_clients(tiny_folder: Path, tmp_path: Path) -> None:

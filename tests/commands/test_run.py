@@ -76,6 +76,39 @@ def test_counts_and_tokens_of_every_client_add_up(finished: Path) -> None:
         assert counts.sum(1).tolist() == [event["tokens"] * event["active_experts"]] * LAYERS
 
 
+def test_steps_by_tokens_are_as_large_as_each_client_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    budgets = (130, 260, 520)  # rows have at most 120 tokens
+    override = f"training.tokens_per_step={','.join(map(str, budgets))}"
+    tiny_run(tiny_folder, tmp_path / "run", override, "server.num_server_rounds=1")
+    for event, budget in zip(events(tmp_path / "run", "client"), budgets, strict=True):
+        assert event["steps"] == 2
+        assert 0.5 * 2 * budget < event["tokens"] <= 2 * budget
+
+
+@pytest.mark.parametrize("trained", ["flame", "1", "4"])
+def test_under_a_compute_budget_every_client_spends_what_flame_does_at_its_k(
+    trained: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    method = () if trained == "flame" else ("strategy.name=fedavg", f"strategy.active_experts={trained}")
+    settings = ("training.budget=compute", "training.max_steps=7", "server.num_server_rounds=1")
+    tiny_run(tiny_folder, tmp_path / "run", *method, *settings)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    flops = {tier["active_experts"]: tier["training_flops_per_token"] for tier in plan["tiers"]}
+    updates = events(tmp_path / "run", "client")
+    for event, planned, affords in zip(updates, plan["clients"], (4, 2, 1), strict=True):
+        k = affords if trained == "flame" else int(trained)
+        assert event["active_experts"] == planned["trained_experts"] == k
+        assert event["steps"] == planned["steps"]
+        assert abs(event["steps"] * flops[k] - 7 * flops[affords]) < flops[k]
+        assert event["training_flops"] == pytest.approx(event["tokens"] * flops[k])
+    steps = [event["steps"] for event in updates]
+    assert {
+        "flame": steps == [7, 7, 7],
+        "1": steps[0] > steps[1] > steps[2] == 7,
+        "4": 7 == steps[0] > steps[1] > steps[2],
+    }[trained]
+
+
 def test_every_tier_is_evaluated_before_and_after_every_round(finished: Path) -> None:
     together = [e for e in events(finished, "evaluation") if e["category"] is None]
     assert [(e["round"], e["active_experts"]) for e in together] == [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -46,6 +47,14 @@ def numbered(count: int, seed: int = 0) -> list[EncodedRow]:
     """Rows of random lengths; the first token says which row it is."""
     draw = random.Random(seed)
     return [EncodedRow([100 + row] + [5] * draw.randint(2, 40), 2, False) for row in range(count)]
+
+
+some_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=120)
+
+
+def of_lengths(lengths: list[int]) -> list[EncodedRow]:
+    """Rows of these lengths; the first token says which row it is."""
+    return [EncodedRow([100 + row] + [5] * (length - 1), 0, False) for row, length in enumerate(lengths)]
 
 
 def row_numbers(batch: Batch) -> list[int]:
@@ -189,6 +198,92 @@ def test_every_row_comes_once_per_epoch(count: int, batch_size: int) -> None:
             sizes.append(len(epoch) - sum(sizes))
         assert sorted(epoch) == list(range(count))
         assert max(sizes) <= batch_size and len(sizes) == -(-count // batch_size)
+
+
+def by_rows(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+    """One epoch by the rule: shuffle, sort within 8 batches, cut every `batch_size` rows, shuffle."""
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    windows = [order[i : i + 8 * batch_size] for i in range(0, len(order), 8 * batch_size)]
+    batches = []
+    for window in windows:
+        window.sort(key=lambda row: lengths[row])
+        batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+@settings(deadline=None)
+@given(some_lengths, st.integers(1, 9), st.integers(0, 2**63 - 1))
+def test_without_a_token_budget_batches_have_batch_size_rows(
+    lengths: list[int], batch_size: int, seed: int
+) -> None:
+    rng, batches = random.Random(seed), training_batches(of_lengths(lengths), batch_size, PAD, seed)
+    for expected in [*by_rows(lengths, batch_size, rng), *by_rows(lengths, batch_size, rng)]:
+        assert row_numbers(next(batches)) == expected
+
+
+def by_tokens(lengths: list[int], tokens: int, seed: int, epochs: int = 1) -> list[list[Batch]]:
+    """The batches of each epoch."""
+    batches = training_batches(of_lengths(lengths), 3, PAD, seed, tokens_per_step=tokens)
+    found: list[list[Batch]] = []
+    for _ in range(epochs):
+        found.append([])
+        while sum(len(batch.input_ids) for batch in found[-1]) < len(lengths):
+            found[-1].append(next(batches))
+    return found
+
+
+@settings(deadline=None)
+@given(some_lengths, st.integers(1, 400), st.integers(0, 2**63 - 1))
+def test_with_a_token_budget_every_row_comes_once_per_epoch_within_it(
+    lengths: list[int], tokens: int, seed: int
+) -> None:
+    for epoch in by_tokens(lengths, tokens, seed, epochs=3):
+        assert sorted(row for batch in epoch for row in row_numbers(batch)) == list(range(len(lengths)))
+        assert all(batch.input_ids.numel() <= tokens or len(batch.input_ids) == 1 for batch in epoch)
+
+
+@settings(deadline=None)
+@given(some_lengths, st.integers(1, 400), st.integers(0, 2**63 - 1))
+def test_padding_is_bounded_by_the_budget_and_the_spread_of_lengths(
+    lengths: list[int], tokens: int, seed: int
+) -> None:
+    """n rows from a to b tokens, n b <= T, have padding of at most n (b - a) <= T (1 - a/b) <= T ln(b/a);
+    over the batches of a sorted window the logarithms add up to no more than ln(longest/shortest)."""
+    (epoch,) = by_tokens(lengths, tokens, seed)
+    padding = sum(batch.input_ids.numel() - batch.tokens for batch in epoch)
+    per_window = BATCHES_PER_WINDOW * max(1, int(tokens / (sum(lengths) / len(lengths))))
+    windows = -(-len(lengths) // per_window)
+    assert padding <= windows * tokens * math.log(max(lengths) / min(lengths)) + 1e-6
+
+
+def test_a_token_budget_by_hand() -> None:
+    # One window. In rising order: four rows of 2 to 3 fill 4 x 3, the row of 4 would make it 5 x 4; 4 and 6
+    # fill 2 x 6; 7 and 8 would need 2 x 8; 20 is beyond the budget and comes alone.
+    lengths = [20, 2, 7, 2, 6, 3, 8, 2, 4]
+    (epoch,) = by_tokens(lengths, 12, seed=1)
+    assert sorted(sorted(lengths[row] for row in row_numbers(batch)) for batch in epoch) == (
+        [[2, 2, 2, 3], [4, 6], [7], [8], [20]]
+    )
+
+
+def test_batches_by_tokens_follow_the_seed() -> None:
+    lengths = [2 + row % 13 for row in range(60)]
+
+    def rows(seed: int) -> list[list[int]]:
+        return [row_numbers(batch) for epoch in by_tokens(lengths, 40, seed, epochs=2) for batch in epoch]
+
+    assert rows(1) == rows(1) != rows(2)
+    assert sorted(map(len, rows(1))) != [3] * len(rows(1))
+
+
+def test_steps_by_tokens_are_nearly_full_and_have_little_padding() -> None:
+    draw = random.Random(0)
+    (epoch,) = by_tokens([draw.randint(20, 200) for _ in range(1000)], 2048, seed=1)
+    tokens, places = sum(batch.tokens for batch in epoch), sum(batch.input_ids.numel() for batch in epoch)
+    assert places - tokens < 0.1 * places
+    assert sum(batch.input_ids.numel() > 1500 for batch in epoch) > 0.8 * len(epoch)
 
 
 def test_epochs_differ_in_their_order() -> None:

@@ -340,3 +340,45 @@ def test_target_modules_that_the_model_lacks_are_refused() -> None:
     with pytest.raises(UserError) as caught:
         tiny_adapted(target_modules=("nope", "nix"))
     assert str(caught.value) == "adapter.target_modules 'nope,nix': OlmoeForCausalLM has no such module"
+
+
+# Ranks below the model's
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_fewer_ranks_compute_what_zeros_in_the_others_do_at_the_scaling_of_the_model(rank: int) -> None:
+    adapted, batch = tiny_adapted(), random_batch()
+    cut, s = random_adapter(adapted).with_rank(rank), torch.tensor([0.7, 1.3])
+    results = []
+    for adapter in (cut, cut.with_rank(RANK)):
+        adapted.load(adapter, s)
+        assert adapted.adapter().rank == adapter.rank
+        token_losses(adapted, batch).mean().backward()
+        gradients = {name: value.grad for name, value in adapted.attached().tensors().items()}
+        adapted.model.zero_grad()
+        with torch.no_grad():
+            results.append((token_losses(adapted, batch), Adapter.from_tensors(gradients)))
+    (losses, gradients), (padded_losses, padded_gradients) = results
+    assert_near(losses, padded_losses)
+    for name, value in padded_gradients.with_rank(rank).tensors().items():
+        assert_near(gradients.tensors()[name], value, 1e-4)
+
+
+def test_after_fewer_ranks_the_model_takes_all_again_and_starts_anew_with_all() -> None:
+    adapted, batch = tiny_adapted(), random_batch()
+    full, start = random_adapter(adapted), adapted.initial_adapter(5)
+    with torch.no_grad():
+        adapted.load(full, torch.ones(LAYERS))
+        before = token_losses(adapted, batch)
+        adapted.load(full.with_rank(2), torch.ones(LAYERS))
+        assert not torch.equal(token_losses(adapted, batch), before)
+        again = adapted.initial_adapter(5).tensors()
+        adapted.load(full, torch.ones(LAYERS))
+        assert torch.equal(token_losses(adapted, batch), before)
+    assert all(torch.equal(value, again[name]) for name, value in start.tensors().items())
+
+
+def test_more_ranks_than_the_model_has_are_refused() -> None:
+    adapted = tiny_adapted()
+    with pytest.raises(UserError, match=r"adapter value .* is .*; the model needs"):
+        adapted.load(random_adapter(adapted).with_rank(RANK + 1), torch.ones(LAYERS))

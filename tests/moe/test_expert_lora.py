@@ -115,13 +115,14 @@ def test_every_rank_equals_the_plain_loop(r: int) -> None:
 
 
 @pytest.mark.parametrize("r", [4, 8])
-def test_bfloat16_is_as_near_to_the_loop_as_its_precision_allows(r: int) -> None:
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
+def test_bfloat16_is_as_near_to_the_loop_as_its_precision_allows(routing: list[list[int]], r: int) -> None:
     experts = attached(r=r, dtype=torch.bfloat16, width=40)
-    actual, expected = outputs_and_gradients(experts, ROUTINGS["k=3"], torch.bfloat16)
+    actual, expected = outputs_and_gradients(experts, routing, torch.bfloat16)
     scalar = actual.pop("s") - expected.pop("s")
     for name, value in expected.items():
         assert_near(actual[name], value, 3e-2)
-    terms = expected["weights"] * leaves(experts, ROUTINGS["k=3"])["weights"].double()
+    terms = expected["weights"] * leaves(experts, routing)["weights"].double()
     assert scalar.abs() <= 3e-2 * terms.abs().sum(), (
         "the terms of ds nearly cancel: their size is the measure"
     )
@@ -135,9 +136,12 @@ def test_banks_and_their_gradients_are_float32_in_a_bfloat16_model() -> None:
     assert actual["y"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
-def test_gradient_of_an_expert_without_tokens_is_exactly_zero(routing: list[list[int]]) -> None:
-    actual, _ = outputs_and_gradients(attached(), routing)
+def test_gradient_of_an_expert_without_tokens_is_exactly_zero(
+    routing: list[list[int]], dtype: torch.dtype
+) -> None:
+    actual, _ = outputs_and_gradients(attached(r=8, dtype=dtype, width=40), routing, dtype)
     used = {expert for chosen in routing for expert in chosen}
     for expert in range(EXPERTS):
         for name in BANKS:

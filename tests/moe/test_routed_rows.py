@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedflame.moe.routed_rows import RoutedRows
+from fedflame.moe.expert_products import Padded
+from fedflame.moe.routed_rows import PADDING, RoutedRows
 
 EXPERTS = 6
 
@@ -28,12 +29,12 @@ def choices(draw: st.DrawFn) -> torch.Tensor:
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=12)))
 
 
-@given(choices(), st.integers(1, 40), st.integers(1, EXPERTS))
+@given(choices(), st.integers(1, 40), st.integers(1, EXPERTS), st.booleans())
 def test_blocks_are_the_rows_of_consecutive_experts_in_order(
-    index: torch.Tensor, size: int, together: int
+    index: torch.Tensor, size: int, together: int, padded: bool
 ) -> None:
     rows = RoutedRows.sort(index, EXPERTS)
-    blocks = rows.blocks(size, together)
+    blocks = rows.blocks(size, together, padded)
     assert len(blocks) >= EXPERTS / together
     experts = [e for block in blocks for e in list(range(EXPERTS))[block.experts]]
     assert experts == list(range(EXPERTS))
@@ -41,15 +42,17 @@ def test_blocks_are_the_rows_of_consecutive_experts_in_order(
     seen = []
     for block in blocks:
         names, start = list(range(EXPERTS))[block.experts], 0
-        for expert, end in zip(names, block.offsets.tolist(), strict=True):
+        for expert, end in zip(names, block.wide.offsets.tolist(), strict=True):
             assert of_row[block.rows][start:end] == [expert] * (end - start)
             start = end
         assert start == len(of_row[block.rows])
         seen += of_row[block.rows]
-        others = [of_row.count(expert) for expert in names[:-1]]
+        counts = [of_row.count(expert) for expert in names]
+        places, own = len(counts) * max(counts), sum(counts)
+        assert isinstance(block.thin, Padded) == (padded and 0 < places <= PADDING * own)
+        others = counts[:-1]
         assert len(names) <= together
-        full = sum(others) >= size
-        assert not full or len(blocks) == 1, "a block ends with the expert that fills it"
+        assert sum(others) < size, "a block ends with the expert that fills it"
     assert seen == of_row
 
 
@@ -64,3 +67,12 @@ def test_the_sum_per_token_is_the_plain_sum_to_the_last_bit(dtype: torch.dtype, 
         assert [int(rows.tokens[row]) for row in own] == [token] * len(chosen)
         expected.append(torch.stack([values[row] for row in own]).sum(0))
     assert torch.equal(rows.sum_per_token(values), torch.stack(expected))
+
+
+def test_one_block_holds_all_rows() -> None:
+    rows = RoutedRows.sort(torch.tensor([[3, 0], [3, 5]]), EXPERTS)
+    block = rows.one_block()
+    assert rows.tokens[block.rows].tolist() == rows.tokens.tolist()
+    assert list(range(EXPERTS))[block.experts] == list(range(EXPERTS))
+    assert block.wide.offsets.tolist() == [1, 1, 1, 3, 3, 4]
+    assert block.thin is block.wide

@@ -29,11 +29,13 @@ def a_checkpoint(round_number: int = 3) -> Checkpoint:
 
     adapter = Adapter({"0.A1": values(5, 6, 7), "1.B2": values(5, 7, 3)}, {"layers.0.q_proj.A": values(3, 6)})
     merged = Adapter({"0.A1": values(5, 4, 7)}, {"layers.0.q_proj.A": values(2, 6)})
-    return Checkpoint(round_number, 2**40 + 1, ServerState(adapter, {8: values(2), 1: values(2)}, merged))
+    state = ServerState(adapter, {8: values(2), 1: values(2)}, merged, "A", {11: 3, 2: 1})
+    return Checkpoint(round_number, 2**40 + 1, state)
 
 
 def assert_same(got: Checkpoint, wanted: Checkpoint) -> None:
     assert (got.round, got.metrics_bytes) == (wanted.round, wanted.metrics_bytes)
+    assert (got.state.trainable, got.state.ranks) == (wanted.state.trainable, wanted.state.ranks)
     assert got.state.rescalers.keys() == wanted.state.rescalers.keys()
     pairs = [(got.state.rescalers[k], value) for k, value in wanted.state.rescalers.items()]
     for mine, its in ((got.state.adapter, wanted.state.adapter), (got.state.merged, wanted.state.merged)):
@@ -108,6 +110,7 @@ def with_header(**header: Any) -> bytes:
     return save(tensors, metadata={"fedflame": json.dumps(header)})
 
 
+HEADER: dict[str, Any] = {"version": 1, "round": 1, "metrics_bytes": 0, "trainable": "both", "ranks": {}}
 FOREIGN = {
     "text": b"# notes\nnot a checkpoint\n" * 10,
     "zeros": bytes(5000),
@@ -122,8 +125,11 @@ FOREIGN = {
     "round infinite": with_header(version=1, metrics_bytes=0, round=float("inf")),
     "a tier that is no number": save(
         {"rescalers.x": torch.ones(2)},
-        metadata={"fedflame": json.dumps({"version": 1, "round": 1, "metrics_bytes": 0})},
+        metadata={"fedflame": json.dumps(HEADER)},
     ),
+    "no half": with_header(version=1, round=1, metrics_bytes=0),
+    "ranks no object": with_header(**HEADER | {"ranks": [1]}),
+    "another half": with_header(**HEADER | {"trainable": "C"}),
 }
 
 

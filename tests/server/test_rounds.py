@@ -8,7 +8,7 @@ import pytest
 from fedflame.server.rounds import sample_clients
 from fedflame.strategies.base import ClientProfile
 
-CLIENTS = [ClientProfile(client, 1 + client % 4, 10 + client) for client in range(9)]
+CLIENTS = [ClientProfile(client, 1 + client % 4, 3, 10 + client) for client in range(9)]
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])

@@ -1,22 +1,26 @@
-"""FedAvg by hand, and how a configured method is built."""
+"""FedAvg by hand."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
+import numpy as np
 import torch
+from tests.random_rounds import LAYERS, assert_same_bits, projections, updates_of
+from tests.random_rounds import an_adapter as random_adapter
 
-from fedflame.config import StrategyConfig
 from fedflame.messages import Adapter, ClientUpdate
-from fedflame.strategies import FedAvg, Flame, build_strategy
+from fedflame.strategies import FedAvg
 from fedflame.strategies.base import ClientProfile
 
 
 def an_adapter(bank: float, attention: float) -> Adapter:
-    """Two experts, rank 1, hidden 3: one bank with the second expert at ten times the first, and one pair."""
+    """Two experts, rank 1, hidden 3, width 5: the second expert at ten times the first, and one pair."""
     values = torch.tensor([1.0, 10.0])[:, None, None] * bank
-    return Adapter({"0.A1": values.expand(2, 2, 3).contiguous()}, {"q_proj.B": torch.full((4, 1), attention)})
+    shapes = {"0.A1": (2, 3), "0.B1": (10, 1), "0.A2": (1, 5), "0.B2": (3, 1)}
+    banks = {name: values.expand(2, *shape).contiguous() for name, shape in shapes.items()}
+    pair = {"q_proj.A": torch.full((1, 2), attention), "q_proj.B": torch.full((4, 1), attention)}
+    return Adapter(banks, pair)
 
 
 def an_update(client: int, delta: Adapter, num_examples: int) -> ClientUpdate:
@@ -67,22 +71,26 @@ def test_every_client_runs_the_same_k_with_a_fixed_rescaler_of_one() -> None:
     strategy = FedAvg(3)
     state = strategy.initialize(an_adapter(2.0, 1.0), (8, 3), num_layers=2)
     for k in (8, 3):
-        told = strategy.configure_train(state, ClientProfile(client=0, active_experts=k, num_examples=10))
+        told = strategy.configure_train(state, ClientProfile(0, k, rank=1, num_examples=10))
         assert (told.active_experts, told.rescaler) == (3, "fixed")
         assert told.rescaler_values.tolist() == [1.0, 1.0]
         assert told.adapter is state.adapter
 
 
-def test_min_is_the_smallest_tier_and_a_number_is_itself() -> None:
-    assert build_strategy(StrategyConfig(name="fedavg"), (8, 2, 4), 8) == FedAvg(2)
-    assert build_strategy(
-        StrategyConfig(name="fedavg", active_experts="min"), iter([8, 4, 2, 4]), 8
-    ) == FedAvg(2)
-    assert build_strategy(StrategyConfig(name="fedavg", active_experts="5"), (8, 2, 4), 8) == FedAvg(5)
-
-
-@pytest.mark.parametrize("rescaler", ["learned", "none", "static", "mass"])
-def test_flame_is_built_with_its_temperature_and_rescaler(rescaler: str) -> None:
-    config = StrategyConfig(temperature=3.5, rescaler=rescaler)  # type: ignore[arg-type]
-    wanted = Flame(num_experts_per_tok=6, temperature=3.5, rescaler=rescaler)  # type: ignore[arg-type]
-    assert build_strategy(config, (6, 2), 6) == wanted
+def test_at_a_smaller_rank_clients_train_the_first_ranks_and_the_others_stay() -> None:
+    generator = torch.Generator().manual_seed(4)
+    strategy, wanted = FedAvg(2, rank=2), random_adapter(generator)
+    state = strategy.initialize(wanted, (2,), LAYERS)
+    told = strategy.configure_train(state, ClientProfile(0, 2, rank=1, num_examples=10))
+    assert_same_bits(told.adapter, wanted.with_rank(2))
+    updates = updates_of(7, (2, 2))
+    new = strategy.aggregate_train(state, updates).adapter
+    rows = [update.num_examples for update in updates]
+    for name, (b, a) in projections(wanted).items():
+        deltas = [projections(update.delta)[name] for update in updates]
+        got_b, got_a = projections(new)[name]
+        np.testing.assert_array_equal(got_b[:, 2:], b[:, 2:])
+        np.testing.assert_array_equal(got_a[2:], a[2:])
+        for got, start, half in ((got_b[:, :2], b[:, :2], 0), (got_a[:2], a[:2], 1)):
+            mean = np.average([delta[half] for delta in deltas], axis=0, weights=rows)
+            np.testing.assert_allclose(got, start + mean, rtol=0, atol=1e-6)

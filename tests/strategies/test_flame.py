@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,54 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from tests.random_rounds import EXPERTS, LAYERS, RANK, K, an_adapter, an_update, bits
 
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies import FedAvg, Flame
-from fedflame.strategies.base import ClientProfile, ServerState, Strategy
+from fedflame.strategies.base import ClientProfile, ServerState
+from fedflame.strategies.flame import expert_weights
 
-LAYERS, EXPERTS, RANK, HIDDEN, WIDTH = 2, 5, 3, 7, 4
-K = 8
 TEMPERATURES = (0.0, 1.0, 2.0, 4.0)
-BANKS = {
-    "A1": (EXPERTS, 2 * RANK, HIDDEN),
-    "B1": (EXPERTS, 2 * WIDTH, RANK),
-    "A2": (EXPERTS, RANK, WIDTH),
-    "B2": (EXPERTS, HIDDEN, RANK),
-}
-
 seeds = st.integers(0, 2**32)
-
-
-def an_adapter(generator: torch.Generator, scale: float = 1.0) -> Adapter:
-    experts = {
-        f"{layer}.{name}": scale * torch.randn(shape, generator=generator)
-        for layer in range(LAYERS)
-        for name, shape in BANKS.items()
-    }
-    attention = {
-        "q_proj.A": scale * torch.randn(RANK, 6, generator=generator),
-        "q_proj.B": scale * torch.randn(9, RANK, generator=generator),
-    }
-    return Adapter(experts, attention)
-
-
-def an_update(generator: torch.Generator, client: int, active_experts: int = 2) -> ClientUpdate:
-    """Random values; about a third of the counts are zero, and deltas are nowhere zero."""
-    tokens = int(torch.randint(1, 100_000, (), generator=generator))
-    counts = (torch.rand(LAYERS, EXPERTS, generator=generator) * 1.5 - 0.5).clamp(min=0.0).mul(tokens).long()
-    return ClientUpdate(
-        round=1,
-        client=client,
-        active_experts=active_experts,
-        delta=an_adapter(generator, scale=0.1),
-        rescaler_values=1 + torch.rand(LAYERS, generator=generator),
-        counts=counts,
-        tokens=tokens,
-        num_examples=int(torch.randint(1, 1000, (), generator=generator)),
-        steps=5,
-        loss=1.0,
-    )
 
 
 def a_round(seed: int, clients: int) -> tuple[ServerState, list[ClientUpdate]]:
@@ -66,10 +25,6 @@ def a_round(seed: int, clients: int) -> tuple[ServerState, list[ClientUpdate]]:
     tiers = (8, 4, 2, 1)
     state = Flame(K).initialize(an_adapter(generator), tiers, LAYERS)
     return state, [an_update(generator, client, tiers[client % 4]) for client in range(clients)]
-
-
-def bits(value: Tensor) -> Tensor:
-    return value.contiguous().view(torch.int32)
 
 
 def gamma_float64(updates: list[ClientUpdate], layer: int, expert: int, temperature: float) -> list[float]:
@@ -119,6 +74,39 @@ def test_attention_is_the_mean_weighted_by_rows_whatever_the_counts(
         error = np.abs(got - (start + np.tensordot(rows, deltas, 1) / rows.sum()))
         scale = np.tensordot(rows, np.abs(deltas), 1) / rows.sum()
         assert (error <= 1e-6 * (scale + np.abs(start))).all(), name
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, clients=st.integers(1, 5))
+def test_per_slot_the_frequency_is_divided_by_the_clients_k(
+    temperature: float, seed: int, clients: int
+) -> None:
+    state, updates = a_round(seed, clients)
+    new = Flame(K, temperature, count_normalization="slot").aggregate_train(state, updates)
+    for name, value in state.adapter.experts.items():
+        for expert in range(EXPERTS):
+            slots = [update.tokens * update.active_experts for update in updates]
+            counts = [int(update.counts[int(name[0]), expert]) for update in updates]
+            rows = [update.num_examples for update in updates]
+            weights = [(c / n) ** temperature * d for c, n, d in zip(counts, slots, rows, strict=True)]
+            if sum(weights) > 0:
+                deltas = [update.delta.experts[name][expert].double().numpy() for update in updates]
+                wanted = value[expert].double().numpy() + np.average(deltas, axis=0, weights=weights)
+                np.testing.assert_allclose(new.adapter.experts[name][expert], wanted, rtol=0, atol=2e-6)
+
+
+def test_a_client_that_spreads_its_tokens_evenly_weighs_as_much_per_slot_whatever_its_k() -> None:
+    """Of 5 experts each sees 4/5 of the tokens at k = 4 and a fifth at k = 1: per slot that is the same."""
+    wide, narrow = zero_update(0, active_experts=4), zero_update(1, active_experts=1)
+    wide.counts[:], narrow.counts[:] = 80, 40
+    wide, narrow = replace(wide, tokens=100), replace(narrow, tokens=200)
+    ratios = {
+        normalization: expert_weights(wide, 1.0, normalization) / expert_weights(narrow, 1.0, normalization)
+        for normalization in ("token", "slot")
+    }
+    torch.testing.assert_close(ratios["token"], torch.full((LAYERS, EXPERTS), 4.0))
+    torch.testing.assert_close(ratios["slot"], torch.ones(LAYERS, EXPERTS))
 
 
 def test_two_clients_by_hand() -> None:
@@ -260,7 +248,7 @@ def test_rescalers_start_at_one_or_for_static_at_k_over_k_i(rescaler: str, start
 def test_a_client_gets_its_tiers_rescaler_the_global_adapter_and_its_own_k(rescaler: str, mode: str) -> None:
     strategy = Flame(K, rescaler=rescaler)  # type: ignore[arg-type]
     state = strategy.initialize(filled(0.5), (K, 2), LAYERS)
-    told = strategy.configure_train(state, ClientProfile(client=4, active_experts=2, num_examples=10))
+    told = strategy.configure_train(state, ClientProfile(4, 2, rank=1, num_examples=10))
     assert (told.active_experts, told.rescaler) == (2, mode)
     assert told.adapter is state.adapter
     assert told.rescaler_values is state.rescalers[2]
@@ -270,73 +258,13 @@ def test_a_client_gets_its_tiers_rescaler_the_global_adapter_and_its_own_k(resca
 def test_at_the_models_own_k_the_rescaler_is_one_and_fixed(rescaler: str) -> None:
     strategy = Flame(K, rescaler=rescaler)  # type: ignore[arg-type]
     state = strategy.initialize(filled(0.5), (K, 2), LAYERS)
-    told = strategy.configure_train(state, ClientProfile(client=4, active_experts=K, num_examples=10))
+    told = strategy.configure_train(state, ClientProfile(4, K, rank=RANK, num_examples=10))
     assert (told.rescaler, told.rescaler_values.tolist()) == ("fixed", [1.0, 1.0])
 
 
-# The stream
-
-
-def test_a_round_without_updates_changes_nothing() -> None:
-    state, _ = a_round(0, 1)
-    assert Flame(K).aggregate_train(state, iter([])) is state
-
-
-@pytest.mark.parametrize("strategy", [Flame(K), FedAvg(1)], ids=["flame", "fedavg"])
-def test_updates_out_of_client_order_are_refused(strategy: Strategy) -> None:
-    state, updates = a_round(1, 3)
-    with pytest.raises(ValueError, match="rising client order: 1 after 2"):
-        strategy.aggregate_train(state, [updates[0], updates[2], updates[1]])
-    with pytest.raises(ValueError, match="rising client order: 1 after 1"):
-        strategy.aggregate_train(state, [updates[1], updates[1]])
-
-
-@pytest.mark.parametrize("strategy", [Flame(K), FedAvg(1)], ids=["flame", "fedavg"])
-def test_aggregation_leaves_the_old_state_and_the_updates_alone(strategy: Strategy) -> None:
-    state, updates = a_round(2, 3)
-    same_state, same_updates = a_round(2, 3)
-    strategy.aggregate_train(state, updates)
-    pairs = [(state.adapter, same_state.adapter)]
-    pairs += [(update.delta, same.delta) for update, same in zip(updates, same_updates, strict=True)]
-    for now, before in pairs:
-        assert all(torch.equal(now.tensors()[name], value) for name, value in before.tensors().items())
-    assert all((state.rescalers[k] == 1).all() for k in state.rescalers)
-
-
-@pytest.mark.parametrize("strategy", [Flame(K), FedAvg(1)], ids=["flame", "fedavg"])
-def test_of_a_stream_one_update_at_most_is_alive_when_the_next_is_made(strategy: Strategy) -> None:
-    state, _ = a_round(0, 1)
-    generator = torch.Generator().manual_seed(0)
-    made: list[tuple[weakref.ref[ClientUpdate], weakref.ref[Tensor]]] = []
-    alive: list[tuple[int, int]] = []
-
-    def stream() -> Iterator[ClientUpdate]:
-        for client in range(6):
-            alive.append(alive_now())
-            update = an_update(generator, client)
-            made.append((weakref.ref(update), weakref.ref(update.delta.experts["0.A1"])))
-            yield update
-            del update
-
-    def alive_now() -> tuple[int, int]:
-        updates, tensors = zip(*made, strict=True) if made else ((), ())
-        return sum(ref() is not None for ref in updates), sum(ref() is not None for ref in tensors)
-
-    strategy.aggregate_train(state, stream())
-    assert len(made) == 6
-    assert max(alive) == (1, 1)
-    assert alive_now() == (0, 0)
-
-
 def filled(value: float) -> Adapter:
-    experts = {
-        f"{layer}.{name}": torch.full(shape, value)
-        for layer in range(LAYERS)
-        for name, shape in BANKS.items()
-    }
-    return Adapter(
-        experts, {"q_proj.A": torch.full((RANK, 6), value), "q_proj.B": torch.full((9, RANK), value)}
-    )
+    like = an_adapter(torch.Generator())
+    return like.combine(like, lambda one, _: torch.full_like(one, value))
 
 
 def zero_update(client: int, active_experts: int = 2) -> ClientUpdate:

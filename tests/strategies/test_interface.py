@@ -1,4 +1,4 @@
-"""FFA-LoRA, FLoRA and FedEx-LoRA on the real client: the new model is the mean of the clients' models."""
+"""The exact methods on the real client: the new model is the mean of the clients' models."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tests.exact_methods import FedExLoRA, FFALoRA, FLoRA
+from tests.random_rounds import products
 from tests.tiny_models import (
     EXPERTS,
     HIDDEN,
     KEY_WIDTH,
     LAYERS,
     PAD,
+    RANK,
     SCALING,
     VOCABULARY,
     WIDTH,
@@ -38,15 +39,22 @@ from fedflame.messages import (
     validate_update,
 )
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.strategies import FedAvg
+from fedflame.strategies import FedAvg, FedExLoRA, FFALoRA, FLoRA, RoLoRA
 from fedflame.strategies.base import ClientProfile, ServerState, Strategy
 
 K = 2
-CLIENTS = [ClientProfile(client, K, rows) for client, rows in enumerate((5, 9, 3))]
+CLIENTS = [ClientProfile(client, K, RANK, rows) for client, rows in enumerate((5, 9, 3))]
+RANKS = (4, 1, 2)
+"""Of the clients, for a method that adapts the rank."""
 FORBIDDEN = 3
 """An expert that no router picks at k = 1."""
 
-METHODS: dict[str, Callable[[int], Strategy]] = {"FFA": FFALoRA, "FLoRA": FLoRA, "FedEx": FedExLoRA}
+METHODS: dict[str, Callable[[int], Strategy]] = {
+    "FFA": FFALoRA,
+    "RoLoRA": RoLoRA,
+    "FedEx": FedExLoRA,
+    "FLoRA": FLoRA,
+}
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -72,9 +80,12 @@ class Round:
 
 
 def two_rounds(strategy: Strategy, adapted: AdaptedModel) -> Iterator[Round]:
+    """FLoRA's clients differ in rank."""
+    ranks = RANKS if isinstance(strategy, FLoRA) else (RANK, RANK, RANK)
+    clients = [replace(client, rank=rank) for client, rank in zip(CLIENTS, ranks, strict=True)]
     state = strategy.initialize(adapted.initial_adapter(5), (K,), LAYERS)
     for number in (1, 2):
-        updates = [train(strategy, adapted, state, client, number) for client in CLIENTS]
+        updates = [train(strategy, adapted, state, client, number) for client in clients]
         after = strategy.aggregate_train(state, iter(updates))
         yield Round(state, updates, after)
         state = after
@@ -114,29 +125,9 @@ def train(
 # Weight matrices in float64, by plain loops
 
 
-def products(adapter: Adapter) -> dict[str, Tensor]:
-    """B A of every projection, summed rank by rank."""
-    found = {}
-    for layer in range(LAYERS):
-        a1, b1, a2, b2 = (adapter.experts[f"{layer}.{bank}"].double() for bank in ("A1", "B1", "A2", "B2"))
-        ranks = b1.shape[2]
-        for expert in range(EXPERTS):
-            name = f"{layer}.{expert}"
-            found[f"{name}.gate"] = product(b1[expert][:WIDTH], a1[expert][:ranks])
-            found[f"{name}.up"] = product(b1[expert][WIDTH:], a1[expert][ranks:])
-            found[f"{name}.down"] = product(b2[expert], a2[expert])
-    for name, a in adapter.attention.items():
-        if name.endswith(".A"):
-            module = name.removesuffix(".A")
-            found[module] = product(adapter.attention[f"{module}.B"].double(), a.double())
-    return found
-
-
-def product(b: Tensor, a: Tensor) -> Tensor:
-    total = torch.zeros(len(b), a.shape[1], dtype=torch.float64)
-    for rank in range(len(a)):
-        total += torch.outer(b[:, rank], a[rank])
-    return total
+def low_rank(adapter: Adapter) -> dict[str, Tensor]:
+    """B A of every projection."""
+    return {name: torch.from_numpy(value) for name, value in products(adapter).items()}
 
 
 def base_weights(adapted: AdaptedModel) -> dict[str, Tensor]:
@@ -146,17 +137,18 @@ def base_weights(adapted: AdaptedModel) -> dict[str, Tensor]:
         experts = f"model.layers.{layer}.mlp.experts"
         for expert in range(EXPERTS):
             gate_up = weights[f"{experts}.gate_up_proj"][expert].double()
-            found[f"{layer}.{expert}.gate"], found[f"{layer}.{expert}.up"] = gate_up[:WIDTH], gate_up[WIDTH:]
-            found[f"{layer}.{expert}.down"] = weights[f"{experts}.down_proj"][expert].double()
+            name = f"experts.{layer}.{expert}"
+            found[f"{name}.gate"], found[f"{name}.up"] = gate_up[:WIDTH], gate_up[WIDTH:]
+            found[f"{name}.down"] = weights[f"{experts}.down_proj"][expert].double()
     for name, value in weights.items():
         if name.endswith(".base_layer.weight"):
-            found[name.removesuffix(".base_layer.weight")] = value.double()
+            found[f"attention.{name.removesuffix('.base_layer.weight')}"] = value.double()
     return found
 
 
 def effective_weights(adapted: AdaptedModel, state: ServerState) -> dict[str, Tensor]:
     adapted.load(state.adapter, torch.ones(LAYERS), state.merged)
-    low = products(state.adapter)
+    low = low_rank(state.adapter)
     return {name: weight + SCALING * low[name] for name, weight in base_weights(adapted).items()}
 
 
@@ -165,7 +157,8 @@ def mean_of_the_clients(adapted: AdaptedModel, round_: Round) -> dict[str, Tenso
     adapted.load(round_.before.adapter, torch.ones(LAYERS), round_.before.merged)
     mean, rows = base_weights(adapted), sum(client.num_examples for client in CLIENTS)
     for update in round_.updates:
-        low = products(round_.before.adapter.combine(update.delta, torch.add))
+        given = round_.before.adapter.with_rank(update.delta.rank)
+        low = low_rank(given.combine(update.delta, torch.add))
         mean = {
             name: value + SCALING * update.num_examples / rows * low[name] for name, value in mean.items()
         }
@@ -188,7 +181,7 @@ def test_the_new_model_is_the_mean_of_the_clients_models(method: str) -> None:
         assert furthest(after, mean_of_the_clients(adapted, round_)) < 5e-7
         assert furthest(after, before) > 0.02
         for name, value in after.items():
-            if f".{FORBIDDEN}." in name and name[0].isdigit():
+            if f".{FORBIDDEN}." in name and name.startswith("experts."):
                 assert torch.equal(value, before[name])
             else:
                 assert rested(name, round_.updates) or not torch.equal(value, before[name])
@@ -198,8 +191,8 @@ def test_the_new_model_is_the_mean_of_the_clients_models(method: str) -> None:
 
 def rested(name: str, updates: list[ClientUpdate]) -> bool:
     """Whether it is a matrix of an expert that no client activated."""
-    layer, expert = name.split(".")[:2]
-    return layer.isdigit() and not any(update.counts[int(layer), int(expert)] for update in updates)
+    kind, layer, expert = name.split(".")[:3]
+    return kind == "experts" and not any(update.counts[int(layer), int(expert)] for update in updates)
 
 
 def test_plain_averaging_of_a_and_b_is_not_that_mean() -> None:
@@ -227,7 +220,7 @@ def test_ffa_never_moves_a_and_moves_every_b_of_an_activated_expert() -> None:
         assert round_.after.merged is NOTHING
 
 
-@pytest.mark.parametrize(("method", "ranks"), [("FLoRA", 3 * 4), ("FedEx", 3 * 4 + 4)])
+@pytest.mark.parametrize(("method", "ranks"), [("FLoRA", sum(RANKS)), ("FedEx", 3 * RANK)])
 def test_merged_factors_are_stacked_round_after_round(method: str, ranks: int) -> None:
     strategy = METHODS[method](K)
     rounds = list(two_rounds(strategy, tiny_adapted()))

@@ -185,8 +185,7 @@ def _input_and_gradient(geometry: Geometry, tokens: int) -> tuple[Tensor, Tensor
 
 
 def _offsets(rows: RoutedRows) -> Tensor:
-    (everything,) = rows.blocks(len(rows.tokens), len(rows.per_expert))
-    return everything.offsets
+    return rows.one_block().wide.offsets
 
 
 METHODS = {

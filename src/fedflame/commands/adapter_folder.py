@@ -59,7 +59,8 @@ def initial_state(
     Raises:
         UserError: see `load_adapter` and `load_rescalers`.
     """
-    folder, tiers = Path(config.model.adapter_name_or_path), config.evaluated_experts()
+    folder = Path(config.model.adapter_name_or_path)
+    tiers = config.evaluated_experts(adapted.num_experts_per_tok)
     if not config.model.adapter_name_or_path:
         return strategy.initialize(adapted.initial_adapter(config.seed), tiers, len(adapted.layers))
     adapter, saved = load_adapter(folder, adapted, config.seed), load_rescalers(folder, adapted)

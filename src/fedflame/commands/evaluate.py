@@ -41,7 +41,7 @@ def print_scores(
     bench = assemble(config, Console(quiet=True), saved_dtype(Path(source)) if _is_run(source) else None)
     state = _source_state(source, bench)
     scores: dict[int, dict[str, Any]] = {}
-    for k in wanted or config.evaluated_experts():
+    for k in wanted or config.evaluated_experts(bench.adapted.num_experts_per_tok):
         rescaler = state.rescalers.get(k, torch.ones(len(bench.adapted.layers)))
         by_category = evaluate(
             bench.adapted, bench.held_out, state.adapter, k, rescaler, generate=True, merged=state.merged

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from rich.console import Console
 
-from fedflame.base_model import faster_dtype, has_tokenizer, load_tokenizer, model_config_path
-from fedflame.budgets import ModelShape, read_model_shape
+from fedflame.base_model import choose_dtype, has_tokenizer, load_tokenizer, model_config_path
+from fedflame.budgets import read_model_shape
 from fedflame.commands.tables import cost_table, partition_table
 from fedflame.config import RunConfig
 from fedflame.cost import RunCost, run_cost
@@ -37,27 +36,30 @@ def print_plan(config: RunConfig, sequence_length: int | None, as_json: bool, co
         encoded = encode_federation(federation, load_tokenizer(folder), config.data.max_length)
         length, share, truncated = encoded.mean_length, encoded.labelled_share, encoded.truncated
     clients = describe(federation, config.tiers())
-    cost = run_cost(config, shape, _dtype(config, shape), length, share)
+    dtype = choose_dtype(config.model.dtype, shape)
+    cost = run_cost(config, shape, dtype.name, length, share)
     if as_json:
         rows = {"truncated_rows": truncated, "skipped_rows": len(federation.skipped)}
         sampled = {"clients_per_round": config.clients_per_round()}
-        print(json.dumps({"clients": clients, **rows, **sampled, **cost.to_json()}, indent=2))
+        costs = cost.to_json()
+        costs["clients"] = [one | other for one, other in zip(clients, costs["clients"], strict=True)]
+        print(json.dumps({**rows, **sampled, **costs}, indent=2))
         return
-    console.print(partition_table(clients, truncated))
+    console.print(partition_table(clients, cost.clients, truncated))
     console.print(cost_table(cost))
+    console.print(f"memory for the base in {dtype.name} ({dtype.reason})")
     console.print(_adapter_line(config, cost))
-
-
-def _dtype(config: RunConfig, shape: ModelShape) -> Any:
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    return str(faster_dtype(shape)).removeprefix("torch.")
 
 
 def _adapter_line(config: RunConfig, cost: RunCost) -> str:
     adapter, clients = cost.adapter, config.clients_per_round()
-    return (
+    trained = [tier for tier in cost.tiers if tier.clients]
+    down, up = max(tier.bytes_down for tier in trained), max(tier.bytes_up for tier in trained)
+    line = (
         f"adapter: {adapter.total:,} parameters ({adapter.experts:,} on experts, {adapter.attention:,} on "
-        f"attention); per round {clients} clients, {clients * adapter.bytes_down:,} bytes down, at most "
-        f"{clients * adapter.bytes_up:,} up"
+        f"attention); per round {clients} clients, at most {clients * down:,} bytes down and "
+        f"{clients * up:,} up"
     )
+    if cost.merged_bytes:
+        line += f"; merged factors add up to {cost.merged_bytes:,} bytes down to each client with every round"
+    return line

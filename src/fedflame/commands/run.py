@@ -17,8 +17,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fedflame.atomic_file import write_atomically
-from fedflame.base_model import model_config_path
-from fedflame.budgets import ModelShape, read_model_shape, training_flops_per_token
+from fedflame.base_model import DtypeChoice, choose_dtype, model_config_path
+from fedflame.budgets import Dtype, ModelShape, read_model_shape, training_flops_per_token
 from fedflame.commands.adapter_folder import check_start, initial_state, write_run_adapter
 from fedflame.commands.environment import environment
 from fedflame.commands.tables import cost_table, partition_table, result_table
@@ -40,7 +40,7 @@ from fedflame.report.records import read_run
 from fedflame.server.checkpoint import FILE_NAME as CHECKPOINT_FILE
 from fedflame.server.checkpoint import Checkpoint, read_checkpoint
 from fedflame.server.local_clients import Clients, LocalClients, load_adapted_model
-from fedflame.server.rounds import Server, run_rounds
+from fedflame.server.rounds import Server, run_rounds, sample_clients
 from fedflame.server.worker_clients import WorkerClients, WorkerSetup
 from fedflame.strategies import Strategy, build_strategy
 from fedflame.strategies.base import ClientProfile
@@ -77,8 +77,9 @@ class Workbench:
 
     @property
     def profiles(self) -> list[ClientProfile]:
-        parts = zip(self.config.tiers(), self.federation.parts, strict=True)
-        return [ClientProfile(client, k, len(part)) for client, (k, part) in enumerate(parts)]
+        ranks = self.config.ranks(self.adapted.num_experts_per_tok)
+        budgets = zip(self.config.tiers(), ranks, self.federation.parts, strict=True)
+        return [ClientProfile(client, k, r, len(part)) for client, (k, r, part) in enumerate(budgets)]
 
 
 def execute(
@@ -110,8 +111,7 @@ def execute(
         _remove(run)
     if checkpoint.round == 0 and checkpoint.metrics_bytes == 0:
         _write_run_files(run, bench, config_text)
-    steps = config.training.max_steps * config.clients_per_round()
-    remaining = (config.server.num_server_rounds - checkpoint.round) * steps
+    remaining = _remaining_steps(bench, checkpoint.round)
     metrics = MetricsFile(run / "metrics.jsonl", checkpoint.metrics_bytes)
     try:
         with reporter(console, remaining) as progress, _clients(bench, workers) as clients:
@@ -128,7 +128,7 @@ def execute(
     return run
 
 
-def assemble(config: RunConfig, console: Console, dtype: str | None = None) -> Workbench:
+def assemble(config: RunConfig, console: Console, dtype: Dtype | None = None) -> Workbench:
     """Load and check everything that a run or an evaluation needs, and say what was found.
 
     Args:
@@ -141,19 +141,20 @@ def assemble(config: RunConfig, console: Console, dtype: str | None = None) -> W
     """
     federation = load_federation(config)
     _say_skipped(federation, console)
-    adapted, tokenizer = load_adapted_model(config, dtype or config.model.dtype)
-    _require_context(config, adapted.model.config)
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
-    strategy = build_strategy(config.strategy, config.tiers(), adapted.num_experts_per_tok)
+    choice = DtypeChoice(dtype, "as before") if dtype else choose_dtype(config.model.dtype, shape)
+    adapted, tokenizer = load_adapted_model(config, choice.name)
+    _require_context(config, adapted.model.config)
+    strategy = build_strategy(config, adapted.num_experts_per_tok)
     encoded = encode_federation(federation, tokenizer, config.data.max_length)
-    dtype_of_base: Any = adapted.dtype
-    cost = run_cost(config, shape, dtype_of_base, encoded.mean_length, encoded.labelled_share)
+    cost = run_cost(config, shape, choice.name, encoded.mean_length, encoded.labelled_share)
     bench = Workbench(config, adapted, tokenizer, shape, federation, encoded, strategy, cost)
     threads = torch.get_num_threads()
     console.print(
-        f"model {config.model.model_name_or_path} in {adapted.dtype}, {threads} thread{'s' * (threads > 1)}"
+        f"model {config.model.model_name_or_path} in {choice.name} ({choice.reason}), "
+        f"{threads} thread{'s' * (threads > 1)}"
     )
-    console.print(partition_table(describe(federation, config.tiers()), encoded.truncated))
+    console.print(partition_table(describe(federation, config.tiers()), cost.clients, encoded.truncated))
     console.print(cost_table(cost))
     return bench
 
@@ -195,10 +196,13 @@ def saved_config(run: Path) -> RunConfig:
         raise UserError(f"{run}: not a run folder (no config.json of a run); it is left as it is") from error
 
 
-def saved_dtype(run: Path) -> str | None:
+def saved_dtype(run: Path) -> Dtype | None:
     """The base's dtype in a run folder: a new probe of the machine must not change the numbers."""
     path = run / "environment.json"
-    return str(json.loads(path.read_text())["dtype"]) if path.exists() else None
+    if not path.exists():
+        return None
+    dtype: Dtype = json.loads(path.read_text())["dtype"]
+    return dtype
 
 
 def _differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
@@ -226,6 +230,16 @@ def _require_same_data(run: Path, bench: Workbench) -> None:
             f"{run}: --resume needs the data it was started with; {bench.config.data.dataset_name} now gives "
             "another partition (partition.json in the run folder has it)"
         )
+
+
+def _remaining_steps(bench: Workbench, last_round: int) -> int:
+    """Optimizer steps of all clients that the rounds after `last_round` will sample."""
+    config = bench.config
+    return sum(
+        bench.cost.clients[profile.client].steps
+        for number in range(last_round + 1, config.server.num_server_rounds + 1)
+        for profile in sample_clients(bench.profiles, config.clients_per_round(), config.seed, number)
+    )
 
 
 def _rounds_kept(run: Path) -> int:
@@ -263,7 +277,8 @@ def _server(
         run=run,
         strategy=bench.strategy,
         profiles=bench.profiles,
-        tiers=bench.config.evaluated_experts(),
+        tiers=bench.config.evaluated_experts(bench.adapted.num_experts_per_tok),
+        deployments=bench.config.deployments(bench.adapted.num_experts_per_tok),
         training_flops=partial(_training_flops, bench),
         clients=clients,
         adapted=bench.adapted,
@@ -273,11 +288,11 @@ def _server(
     )
 
 
-def _training_flops(bench: Workbench, k: int) -> float:
+def _training_flops(bench: Workbench, k: int, rank: int) -> float:
     config, cost = bench.config, bench.cost
     targets = config.adapter.attention_modules()
     return training_flops_per_token(
-        bench.shape, k, config.adapter.r, targets, cost.sequence_length, cost.labelled_share
+        bench.shape, k, rank, targets, cost.sequence_length, cost.labelled_share
     ).total
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
-from fedflame.cost import RunCost
+from fedflame.compare.tables import ResultTable
+from fedflame.cost import ClientCost, RunCost
 from fedflame.report.numbers import decimal, percent, si
 from fedflame.report.records import Run
 from fedflame.report.results import SCORE_LABELS, score_format
@@ -16,24 +18,33 @@ from fedflame.report.results import SCORE_LABELS, score_format
 CATEGORIES_SHOWN = 3
 
 
-def partition_table(clients: Sequence[dict[str, Any]], truncated: int) -> Table:
-    """Per client: k, rows, and its largest categories."""
-    table = _table(f"Partition ({truncated} rows truncated)", "client", "k", "rows", "largest categories")
-    for client in clients:
+def partition_table(clients: Sequence[dict[str, Any]], costs: Sequence[ClientCost], truncated: int) -> Table:
+    """Per client: k, rows, optimizer steps and training FLOPs per round, and its largest categories."""
+    title = f"Partition ({truncated} rows truncated); steps and training FLOPs per round"
+    table = _table(title, "client", "k", "rows", "steps", "FLOPs", "largest categories")
+    for client, cost in zip(clients, costs, strict=True):
         ranked = sorted(client["per_category"].items(), key=lambda item: -item[1])
         largest = ", ".join(f"{name} {rows}" for name, rows in ranked[:CATEGORIES_SHOWN] if rows)
-        table.add_row(str(client["client"]), str(client["active_experts"]), f"{client['rows']:,}", largest)
+        table.add_row(
+            str(client["client"]),
+            str(client["active_experts"]),
+            f"{client['rows']:,}",
+            f"{cost.steps:,}",
+            si(cost.training_flops),
+            largest,
+        )
     return table
 
 
 def cost_table(cost: RunCost) -> Table:
-    """Per tier: FLOPs per token, adapter bytes per round, expected memory."""
+    """Per k and rank: FLOPs per token, adapter bytes per round, expected memory."""
     rows, head = f"rows of {cost.sequence_length} tokens", f"head at {cost.labelled_share:.0%} of them"
-    columns = ("k", "clients", "forward", "of full k", "training", "down", "up to", "memory")
+    columns = ("k", "r", "clients", "forward", "of full k", "training", "down", "up to", "memory")
     table = _table(f"FLOPs per token ({rows}, {head}), bytes per client and round", *columns)
     for tier, memory in zip(cost.tiers, cost.memory, strict=True):
         table.add_row(
             str(tier.active_experts),
+            str(tier.rank),
             str(tier.clients),
             si(tier.forward_flops_per_token),
             percent(tier.relative_to_full),
@@ -52,7 +63,7 @@ def result_table(run: Run) -> Table:
     title = f"Global model: loss and {label} before and after; forward FLOPs per token; tokens trained"
     columns = ("k", "clients", "loss", "", label.split()[-1], "", "FLOPs", "tokens", "up", "down")
     table = _table(title, *columns)
-    flops = {tier["active_experts"]: tier["forward_flops_per_token"] for tier in run.plan.get("tiers", [])}
+    flops = run.forward_flops()
     show = score_format(score) if score else decimal
     for tier in run.tiers():
         updates = [update for update in run.updates if update.active_experts == tier]
@@ -105,8 +116,23 @@ def bench_table(measurements: Sequence[dict[str, Any]], device: str) -> Table:
     return table
 
 
+def comparison_table(result: ResultTable, where: str) -> Table:
+    """One table of a comparison; `where` is its setting, or empty."""
+    title = f"{result.title} ({where})" if where else result.title
+    table = Table(
+        title=Text(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for number, header in enumerate(result.headers):
+        table.add_column(header, justify="right" if number else "left", no_wrap=not number)
+    for row in result.rows:
+        table.add_row(*(Text(f"{entry.text}\n{entry.detail}".strip()) for entry in row))
+    return table
+
+
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "largest categories" else "right", no_wrap=True)
     return table

@@ -27,7 +27,7 @@ class AdaptedModel:
 
     Args:
         model: the base model; it is frozen and changed in place.
-        r: LoRA rank, the same everywhere.
+        r: LoRA rank, the same everywhere; `load` may attach fewer ranks for a client.
         lora_alpha: the low-rank product is scaled by lora_alpha / r.
         target_modules: attention projections for PEFT's injection; empty for experts only.
         gradient_checkpointing: in training, compute layers again instead of keeping what is in them.
@@ -80,10 +80,11 @@ class AdaptedModel:
             for name, bank in initial_banks(layer, self.r, generator(seed, "experts", index)).items()
         }
         attention = {}
-        for name, parameter in self.attention.items():
-            value = torch.zeros_like(parameter)
+        shapes = _shapes(self.attached(), self.r)
+        for name in self.attention:
+            value = torch.zeros(shapes[f"attention.{name}"])
             if name.endswith(".A"):
-                bound = parameter.shape[1] ** -0.5
+                bound = value.shape[1] ** -0.5
                 value = value.uniform_(-bound, bound, generator=generator(seed, "attention", name))
             attention[name] = value
         return Adapter(experts, attention)
@@ -92,7 +93,8 @@ class AdaptedModel:
         """Overwrite banks, attention LoRA and s [L], and make the frozen base W + (alpha/r) B A of `merged`.
 
         Args:
-            adapter: values for this model, rank and target modules.
+            adapter: values for this model and its target modules, of its rank or a smaller one. The
+                product is scaled by alpha/r of the model's rank in either case.
             rescaler_values: [L] s per MoE layer.
             merged: factors of any one rank, else shaped as `adapter`. Without any, the base weights have
                 the bits that they had at first.
@@ -100,12 +102,14 @@ class AdaptedModel:
         Raises:
             UserError: the values do not fit; nothing was changed.
         """
-        attached, values = self._attached(), adapter.tensors()
-        _require_shapes("adapter", values, _shapes(attached, self.r))
+        attached, values = self.attached(), adapter.tensors()
+        _require_shapes("adapter", values, _shapes(attached, min(adapter.rank or self.r, self.r)))
         if merged.tensors():
             _require_shapes("merged", merged.tensors(), _shapes(attached, merged.rank))
         with torch.no_grad():
             for name, parameter in attached.tensors().items():
+                if parameter.shape != values[name].shape:
+                    parameter.data = parameter.new_empty(values[name].shape)
                 parameter.copy_(values[name])
             for lora, value in zip(self.loras, rescaler_values, strict=True):
                 lora.s.copy_(value)
@@ -113,17 +117,22 @@ class AdaptedModel:
 
     def set_trainable(self, trainable: Trainable) -> None:
         """Let gradients reach this half of every expert bank and attention LoRA, and no other."""
-        for name, parameter in self._attached().tensors().items():
+        for name, parameter in self.attached().tensors().items():
             parameter.requires_grad_(is_trained(name, trainable))
+
+    def attached(self) -> Adapter:
+        """The parameters themselves, under the names of their values."""
+        banks = {f"{lora.index}.{name}": bank for lora in self.loras for name, bank in lora.banks().items()}
+        return Adapter(banks, self.attention)
 
     def adapter(self) -> Adapter:
         """A copy of the values attached now."""
-        values = {name: value.detach().clone() for name, value in self._attached().tensors().items()}
+        values = {name: value.detach().clone() for name, value in self.attached().tensors().items()}
         return Adapter.from_tensors(values)
 
     def learned_since(self, start: Adapter) -> Adapter:
         """The values attached now minus `start`."""
-        return self._attached().combine(start, lambda value, before: value.detach() - before)
+        return self.attached().combine(start, lambda value, before: value.detach() - before)
 
     def rescaler_values(self) -> Tensor:
         """[L] the s attached now."""
@@ -141,11 +150,6 @@ class AdaptedModel:
         checkpointing = gradient_checkpointing(self.model) if self.gradient_checkpointing else nullcontext()
         with self.active_experts(k), checkpointing:
             yield
-
-    def _attached(self) -> Adapter:
-        """The parameters themselves."""
-        banks = {f"{lora.index}.{name}": bank for lora in self.loras for name, bank in lora.banks().items()}
-        return Adapter(banks, self.attention)
 
 
 def _shapes(adapter: Adapter, rank: int) -> dict[str, tuple[int, ...]]:

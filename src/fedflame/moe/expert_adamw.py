@@ -58,6 +58,13 @@ class ExpertAdamW:
         self._unregularized = [(parameter, _Moments.at_start(parameter.data)) for parameter in unregularized]
         self._learning_rate, self._weight_decay = learning_rate, weight_decay
 
+    @property
+    def param_groups(self) -> list[dict[str, list[nn.Parameter]]]:
+        """All trained parameters, as `torch.amp.GradScaler` looks for gradients."""
+        banks = [bank for _, bank, _ in self._banks]
+        others = [parameter for parameter, _ in [*self._shared, *self._unregularized]]
+        return [{"params": [*banks, *others]}]
+
     def backward(self, loss: Tensor, touched: Tensor) -> None:
         """Gradients of the loss, and one update from them, for experts that `touched` [L,E] names.
 

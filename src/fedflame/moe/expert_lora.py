@@ -35,13 +35,17 @@ class ExpertLoRA(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.r = r
         self.scaling = lora_alpha / r
         self.index = index
         self.counts = counts
         for name, shape in layer.bank_shapes(r).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.s = nn.Parameter(torch.ones(()))
+
+    @property
+    def r(self) -> int:
+        """Rank of the banks loaded now; the scaling stays that of the run's rank."""
+        return self.get_parameter("A2").shape[1]
 
     def banks(self) -> dict[str, nn.Parameter]:
         return {name: self.get_parameter(name) for name in BANKS}

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import grouped_mm
 
 from fedflame.moe.routed_rows import Block, RoutedRows
 
@@ -78,17 +77,18 @@ class FusedExperts(torch.autograd.Function):
         for block in blocks:
             routed, e = x.index_select(0, rows.tokens[block.rows]), block.experts
             a1, b1, a2, b2 = prepare([bank[e].to(x.dtype) for bank in banks])
-            low1 = _times_transposed(routed, a1, block).mul_(scaling)
-            inner = _times_transposed(routed, frozen.gate_up[e], block)
+            wide, thin = block.wide, block.thin
+            low1 = thin.scale_(thin.times(thin.take(routed), a1.mT), scaling)
+            inner = wide.times(routed, frozen.gate_up[e].mT)
             if frozen.gate_up_bias is not None:
                 inner += rows.spread(frozen.gate_up_bias, block)
-            inner += _times_transposed(low1, b1, block)
+            inner += thin.give(thin.times(low1, b1.mT))
             activation = frozen.gate(inner)
-            low2 = _times_transposed(activation, a2, block).mul_(scaling)
-            output = _times_transposed(activation, frozen.down[e], block)
+            low2 = thin.scale_(thin.times(thin.take(activation), a2.mT), scaling)
+            output = wide.times(activation, frozen.down[e].mT)
             if frozen.down_bias is not None:
                 output += rows.spread(frozen.down_bias, block)
-            output += _times_transposed(low2, b2, block)
+            output += thin.give(thin.times(low2, b2.mT))
             torch.mul(output, row_weights[block.rows], out=outputs[block.rows])
             kept += [inner, low1, low2]
         ctx.save_for_backward(x, weights, *banks, *kept)
@@ -121,21 +121,29 @@ class FusedExperts(torch.autograd.Function):
                 activation = frozen.gate(inner)
                 prepared = ctx.prepare(slices)
             act, (a1, b1, a2, b2) = activation.detach(), (value.detach() for value in prepared)
-            d_low2 = _times(d_out, b2, block).mul_(scaling)
-            d_activation = _times(d_out, frozen.down[e], block).add_(_times(d_low2, a2, block))
+            wide, thin = block.wide, block.thin
+            thin_d_out = thin.take(d_out)
+            d_low2 = thin.scale_(thin.times(thin_d_out, b2), scaling)
+            d_activation = wide.times(d_out, frozen.down[e]).add_(thin.give(thin.times(d_low2, a2)))
             d_weights[block.rows] = torch.linalg.vecdot(d_activation.float(), act.float())
             if frozen.down_bias is not None:
                 bias = rows.spread(frozen.down_bias, block)
                 d_weights[block.rows] += torch.linalg.vecdot(d_out.float(), bias.float())
             (d_inner,) = torch.autograd.grad(activation, inner, d_activation.mul_(w))
-            d_low1 = _times(d_inner, b1, block).mul_(scaling)
-            d_routed = _times(d_inner, frozen.gate_up[e], block)
-            torch.add(d_routed, _times(d_low1, a1, block), out=d_rows[block.rows])
-            routed = x.index_select(0, tokens)
-            factors = ((d_low1, routed), (d_inner, low1), (d_low2.mul_(w), act), (d_out, low2.mul(w)))
+            thin_d_inner, thin_w = thin.take(d_inner), thin.take(w)
+            d_low1 = thin.scale_(thin.times(thin_d_inner, b1), scaling)
+            d_routed = wide.times(d_inner, frozen.gate_up[e])
+            torch.add(d_routed, thin.give(thin.times(d_low1, a1)), out=d_rows[block.rows])
+            routed = thin.take(x.index_select(0, tokens))
+            factors = (
+                (d_low1, routed),
+                (thin_d_inner, low1),
+                (d_low2.mul_(thin_w), thin.take(act)),
+                (thin_d_out, low2.mul(thin_w)),
+            )
             for part, value, d_bank, (left, right) in zip(slices, prepared, d_banks, factors, strict=True):
                 if d_bank is not None:
-                    (d_bank[e],) = torch.autograd.grad(value, part, _outer(left, right, block))
+                    (d_bank[e],) = torch.autograd.grad(value, part, thin.outer(left, right))
         d_x = rows.sum_per_token(d_rows)
         d_weights = d_weights[rows.positions].to(weights.dtype)
         return d_x, d_weights, *d_banks, None, None, None, None
@@ -144,24 +152,13 @@ class FusedExperts(torch.autograd.Function):
 def _blocks(
     rows: RoutedRows, banks: tuple[Tensor, ...], frozen: FrozenExperts, dtype: torch.dtype
 ) -> list[Block]:
-    """One block on a GPU, where the sizes would have to be waited for."""
+    """One block on a GPU, where the sizes would have to be waited for.
+
+    On a CPU a thin product in half precision costs more to call than to compute; one in float32 does not.
+    """
     if banks[0].is_cuda:
-        return rows.blocks(len(rows.order), len(banks[0]))
+        return [rows.one_block()]
     bank_bytes = sum(bank[0].numel() for bank in banks) * dtype.itemsize
     row_bytes = frozen.gate_up.shape[1] * dtype.itemsize
-    return rows.blocks(max(1, BLOCK_BYTES // row_bytes), max(1, BLOCK_BYTES // bank_bytes))
-
-
-def _times(rows: Tensor, weights: Tensor, block: Block) -> Tensor:
-    """Rows [S,out], sorted by expert, times weights [E,out,in] of their expert: [S,in]."""
-    return grouped_mm(rows, weights, offs=block.offsets)
-
-
-def _times_transposed(rows: Tensor, weights: Tensor, block: Block) -> Tensor:
-    """Rows [S,in], sorted by expert, times weights [E,out,in] of their expert, transposed: [S,out]."""
-    return grouped_mm(rows, weights.mT, offs=block.offsets)
-
-
-def _outer(left: Tensor, right: Tensor, block: Block) -> Tensor:
-    """The sum of left' right over each expert's rows: [S,a] and [S,b] to [E,a,b]; zero without rows."""
-    return grouped_mm(left.mT, right, offs=block.offsets)
+    together = max(1, BLOCK_BYTES // row_bytes), max(1, BLOCK_BYTES // bank_bytes)
+    return rows.blocks(*together, padded=dtype != torch.float32)

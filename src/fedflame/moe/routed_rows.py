@@ -7,10 +7,16 @@ same bytes. Shapes: N tokens, k active experts, S = N*k routed rows, E experts, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from fedflame.moe.expert_products import Padded, Ragged
+
+PADDING = 2
+"""Up to so many times the rows, one call with padding is quicker than a call per expert."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +41,23 @@ class RoutedRows:
         positions[order] = torch.arange(order.numel(), device=order.device)
         return cls(order, order // k, positions.view(-1, k), torch.bincount(flat, minlength=num_experts))
 
-    def blocks(self, rows: int, experts: int) -> list[Block]:
-        """Consecutive experts together: at most `experts` of them, and no more once they have `rows` rows."""
-        if rows >= self.tokens.numel() and experts >= len(self.per_expert):
-            return [Block(slice(None), slice(None), self._offsets(self.per_expert))]
+    def blocks(self, rows: int, experts: int, padded: bool) -> list[Block]:
+        """Consecutive experts together: at most `experts` of them, and no more once they have `rows` rows.
+
+        With `padded` their thin products are padded, where that does not take much.
+        """
         found, first, start, end, last = [], 0, 0, 0, len(self.per_expert) - 1
         for expert, count in enumerate(self.per_expert.tolist()):
             end += count
             if end - start >= rows or expert - first + 1 >= experts or expert == last:
                 together = slice(first, expert + 1)
-                found.append(Block(slice(start, end), together, self._offsets(self.per_expert[together])))
+                found.append(Block.of(slice(start, end), together, self.per_expert[together], padded))
                 first, start = expert + 1, end
         return found
+
+    def one_block(self) -> Block:
+        """All experts, without waiting for their numbers of rows."""
+        return Block.of(slice(None), slice(None), self.per_expert, padded=False)
 
     def spread(self, per_expert: Tensor, block: Block) -> Tensor:
         """Each row's expert's values of `per_expert` [E,*]: [rows of the block,*]."""
@@ -60,16 +71,20 @@ class RoutedRows:
         in_order = rows.index_select(0, self.positions.reshape(-1))
         return in_order if k == 1 else in_order.view(count, k, -1).sum(1)
 
-    @staticmethod
-    def _offsets(per_expert: Tensor) -> Tensor:
-        return torch.cumsum(per_expert, 0, dtype=torch.int32)
-
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive experts with their rows, and where each expert's rows end within them."""
+    """Some consecutive experts with their rows, and how these are multiplied."""
 
     rows: slice
     experts: slice
-    offsets: Tensor
-    """[experts of the block] int32, as grouped_mm wants them."""
+    wide: Ragged
+    """With the matrices of the base."""
+    thin: Ragged | Padded
+    """With the low-rank factors."""
+
+    @classmethod
+    def of(cls, rows: slice, experts: slice, per_expert: Tensor, padded: bool) -> Self:
+        wide = Ragged.of(per_expert)
+        few = padded and 0 < len(per_expert) * int(per_expert.max()) <= PADDING * int(per_expert.sum())
+        return cls(rows, experts, wide, Padded.of(per_expert) if few else wide)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from fedflame.report.markup import Markup, element
 
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 50, 430, 20, 240
-TIER_COLOURS = 7
+LINE_COLOURS = 7
 CATEGORY_COLOURS = 9
 _LABEL_GAP = 15.0
 _ROW = 16
@@ -25,7 +25,22 @@ class Series:
     colour: int
     """Number of its class in style.css."""
     points: Sequence[tuple[float, float]]
-    """Round and value."""
+    """Place on the x axis, such as the round, and value."""
+    band: Sequence[tuple[float, float]] = ()
+    """Low and high around each point; empty for a line alone."""
+
+
+@dataclass(frozen=True)
+class XAxis:
+    """What runs to the right, from zero."""
+
+    label: str = "round"
+    show: Callable[[float], str] = "{:.0f}".format
+    whole: bool = True
+    """It has whole numbers only."""
+
+
+ROUNDS = XAxis()
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -39,38 +54,51 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def line_chart(series: Sequence[Series], y_label: str, from_zero: bool = False) -> Markup:
-    """Lines over rounds, with axes, a label at the end of each line and a title on each point."""
+def line_chart(
+    series: Sequence[Series],
+    y_label: str,
+    from_zero: bool = False,
+    x_axis: XAxis = ROUNDS,
+    end_labels: bool = True,
+) -> Markup:
+    """Lines and their bands, with axes, a label at the end of each line and a title on each point."""
     drawn = [line for line in series if line.points]
-    ys = [y for line in drawn for _, y in line.points]
-    last_round = max(1.0, *(x for line in drawn for x, _ in line.points))
+    ys = [y for line in drawn for _, y in line.points] + [
+        y for line in drawn for ends in line.band for y in ends
+    ]
+    last_x = max([1.0] * x_axis.whole + [x for line in drawn for x, _ in line.points]) or 1.0
     y_ticks = ticks(0.0 if from_zero else min(ys), max(ys))
-    scale = _Scale(last_round, y_ticks[0], y_ticks[-1])
-    ends = [scale.place(*line.points[-1]) for line in drawn]
-    heights = spread([y for _, y in ends])
+    scale = _Scale(last_x, y_ticks[0], y_ticks[-1])
     return element(
         "svg",
-        *_axes(scale, y_ticks, y_label),
-        *[_line(line, scale, y_label) for line in drawn],
-        *[
-            element("text", line.label, x=x + 9, y=_px(y + 4), class_=f"t{line.colour} end")
-            for line, (x, _), y in zip(drawn, ends, heights, strict=True)
-        ],
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        *_axes(scale, y_ticks, y_label, x_axis),
+        *[_band(line, scale) for line in drawn if line.band],
+        *[_line(line, scale, y_label, x_axis) for line in drawn],
+        *(_end_labels(drawn, scale) if end_labels else []),
+        viewBox=f"0 0 {WIDTH if end_labels else RIGHT + 10} {HEIGHT}",
         class_="chart",
         role="img",
-        aria_label=f"{y_label} by round",
+        aria_label=f"{y_label} by {x_axis.label}",
     )
+
+
+def _end_labels(drawn: Sequence[Series], scale: _Scale) -> list[Markup]:
+    ends = [scale.place(*line.points[-1]) for line in drawn]
+    heights = spread([y for _, y in ends])
+    return [
+        element("text", line.label, x=x + 9, y=_px(y + 4), class_=f"t{line.colour} end")
+        for line, (x, _), y in zip(drawn, ends, heights, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class _Scale:
-    last_round: float
+    last_x: float
     low: float
     high: float
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (RIGHT - LEFT) * x / self.last_round
+        across = LEFT + (RIGHT - LEFT) * x / self.last_x
         down = BOTTOM - (BOTTOM - TOP) * (y - self.low) / (self.high - self.low)
         return round(across, 1), round(down, 1)
 
@@ -88,40 +116,48 @@ def spread(heights: Sequence[float]) -> list[float]:
     return placed
 
 
-def _axes(scale: _Scale, y_ticks: list[float], y_label: str) -> list[Markup]:
+def _axes(scale: _Scale, y_ticks: list[float], y_label: str, x_axis: XAxis) -> list[Markup]:
     digits = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9))
+    most = min(8, int(scale.last_x)) if x_axis.whole else 5
     parts = []
     for value in y_ticks:
         _, y = scale.place(0, value)
         parts.append(element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid"))
         parts.append(element("text", f"{value:.{digits}f}", x=LEFT - 8, y=y + 4, class_="tick y"))
-    for value in ticks(0, scale.last_round, min(8, int(scale.last_round))):
-        if value <= scale.last_round:
+    for value in ticks(0, scale.last_x, most):
+        if value <= scale.last_x:
             x, _ = scale.place(value, scale.low)
             parts.append(element("line", x1=x, x2=x, y1=BOTTOM, y2=BOTTOM + 4, class_="axis"))
-            parts.append(element("text", f"{value:.0f}", x=x, y=BOTTOM + 18, class_="tick x"))
+            parts.append(element("text", x_axis.show(value), x=x, y=BOTTOM + 18, class_="tick x"))
     parts.append(element("line", x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_="axis"))
     middle = (LEFT + RIGHT) // 2
-    parts.append(element("text", "round", x=middle, y=HEIGHT - 6, class_="tick x"))
+    parts.append(element("text", x_axis.label, x=middle, y=HEIGHT - 6, class_="tick x"))
     centre = (TOP + BOTTOM) // 2
     turn = f"rotate(-90 12 {centre})"
     parts.append(element("text", y_label, x=12, y=centre, transform=turn, class_="tick x"))
     return parts
 
 
-def _line(line: Series, scale: _Scale, y_label: str) -> Markup:
+def _band(line: Series, scale: _Scale) -> Markup:
+    xs = [x for x, _ in line.points]
+    edge = [(x, high) for x, (_, high) in zip(xs, line.band, strict=True)]
+    edge += reversed([(x, low) for x, (low, _) in zip(xs, line.band, strict=True)])
+    return element("polygon", points=_path([scale.place(*at) for at in edge]), class_=f"t{line.colour} band")
+
+
+def _line(line: Series, scale: _Scale, y_label: str, x_axis: XAxis) -> Markup:
     places = [scale.place(x, y) for x, y in line.points]
     dots = [
         element(
             "circle",
-            element("title", f"{line.label}, round {x:g}: {y_label} {y:.4g}"),
+            element("title", f"{line.label}, {x_axis.label} {x_axis.show(x)}: {y_label} {y:.4g}"),
             cx=across,
             cy=down,
             r=3.5,
         )
         for (x, y), (across, down) in zip(line.points, places, strict=True)
     ]
-    path = element("polyline", points=" ".join(f"{_px(x)},{_px(y)}" for x, y in places))
+    path = element("polyline", points=_path(places))
     return element("g", path, *dots, class_=f"t{line.colour} line")
 
 
@@ -133,7 +169,7 @@ def sparkline(values: Sequence[float], low: float, high: float, colour: int, tit
     return element(
         "svg",
         element("title", title),
-        element("polyline", points=" ".join(f"{_px(x)},{_px(y)}" for x, y in places)),
+        element("polyline", points=_path(places)),
         element("circle", cx=_px(places[-1][0]), cy=_px(places[-1][1]), r=2.5),
         viewBox="0 0 68 22",
         class_=f"t{colour} line spark",
@@ -225,6 +261,10 @@ def legend(entries: Sequence[tuple[str, str]]) -> Markup:
         for colour, label in entries
     ]
     return element("ul", *items, class_="legend")
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{_px(x)},{_px(y)}" for x, y in places)
 
 
 def _px(value: float) -> str:

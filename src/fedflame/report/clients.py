@@ -163,6 +163,7 @@ def cost(run: Run) -> Markup:
         "Client",
         "k",
         "Rounds",
+        "Steps",
         "Tokens",
         "Time",
         "Tokens / s",
@@ -179,13 +180,14 @@ def cost(run: Run) -> Markup:
 def _cost_row(run: Run, client: int, k: int) -> list[object]:
     updates = [update for update in run.updates if update.client == client]
     if not updates:
-        return [f"Client {client}", k, 0, *[MISSING] * 6]
+        return [f"Client {client}", k, 0, *[MISSING] * 7]
     tokens = sum(update.tokens for update in updates)
     seconds = sum(update.seconds for update in updates)
     return [
         f"Client {client}",
         k,
         len(updates),
+        f"{sum(update.steps for update in updates):,}",
         si(tokens),
         duration(seconds),
         si(tokens / seconds) if seconds else MISSING,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import resources
 from typing import Any
 
+from fedflame.config import flat
 from fedflame.report import clients, results
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
@@ -25,30 +27,39 @@ _SECTIONS = (
 
 def page(run: Run) -> str:
     """The report as one HTML document that loads nothing."""
-    style = resources.files("fedflame.report").joinpath("style.css").read_text(encoding="utf-8")
     name = run.folder.resolve().name
+    return document(name, [_header(run, name), *[make(run) for make in _SECTIONS], _settings(run)])
+
+
+def document(name: str, body: Sequence[Markup]) -> str:
+    """A whole HTML document that loads nothing, in the style of the reports."""
+    style = resources.files("fedflame.report").joinpath("style.css").read_text(encoding="utf-8")
     head = element(
         "head",
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
         element("title", f"{name} · fedflame"),
         element("style", Markup(style)),
     )
-    body = [_header(run, name), *[make(run) for make in _SECTIONS], _settings(run)]
-    document = element("html", head, "\n", element("body", element("main", *body)), lang="en")
-    return f"<!DOCTYPE html>\n{document}\n"
+    whole = element("html", head, "\n", element("body", element("main", *body)), lang="en")
+    return f"<!DOCTYPE html>\n{whole}\n"
+
+
+def header(kicker: str, name: str, facts: Sequence[tuple[str, object]]) -> Markup:
+    """The head of a page: what it is, its name, and facts with their names."""
+    items = [element("div", element("dt", key), element("dd", value)) for key, value in facts]
+    return element(
+        "header",
+        element("p", kicker, class_="kicker"),
+        element("h1", name),
+        element("dl", *items),
+    )
 
 
 def _header(run: Run, name: str) -> Markup:
     facts = [("Strategy", _strategy(run)), ("Model", run.setting("model", "model_name_or_path"))]
     facts += [("Data", _data(run)), ("Rounds", _rounds(run)), ("Clients", _clients(run))]
     facts += [("Adapter", _adapter(run)), ("Date", _date(run)), ("fedflame", _version(run))]
-    items = [element("div", element("dt", key), element("dd", value)) for key, value in facts]
-    return element(
-        "header",
-        element("p", "fedflame run report", class_="kicker"),
-        element("h1", name),
-        element("dl", *items),
-    )
+    return header("fedflame run report", name, facts)
 
 
 def _strategy(run: Run) -> str:
@@ -104,21 +115,12 @@ def _settings(run: Run) -> Markup:
     if run.environment:
         environment = table(["Name", "Value"], run.environment.items(), "settings")
     folds = [
-        _fold("Configuration", table(["Key", "Value"], _flat(run.config), "settings")),
-        _fold("Environment", environment),
+        fold("Configuration", table(["Key", "Value"], flat(run.config).items(), "settings")),
+        fold("Environment", environment),
     ]
     return section("Settings", join(folds))
 
 
-def _fold(title: str, content: object) -> Markup:
+def fold(title: str, content: object) -> Markup:
+    """A part of the page that opens on a click."""
     return element("details", element("summary", title), content)
-
-
-def _flat(config: dict[str, Any]) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = []
-    for name, value in config.items():
-        if isinstance(value, dict):
-            rows += [(f"{name}.{key}", inner) for key, inner in value.items()]
-        else:
-            rows.append((name, value))
-    return rows

@@ -47,6 +47,8 @@ class ClientRound:
     """Mean over the steps, nats per response token."""
     tokens: int
     """Non-padding tokens trained on."""
+    steps: int
+    """Optimizer steps."""
     num_examples: int
     """Rows the client holds."""
     seconds: float
@@ -135,6 +137,12 @@ class Run:
         """Every k that trained or was evaluated, largest first."""
         evaluated = {evaluation.active_experts for evaluation in self.evaluations}
         return sorted(evaluated | set(self.clients().values()), reverse=True)
+
+    def forward_flops(self) -> dict[int, float]:
+        """By k, per token, of the largest rank that is planned for it."""
+        tiers: list[dict[str, Any]] = self.plan.get("tiers", [])
+        rising = sorted(tiers, key=lambda tier: int(tier.get("rank", 0)))
+        return {tier["active_experts"]: tier["forward_flops_per_token"] for tier in rising}
 
     def score_name(self) -> ScoreName | None:
         """The score this run was measured by: ROUGE-L for free text, where an exact match means little."""

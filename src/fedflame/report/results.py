@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from fedflame.report.charts import TIER_COLOURS, Series, legend, line_chart
+from fedflame.report.charts import LINE_COLOURS, Series, legend, line_chart
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import MISSING, decimal, percent, si
 from fedflame.report.records import Run, ScoreName
@@ -15,7 +14,7 @@ SCORE_LABELS: dict[ScoreName, str] = {"exact_match": "Exact match", "rouge_l": "
 
 def tier_colours(run: Run) -> dict[int, int]:
     """The line colour of each tier, the same in every chart of the page."""
-    return {tier: i % TIER_COLOURS for i, tier in enumerate(run.tiers())}
+    return {tier: i % LINE_COLOURS for i, tier in enumerate(run.tiers())}
 
 
 def headline(run: Run) -> Markup:
@@ -24,7 +23,7 @@ def headline(run: Run) -> Markup:
     if not tiers:
         return section("Results by tier", note("Nothing is recorded yet."))
     score = run.score_name()
-    flops = _forward_flops(run)
+    flops = run.forward_flops()
     full = max(flops, default=None)
     headers = ["Tier", "Clients", "Response loss", SCORE_LABELS[score] if score else "Score"]
     headers += ["Forward cost / token", f"of k = {full}" if full else "of full k"]
@@ -68,11 +67,6 @@ def tier_name(tier: int) -> str:
 def score_format(score: ScoreName) -> Callable[[float | None], str]:
     """Exact match is a percentage, ROUGE-L a number between 0 and 1."""
     return percent if score == "exact_match" else lambda value: decimal(value, 3)
-
-
-def _forward_flops(run: Run) -> dict[int, float]:
-    tiers: list[dict[str, Any]] = run.plan.get("tiers", [])
-    return {tier["active_experts"]: tier["forward_flops_per_token"] for tier in tiers}
 
 
 def _change(

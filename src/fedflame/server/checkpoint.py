@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedflame.atomic_file import write_atomically
 from fedflame.errors import UserError
-from fedflame.messages import MERGED_PREFIX, Adapter, read_header
+from fedflame.messages import MERGED_PREFIX, Adapter, Trainable, read_header
 from fedflame.strategies.base import ServerState
 
 FILE_NAME = "checkpoint/state.safetensors"
 FORMAT_VERSION = 1
+_DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a foreign or truncated file can raise."""
+_HALVES: dict[str, Trainable] = {half: half for half in get_args(Trainable)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,13 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     tensors = state.adapter.tensors() | state.merged.tensors(MERGED_PREFIX)
     tensors |= {f"rescalers.{k}": values for k, values in state.rescalers.items()}
-    header = {"version": FORMAT_VERSION, "round": checkpoint.round, "metrics_bytes": checkpoint.metrics_bytes}
+    header = {
+        "version": FORMAT_VERSION,
+        "round": checkpoint.round,
+        "metrics_bytes": checkpoint.metrics_bytes,
+        "trainable": state.trainable,
+        "ranks": {str(client): rank for client, rank in state.ranks.items()},
+    }
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(run / FILE_NAME, save(contiguous, metadata={"fedflame": json.dumps(header)}))
 
@@ -57,14 +67,20 @@ def read_checkpoint(run: Path) -> Checkpoint:
         raise UserError(f"{path}: {error.strerror}; the run has no checkpoint to go on from") from error
     try:
         tensors, header = load(buffer), read_header(buffer)
-        version, number, metrics_bytes = (int(header[key]) for key in ("version", "round", "metrics_bytes"))
+        _require_version(path, int(header["version"]))
+        number, metrics_bytes = int(header["round"]), int(header["metrics_bytes"])
+        trainable = _HALVES[header["trainable"]]
+        ranks = {int(client): int(rank) for client, rank in header["ranks"].items()}
         prefix = "rescalers."
         rescalers = {int(name[len(prefix) :]): tensors[name] for name in tensors if name.startswith(prefix)}
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except _DAMAGE as error:
         raise UserError(
             f"{path}: truncated or no fedflame checkpoint ({error}); nothing was changed"
         ) from error
+    adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
+    return Checkpoint(number, metrics_bytes, ServerState(adapter, rescalers, merged, trainable, ranks))
+
+
+def _require_version(path: Path, version: int) -> None:
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: checkpoint version {version}; this fedflame reads version {FORMAT_VERSION}")
-    adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
-    return Checkpoint(number, metrics_bytes, ServerState(adapter, rescalers, merged))

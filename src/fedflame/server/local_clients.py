@@ -17,6 +17,7 @@ from fedflame.base_model import load_base_model
 from fedflame.client import fine_tune
 from fedflame.config import RunConfig
 from fedflame.data.batches import EncodedRow
+from fedflame.errors import UserError
 from fedflame.messages import InvalidMessage, decode_plan, encode_update
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.read_ahead import read_ahead
@@ -69,7 +70,7 @@ class LocalClients:
 
 def reason(error: Exception) -> str:
     """One line for the log."""
-    return str(error) if isinstance(error, InvalidMessage) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, InvalidMessage | UserError) else f"{type(error).__name__}: {error}"
 
 
 def load_adapted_model(config: RunConfig, dtype: str) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:

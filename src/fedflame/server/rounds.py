@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedflame.config import RunConfig
+from fedflame.cost import local_steps
 from fedflame.errors import UserError
 from fedflame.evaluation import HeldOut, Scores, evaluate, total
 from fedflame.messages import (
+    Adapter,
     ClientUpdate,
     InvalidMessage,
     RoundPlan,
@@ -38,8 +40,10 @@ class Server:
     profiles: Sequence[ClientProfile]
     tiers: Sequence[int]
     """The k to evaluate at, largest first."""
-    training_flops: Callable[[int], float]
-    """Per token, from k."""
+    deployments: Sequence[tuple[int, int]]
+    """The k and cut rank to evaluate at besides; see `RunConfig.deployments`."""
+    training_flops: Callable[[int, int], float]
+    """Per token, from k and rank."""
     clients: Clients
     adapted: AdaptedModel
     held_out: HeldOut
@@ -138,18 +142,19 @@ class _Updates:
         return update
 
     def _log(self, update: ClientUpdate, bytes_down: int, bytes_up: int, seconds: float) -> None:
-        server, k = self._server, update.active_experts
+        server, k, rank = self._server, update.active_experts, update.delta.rank
         server.metrics.log(
             "client",
             round=update.round,
             client=update.client,
             active_experts=k,
+            rank=rank,
             loss=update.loss,
             tokens=update.tokens,
             steps=update.steps,
             num_examples=update.num_examples,
             seconds=round(seconds, 3),
-            training_flops=update.tokens * server.training_flops(k),
+            training_flops=update.tokens * server.training_flops(k, rank),
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             rescaler=update.rescaler_values.tolist(),
@@ -171,21 +176,27 @@ def _validate_rows(update: ClientUpdate, profile: ClientProfile) -> None:
 
 def _round_plan(server: Server, state: ServerState, profile: ClientProfile, round_number: int) -> RoundPlan:
     instructions = server.strategy.configure_train(state, profile)
-    training = server.config.training
+    training, k = server.config.training, instructions.active_experts
+    afforded = server.training_flops(profile.active_experts, server.config.adapter.r)
+    spent = server.training_flops(k, instructions.adapter.rank)
     return RoundPlan(
         round=round_number,
         client=profile.client,
         seed=server.config.seed,
-        active_experts=instructions.active_experts,
+        active_experts=k,
         rescaler=instructions.rescaler,
         rescaler_values=instructions.rescaler_values,
         adapter=instructions.adapter,
         learning_rate=server.config.learning_rate(round_number),
         weight_decay=training.weight_decay,
         batch_size=training.per_device_train_batch_size,
-        max_steps=training.max_steps,
+        max_steps=local_steps(training, afforded, spent),
+        tokens_per_step=server.config.tokens_per_step()[profile.client],
         trainable=instructions.trainable,
         merged=state.merged,
+        proximal_mu=training.proximal_mu,
+        rank_penalty=instructions.rank_penalty,
+        kept_rank=instructions.kept_rank,
     )
 
 
@@ -199,32 +210,49 @@ def _require_quorum(server: Server, round_number: int, usable: int) -> None:
 
 
 def _evaluate_tiers(server: Server, state: ServerState, round_number: int) -> None:
-    """Scores of the global model at every tier's k with that tier's rescaler."""
+    """Scores of the global model at every tier's k with that tier's rescaler, and at the ranks of clients."""
+    for k in server.tiers:
+        scores = _evaluate(server, state, state.adapter, k, round_number)
+        together = total(scores)
+        _log_scores(
+            server.metrics, "evaluation", together, round=round_number, active_experts=k, category=None
+        )
+        for category, category_scores in scores.items():
+            _log_scores(
+                server.metrics,
+                "evaluation",
+                category_scores,
+                round=round_number,
+                active_experts=k,
+                category=category,
+            )
+        server.reporter.message(f"round {round_number}: global model at k={k}: {_in_words(together)}")
+    for k, rank in server.deployments:
+        together = total(_evaluate(server, state, state.adapter.with_rank(rank), k, round_number))
+        _log_scores(server.metrics, "deployment", together, round=round_number, active_experts=k, rank=rank)
+        server.reporter.message(
+            f"round {round_number}: its first {rank} ranks at k={k}: {_in_words(together)}"
+        )
+
+
+def _evaluate(
+    server: Server, state: ServerState, adapter: Adapter, k: int, round_number: int
+) -> dict[str, Scores]:
     every, last = server.config.evaluation.generate_every, server.config.server.num_server_rounds
     generate = round_number in (0, last) or (every > 0 and round_number % every == 0)
-    for k in server.tiers:
-        scores = evaluate(
-            server.adapted, server.held_out, state.adapter, k, state.rescalers[k], generate, state.merged
-        )
-        together = total(scores)
-        _log_scores(server.metrics, round_number, k, None, together)
-        for category, category_scores in scores.items():
-            _log_scores(server.metrics, round_number, k, category, category_scores)
-        exact = "" if together.exact_match is None else f", exact match {together.exact_match:.1%}"
-        rouge = "" if together.rouge_l is None else f", ROUGE-L {together.rouge_l:.3f}"
-        server.reporter.message(
-            f"round {round_number}: global model at k={k}: loss {together.loss:.3f}{exact}{rouge}"
-        )
+    return evaluate(server.adapted, server.held_out, adapter, k, state.rescalers[k], generate, state.merged)
 
 
-def _log_scores(
-    metrics: MetricsFile, round_number: int, k: int, category: str | None, scores: Scores
-) -> None:
+def _in_words(scores: Scores) -> str:
+    exact = "" if scores.exact_match is None else f", exact match {scores.exact_match:.1%}"
+    rouge = "" if scores.rouge_l is None else f", ROUGE-L {scores.rouge_l:.3f}"
+    return f"loss {scores.loss:.3f}{exact}{rouge}"
+
+
+def _log_scores(metrics: MetricsFile, event: str, scores: Scores, **what: int | str | None) -> None:
     metrics.log(
-        "evaluation",
-        round=round_number,
-        active_experts=k,
-        category=category,
+        event,
+        **what,
         loss=scores.loss,
         exact_match=scores.exact_match,
         rouge_l=scores.rouge_l,

@@ -7,7 +7,7 @@ configs and not the engine that carries the messages. The hook names are Flower'
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -27,6 +27,10 @@ class ServerState:
     """Factors that are part of the frozen base from now on: every weight W is W + (alpha/r) B A.
 
     Names and layout are the adapter's, alpha/r is that of the run, the rank is any."""
+    trainable: Trainable = "both"
+    """The half that the clients train in the coming round."""
+    ranks: Mapping[int, int] = field(default_factory=dict)
+    """Client -> rank, of clients that pruned themselves below what they afford (HetLoRA)."""
 
     @property
     def total(self) -> Adapter:
@@ -41,6 +45,8 @@ class ClientProfile:
     client: int
     active_experts: int
     """Experts per token that its machine affords (k_i)."""
+    rank: int
+    """LoRA rank that its machine affords (r_i), for methods that adapt the rank."""
     num_examples: int
     """Rows it holds (|D|)."""
 
@@ -55,6 +61,9 @@ class TrainInstructions:
     rescaler_values: Tensor
     """[L] s per MoE layer at the start of the round."""
     trainable: Trainable = "both"
+    rank_penalty: float = 0.0
+    """Strength of a penalty on the ranks from `kept_rank` on; see `regularizers`."""
+    kept_rank: int = 0
 
 
 class Strategy(Protocol):
@@ -114,6 +123,29 @@ class WeightedMean:
 def apply_delta(value: Tensor, delta: Tensor) -> Tensor:
     """The value plus its delta, with the value's own bits where the delta is zero."""
     return torch.where(delta == 0, value, value + delta)
+
+
+def client_values(state: ServerState, update: ClientUpdate) -> Adapter:
+    """A and B at the end of the client's training, of the rank that it trained."""
+    return state.adapter.with_rank(update.delta.rank).combine(update.delta, torch.add)
+
+
+def weighted(adapter: Adapter, weight: float) -> Adapter:
+    """The adapter with `weight` times its products: B carries the weight."""
+    return Adapter.from_factors({name: (weight * b, a) for name, (b, a) in adapter.factors().items()})
+
+
+def stacked(state: ServerState, updates: Iterable[ClientUpdate]) -> Adapter:
+    """Factors whose product is sum_i p_i B_i A_i, p_i = |D_i| / |D|, one client's ranks after another's.
+
+    It holds the values of all clients. `NOTHING` without updates.
+    """
+    clients, rows = [], []
+    for update in in_client_order(updates):
+        clients.append(client_values(state, update))
+        rows.append(update.num_examples)
+    parts = [weighted(values, count / sum(rows)) for values, count in zip(clients, rows, strict=True)]
+    return NOTHING.concatenate(*parts)
 
 
 def mean_rescalers(state: ServerState, means: WeightedMean) -> ServerState:

@@ -2,7 +2,12 @@
 
 Le, Tran, Hua, Chawla: FLAME, arXiv 2506.16600. The server weighs expert j of layer l of client i by
 gamma_i[l,j] = (c_i[l,j] / T_i)^t * |D_i|, with c the activation counts, T the tokens trained on and
-|D| the rows; attention LoRA is weighed by |D_i|.
+|D| the rows; attention LoRA is weighed by |D_i|. Adapts the compute: k_i experts per token; bytes and
+memory of the adapter are those of the full rank, but experts without a token are not sent.
+
+Frequencies c / T of a client sum to k_i over the experts of a layer, so that clients with large k have
+more weight by construction. With `slot` the frequency is that among routed slots, c / (T k_i), and sums to
+one for every client.
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ class Flame:
     temperature: float = 1.0
     rescaler: Literal["learned", "none", "static", "mass"] = "learned"
     """`learned` (the paper's), `none` (s = 1), `static` (s = K/k) or `mass` (`moe.rescaler.mass_ratio`)."""
+    count_normalization: Literal["token", "slot"] = "token"
+    """Counts over tokens (the paper's), or over routed slots, k_i for each token."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
         return ServerState(adapter, {k: torch.full((num_layers,), self._initial_rescaler(k)) for k in tiers})
@@ -52,7 +59,7 @@ class Flame:
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         experts, attention, rescalers = WeightedMean(), WeightedMean(), WeightedMean()
         for update in in_client_order(updates):
-            weights = expert_weights(update, self.temperature)
+            weights = expert_weights(update, self.temperature, self.count_normalization)
             for name, delta in update.delta.experts.items():
                 experts.add(name, delta, weights[int(name.split(".")[0])])
             for name, delta in update.delta.attention.items():
@@ -68,7 +75,10 @@ class Flame:
         return mean_rescalers(replace(state, adapter=state.adapter.combine(mean, apply_delta)), rescalers)
 
 
-def expert_weights(update: ClientUpdate, temperature: float) -> Tensor:
-    """gamma_i [L,E] = f^t * |D_i| with the activation frequency f = c / T (the paper's aggregation)."""
-    frequency = update.counts.to(torch.float32) / update.tokens
+def expert_weights(
+    update: ClientUpdate, temperature: float, count_normalization: Literal["token", "slot"] = "token"
+) -> Tensor:
+    """gamma_i [L,E] = f^t * |D_i|, f = c / T the activation frequency (the paper's), or c / (T k_i)."""
+    slots = update.active_experts if count_normalization == "slot" else 1
+    frequency = update.counts.to(torch.float32) / (update.tokens * slots)
     return frequency**temperature * update.num_examples

@@ -1,0 +1,61 @@
+"""Mean and spread over seeds, and paired differences with confidence intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
+
+from scipy.stats import t
+
+CONFIDENCE = 0.95
+
+Verdict = Literal["better", "worse", "no clear difference", "one seed"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean over seeds and sample standard deviation; None for a single seed."""
+
+    count: int
+    mean: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences and its 95 % confidence interval; None for a single pair."""
+
+    count: int
+    mean: float
+    interval: tuple[float, float] | None
+
+    def verdict(self, rising: bool) -> Verdict:
+        """In plain words; `rising`: more is better."""
+        if self.interval is None:
+            return "one seed"
+        low, high = self.interval
+        if low <= 0 <= high:
+            return "no clear difference"
+        return "better" if (low > 0) == rising else "worse"
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Of at least one value."""
+    return Summary(len(values), fmean(values), stdev(values) if len(values) > 1 else None)
+
+
+def paired_difference(differences: Sequence[float]) -> Difference:
+    """Mean d and d ± t s / sqrt(n), where t is the quantile of Student's distribution at n - 1 degrees.
+
+    The differences must be of independent pairs, at least one; that they are normally distributed is
+    assumed and cannot be seen from a few seeds.
+    """
+    summary = summarize(differences)
+    if summary.deviation is None:
+        return Difference(summary.count, summary.mean, None)
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, summary.count - 1))
+    reach = quantile * summary.deviation / math.sqrt(summary.count)
+    return Difference(summary.count, summary.mean, (summary.mean - reach, summary.mean + reach))

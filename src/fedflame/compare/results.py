@@ -1,0 +1,144 @@
+"""What a finished cell leaves: cell.json, written once and whole, and read for every table and curve."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from fedflame.atomic_file import write_atomically
+from fedflame.compare.devices import ClientWork, Devices, round_seconds
+from fedflame.compare.grid import Cell
+from fedflame.errors import UserError
+from fedflame.report.records import Evaluation, Run, ScoreName
+
+FILE_NAME = "cell.json"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What all clients together have spent since the start, at the end of a round."""
+
+    round: int
+    training_flops: float
+    bytes: float
+    """Up and down."""
+    simulated_seconds: float
+    """On unequal devices; see `devices`."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One finished cell."""
+
+    score: ScoreName | None
+    """The score by generation that the run was measured by."""
+    evaluations: list[Evaluation]
+    """Over all held-out rows, at every k and round."""
+    clients: list[ClientWork]
+    training_flops: dict[int, float]
+    """FLOPs per trained token by k, for every client's budget and the model's own K."""
+    environment: dict[str, Any]
+
+    @property
+    def rounds(self) -> int:
+        """The last round."""
+        return max(evaluation.round for evaluation in self.evaluations)
+
+    def tiers(self) -> list[int]:
+        """Every k that was evaluated, largest first."""
+        return sorted({evaluation.active_experts for evaluation in self.evaluations}, reverse=True)
+
+    def value(self, measure: str, tier: int, at: int) -> float | None:
+        """A measure at one k after one round; None where it was not taken or is not finite."""
+        evaluation = self._evaluations.get((at, tier))
+        value = evaluation.value(measure) if evaluation else None
+        return value if value is not None and math.isfinite(value) else None
+
+    @cached_property
+    def _evaluations(self) -> dict[tuple[int, int], Evaluation]:
+        return {(e.round, e.active_experts): e for e in self.evaluations}
+
+    def last(self, measure: str, tier: int) -> float | None:
+        """A measure of the final model at one k."""
+        return self.value(measure, tier, self.rounds)
+
+    def spent(self, devices: Devices) -> list[Spent]:
+        """By round, from 0 to the last."""
+        of_round: dict[int, list[ClientWork]] = defaultdict(list)
+        for cost in self.clients:
+            of_round[cost.round].append(cost)
+        points = [Spent(0, 0.0, 0, 0.0)]
+        for at in range(1, self.rounds + 1):
+            clients, before = of_round[at], points[-1]
+            points.append(
+                Spent(
+                    at,
+                    before.training_flops + sum(cost.training_flops for cost in clients),
+                    before.bytes + sum(cost.bytes_up + cost.bytes_down for cost in clients),
+                    before.simulated_seconds + round_seconds(clients, self.training_flops, devices),
+                )
+            )
+        return points
+
+
+def write_cell(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> None:
+    """Write cell.json from the cell's finished run; see `CellResult.training_flops`.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    record = {
+        "cell": cell.name,
+        "method": cell.method,
+        "setting": dict(cell.setting),
+        "seed": cell.config.seed,
+        "score": run.score_name(),
+        "evaluations": [asdict(e) for e in run.evaluations if e.category is None],
+        "clients": [asdict(cost) for cost in _client_work(cell, run)],
+        "training_flops": training_flops,
+        "environment": run.environment,
+        "config": run.config,
+    }
+    write_atomically(cell.folder / FILE_NAME, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _client_work(cell: Cell, run: Run) -> Iterator[ClientWork]:
+    budgets = cell.config.tiers()
+    for update in run.updates:
+        yield ClientWork(
+            update.round,
+            update.client,
+            budgets[update.client],
+            update.active_experts,
+            update.tokens,
+            update.seconds,
+            update.training_flops,
+            update.bytes_up,
+            update.bytes_down,
+        )
+
+
+def is_finished(cell: Cell) -> bool:
+    """Whether the cell has left its results."""
+    return (cell.folder / FILE_NAME).exists()
+
+
+def read_cell(cell: Cell) -> CellResult:
+    """The results of a finished cell; UserError where cell.json is damaged."""
+    path = cell.folder / FILE_NAME
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return CellResult(
+            record["score"],
+            [Evaluation(**evaluation) for evaluation in record["evaluations"]],
+            [ClientWork(**cost) for cost in record["clients"]],
+            {int(k): float(flops) for k, flops in record["training_flops"].items()},
+            record["environment"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not the results of a cell: {error!r}; delete it to make it anew") from error

@@ -1,0 +1,205 @@
+"""The tables of a comparison, for the terminal, for table.md and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fedflame.compare.comparison import Comparison
+from fedflame.compare.grid import Setting
+from fedflame.compare.intervals import CONFIDENCE, Difference, Summary
+from fedflame.report.numbers import MISSING, decimal, duration, percent, si
+from fedflame.report.results import SCORE_LABELS, tier_name
+
+DIGITS = 3
+START = "before training"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table; its mood is a class of style.css: `better`, `worse`, `after` or none."""
+
+    text: str
+    mood: str = ""
+    detail: str = ""
+    """What follows the text, below it where there is room."""
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Headers, and rows that begin with their name."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[Entry]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is shown."""
+
+    name: str
+    label: str
+    rising: bool
+    """More is better."""
+
+    def show(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.name == "exact_match" else decimal(value, DIGITS)
+
+    def show_difference(self, value: float) -> str:
+        return f"{100 * value:+.1f}" if self.name == "exact_match" else f"{value:+.{DIGITS}f}"
+
+
+def measures(comparison: Comparison, setting: Setting) -> list[Measure]:
+    """Loss, and the score by generation where there is one."""
+    found = [Measure("loss", "Response loss", rising=False)]
+    if score := comparison.score(setting):
+        unit = " (%)" if score == "exact_match" else ""
+        found.append(Measure(score, SCORE_LABELS[score] + unit, rising=True))
+    return found
+
+
+def setting_name(setting: Setting) -> str:
+    """`data.alpha = 0.5, data.partition = dirichlet`; empty where the seed is the only axis."""
+    return ", ".join(f"{key} = {value}" for key, value in setting)
+
+
+def setting_tables(comparison: Comparison, setting: Setting) -> Iterator[ResultTable]:
+    """The tables of one setting but `device_table`, which is long."""
+    for measure in measures(comparison, setting):
+        yield summary_table(comparison, setting, measure)
+        if len(comparison.methods(setting)) > 1:
+            yield difference_table(comparison, setting, measure)
+    yield total_table(comparison, setting)
+
+
+def summary_table(comparison: Comparison, setting: Setting, measure: Measure) -> ResultTable:
+    """Mean and spread of the final model at each k, by method; the best mean of a column stands out."""
+    tiers, methods = comparison.tiers(setting), comparison.methods(setting)
+    origin = comparison.grid.baseline if comparison.grid.baseline in methods else methods[0]
+    finals = {
+        method: [comparison.final(setting, method, measure.name, k) for k in tiers] for method in methods
+    }
+    best = [_best([finals[method][i] for method in methods], measure.rising) for i in range(len(tiers))]
+    rows = [
+        [Entry(START), *[_entry(comparison.start(setting, origin, measure.name, k), measure) for k in tiers]]
+    ]
+    for method in methods:
+        seeds = len(comparison.seeds(setting, method))
+        cells = [
+            _entry(summary, measure, "after" if summary and summary.mean == best[i] else "", seeds)
+            for i, summary in enumerate(finals[method])
+        ]
+        rows.append([Entry(method), *cells])
+    counts = sorted({len(comparison.seeds(setting, method)) for method in methods})
+    over = "one seed" if counts == [1] else f"mean ± standard deviation over {_range(counts)} seeds"
+    return ResultTable(f"{measure.label}, {over}", ["method", *map(tier_name, tiers)], rows)
+
+
+def _best(summaries: Sequence[Summary | None], rising: bool) -> float | None:
+    means = [summary.mean for summary in summaries if summary]
+    return (max if rising else min)(means) if len(means) > 1 else None
+
+
+def _entry(summary: Summary | None, measure: Measure, mood: str = "", seeds: int = 0) -> Entry:
+    """`seeds`: those that are finished; where some have no finite value, the entry says of how many it is."""
+    if summary is None:
+        return Entry(MISSING)
+    spread = "" if summary.deviation is None else f" ± {measure.show(summary.deviation)}"
+    partial = f"{summary.count} of {seeds} seeds" if summary.count < seeds else ""
+    return Entry(measure.show(summary.mean) + spread, mood, partial)
+
+
+def _range(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def difference_table(comparison: Comparison, setting: Setting, measure: Measure) -> ResultTable:
+    """Each method minus the baseline, seed by seed: mean, interval and what it says."""
+    tiers, baseline = comparison.tiers(setting), comparison.grid.baseline
+    pairs = max(len(comparison.seeds(setting, method)) for method in comparison.methods(setting))
+    rows = []
+    for method in comparison.methods(setting):
+        if method != baseline:
+            found = [comparison.difference(setting, method, measure.name, k) for k in tiers]
+            rows.append([Entry(method), *[_difference(difference, measure, pairs) for difference in found]])
+    title = f"{measure.label}: difference to {baseline} at the same seed [{CONFIDENCE:.0%} interval]"
+    return ResultTable(title, ["method", *map(tier_name, tiers)], rows)
+
+
+def _difference(difference: Difference | None, measure: Measure, pairs: int) -> Entry:
+    """`pairs`: as many as there could be; the entry says of how many it is where there are fewer."""
+    if difference is None:
+        return Entry(MISSING)
+    mean, verdict = measure.show_difference(difference.mean), difference.verdict(measure.rising)
+    if difference.interval is None:
+        return Entry(f"{mean} {verdict}")
+    low, high = map(measure.show_difference, difference.interval)
+    mood = verdict if verdict in ("better", "worse") else ""
+    partial = f", {difference.count} of {pairs} pairs" if difference.count < pairs else ""
+    return Entry(f"{mean} {verdict}", mood, f"[{low}, {high}]{partial}")
+
+
+def total_table(comparison: Comparison, setting: Setting) -> ResultTable:
+    """What a whole run of each method costs all clients together."""
+    headers = ["method", "tokens", "training FLOPs", "sent up", "sent down", "simulated time", "of baseline"]
+    methods = comparison.methods(setting)
+    times = {method: comparison.total(setting, method).simulated_seconds for method in methods}
+    whole = times.get(comparison.grid.baseline)
+    rows = []
+    for method in methods:
+        devices = comparison.device_costs(setting, method)
+        rows.append(
+            [
+                Entry(method),
+                Entry(si(sum(device.tokens for device in devices))),
+                Entry(si(sum(device.training_flops for device in devices), "FLOP")),
+                Entry(si(sum(device.bytes_up for device in devices), "B")),
+                Entry(si(sum(device.bytes_down for device in devices), "B")),
+                Entry(duration(times[method])),
+                Entry(percent(times[method] / whole) if whole else MISSING),
+            ]
+        )
+    return ResultTable("Cost of a run, all clients together", headers, rows)
+
+
+def device_table(comparison: Comparison, setting: Setting) -> ResultTable:
+    """What a whole run costs the clients of each budget."""
+    headers = ["method", "device affords", "clients", "trains", "tokens", "training FLOPs"]
+    headers += ["sent up", "sent down", "busy, per client"]
+    rows = []
+    for method in comparison.methods(setting):
+        total = comparison.total(setting, method).simulated_seconds
+        for device in comparison.device_costs(setting, method):
+            share = f" ({device.busy_seconds / total:.0%} of the run)" if total else ""
+            rows.append(
+                [
+                    Entry(method),
+                    Entry(tier_name(device.budget)),
+                    Entry(f"{device.clients:g}"),
+                    Entry(f"k = {device.active_experts}"),
+                    Entry(si(device.tokens)),
+                    Entry(si(device.training_flops, "FLOP")),
+                    Entry(si(device.bytes_up, "B")),
+                    Entry(si(device.bytes_down, "B")),
+                    Entry(duration(device.busy_seconds) + share),
+                ]
+            )
+    return ResultTable("Cost by device", headers, rows)
+
+
+def markdown(tables: Iterable[ResultTable]) -> str:
+    """The tables one below the other."""
+    return "\n\n".join(_markdown(table) for table in tables) + "\n"
+
+
+def _markdown(table: ResultTable) -> str:
+    lines = [table.headers, ["---"] * len(table.headers)]
+    lines += [[_marked(entry) for entry in row] for row in table.rows]
+    rows = (" | ".join(text.replace("|", "\\|") for text in line) for line in lines)
+    return "\n".join([f"**{table.title}**", "", *(f"| {row} |" for row in rows)])
+
+
+def _marked(entry: Entry) -> str:
+    text = f"**{entry.text}**" if entry.mood == "after" else entry.text
+    return f"{text} {entry.detail}".rstrip()

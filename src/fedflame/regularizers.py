@@ -1,0 +1,40 @@
+"""What a client's objective has beside the loss.
+
+As weight decay, it moves neither s nor experts without a token in the step, which the optimizer skips.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedflame.messages import Adapter, RoundPlan
+
+
+def regularizer(parameters: Adapter, plan: RoundPlan) -> Tensor | float:
+    """The terms that the plan asks for; zero without any."""
+    terms: Tensor | float = 0.0
+    if plan.proximal_mu:
+        terms += plan.proximal_mu / 2 * squared_distance(parameters, plan.adapter)
+    if plan.rank_penalty:
+        terms += plan.rank_penalty * rank_penalty(parameters, plan.kept_rank)
+    return terms
+
+
+def squared_distance(parameters: Adapter, start: Adapter) -> Tensor:
+    """||w - w_0||^2.
+
+    Li et al.: Federated Optimization in Heterogeneous Networks (FedProx), arXiv 1812.06127.
+    """
+    origin = start.tensors()
+    squares = [(value - origin[name]).square().sum() for name, value in parameters.tensors().items()]
+    return torch.stack(squares).sum()
+
+
+def rank_penalty(parameters: Adapter, kept: int) -> Tensor:
+    """||B|| ||A||, both of the ranks after the first `kept`; see `Adapter.tail_norms`.
+
+    Cho et al.: HetLoRA, arXiv 2401.06432 (rank self-pruning).
+    """
+    norm_b, norm_a = parameters.tail_norms(kept)
+    return norm_b * norm_a

@@ -1,0 +1,43 @@
+"""FedEx-LoRA: A and B are averaged, and what the means miss goes into the frozen base.
+
+Singhal et al.: FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
+Models, ACL 2025, arXiv 2410.09432. With p_i = |D_i| / |D|:
+
+    A = sum_i p_i A_i,  B = sum_i p_i B_i
+    W becomes W + (alpha/r) R,  R = sum_i p_i B_i A_i - B A = sum_i p_i (B_i - B) (A_i - A)
+
+Exact. Adapts nothing to the client. The right-hand form of R keeps it in low-rank factors, r of every
+client, without the cancellation of the left: they travel down from then on and grow with every round.
+The paper weighs clients alike; here rows are the weight, as in FedAvg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedflame.messages import Adapter, ClientUpdate
+from fedflame.strategies.base import ServerState, weighted
+from fedflame.strategies.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class FedExLoRA(FedAvg):
+    """FedAvg with its error added to the base."""
+
+    def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+        received = list(updates)
+        averaged = super().aggregate_train(state, received)
+        if averaged is state:
+            return state
+        mean = averaged.adapter.combine(state.adapter, torch.sub)
+        rows = sum(update.num_examples for update in received)
+        residue = [weighted(_less(update.delta, mean), update.num_examples / rows) for update in received]
+        return replace(averaged, merged=state.merged.concatenate(*residue))
+
+
+def _less(delta: Adapter, mean: Adapter) -> Adapter:
+    """B_i - B and A_i - A of the ranks that the client trained."""
+    return delta.combine(mean.with_rank(delta.rank), torch.sub)

@@ -1,0 +1,272 @@
+"""`fedflame compare` on a grid of two methods and two seeds: whole, killed, failing, and enlarged."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from tests.tiny_runs import SETTINGS, adapter_bytes, invoke
+
+from fedflame.commands.cell_processes import run_cells
+from fedflame.commands.compare import LOG_TAIL_BYTES, _last_line
+from fedflame.compare.grid import Cell, read_grid
+from fedflame.mapped_base import CACHE_VARIABLE
+
+METHODS = '[methods.flame]\nstrategy.temperature = 2\n[methods.fedavg]\nstrategy.name = "fedavg"\n'
+
+
+def write_grid(folder: Path, model: Path, methods: str = METHODS, seeds: str = "[0, 1]") -> Path:
+    base = [setting.split("=") for setting in (*SETTINGS, f"model.model_name_or_path={model}")]
+    lines = [f'{key} = "{value}"' for key, value in base]
+    path = folder / "grid.toml"
+    path.write_text(
+        "\n".join(['baseline = "fedavg"', "[base]", *lines, methods, "[grid]", f"seed = {seeds}"])
+    )
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of mapped bases for this module; the processes of cells take it over."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison that nothing disturbed, two cells at a time."""
+    folder = tmp_path_factory.mktemp("compare")
+    grid = write_grid(folder, tiny_folder)
+    result = invoke("compare", grid, "--output-dir", folder / "out", "--workers", 2)
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+def cells(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in sorted((folder / "cells").iterdir()) if path.is_dir()}
+
+
+def outcome(cell: Path) -> dict[str, object]:
+    """cell.json without what a clock and the place wrote."""
+    record = json.loads((cell / "cell.json").read_text())
+    clients = [{k: v for k, v in cost.items() if k != "seconds"} for cost in record["clients"]]
+    return record | {"clients": clients, "environment": None, "config": record["config"] | {"output_dir": ""}}
+
+
+def test_a_comparison_leaves_cells_table_results_and_page(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {"cells", "report.html", "results.json", "table.md"}
+    names = [name.rpartition("-")[0] for name in cells(finished)]
+    assert names == ["fedavg-seed-0", "fedavg-seed-1", "flame-seed-0", "flame-seed-1"]
+    table = (finished / "table.md").read_text()
+    assert "over 2 seeds" in table and "difference to fedavg at the same seed" in table
+    assert "<html" in (finished / "report.html").read_text()
+
+
+def test_the_table_holds_what_the_runs_measured(finished: Path) -> None:
+    records = json.loads((finished / "results.json").read_text())
+    assert [(cell["method"], cell["seed"]) for cell in records["cells"]] == [
+        ("flame", 0), ("fedavg", 0), ("flame", 1), ("fedavg", 1),
+    ]  # fmt: skip
+    for record in records["cells"]:
+        run = finished / "cells" / record["cell"] / "run"
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        last = {e["active_experts"]: e for e in lines if e["event"] == "evaluation" and e["category"] is None}
+        assert {int(k): values["loss"] for k, values in record["final"].items()} == {
+            k: event["loss"] for k, event in last.items()
+        }
+        clients = [event for event in lines if event["event"] == "client"]
+        assert record["rounds"][-1]["training_flops"] == pytest.approx(
+            sum(event["training_flops"] for event in clients)
+        )
+        assert record["rounds"][-1]["bytes"] == sum(e["bytes_up"] + e["bytes_down"] for e in clients)
+        assert record["rounds"][-1]["simulated_seconds"] > 0
+
+
+def test_interrupted_and_killed_and_resumed_it_ends_the_same(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(tmp_path, tiny_folder), tmp_path / "out"
+    for end, running in ((signal.SIGINT, 0), (signal.SIGKILL, 1)):
+        process = start(grid, out)
+        wait_for_cell(process, out, running)
+        children = descendants(process.pid)
+        assert children
+        process.send_signal(end)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == (130 if end == signal.SIGINT else -end)
+        assert end == signal.SIGKILL or errors == "fedflame: interrupted; the same command goes on\n"
+        wait_until_gone(children)
+    kept = {
+        name: path.stat().st_mtime_ns
+        for name, cell in cells(out).items()
+        if (path := cell / "cell.json").exists()
+    }
+    assert 0 < len(kept) < 4
+    result = invoke("compare", grid, "--output-dir", out)
+    assert result.exit_code == 0, result.output
+    assert cells(out).keys() == cells(finished).keys()
+    for name, cell in cells(out).items():
+        assert outcome(cell) == outcome(cells(finished)[name])
+        assert adapter_bytes(cell / "run") == adapter_bytes(cells(finished)[name] / "run")
+        if name in kept:
+            assert (cell / "cell.json").stat().st_mtime_ns == kept[name], "a finished cell was run again"
+    tables = [(folder / "table.md").read_text() for folder in (out, finished)]
+    assert tables[0] == tables[1]
+
+
+def test_a_failed_cell_is_reported_and_the_others_finish(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    broken = '[methods.broken]\nstrategy.name = "fedavg"\nstrategy.active_experts = "5"\n'
+    two = '[methods.two]\nstrategy.name = "fedavg"\nstrategy.active_experts = "2"\n'
+    grid = write_grid(tmp_path, tiny_folder, broken + METHODS + two, "[0]")
+    result = invoke("compare", grid, "--output-dir", out)
+    assert result.exit_code == 1, result.output
+    reason = "strategy.active_experts 5: must be 'min', 'full' or between 1 and 4"
+    assert "4 cells, 2 finished" in result.stdout
+    assert result.stdout.count(reason) == 2, "when it happens and at the end"
+    failed = next(cell for name, cell in cells(out).items() if name.startswith("broken"))
+    assert (failed / "error.txt").read_text().startswith(reason)
+    assert "Traceback" in (failed / "log.txt").read_text()
+    records = json.loads((out / "results.json").read_text())
+    assert {cell["method"] for cell in records["cells"]} == {"flame", "fedavg", "two"}
+    assert list(records["failed"]) == [failed.name]
+    listed = invoke("compare", grid, "--output-dir", out, "--dry-run")
+    assert f"{failed.name}: failed, to run again: {reason}" in listed.stdout
+
+
+def test_another_seed_runs_only_what_is_missing(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = {name: (cell / "cell.json").stat().st_mtime_ns for name, cell in cells(out).items()}
+    grid = write_grid(tmp_path, tiny_folder, seeds="[0, 1, 2]")
+    result = invoke("compare", grid, "--output-dir", out, "--workers", 2)
+    assert result.exit_code == 0, result.output
+    assert "6 cells, 4 finished" in result.stdout and "2 of 2: " in result.stdout
+    after = cells(out)
+    assert len(after) == 6
+    assert {name: (after[name] / "cell.json").stat().st_mtime_ns for name in before} == before
+    assert "over 3 seeds" in (out / "table.md").read_text()
+
+
+def test_a_process_that_dies_loses_its_cell_only(tiny_folder: Path, tmp_path: Path) -> None:
+    grid = read_grid(write_grid(tmp_path, tiny_folder, seeds="[0]"), [], str(tmp_path / "out"))
+    ended: list[tuple[str, str | None]] = []
+
+    class Kill:
+        def working(self, cells: Sequence[Cell]) -> None:
+            if cells[0].method == "flame":
+                for process in multiprocessing.active_children():
+                    process.kill()
+
+        def ended(self, cell: Cell, failure: str | None) -> None:
+            ended.append((cell.method, failure))
+
+    failures = run_cells(grid.cells, 1, Kill())
+    assert ended == [("flame", "its process ended with exit code -9"), ("fedavg", None)]
+    assert failures == {grid.cells[0].name: "its process ended with exit code -9"}
+
+
+def test_a_dry_run_lists_the_cells_and_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    grid = write_grid(tmp_path, tiny_folder)
+    result = invoke("compare", grid, "--output-dir", tmp_path / "out", "--dry-run")
+    lines = result.stdout.splitlines()
+    assert [line.endswith(": to run") for line in lines] == [True] * 4 + [False]
+    assert lines[-1] == "4 cells, 0 finished"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_is_found_before_the_first_cell_runs(tiny_folder: Path, tmp_path: Path) -> None:
+    grid = write_grid(tmp_path, tiny_folder, METHODS + "strategy.temprature = 1\n")
+    result = invoke("compare", grid, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(
+        "fedflame: config: unknown key 'strategy.temprature'; the nearest valid key"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_comparison_is_left_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "report.html").write_text("years of work")
+    result = invoke("compare", write_grid(tmp_path, tiny_folder), "--output-dir", tmp_path / "thesis")
+    assert result.exit_code == 2
+    assert "exists and is no comparison (it has no cells/); it is left as it is" in result.stderr
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["report.html"]
+
+
+def test_a_second_comparison_in_the_same_folder_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    with (tmp_path / "out" / "cells" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = invoke("compare", write_grid(tmp_path, tiny_folder), "--output-dir", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr == f"fedflame: {tmp_path / 'out'}: another `fedflame compare` is at work there\n"
+
+
+def test_the_last_line_of_a_log(tmp_path: Path) -> None:
+    assert _last_line(tmp_path / "log.txt") == ""
+    (tmp_path / "log.txt").write_text("x" * LOG_TAIL_BYTES + "\nround 1: é\n")
+    assert _last_line(tmp_path / "log.txt") == "round 1: é"
+
+
+def start(grid: Path, out: Path) -> subprocess.Popen[str]:
+    """`fedflame compare` as a process of its own."""
+    command = [sys.executable, "-m", "fedflame", "compare", str(grid), "--output-dir", str(out)]
+    return subprocess.Popen(
+        command,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # A shell's background jobs ignore SIGINT, and their children inherit it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for_cell(process: subprocess.Popen[str], out: Path, begun: int) -> None:
+    """Until so many cells are finished, at least, and another is in the middle of its rounds."""
+    deadline = time.monotonic() + 200
+    while True:
+        done = len(list(out.glob("cells/*/cell.json")))
+        busy = [
+            metrics
+            for metrics in out.glob("cells/*/run/metrics.jsonl")
+            if not (metrics.parents[1] / "cell.json").exists() and b'"event": "round"' in metrics.read_bytes()
+        ]
+        if done >= begun and busy:
+            return
+        assert process.poll() is None, "ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [found for child in children for found in (child, *descendants(child))]
+
+
+def wait_until_gone(processes: Sequence[int]) -> None:
+    deadline = time.monotonic() + 60
+    while alive := [pid for pid in processes if os.path.exists(f"/proc/{pid}") and not is_zombie(pid)]:
+        assert time.monotonic() < deadline, f"{alive} are still there"
+        time.sleep(0.02)
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

@@ -1,0 +1,152 @@
+"""Whole runs of every method, and the commands that read them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.random_rounds import assert_same_bits
+from tests.tiny_models import TOP_K
+from tests.tiny_runs import adapter_bytes, arguments, events, invoke, tiny_run
+from transformers import AutoModelForCausalLM
+
+from fedflame.client import fine_tune
+from fedflame.commands.run import Existing
+from fedflame.config import METHOD_OPTIONS, RANK_METHODS
+from fedflame.server.checkpoint import read_checkpoint, write_checkpoint
+
+
+def a_run(name: str, model: Path, run: Path, *overrides: str, existing: Existing = "refuse") -> str:
+    settings = ("server.num_server_rounds=2", "training.learning_rate=0.02", f"strategy.name={name}")
+    return tiny_run(model, run, *settings, *overrides, existing=existing)
+
+
+def last_losses(run: Path) -> dict[str, float]:
+    last = [e for e in events(run, "evaluation") if e["category"] is None and e["round"] == 2]
+    return {str(event["active_experts"]): event["loss"] for event in last}
+
+
+def losses(*command: str | Path) -> dict[str, float]:
+    settings = ("data.max_rows=48", "data.max_length=120", "evaluation.rows_per_category=1")
+    options = [part for setting in settings for part in ("--set", setting)]
+    result = invoke("evaluate", *command, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    return {k: values["all"]["loss"] for k, values in json.loads(result.stdout).items()}
+
+
+@pytest.mark.parametrize("name", METHOD_OPTIONS)
+def test_every_method_runs_from_the_command_line_and_learns(
+    name: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = (f"strategy.name={name}", "server.num_server_rounds=2", "training.learning_rate=0.02")
+    result = invoke(*arguments(tiny_folder, run, *settings))
+    assert result.exit_code == 0, result.stderr
+    assert not events(run, "excluded")
+    clients = [(e["active_experts"], e["rank"]) for e in events(run, "client") if e["round"] == 2]
+    assert clients == (
+        [(4, 3), (2, 3), (1, 3)]
+        if name == "flame"
+        else [(4, 3), (4, 1), (4, 1)]
+        if name in RANK_METHODS
+        else [(1, 3), (1, 3), (1, 3)]
+    )
+    first, last = ([e["loss"] for e in events(run, "client") if e["round"] == n] for n in (1, 2))
+    assert sum(last) < sum(first)
+    planned = json.loads((run / "plan.json").read_text())["tiers"]
+    assert sorted((t["active_experts"], t["rank"]) for t in planned if t["clients"]) == sorted({*clients})
+
+
+def test_a_method_that_cuts_ranks_is_evaluated_at_the_ranks_of_its_clients(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The scores are those of the adapter whose other ranks are zero."""
+    run = tmp_path / "run"
+    shown = a_run("hetlora", tiny_folder, run, "clients.ranks=3,1,2")
+    deployed = events(run, "deployment")
+    assert [(e["round"], e["active_experts"], e["rank"]) for e in deployed] == [
+        (n, 4, rank) for n in (0, 1, 2) for rank in (2, 1)
+    ]
+    state = read_checkpoint(run).state
+    whole = last_losses(run)["4"]
+    for event in deployed[-2:]:
+        cut = replace(state, adapter=state.adapter.with_rank(event["rank"]).with_rank(3))
+        write_checkpoint(run, replace(read_checkpoint(run), state=cut))
+        assert losses(run)["4"] == pytest.approx(event["loss"], rel=1e-5)
+        assert abs(event["loss"] - whole) > 1e-4
+        assert f"its first {event['rank']} ranks at k=4: loss {event['loss']:.3f}" in shown
+
+
+def test_planned_bytes_are_those_of_whole_runs(tiny_folder: Path, tmp_path: Path) -> None:
+    """Up to the headers, and up at most, since experts without a token are not sent."""
+    for name in METHOD_OPTIONS:
+        run = tmp_path / name
+        a_run(name, tiny_folder, run, "adapter.r=16", "clients.ranks=16,7,2")
+        plan = json.loads((run / "plan.json").read_text())
+        tiers = {(tier["active_experts"], tier["rank"]): tier for tier in plan["tiers"]}
+        for event in events(run, "client"):
+            tier = tiers[event["active_experts"], event["rank"]]
+            merged = plan["merged_bytes_per_round"] * (event["round"] - 1)
+            assert event["bytes_down"] - merged == pytest.approx(tier["bytes_down"], rel=0.02, abs=6000), name
+            assert 0.2 * tier["bytes_up"] < event["bytes_up"] < tier["bytes_up"] + 6000, name
+
+
+def killed_and_resumed(
+    name: str, model: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, round_number: int = 2
+) -> None:
+    """The run, killed in this round and taken up again."""
+
+    def killed(adapted, examples, plan, pad_token_id, on_step):  # type: ignore[no-untyped-def]
+        if plan.round == round_number and plan.client == 1:
+            raise KeyboardInterrupt
+        return fine_tune(adapted, examples, plan, pad_token_id, on_step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fedflame.server.local_clients.fine_tune", killed)
+        a_run(name, model, run, *overrides)
+    assert read_checkpoint(run).round == round_number - 1
+    a_run(name, model, run, *overrides, existing="resume")
+
+
+@pytest.mark.parametrize("name", METHOD_OPTIONS)
+def test_a_run_that_was_killed_resumes_to_the_same_bytes(
+    name: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    a_run(name, tiny_folder, tmp_path / "whole")
+    killed_and_resumed(name, tiny_folder, tmp_path / "killed", monkeypatch)
+    one, other = (read_checkpoint(tmp_path / run).state for run in ("whole", "killed"))
+    assert one.trainable == other.trainable
+    assert_same_bits(one.total, other.total)
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
+    assert last_losses(tmp_path / "killed") == last_losses(tmp_path / "whole")
+
+
+def test_a_run_whose_clients_prune_their_ranks_resumes_to_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pruning = ("clients.ranks=3", "strategy.rank_decay=0.9", "strategy.rank_penalty=50")
+    pruning += ("server.num_server_rounds=3", "training.max_steps=6")
+    a_run("hetlora", tiny_folder, tmp_path / "whole", *pruning)
+    killed_and_resumed("hetlora", tiny_folder, tmp_path / "killed", monkeypatch, *pruning, round_number=3)
+    one, other = (read_checkpoint(tmp_path / run).state for run in ("whole", "killed"))
+    assert one.ranks == other.ranks != {}
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
+    ranks = [[e["rank"] for e in events(tmp_path / "whole", "client") if e["round"] == n] for n in (1, 2, 3)]
+    assert ranks[0] == ranks[1] == [3, 3, 3] and min(ranks[2]) == 2
+
+
+def test_every_command_counts_merged_factors_in(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    a_run("flora", tiny_folder, run)
+    assert read_checkpoint(run).state.merged.rank == 2 * (3 + 1 + 1)
+    wanted = last_losses(run)
+    first = [e["loss"] for e in events(run, "evaluation") if e["category"] is None and e["round"] == 0]
+    assert abs(first[0] - wanted["4"]) > 0.05
+    assert losses(run) == pytest.approx(wanted, rel=1e-6)
+    assert losses(run / "adapter") == pytest.approx(wanted, rel=1e-5)
+    result = invoke("export", run, "--to", tmp_path / "merged", "--merge")
+    assert result.exit_code == 0, result.stderr
+    assert losses(tmp_path / "merged")["4"] == pytest.approx(wanted["4"], rel=1e-5)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.num_experts_per_tok == TOP_K

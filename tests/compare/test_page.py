@@ -1,0 +1,165 @@
+"""Tables and page of a comparison, held to numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from tests.compare.synthetic import ALL, a_cell, a_result, synthetic
+
+from fedflame.compare.comparison import Comparison
+from fedflame.compare.devices import Devices
+from fedflame.compare.files import read_comparison, write_comparison
+from fedflame.compare.grid import Grid
+from fedflame.compare.page import page
+from fedflame.compare.tables import (
+    device_table,
+    difference_table,
+    markdown,
+    measures,
+    summary_table,
+    total_table,
+)
+from fedflame.errors import UserError
+
+
+def texts(table: object) -> list[list[str]]:
+    return [[entry.text for entry in row] for row in table.rows]  # type: ignore[attr-defined]
+
+
+def test_the_summary_shows_mean_and_spread_and_marks_the_best() -> None:
+    comparison = synthetic()
+    loss, exact = measures(comparison, ())
+    table = summary_table(comparison, (), loss)
+    assert table.headers == ["method", "k = 4", "k = 1"]
+    assert texts(table) == [
+        ["before training", "4.300 ± 0.361", "5.300 ± 0.361"],
+        ["all", "2.300 ± 0.361", "3.300 ± 0.361"],
+        ["own", "1.300 ± 0.300", "2.300 ± 0.300"],
+    ]
+    assert [[entry.mood for entry in row[1:]] for row in table.rows] == [[""] * 2, [""] * 2, ["after"] * 2]
+    assert table.title == "Response loss, mean ± standard deviation over 3 seeds"
+    assert texts(summary_table(comparison, (), exact))[1] == ["all", "50.0 ± 0.0", "50.0 ± 0.0"]
+
+
+def test_the_differences_say_what_they_mean() -> None:
+    comparison = synthetic()
+    loss, exact = measures(comparison, ())
+    table = difference_table(comparison, (), loss)
+    assert texts(table) == [["own", *["-1.000 better"] * 2]]
+    assert (table.rows[0][1].mood, table.rows[0][1].detail) == ("better", "[-1.248, -0.752]")
+    assert texts(difference_table(comparison, (), exact))[0][1] == "+0.0 no clear difference"
+
+
+def test_one_seed_has_no_interval() -> None:
+    whole = synthetic()
+    comparison = Comparison(whole.grid, {name: whole.results[name] for name in ("all-2", "own-2")}, {})
+    loss = measures(comparison, ())[0]
+    assert texts(difference_table(comparison, (), loss))[0][1] == "-1.100 one seed"
+    assert texts(summary_table(comparison, (), loss))[2][1] == "1.600"
+    assert summary_table(comparison, (), loss).title == "Response loss, one seed"
+
+
+def test_a_seed_that_diverged_is_left_out_and_said() -> None:
+    whole = synthetic()
+    comparison = Comparison(whole.grid, dict(whole.results) | {"own-2": a_result(math.nan, ALL)}, {})
+    loss = measures(comparison, ())[0]
+    own = summary_table(comparison, (), loss).rows[2][1]
+    assert (own.text, own.detail) == ("1.150 ± 0.212", "2 of 3 seeds")
+    # Pairs -1.0 and -0.9: 12.7062 * 0.1 / 2 to each side of the mean.
+    difference = difference_table(comparison, (), loss).rows[0][1]
+    assert (difference.text, difference.detail) == ("-0.950 better", "[-1.585, -0.315], 2 of 3 pairs")
+    assert "1.150 ± 0.212" in page(comparison, "diverged")
+    everyone = {cell.name: a_result(math.nan, ALL) for cell in whole.grid.cells}
+    assert page(Comparison(whole.grid, everyone, {}), "none").count("None.") == 8
+
+
+def test_the_costs_by_method_and_by_device() -> None:
+    comparison = synthetic()
+    assert texts(total_table(comparison, ())) == [
+        ["all", "400", "16 kFLOP", "120 B", "80 B", "13 min 40 s", "100.0 %"],
+        ["own", "400", "10 kFLOP", "120 B", "80 B", "3 min 40 s", "26.8 %"],
+    ]
+    costs = texts(device_table(comparison, ()))
+    assert costs[0][1:] == [
+        "k = 4", "1", "k = 4", "200", "8 kFLOP", "60 B", "40 B", "3 min 40 s (27% of the run)",
+    ]  # fmt: skip
+    assert costs[1][-1] == "13 min 40 s (100% of the run)"
+
+
+def test_markdown_escapes_and_marks_the_best() -> None:
+    comparison = synthetic()
+    text = markdown([summary_table(comparison, (), measures(comparison, ())[0])])
+    assert "| method | k = 4 | k = 1 |\n| --- | --- | --- |\n" in text
+    assert "| own | **1.300 ± 0.300** | **2.300 ± 0.300** |" in text
+    text = markdown([difference_table(comparison, (), measures(comparison, ())[0])])
+    assert "| own | -1.000 better [-1.248, -0.752] |" in text
+
+
+def test_the_page_loads_nothing_and_holds_tables_and_curves() -> None:
+    html = page(synthetic(), "<some> & more")
+    assert not re.search(r"https?:|\bsrc=|href=|url\(|@import|<script|<link|<img|<iframe", html)
+    assert "&lt;some&gt; &amp; more" in html
+    # Two tiers, four axes, two measures; two methods with a band each.
+    assert html.count("<svg viewBox") == 16
+    assert html.count("<polygon") == html.count("<polyline") == 32
+    assert '<td class="better">-1.000 better<small>[-1.248, -0.752]</small></td>' in html
+    assert "1.300 ± 0.300" in html and "3 min 40 s" in html
+
+
+def test_curves_are_placed_by_what_was_spent() -> None:
+    html = page(synthetic(), "placed")
+    over_time = html.split("against simulated seconds on unequal devices")[1]
+    ours, theirs = re.findall(r'<polyline points="([^"]+)"', over_time)[1::-1]
+    # `all` ends at 820 s, the right edge (430); `own` at 220: 50 + 380 * 220 / 820.
+    assert [point.split(",")[0] for point in theirs.split()] == ["50.0", "240.0", "430.0"]
+    assert [point.split(",")[0] for point in ours.split()] == ["50.0", "101.0", "152.0"]
+
+
+def test_failed_cells_are_on_the_page() -> None:
+    whole = synthetic()
+    html = page(Comparison(whole.grid, whole.results, {"own-7": "no <room>"}), "failed")
+    assert "Failed cells" in html and "no &lt;room&gt;" in html
+    assert "Failed cells" not in page(whole, "fine")
+
+
+def test_every_setting_has_its_own_sections() -> None:
+    settings = [(("data.alpha", value),) for value in ("0.5", "9.0")]
+    cells = [a_cell(method, 0, setting) for setting in settings for method in ("one", "two")]
+    results = {cell.name: a_result(1.0, ALL) for cell in cells}
+    grid = Grid(Path("runs/many"), "one", ["one", "two"], cells, Devices())
+    html = page(Comparison(grid, results, {}), "many")
+    for title in ("Results", "Paired differences", "Curves", "Cost"):
+        assert (
+            f"<h2>{title} · data.alpha = 0.5</h2>" in html and f"<h2>{title} · data.alpha = 9.0</h2>" in html
+        )
+
+
+def test_the_files_are_written_whole(tmp_path: Path) -> None:
+    whole = synthetic()
+    grid = Grid(tmp_path / "out", "all", whole.grid.methods, whole.grid.cells, whole.grid.devices)
+    written = write_comparison(Comparison(grid, whole.results, {"x": "why"}))
+    assert {path.name for path in written} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "out" / "table.md").read_text().endswith("Environment: python 3.11; dtype float32.\n")
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert records["failed"] == {"x": "why"} and len(records["cells"]) == 6
+    first = records["cells"][0]
+    assert (first["method"], first["seed"]) == ("all", 0)
+    assert first["final"]["4"] == {"loss": 2.0, "exact_match": 0.5, "rouge_l": None}
+    assert first["rounds"][1] == {
+        "round": 1, "training_flops": 8000.0, "bytes": 100, "simulated_seconds": 410.0,
+        "loss": {"4": 3.0, "1": 4.0},
+    }  # fmt: skip
+
+
+def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
+    cell = a_cell("own", 0)
+    folder = tmp_path / "cells" / "own-0"
+    folder.mkdir(parents=True)
+    (folder / "cell.json").write_text('{"score": ')
+    damaged = Grid(tmp_path, "own", ["own"], [type(cell)("own", (), cell.config, folder)], Devices())
+    with pytest.raises(UserError, match=r"own-0/cell.json: not the results of a cell"):
+        read_comparison(damaged, {})

@@ -1,0 +1,46 @@
+"""From configuration to method."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedflame.config import load_config
+from fedflame.errors import UserError
+from fedflame.strategies import FedAvg, FedExLoRA, Flame, FlexLoRA, FLoRA, HetLoRA, Strategy, build_strategy
+
+CLIENTS = ("clients.num_clients=3", "clients.active_experts=6,2,4", "adapter.r=9")
+
+
+def built(*overrides: str) -> Strategy:
+    return build_strategy(load_config(None, [*CLIENTS, *overrides]), 6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (("strategy.name=fedavg",), FedAvg(2, 9)),
+        (("strategy.name=fedavg", "strategy.active_experts=full"), FedAvg(6, 9)),
+        (("strategy.name=fedavg", "strategy.active_experts=5", "strategy.rank=4"), FedAvg(5, 4)),
+        (("strategy.name=fedavg", "strategy.active_experts=full", "strategy.rank=min"), FedAvg(6, 3)),
+        (("strategy.name=fedavg", "strategy.rank=min", "clients.ranks=7,8"), FedAvg(2, 7)),
+        (("strategy.name=fedex_lora", "strategy.rank=min"), FedExLoRA(2, 3)),
+        (
+            ("strategy.name=hetlora", "strategy.rank_decay=0.5", "strategy.rank_penalty=2"),
+            HetLoRA(6, rank_decay=0.5, rank_penalty=2.0),
+        ),
+        (("strategy.name=flexlora",), FlexLoRA(6)),
+        (("strategy.name=flora", "seed=5"), FLoRA(6, seed=5)),
+        (
+            ("strategy.temperature=3.5", "strategy.rescaler=mass", "strategy.count_normalization=slot"),
+            Flame(6, 3.5, "mass", "slot"),
+        ),
+    ],
+)
+def test_options_reach_the_method(overrides: tuple[str, ...], wanted: Strategy) -> None:
+    assert built(*overrides) == wanted
+
+
+def test_more_experts_than_the_model_runs_are_refused() -> None:
+    with pytest.raises(UserError) as error:
+        built("strategy.name=fedavg", "strategy.active_experts=7")
+    assert str(error.value).startswith("strategy.active_experts 7: must be 'min', 'full' or between 1 and 6")

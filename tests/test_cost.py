@@ -1,0 +1,102 @@
+"""What a run's configuration makes of the costs per token: by hand, and against `budgets`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedflame.budgets import training_flops_per_token, training_memory
+from fedflame.config import TrainingConfig, load_config
+from fedflame.cost import RunCost, local_steps, run_cost
+from fedflame.model_shape import ModelShape, read_model_shape
+
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LENGTH, SHARE = 100, 0.25
+SETTINGS = ("clients.num_clients=5", "clients.active_experts=8,1", "training.max_steps=40")
+"""Clients with k = 8, 1, 8, 1, 8."""
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    return read_model_shape(Path(__file__).parents[1] / "configs" / "models" / "OLMoE-1B-7B-0924")
+
+
+def cost_of(shape: ModelShape, *overrides: str) -> RunCost:
+    return run_cost(load_config(None, [*SETTINGS, *overrides]), shape, "bfloat16", LENGTH, SHARE)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens"),
+    [
+        ((), {8: 800, 1: 800}),  # 8 rows
+        (("training.per_device_train_batch_size=3",), {8: 300, 1: 300}),
+        (("training.tokens_per_step=2048",), {8: 2048, 1: 2048}),
+        (("training.tokens_per_step=512,4096",), {8: 512, 1: 4096}),
+        (("training.tokens_per_step=256,1024,512,768",), {8: 512, 1: 1024}),  # the last client: 256 again
+        (("training.tokens_per_step=64",), {8: 100, 1: 100}),  # one row at least
+        (("training.tokens_per_step=512,4096", "strategy.name=fedavg"), {8: 512, 1: 4096}),  # all train at 1
+    ],
+)
+def test_memory_is_that_of_the_largest_step_of_the_tier(
+    shape: ModelShape, overrides: tuple[str, ...], tokens: dict[int, int]
+) -> None:
+    cost = cost_of(shape, *overrides)
+    assert [tier.active_experts for tier in cost.tiers] == [8, 1]
+    for tier, memory in zip(cost.tiers, cost.memory, strict=True):
+        k = tier.active_experts
+        assert memory == training_memory(shape, k, 8, QKVO, tokens[k], "bfloat16", SHARE)
+
+
+# Steps under a budget
+
+
+@pytest.mark.parametrize(
+    ("budget", "afforded", "spent", "steps"),
+    [
+        ("steps", 8.0, 1.0, 10),
+        ("compute", 5.0, 5.0, 10),
+        ("compute", 8.0, 1.0, 80),
+        ("compute", 1.0, 8.0, 1),  # 1.25
+        ("compute", 2.0, 3.0, 7),  # 6.67
+        ("compute", 1.0, 100.0, 1),  # not none
+    ],
+)
+def test_steps_by_hand(
+    budget: Literal["steps", "compute"], afforded: float, spent: float, steps: int
+) -> None:
+    assert local_steps(TrainingConfig(max_steps=10, budget=budget), afforded, spent) == steps
+
+
+costs_per_token = st.floats(1e5, 1e10)
+
+
+@given(st.integers(1, 10**5), costs_per_token, costs_per_token)
+def test_a_compute_budget_is_met_within_one_step(max_steps: int, afforded: float, spent: float) -> None:
+    steps = local_steps(TrainingConfig(max_steps=max_steps, budget="compute"), afforded, spent)
+    assert abs(steps * spent - max_steps * afforded) < spent
+
+
+def test_flame_takes_the_same_steps_under_either_budget(shape: ModelShape) -> None:
+    assert cost_of(shape) == cost_of(shape, "training.budget=compute")
+    assert [client.steps for client in cost_of(shape).clients] == [40] * 5
+
+
+@pytest.mark.parametrize("tokens", ["", "512,4096"])
+@pytest.mark.parametrize(("trained", "k"), [("min", 1), ("8", 8), ("3", 3)])
+def test_a_compute_budget_is_what_flame_spends_within_a_step(
+    shape: ModelShape, trained: str, k: int, tokens: str
+) -> None:
+    steps = f"training.tokens_per_step={tokens}"
+    method = ("strategy.name=fedavg", f"strategy.active_experts={trained}", "training.budget=compute")
+    flame, fedavg = cost_of(shape, steps).clients, cost_of(shape, steps, *method).clients
+    per_token = training_flops_per_token(shape, k, 8, QKVO, LENGTH, SHARE).total
+    for affords, one, other in zip((8, 1, 8, 1, 8), flame, fedavg, strict=True):
+        assert (one.trained_experts, other.trained_experts) == (affords, k)
+        assert one.tokens_per_step == other.tokens_per_step
+        assert other.training_flops == other.steps * other.tokens_per_step * per_token
+        assert abs(other.training_flops - one.training_flops) < per_token * other.tokens_per_step
+        assert (other.steps > 40, other.steps < 40) == (affords > k, affords < k)
