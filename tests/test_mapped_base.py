@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from fedflame import mapped_base
 from fedflame.base_model import load_base_model
 from fedflame.errors import UserError
-from fedflame.mapped_base import COMPLETE, map_base
+from fedflame.mapped_base import COMPLETE, load_mapped, map_base
 
 
 @pytest.fixture
@@ -64,6 +64,18 @@ def test_it_is_the_model_that_transformers_loads_and_stays_on_disk(
         assert torch.equal(model(input_ids=ids).logits, stock(input_ids=ids).logits)
     files = {str(path) for path in cache.glob("*/*.safetensors")}
     assert len(files) == LAYERS + 1 and files <= mapped_files()
+
+
+def test_files_of_ones_own_are_mapped_however_they_are_split(tmp_path: Path) -> None:
+    model = tiny_olmoe()
+    values = list(model.state_dict().items())
+    for number, part in enumerate((values[:5], values[5:])):
+        save_file(dict(part), tmp_path / f"part-{number}.safetensors", metadata={"format": "pt"})
+    mapped, loading = load_mapped(tmp_path, model.config, torch.float32)
+    weights = mapped.state_dict()
+    assert not any(loading.values()) and list(weights) == [name for name, _ in values]
+    assert all(torch.equal(weights[name], value) for name, value in values)
+    assert {str(tmp_path / f"part-{number}.safetensors") for number in (0, 1)} <= mapped_files()
 
 
 def test_writing_into_a_mapped_weight_leaves_the_file_alone(folder: Path, cache: Path) -> None:

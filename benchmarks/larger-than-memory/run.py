@@ -27,10 +27,8 @@ from fedflame.commands.environment import environment
 
 TRAIN = Path(__file__).with_name("train.py")
 GIB = 2**30
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
-"""glibc otherwise keeps up to 1 GB of freed blocks; the kernel is asked more often then, which takes time."""
-
-
+CHECKPOINTED_BELOW_GIB = 5
+"""Gradient checkpointing saves 1 GB of activations, which a layer of weights then has to itself."""
 COLUMNS = (
     *("k", "memory", "s/step", "CPU s/step", "of unlimited", "charged, GiB"),
     *("anonymous, GiB", "loss", "update", "touched"),
@@ -75,11 +73,16 @@ def measure(folder: Path, limit_gib: float | None, k: int, steps: int) -> dict[s
     """Train in a process of its own; where the kernel kills it for its memory, say so."""
     print(f"k = {k}, {memory(limit_gib)}", file=sys.stderr, flush=True)
     drop_from_cache(folder)
-    setting = {"limit_gib": limit_gib, "active_experts": k, "load_before": os.getloadavg()[0]}
+    checkpointing = limit_gib is not None and limit_gib < CHECKPOINTED_BELOW_GIB
+    setting = {
+        "limit_gib": limit_gib,
+        "active_experts": k,
+        "gradient_checkpointing": checkpointing,
+        "load_before": os.getloadavg()[0],
+    }
     with memory_group(None if limit_gib is None else int(limit_gib * GIB)) as group:
         command = [sys.executable, str(TRAIN), str(folder), str(k), str(steps)]
-        malloc = {} if limit_gib is None else RETURN_FREED_MEMORY
-        process = group.start(command, {"OMP_NUM_THREADS": "1"} | malloc)
+        process = group.start(command + ["checkpointing"] * checkpointing, {"OMP_NUM_THREADS": "1"})
         try:
             watched = watch(process, group)
         finally:  # an interrupted program leaves none behind, which would keep the group alive
@@ -124,6 +127,8 @@ def table(settings: list[dict[str, Any]]) -> str:
 
 def cells(setting: dict[str, Any], unlimited: dict[str, Any]) -> list[str]:
     k, limit = setting["active_experts"], memory(setting["limit_gib"])
+    if setting["gradient_checkpointing"]:
+        limit += ", checkpointing"
     if setting["out_of_memory"]:
         return [str(k), limit, "**killed: out of memory**", *[""] * (len(COLUMNS) - 3)]
     seconds, most = (statistics.median(one["seconds"][1:]) for one in (setting, unlimited))

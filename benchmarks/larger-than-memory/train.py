@@ -1,6 +1,6 @@
 """One client's round on the model of a folder, as JSON: seconds and touched experts by step, loss, digest.
 
-    python benchmarks/larger-than-memory/train.py FOLDER K STEPS
+    python benchmarks/larger-than-memory/train.py FOLDER K STEPS [checkpointing]
 
 run.py starts it, in a group of limited memory, and writes the folder.
 """
@@ -26,6 +26,7 @@ from fedflame.data.batches import EncodedRow
 from fedflame.mapped_base import load_mapped
 from fedflame.messages import Adapter, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.read_ahead import read_ahead
 
 ADAPTER = AdapterConfig(r=16)
 TOKENS = 512
@@ -34,11 +35,12 @@ WEIGHTS, ADAPTER_FILE = "weights", "adapter.safetensors"
 
 def main() -> None:
     folder, k, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    print(json.dumps(train(folder, k, steps)))
+    print(json.dumps(train(folder, k, steps, "checkpointing" in sys.argv)))
 
 
-def train(folder: Path, k: int, steps: int) -> dict[str, Any]:
-    adapted = adapted_model(folder)
+def train(folder: Path, k: int, steps: int, gradient_checkpointing: bool) -> dict[str, Any]:
+    adapted = adapted_model(folder, gradient_checkpointing)
+    read_ahead(adapted.layers)
     begun, worked = [time.monotonic()], [time.process_time()]
     touched = [torch.zeros_like(adapted.counts.total)]
 
@@ -59,10 +61,11 @@ def train(folder: Path, k: int, steps: int) -> dict[str, Any]:
     }
 
 
-def adapted_model(folder: Path) -> AdaptedModel:
+def adapted_model(folder: Path, gradient_checkpointing: bool = False) -> AdaptedModel:
     config = AutoConfig.from_pretrained(folder)
     model, _ = load_mapped(folder / WEIGHTS, config, torch.bfloat16)
-    return AdaptedModel(model.eval(), ADAPTER.r, ADAPTER.lora_alpha, ADAPTER.attention_modules())
+    targets = ADAPTER.attention_modules()
+    return AdaptedModel(model.eval(), ADAPTER.r, ADAPTER.lora_alpha, targets, gradient_checkpointing)
 
 
 def plan(adapted: AdaptedModel, folder: Path, k: int, steps: int) -> RoundPlan:

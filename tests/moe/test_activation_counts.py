@@ -60,7 +60,9 @@ def test_steps_add_up_and_touched_is_that_of_the_last_step() -> None:
     for per_expert in ([1, 1, 0], [0, 2, 0]):
         counts.begin_step(torch.ones(1, 2))
         counts.record(0, torch.tensor(per_expert))
+        within = counts.touched()
         touched = counts.end_step()
+        assert torch.equal(within, touched)
     assert counts.total.tolist() == [[1, 3, 0]]
     assert touched.tolist() == [[False, True, False]]
     counts.reset()

@@ -142,6 +142,16 @@ def test_what_was_read_out_does_not_change_with_the_model() -> None:
     assert torch.equal(s, torch.tensor([0.7, 1.3]))
 
 
+def test_what_was_learned_is_the_difference_to_the_start_and_stays_so() -> None:
+    adapted = tiny_adapted()
+    start, now = random_adapter(adapted, seed=1), random_adapter(adapted, seed=2)
+    adapted.load(now, torch.ones(LAYERS))
+    learned = adapted.learned_since(start).tensors()
+    adapted.load(start, torch.ones(LAYERS))
+    for name, value in learned.items():
+        assert torch.equal(value, now.tensors()[name] - start.tensors()[name]) and not value.requires_grad
+
+
 def test_the_model_keeps_no_hold_on_what_was_loaded() -> None:
     adapted = tiny_adapted()
     adapter = random_adapter(adapted)

@@ -108,6 +108,40 @@ def test_a_step_leaves_no_gradient_behind() -> None:
     assert all(parameter.grad is None for parameter in [*banks, *shared, *scalars])
 
 
+def test_backward_and_update_together_give_the_bits_that_they_give_one_after_the_other() -> None:
+    results = []
+    for together in (True, False):
+        adapted, optimizer, *_ = start()
+        for step in range(3):
+            batch = random_batch(seed=step)
+            with adapted.active_experts(2):
+                adapted.counts.begin_step(batch.attention_mask)
+                loss = token_losses(adapted, batch).mean()
+                if together:
+                    optimizer.backward(loss, adapted.counts.touched())
+                    adapted.counts.end_step()
+                else:
+                    loss.backward()
+                    optimizer.step(adapted.counts.end_step())
+        results.append([*adapted.adapter().tensors().values(), adapted.rescaler_values()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_in_backward_a_layer_has_its_gradients_when_those_of_the_layer_above_are_gone() -> None:
+    adapted, optimizer, *_ = start()
+    lower, upper = (list(lora.banks().values()) for lora in adapted.loras)
+    there: list[bool] = []
+    for bank in lower:
+        bank.register_hook(lambda _: there.extend(other.grad is not None for other in upper))
+    batch, everything = random_batch(), torch.ones(LAYERS, EXPERTS, dtype=torch.bool)
+    before = [bank.detach().clone() for bank in upper + lower]
+    optimizer.backward(token_losses(adapted, batch).mean(), everything)
+    assert len(there) == 16 and not any(there)
+    assert not any(torch.equal(old, new) for old, new in zip(before, upper + lower, strict=True))
+    token_losses(adapted, batch).mean().backward()
+    assert all(bank.grad is not None for bank in upper + lower), "no hook is left on the banks"
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_from_zero_b_every_bank_of_every_expert_that_is_used_twice_moves_within_two_steps(k: int) -> None:
     adapted, batch = tiny_adapted(), random_batch(prompt=1)

@@ -20,6 +20,7 @@ from fedflame.data.batches import EncodedRow
 from fedflame.errors import UserError
 from fedflame.messages import InvalidMessage, decode_plan, encode_update
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.read_ahead import read_ahead
 
 OnStep = Callable[[int], None]
 """Told the tokens of every optimizer step."""
@@ -86,4 +87,6 @@ def load_adapted_model(config: RunConfig, dtype: str) -> tuple[AdaptedModel, Pre
         config.adapter.attention_modules(),
         config.training.gradient_checkpointing,
     )
+    if config.model.memory_map:
+        read_ahead(adapted.layers)
     return adapted, tokenizer
