@@ -71,7 +71,7 @@ def main() -> None:
             options = ["--device", arguments.device, "--repeats", str(arguments.repeats)]
             sizes = OPTIONS[arguments.device][name.partition("-")[0]]
             full = [sys.executable, *command, *options, *sizes]
-            quiet = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", "THP_MEM_ALLOC_ENABLE": "1"}
+            quiet = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
             done = subprocess.run(full, check=True, stdout=subprocess.PIPE, env=os.environ | quiet)
             (RESULTS / f"{arguments.device}-{name}.json").write_bytes(done.stdout)
     (HERE / "README.md").write_text(readme())

@@ -65,7 +65,7 @@ def run(
             raise UserError("--resume and --overwrite exclude each other; give one")
         config = _config(config_file, overrides, data, model, output_dir)
         text = config_file.read_text(encoding="utf-8") if config_file else ""
-        _set_up_libraries()
+        _quiet_libraries()
         from fedflame.commands.run import execute
 
         existing: Literal["refuse", "resume", "overwrite"] = (
@@ -92,7 +92,7 @@ def plan(
     """Print partition, tiers, FLOPs, bytes and memory of a run without loading weights."""
     with _user_errors(debug):
         config = _config(config_file, overrides, data, model, None)
-        _set_up_libraries()
+        _quiet_libraries()
         from fedflame.commands.plan import print_plan
 
         print_plan(config, sequence_length, as_json, Console())
@@ -120,7 +120,7 @@ def compare(
         if dry_run:
             list_cells(grid_file, given, output_dir, console)
             return
-        _set_up_libraries()
+        _quiet_libraries()
         if not run_comparison(grid_file, given, output_dir, workers, console):
             raise typer.Exit(CELL_FAILED)
 
@@ -137,7 +137,7 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a base model on held-out rows at any k."""
     with _user_errors(debug):
-        _set_up_libraries()
+        _quiet_libraries()
         from fedflame.commands.evaluate import print_scores
 
         given = _flags(overrides, data, model, None)
@@ -163,7 +163,7 @@ def bench(
 ) -> None:
     """Time one MoE block with expert LoRA beside its bare products, the frozen block and PEFT."""
     with _user_errors(debug):
-        _set_up_libraries()
+        _quiet_libraries()
         from fedflame.bench.block import Geometry
         from fedflame.commands.bench import print_bench
 
@@ -208,7 +208,7 @@ def export(
             raise UserError("--active-experts needs --merge; an adapter serves every k")
         if layout is not None and merge:
             raise UserError("--layout is of an adapter; with --merge there is none")
-        _set_up_libraries()
+        _quiet_libraries()
         from fedflame.commands.export import export_run
 
         console = Console()
@@ -234,12 +234,11 @@ def _flags(
     return [*(overrides or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 
-def _set_up_libraries() -> None:
-    """No progress bars and no advice from libraries between our own lines; large pages for large tensors."""
+def _quiet_libraries() -> None:
+    """No progress bars and no advice from libraries between our own lines."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch; without it a page fault for every 4 KiB
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler; it reads this when torch is loaded
     from transformers.utils import logging
 
