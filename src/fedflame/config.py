@@ -193,6 +193,10 @@ class ServerConfig(_Section):
 
 
 class EvaluationConfig(_Section):
+    split: Literal["test", "validation"] = "test"
+    """Which held-out rows to score. `validation`: rows to tune on, with the same training rows and no row
+    in common with these or with `test`. Of a file or hub data set they are taken from what `data.max_rows`
+    leaves out."""
     rows_per_category: Annotated[int, Field(ge=1)] = 20
     """Held-out rows per category."""
     generate_every: Annotated[int, Field(ge=0)] = 3

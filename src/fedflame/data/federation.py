@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from fedflame.config import SKILLS, RunConfig
 from fedflame.data import skills
 from fedflame.data.batches import EncodedRow, encode
-from fedflame.data.instructions import Instruction, SkippedRow, load_instructions, sample_rows, split_held_out
+from fedflame.data.instructions import (
+    Instruction,
+    SkippedRow,
+    load_instructions,
+    sample_rows,
+    split_held_out,
+    validation_rows,
+)
 from fedflame.data.partition import partition, partition_statistics
 from fedflame.errors import UserError
 from fedflame.seeds import derive_seed
@@ -30,6 +37,7 @@ class Federation:
     parts: list[list[int]]
     """Indices into `training` per client."""
     held_out: list[Instruction]
+    """Of `evaluation.split`; the training rows are the same for either."""
     skipped: list[SkippedRow]
 
     @property
@@ -74,33 +82,54 @@ def load_federation(config: RunConfig) -> Federation:
     """Rows split over the clients as configured; the same configuration gives the same split.
 
     Raises:
-        UserError: see `load_instructions` and `partition`.
+        UserError: see `load_instructions`, `validation_instructions` and `partition`; or no rows to hold out.
     """
-    data, per_category = config.data, config.evaluation.rows_per_category
-    skipped: list[SkippedRow] = []
-    if data.dataset_name == SKILLS:
-        training = skills.instructions(data.max_rows or SKILLS_ROWS, config.seed, "train")
-        held_out = skills.instructions(per_category * len(skills.CATEGORIES), config.seed, "held_out")
-    else:
-        loaded = load_instructions(
-            dataset_name=data.dataset_name,
-            split=data.split,
-            dataset_config_name=data.dataset_config_name,
-            instruction_field=data.instruction_field,
-            context_field=data.context_field,
-            response_field=data.response_field,
-            category_field=data.category_field,
-        )
-        rows, skipped = sample_rows(loaded.rows, data.max_rows, config.seed), loaded.skipped
-        training, held_out = split_held_out(rows, per_category, config.seed)
-    if not held_out:
+    load = _generated if config.data.dataset_name == SKILLS else _loaded
+    training, held_out, skipped = load(config)
+    labels = [row.category for row in training]
+    seed = derive_seed(config.seed, "partition")
+    parts = partition(labels, config.clients.num_clients, config.data.partition, config.data.alpha, seed)
+    return Federation(training, parts, held_out, skipped)
+
+
+_Rows = tuple[list[Instruction], list[Instruction], list[SkippedRow]]
+"""To train on, held out, and skipped."""
+
+
+def _generated(config: RunConfig) -> _Rows:
+    count = config.evaluation.rows_per_category * len(skills.CATEGORIES)
+    training = skills.instructions(config.data.max_rows or SKILLS_ROWS, config.seed, "train")
+    if config.evaluation.split == "validation":
+        return training, skills.validation_instructions(count, config.seed), []
+    return training, skills.instructions(count, config.seed, "held_out"), []
+
+
+def _loaded(config: RunConfig) -> _Rows:
+    data, seed = config.data, config.seed
+    loaded = load_instructions(
+        dataset_name=data.dataset_name,
+        split=data.split,
+        dataset_config_name=data.dataset_config_name,
+        instruction_field=data.instruction_field,
+        context_field=data.context_field,
+        response_field=data.response_field,
+        category_field=data.category_field,
+    )
+    sample = sample_rows(loaded.rows, data.max_rows, seed)
+    training, test = split_held_out(sample, config.evaluation.rows_per_category, seed)
+    if not test:
         raise UserError(
             f"{data.dataset_name}: {len(training)} usable rows; too few to hold some out for evaluation"
         )
-    labels = [row.category for row in training]
-    seed = derive_seed(config.seed, "partition")
-    parts = partition(labels, config.clients.num_clients, data.partition, data.alpha, seed)
-    return Federation(training, parts, held_out, skipped)
+    if config.evaluation.split == "test":
+        return training, test, loaded.skipped
+    validation = validation_rows(loaded.rows, sample, test, seed)
+    if not validation:
+        raise UserError(
+            f"{data.dataset_name}: {len(loaded.rows)} usable rows; data.max_rows = {data.max_rows} "
+            "must leave some of them for evaluation.split = 'validation'"
+        )
+    return training, validation, loaded.skipped
 
 
 def encode_federation(

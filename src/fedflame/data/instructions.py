@@ -50,6 +50,9 @@ class LoadedInstructions:
     skipped: list[SkippedRow]
 
 
+_Content = tuple[str, str, str]
+
+
 class _BrokenRowError(Exception):
     """One row cannot be used; the message is the reason."""
 
@@ -121,9 +124,9 @@ def split_held_out(
         category: min(rows_per_category, max(count // 5, 1 if count >= 2 else 0))
         for category, count in Counter(row.category for row in rows).items()
     }
-    copies: dict[tuple[str, str, str], list[int]] = {}
+    copies: dict[_Content, list[int]] = {}
     for index, row in enumerate(rows):
-        copies.setdefault((row.instruction, row.context, row.response), []).append(index)
+        copies.setdefault(_content(row), []).append(index)
     groups = list(copies.values())
     random.Random(f"fedflame-held-out-{seed}").shuffle(groups)
     held: set[int] = set()
@@ -135,6 +138,30 @@ def split_held_out(
                 room[category] -= count
     train = [row for index, row in enumerate(rows) if index not in held]
     return train, [rows[index] for index in sorted(held)]
+
+
+def validation_rows(
+    rows: Sequence[Instruction], sample: Sequence[Instruction], test: Sequence[Instruction], seed: int
+) -> list[Instruction]:
+    """Rows to tune on, in their order: of each category as many as `test` has, or all there are.
+
+    They are drawn from those of `rows` that are not in `sample`, which holds the training and test rows,
+    and are no copies of a row there either.
+    """
+    sampled = {_content(row) for row in sample}
+    free = [index for index, row in enumerate(rows) if _content(row) not in sampled]
+    random.Random(f"fedflame-validation-{seed}").shuffle(free)
+    room, chosen = Counter(row.category for row in test), []
+    for index in free:
+        if room[rows[index].category] > 0:
+            room[rows[index].category] -= 1
+            chosen.append(index)
+    return [rows[index] for index in sorted(chosen)]
+
+
+def _content(row: Instruction) -> _Content:
+    """What makes two rows copies of each other, whatever their category."""
+    return (row.instruction, row.context, row.response)
 
 
 def _instruction(fields: dict[str, object] | str, columns: dict[str, str]) -> Instruction:

@@ -2,18 +2,20 @@
 
 Ten categories, each of two or more kinds of problem. A `Problem` is the content (kind, facts,
 answer); a template turns it into an instruction. Train and held-out rows are told apart by a hash
-of the content, so a held-out problem never occurs among the training rows in any wording.
+of the content, so a held-out problem never occurs among the training rows in any wording. Validation
+rows are held-out problems that the test rows of the same seed leave over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedflame.data.instructions import Instruction
+from fedflame.errors import UserError
 
 Split = Literal["train", "held_out"]
 
@@ -82,6 +84,8 @@ CONVERSIONS = {
 
 
 COMMUTATIVE = frozenset({"add", "multiply", "larger", "smaller"})
+ATTEMPTS = 10_000
+"""Draws after which no problem of a category is taken to be left: the rarest is one in a few hundred."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,11 @@ class Problem:
         content = "\x1f".join((self.kind, *self.facts))
         return hashlib.blake2b(content.encode(), digest_size=1).digest()[0] % 8 == 0
 
+    @property
+    def mirrored(self) -> Problem:
+        """The same problem with its operands swapped, where that changes no answer; otherwise itself."""
+        return replace(self, facts=self.facts[::-1]) if self.kind in COMMUTATIVE else self
+
 
 def belongs_to(problem: Problem, split: Split) -> bool:
     """Whether the problem may be asked in this split.
@@ -108,8 +117,7 @@ def belongs_to(problem: Problem, split: Split) -> bool:
     """
     if split == "held_out":
         return problem.held_out
-    mirrored = replace(problem, facts=problem.facts[::-1])
-    return not problem.held_out and not (problem.kind in COMMUTATIVE and mirrored.held_out)
+    return not problem.held_out and not problem.mirrored.held_out
 
 
 def arithmetic(rng: random.Random) -> Problem:
@@ -262,24 +270,55 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
-def problems(rng: random.Random, split: Split | None = None) -> Iterator[Problem]:
-    """Endless problems, the categories in turn; `split` keeps one side, None keeps both."""
+def problems(
+    rng: random.Random, split: Split | None = None, taken: Collection[Problem] = frozenset()
+) -> Iterator[Problem]:
+    """Endless problems, the categories in turn; `split` keeps one side, None keeps both.
+
+    Raises:
+        UserError: a category has no problem of that side that is not `taken`.
+    """
     while True:
         for generator in GENERATORS:
-            problem = generator(rng)
-            while split is not None and not belongs_to(problem, split):
+            for _ in range(ATTEMPTS):
                 problem = generator(rng)
+                if (split is None or belongs_to(problem, split)) and problem not in taken:
+                    break
+            else:
+                raise UserError(
+                    f"skills: the test rows use up the held-out problems of {generator.__name__}; with "
+                    "evaluation.split = 'validation', evaluation.rows_per_category must be lower"
+                )
             yield problem
 
 
 def instructions(count: int, seed: int, split: Split) -> list[Instruction]:
     """`count` instruction rows, balanced over `CATEGORIES`; the same seed gives the same rows."""
-    rng = random.Random(f"fedflame-skills-{split}-{seed}")
-    rows = []
-    for problem, _ in zip(problems(rng, split), range(count), strict=False):
+    return [row for _, row in _worded(count, _rng(split, seed), split)]
+
+
+def validation_instructions(count: int, seed: int) -> list[Instruction]:
+    """`count` held-out rows, none with a problem of `instructions(count, seed, "held_out")`.
+
+    Raises:
+        UserError: those have all held-out problems of a category.
+    """
+    tested = [problem for problem, _ in _worded(count, _rng("held_out", seed), "held_out")]
+    taken = {*tested, *(problem.mirrored for problem in tested)}
+    return [row for _, row in _worded(count, _rng("validation", seed), "held_out", taken)]
+
+
+def _rng(stream: str, seed: int) -> random.Random:
+    return random.Random(f"fedflame-skills-{stream}-{seed}")
+
+
+def _worded(
+    count: int, rng: random.Random, split: Split, taken: Collection[Problem] = frozenset()
+) -> Iterator[tuple[Problem, Instruction]]:
+    """`count` problems, each with a row that asks it."""
+    for problem, _ in zip(problems(rng, split, taken), range(count), strict=False):
         text = rng.choice(TEMPLATES[problem.kind]).format(*problem.facts)
-        rows.append(Instruction(text, "", problem.answer, problem.category))
-    return rows
+        yield problem, Instruction(text, "", problem.answer, problem.category)
 
 
 def _join(items: list[int] | list[str]) -> str:
