@@ -87,12 +87,14 @@ def test_file_splits_are_disjoint(
     with tempfile.TemporaryDirectory() as folder:
         path = rows_file(folder, drawn)
         overrides = (
+            "clients.num_clients=2",
+            "clients.active_experts=4,1",
             f"seed={seed}",
             f"data.max_rows={max_rows}",
             f"evaluation.rows_per_category={per_category}",
         )
         try:
-            test, validation = both_splits(f"data.dataset_name={path}", "clients.num_clients=2", *overrides)
+            test, validation = both_splits(f"data.dataset_name={path}", *overrides)
         except UserError as error:
             assert "too few to hold some out" in str(error) or "must leave some" in str(error)
             return
@@ -106,7 +108,7 @@ def test_file_splits_are_disjoint(
 
 
 def test_validation_rows_by_hand(tmp_path: Path) -> None:
-    path = rows_file(str(tmp_path), [(n, "a" if n < 70 else "b") for n in range(100)])
+    path = rows_file(str(tmp_path), [(n, "ab"[n % 2]) for n in range(100)])
     test, validation = both_splits(
         f"data.dataset_name={path}", "data.max_rows=50", "evaluation.rows_per_category=3"
     )
