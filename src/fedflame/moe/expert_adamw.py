@@ -72,8 +72,9 @@ class ExpertAdamW:
         one layer exist at a time (Lv et al.: LOMO, arXiv 2306.09782). The values have the bits that
         `loss.backward()` and `step` give. Where the backward fails, some banks have moved.
         """
+        experts = _experts(touched)
         handles = [
-            bank.register_post_accumulate_grad_hook(lambda _, at=number: self._step_bank(at, touched))
+            bank.register_post_accumulate_grad_hook(lambda _, at=number: self._step_bank(at, experts))
             for number, (_, bank, _) in enumerate(self._banks)
         ]
         try:
@@ -85,15 +86,15 @@ class ExpertAdamW:
 
     def step(self, touched: Tensor) -> None:
         """One update from the gradients on the parameters, for experts that `touched` [L,E] names."""
+        experts = _experts(touched)
         for number in range(len(self._banks)):
-            self._step_bank(number, touched)
+            self._step_bank(number, experts)
         self._step_others()
 
-    def _step_bank(self, number: int, touched: Tensor) -> None:
+    def _step_bank(self, number: int, experts: list[list[int]]) -> None:
         layer, bank, moments = self._banks[number]
-        gradients = _take_gradient(bank)
-        experts = touched[layer].nonzero().flatten().tolist()
-        moved = [(gradients[expert], moments[expert]) for expert in experts]
+        gradients = _take_gradient(bank).unbind(0)
+        moved = [(gradients[expert], moments[expert]) for expert in experts[layer]]
         self._update(moved, self._weight_decay)
 
     def _step_others(self) -> None:
@@ -118,6 +119,11 @@ class ExpertAdamW:
             eps=EPSILON,
             maximize=False,
         )
+
+
+def _experts(touched: Tensor) -> list[list[int]]:
+    """The touched experts of each layer."""
+    return [layer.nonzero().flatten().tolist() for layer in touched]
 
 
 def _take_gradient(parameter: nn.Parameter) -> Tensor:
