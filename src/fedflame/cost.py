@@ -87,7 +87,7 @@ def run_cost(
     targets, r, full = config.adapter.attention_modules(), config.adapter.r, shape.num_experts_per_tok
 
     def flops_per_token(k: int, rank: int) -> float:
-        return training_flops_per_token(shape, k, rank, targets, sequence_length, labelled_share).total
+        return training_flops(config, shape, k, rank, sequence_length, labelled_share)
 
     clients = _client_costs(config, full, sequence_length, flops_per_token)
     trained = Counter((client.trained_experts, client.trained_rank) for client in clients)
@@ -115,6 +115,14 @@ def run_cost(
         sequence_length,
         labelled_share,
     )
+
+
+def training_flops(
+    config: RunConfig, shape: ModelShape, k: int, rank: int, sequence_length: int, labelled_share: float
+) -> float:
+    """FLOPs of forward and backward per token with k experts, and LoRA of this rank where the run has it."""
+    targets = config.adapter.attention_modules()
+    return training_flops_per_token(shape, k, rank, targets, sequence_length, labelled_share).total
 
 
 def local_steps(training: TrainingConfig, afforded: float, spent: float) -> int:

@@ -9,13 +9,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from tests.tiny_runs import SETTINGS, adapter_bytes, invoke
+from tests.tiny_runs import SETTINGS, adapter_bytes, invoke, start_cli
 
 from fedflame.commands.cell_processes import run_cells
 from fedflame.commands.compare import LOG_TAIL_BYTES, _last_line
@@ -225,15 +224,7 @@ def test_the_last_line_of_a_log(tmp_path: Path) -> None:
 
 def start(grid: Path, out: Path) -> subprocess.Popen[str]:
     """`fedflame compare` as a process of its own."""
-    command = [sys.executable, "-m", "fedflame", "compare", str(grid), "--output-dir", str(out)]
-    return subprocess.Popen(
-        command,
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        # A shell's background jobs ignore SIGINT, and their children inherit it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    return start_cli("compare", grid, "--output-dir", out)
 
 
 def wait_for_cell(process: subprocess.Popen[str], out: Path, begun: int) -> None:

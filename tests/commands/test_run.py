@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from tests.tiny_runs import (
     checkpoint_bytes,
     events,
     invoke,
+    start_cli,
     tiny_config,
     tiny_run,
 )
@@ -401,18 +401,8 @@ def test_a_fraction_of_the_clients_is_sampled(tiny_folder: Path, tmp_path: Path)
 
 
 def start(model: Path, run: Path, *flags: str) -> subprocess.Popen[str]:
-    """`fedflame run` as a process of its own, on the threads that this one has."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "fedflame", *arguments(model, run), *flags]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        # A shell's background jobs ignore SIGINT, and their children inherit it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    """`fedflame run` as a process of its own."""
+    return start_cli(*arguments(model, run), *flags)
 
 
 def wait_for_lines(process: subprocess.Popen[str], metrics: Path, goal: int) -> None:

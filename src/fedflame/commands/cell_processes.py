@@ -134,14 +134,13 @@ def _go_on(cell: Cell) -> None:
 def _training_flops(cell: Cell, plan: dict[str, Any]) -> dict[int, float]:
     """FLOPs per trained token at every client's budget and at the model's own K."""
     from fedflame.base_model import model_config_path
-    from fedflame.budgets import read_model_shape, training_flops_per_token
+    from fedflame.budgets import read_model_shape
+    from fedflame.cost import training_flops
 
     config = cell.config
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
     row = plan["sequence_length"], plan["labelled_share"]
     return {
-        k: training_flops_per_token(
-            shape, k, config.adapter.r, config.adapter.attention_modules(), *row
-        ).total
+        k: training_flops(config, shape, k, config.adapter.r, *row)
         for k in sorted({*config.tiers(), shape.num_experts_per_tok}, reverse=True)
     }

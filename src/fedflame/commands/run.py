@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fedflame.atomic_file import write_atomically
 from fedflame.base_model import DtypeChoice, choose_dtype, model_config_path
-from fedflame.budgets import Dtype, ModelShape, read_model_shape, training_flops_per_token
+from fedflame.budgets import Dtype, ModelShape, read_model_shape
 from fedflame.commands.adapter_folder import check_start, initial_state, write_run_adapter
 from fedflame.commands.environment import environment
 from fedflame.commands.tables import cost_table, partition_table, result_table
 from fedflame.config import RunConfig
-from fedflame.cost import RunCost, run_cost
+from fedflame.cost import RunCost, run_cost, training_flops
 from fedflame.data.batches import pad_token
 from fedflame.data.federation import (
     EncodedFederation,
@@ -289,11 +289,8 @@ def _server(
 
 
 def _training_flops(bench: Workbench, k: int, rank: int) -> float:
-    config, cost = bench.config, bench.cost
-    targets = config.adapter.attention_modules()
-    return training_flops_per_token(
-        bench.shape, k, rank, targets, cost.sequence_length, cost.labelled_share
-    ).total
+    cost = bench.cost
+    return training_flops(bench.config, bench.shape, k, rank, cost.sequence_length, cost.labelled_share)
 
 
 def _write_run_files(run: Path, bench: Workbench, config_text: str) -> None:
