@@ -13,7 +13,7 @@ import fedflame
 SOURCE = Path(fedflame.__file__).parent
 
 STAGES = (
-    ("errors", "seeds", "refused_families"),
+    ("errors", "k_rotation", "seeds", "refused_families"),
     ("config", "atomic_file", "mapped_base", "messages", "model_shape", "tracking"),
     ("budgets", "data", "moe", "base_model", "regularizers", "token_loss"),
     ("cost", "client", "strategies", "bench"),

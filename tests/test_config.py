@@ -157,7 +157,7 @@ def test_what_each_client_trains_with_on_a_model_of_six_experts_per_token(
     overrides: tuple[str, ...], k: list[int], ranks: list[int]
 ) -> None:
     config = load_config(None, ["clients.num_clients=3", "clients.active_experts=4,2,1", *overrides])
-    assert (config.trained_experts(6), config.trained_ranks(6)) == (k, ranks)
+    assert (config.trained_experts(6, 1), config.trained_ranks(6)) == (k, ranks)
     assert config.evaluated_experts(6) == sorted({4, 2, 1, *k}, reverse=True)
 
 

@@ -28,7 +28,14 @@ from tests.tiny_exports import (
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from fedflame.errors import UserError
-from fedflame.export import export_adapter, load_adapter, load_rescalers, merge, read_settings
+from fedflame.export import (
+    export_adapter,
+    load_adapter,
+    load_rescalers,
+    load_tier_adapters,
+    merge,
+    read_settings,
+)
 from fedflame.messages import NOTHING, Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ServerState
@@ -126,6 +133,44 @@ def test_what_the_folder_says(base: Path, exported: Path) -> None:
 def test_the_card_names_a_base_of_the_hub(adapted: AdaptedModel, state: ServerState, tmp_path: Path) -> None:
     export_adapter(state, run_config(Path("allenai/OLMoE")), adapted.model, tmp_path / "a", rounds=1)
     assert (tmp_path / "a" / "README.md").read_text().startswith("---\nbase_model: allenai/OLMoE\n")
+
+
+def with_tiers(state: ServerState) -> ServerState:
+    """The state with an adapter of its own at k = 2 and 1."""
+    own = {k: state.adapter.combine(state.adapter, lambda a, _, k=k: a * (1 + k)) for k in (2, 1)}  # type: ignore[misc]
+    return replace(state, tier_adapters=own)
+
+
+def test_adapters_of_one_k_are_adapter_folders_below(
+    base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Path
+) -> None:
+    state, folder = with_tiers(state), tmp_path / "adapter"
+    export_adapter(state, run_config(base), adapted.model, folder, rounds=4)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"k2", "k1"}
+    assert "The folders `k2`, `k1` below" in (folder / "README.md").read_text()
+    back = load_tier_adapters(folder, adapted, seed=0)
+    assert back.keys() == {2, 1}
+    for k, adapter in {3: load_adapter(folder, adapted, seed=0), **back}.items():
+        for name, value in state.adapter_at(k).tensors().items():
+            assert torch.equal(adapter.tensors()[name], value), (k, name)
+    for k, (_, peft) in zip(
+        (2, 1), peft_logits([(base, folder / "k2"), (base, folder / "k1")], tmp_path), strict=True
+    ):
+        ours = our_logits(adapted, replace(state, adapter=state.adapter_at(k)), K)
+        torch.testing.assert_close(peft, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("k", TIERS)
+def test_a_merged_checkpoint_has_the_adapter_of_its_k(
+    k: int, base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Path
+) -> None:
+    merge(with_tiers(state), run_config(base), k, tmp_path / "merged", rounds=4)
+    of_k = replace(state, adapter=with_tiers(state).adapter_at(k))
+    ours = our_logits(adapted, of_k, k)
+    got = logits(load(tmp_path / "merged"))
+    torch.testing.assert_close(got, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+    if k < K:
+        assert float((our_logits(adapted, state, k) - ours).abs().max()) > 0.01 * float(ours.abs().max())
 
 
 def test_round_trip_is_exact(base: Path, adapted: AdaptedModel, state: ServerState, exported: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from fedflame.errors import UserError
+from fedflame.k_rotation import KRotation, experts_of_round
 
 Model = TypeVar("Model", bound=BaseModel)
 EMBEDDED_MODEL = "olmoe-tiny"
@@ -136,7 +137,7 @@ TRAINED_HALVES: dict[str, tuple[Literal["A", "B"], ...]] = {"ffa_lora": ("B",), 
 """Of methods whose clients train and send one half of the adapter, in turn where there are two."""
 _ALIKE = {"active_experts", "rank"}
 METHOD_OPTIONS = {
-    "flame": {"temperature", "rescaler", "count_normalization"},
+    "flame": {"temperature", "rescaler", "count_normalization", "tier_affinity", "k_rotation"},
     "fedavg": _ALIKE,
     "ffa_lora": _ALIKE,
     "rolora": _ALIKE,
@@ -162,6 +163,12 @@ class StrategyConfig(_Section):
     count_normalization: Literal["token", "slot"] = "token"
     """FLAME: frequency per token as in the paper, or per routed slot, k of them to a token, so that a
     client with large k has no more weight for it."""
+    tier_affinity: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """FLAME: the server keeps an adapter for every k, which learns from clients that trained with k' by so
+    much less for each doubling between k and k'. 1 is the paper's one adapter for all, 0 one for each k."""
+    k_rotation: KRotation = "none"
+    """FLAME: the k that a client trains with from round to round: `none` what it affords, as in the paper;
+    `min` that and the smallest client's in turn; `all` every client's k up to its own in turn."""
     active_experts: str = "min"
     """FedAvg, FFA-LoRA, RoLoRA, FedEx-LoRA: the k of every client: `min` (the smallest client's, the
     paper's baseline), `full` (the model's) or a number."""
@@ -239,10 +246,13 @@ class RunConfig(_Section):
             return self._in_turn(self.clients.ranks)
         return [max(1, self.adapter.r * k // num_experts_per_tok) for k in self.tiers()]
 
-    def trained_experts(self, num_experts_per_tok: int) -> list[int]:
-        """The k each client trains with on a model with this K: methods other than FLAME overrule budgets."""
+    def trained_experts(self, num_experts_per_tok: int, round_number: int) -> list[int]:
+        """The k each client trains with in a round, from 1, on a model with this K, in client order.
+
+        Methods other than FLAME overrule budgets, in every round alike.
+        """
         if self.strategy.name == "flame":
-            return self.tiers()
+            return experts_of_round(self.tiers(), self.strategy.k_rotation, round_number)
         chosen = "full" if self.strategy.name in RANK_METHODS else self.strategy.active_experts
         return _alike(chosen, self.tiers(), num_experts_per_tok)
 
@@ -255,7 +265,7 @@ class RunConfig(_Section):
 
     def evaluated_experts(self, num_experts_per_tok: int) -> list[int]:
         """Every k that a client affords or trains with on a model with this K, largest first."""
-        return sorted({*self.tiers(), *self.trained_experts(num_experts_per_tok)}, reverse=True)
+        return sorted({*self.tiers(), *self.trained_experts(num_experts_per_tok, 1)}, reverse=True)
 
     def deployments(self, num_experts_per_tok: int) -> list[tuple[int, int]]:
         """Each k and cut rank that clients use the global model at, on a model with this K, largest first.
@@ -265,7 +275,9 @@ class RunConfig(_Section):
         if self.strategy.name not in RANK_METHODS or self.strategy.name in MERGING_METHODS:
             return []
         trained = zip(
-            self.trained_experts(num_experts_per_tok), self.trained_ranks(num_experts_per_tok), strict=True
+            self.trained_experts(num_experts_per_tok, 1),
+            self.trained_ranks(num_experts_per_tok),
+            strict=True,
         )
         return sorted({(k, rank) for k, rank in trained if rank < self.adapter.r}, reverse=True)
 

@@ -24,7 +24,7 @@ from fedflame.config import MERGING_METHODS, TRAINED_HALVES, RunConfig, Training
 
 @dataclass(frozen=True)
 class ClientCost:
-    """What one client does in a round."""
+    """What one client does in a round in which it trains with this k."""
 
     client: int
     trained_experts: int
@@ -42,7 +42,7 @@ class RunCost:
     """Costs per tier and client, adapter size, and the sequence they are for."""
 
     clients: list[ClientCost]
-    """In client order."""
+    """In client order; of a client that takes turns one for each k, largest first."""
     tiers: list[TierCost]
     memory: list[MemoryEstimate]
     """Per tier, in the order of `tiers`, at the largest optimizer step of the tier's clients."""
@@ -100,11 +100,12 @@ def run_cost(
     for k, rank in rows:
         tokens = max(
             client.tokens_per_step
-            for affords, client in zip(config.tiers(), clients, strict=True)
-            if (k, rank) in ((affords, r), (client.trained_experts, client.trained_rank))
+            for client in clients
+            if (k, rank)
+            in ((config.tiers()[client.client], r), (client.trained_experts, client.trained_rank))
         )
         memory.append(training_memory(shape, k, rank, targets, tokens, dtype, labelled_share))
-    ranks = sorted(client.trained_rank for client in clients)
+    ranks = sorted(config.trained_ranks(full))
     merged = sum(ranks[-config.clients_per_round() :]) * (config.strategy.name in MERGING_METHODS)
     return RunCost(
         clients,
@@ -144,13 +145,16 @@ def _client_costs(
     config: RunConfig, full: int, sequence_length: int, flops_per_token: Callable[[int, int], float]
 ) -> list[ClientCost]:
     by_rows = sequence_length * config.training.per_device_train_batch_size
-    trained = zip(config.trained_experts(full), config.trained_ranks(full), strict=True)
+    rounds = range(1, config.server.num_server_rounds + 1)
+    by_round = [config.trained_experts(full, round_number) for round_number in rounds]
     costs = []
-    for client, (affords, (k, rank), budget) in enumerate(
-        zip(config.tiers(), trained, config.tokens_per_step(), strict=True)
+    for client, (affords, rank, budget) in enumerate(
+        zip(config.tiers(), config.trained_ranks(full), config.tokens_per_step(), strict=True)
     ):
         tokens = max(budget, sequence_length) if budget else by_rows
-        spent = flops_per_token(k, rank)
-        steps = local_steps(config.training, flops_per_token(affords, config.adapter.r), spent)
-        costs.append(ClientCost(client, k, rank, steps, tokens, steps * tokens * spent))
+        afforded = flops_per_token(affords, config.adapter.r)
+        for k in sorted({trained[client] for trained in by_round}, reverse=True):
+            spent = flops_per_token(k, rank)
+            steps = local_steps(config.training, afforded, spent)
+            costs.append(ClientCost(client, k, rank, steps, tokens, steps * tokens * spent))
     return costs

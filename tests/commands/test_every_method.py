@@ -118,7 +118,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bytes(
     killed_and_resumed(name, tiny_folder, tmp_path / "killed", monkeypatch)
     one, other = (read_checkpoint(tmp_path / run).state for run in ("whole", "killed"))
     assert one.trainable == other.trainable
-    assert_same_bits(one.total, other.total)
+    assert_same_bits(one.total_at(TOP_K), other.total_at(TOP_K))
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
     assert last_losses(tmp_path / "killed") == last_losses(tmp_path / "whole")
 
@@ -135,6 +135,51 @@ def test_a_run_whose_clients_prune_their_ranks_resumes_to_the_same_bytes(
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
     ranks = [[e["rank"] for e in events(tmp_path / "whole", "client") if e["round"] == n] for n in (1, 2, 3)]
     assert ranks[0] == ranks[1] == [3, 3, 3] and min(ranks[2]) == 2
+
+
+TIERS_AND_TURNS = ("strategy.tier_affinity=0.5", "strategy.k_rotation=all")
+
+
+def test_clients_take_their_turns_and_every_tier_learns_an_adapter(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = (*TIERS_AND_TURNS, "training.budget=compute", "training.max_steps=6")
+    shown = a_run("flame", tiny_folder, tmp_path / "run", *settings)
+    updates = events(tmp_path / "run", "client")
+    assert [e["active_experts"] for e in updates] == [4, 1, 1, 2, 2, 1]
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    turns = {(cost["client"], cost["trained_experts"]): cost["steps"] for cost in plan["clients"]}
+    assert turns.keys() == {(e["client"], e["active_experts"]) for e in updates}
+    assert [turns[e["client"], e["active_experts"]] for e in updates] == [e["steps"] for e in updates]
+    assert turns[0, 4] == 6 < turns[0, 2]
+    flops = {tier["active_experts"]: tier["training_flops_per_token"] for tier in plan["tiers"]}
+    assert abs(turns[0, 2] * flops[2] - 6 * flops[4]) < flops[2]
+    assert "trains at" in shown
+    state = read_checkpoint(tmp_path / "run").state
+    assert list(state.tier_adapters) == [2, 1]
+    killed_and_resumed("flame", tiny_folder, tmp_path / "killed", monkeypatch, *settings)
+    for k in (4, 2, 1):
+        assert_same_bits(read_checkpoint(tmp_path / "killed").state.adapter_at(k), state.adapter_at(k))
+
+
+def test_every_command_takes_the_adapter_of_each_k(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    a_run("flame", tiny_folder, run, *TIERS_AND_TURNS)
+    wanted = last_losses(run)
+    state = read_checkpoint(run)
+    assert losses(run) == pytest.approx(wanted, rel=1e-6)
+    assert losses(run / "adapter") == pytest.approx(wanted, rel=1e-5)
+    going_on = (f"model.adapter_name_or_path={run / 'adapter'}", "server.num_server_rounds=1")
+    a_run("flame", tiny_folder, tmp_path / "next", *TIERS_AND_TURNS, *going_on)
+    start = [e for e in events(tmp_path / "next", "evaluation") if e["category"] is None and e["round"] == 0]
+    assert {str(e["active_experts"]): e["loss"] for e in start} == pytest.approx(wanted, rel=1e-6)
+    result = invoke("export", run, "--to", tmp_path / "merged", "--merge", "--active-experts", "1")
+    assert result.exit_code == 0, result.stderr
+    merged = losses(tmp_path / "merged", "--set", "clients.active_experts=1")
+    assert merged["1"] == pytest.approx(wanted["1"], rel=1e-5)
+    shared = replace(state, state=replace(state.state, tier_adapters={}))
+    write_checkpoint(run, shared)
+    assert abs(losses(run)["1"] - wanted["1"]) > 1e-4
 
 
 def test_every_command_counts_merged_factors_in(tiny_folder: Path, tmp_path: Path) -> None:

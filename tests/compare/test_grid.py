@@ -175,7 +175,7 @@ def test_names_are_unique(tmp_path: Path) -> None:
 
 def test_the_grid_of_the_benchmark_is_valid() -> None:
     found = read_grid(ROOT / "benchmarks" / "dolly-tiers" / "grid.toml", [], None)
-    assert [cell.config.trained_experts(8) for cell in found.cells[:3]] == [
+    assert [cell.config.trained_experts(8, 1) for cell in found.cells[:3]] == [
         [8, 8, 4, 4, 2, 2, 1, 1],
         [1] * 8,
         [8] * 8,

@@ -29,7 +29,8 @@ def a_checkpoint(round_number: int = 3) -> Checkpoint:
 
     adapter = Adapter({"0.A1": values(5, 6, 7), "1.B2": values(5, 7, 3)}, {"layers.0.q_proj.A": values(3, 6)})
     merged = Adapter({"0.A1": values(5, 4, 7)}, {"layers.0.q_proj.A": values(2, 6)})
-    state = ServerState(adapter, {8: values(2), 1: values(2)}, merged, "A", {11: 3, 2: 1})
+    tiers = {k: Adapter({"0.A1": values(5, 6, 7)}, {"layers.0.q_proj.A": values(3, 6)}) for k in (12, 1)}
+    state = ServerState(adapter, {12: values(2), 1: values(2)}, merged, "A", {11: 3, 2: 1}, tiers)
     return Checkpoint(round_number, 2**40 + 1, state)
 
 
@@ -38,7 +39,10 @@ def assert_same(got: Checkpoint, wanted: Checkpoint) -> None:
     assert (got.state.trainable, got.state.ranks) == (wanted.state.trainable, wanted.state.ranks)
     assert got.state.rescalers.keys() == wanted.state.rescalers.keys()
     pairs = [(got.state.rescalers[k], value) for k, value in wanted.state.rescalers.items()]
-    for mine, its in ((got.state.adapter, wanted.state.adapter), (got.state.merged, wanted.state.merged)):
+    assert list(got.state.tier_adapters) == list(wanted.state.tier_adapters)
+    adapters = [(got.state.adapter_at(k), its) for k, its in wanted.state.tier_adapters.items()]
+    adapters += [(got.state.adapter, wanted.state.adapter), (got.state.merged, wanted.state.merged)]
+    for mine, its in adapters:
         assert mine.tensors().keys() == its.tensors().keys()
         pairs += [(mine.tensors()[name], value) for name, value in its.tensors().items()]
     for a, b in pairs:

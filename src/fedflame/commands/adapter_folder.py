@@ -17,6 +17,7 @@ from fedflame.export import (
     export_adapter,
     load_adapter,
     load_rescalers,
+    load_tier_adapters,
     read_settings,
 )
 from fedflame.moe.adapted_model import AdaptedModel
@@ -55,6 +56,7 @@ def initial_state(
     """The state before round 1: new, or from the adapter folder that the configuration names.
 
     The folder's rescalers start the tiers whose s the method learns; a method that fixes s keeps its own.
+    Adapters of one k start those of a method that keeps some; another goes on from that of its largest k.
 
     Raises:
         UserError: see `load_adapter` and `load_rescalers`.
@@ -64,11 +66,13 @@ def initial_state(
     if not config.model.adapter_name_or_path:
         return strategy.initialize(adapted.initial_adapter(config.seed), tiers, len(adapted.layers))
     adapter, saved = load_adapter(folder, adapted, config.seed), load_rescalers(folder, adapted)
-    state = strategy.initialize(adapter, tiers, len(adapted.layers))
+    of_tier = load_tier_adapters(folder, adapted, config.seed)
+    state = strategy.initialize(of_tier.get(max(tiers), adapter), tiers, len(adapted.layers))
     plans = [strategy.configure_train(state, profile) for profile in profiles]
     learned = {plan.active_experts for plan in plans if plan.rescaler != "fixed"}
     rescalers = {k: saved.get(k, s) if k in learned else s for k, s in state.rescalers.items()}
-    return replace(state, rescalers=rescalers)
+    tier_adapters = {k: of_tier.get(k, its) for k, its in state.tier_adapters.items()}
+    return replace(state, rescalers=rescalers, tier_adapters=tier_adapters)
 
 
 def write_adapter(

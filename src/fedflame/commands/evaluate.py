@@ -15,7 +15,13 @@ from fedflame.commands.tables import score_table
 from fedflame.config import RunConfig, parse_tiers, with_overrides
 from fedflame.errors import UserError
 from fedflame.evaluation import Scores, evaluate, total
-from fedflame.export import load_adapter, load_rescalers, read_settings, rescaler_tiers
+from fedflame.export import (
+    load_adapter,
+    load_rescalers,
+    load_tier_adapters,
+    read_settings,
+    rescaler_tiers,
+)
 from fedflame.model_shape import read_model_shape
 from fedflame.server.checkpoint import read_checkpoint
 from fedflame.strategies.base import ServerState
@@ -44,7 +50,13 @@ def print_scores(
     for k in wanted or config.evaluated_experts(bench.adapted.num_experts_per_tok):
         rescaler = state.rescalers.get(k, torch.ones(len(bench.adapted.layers)))
         by_category = evaluate(
-            bench.adapted, bench.held_out, state.adapter, k, rescaler, generate=True, merged=state.merged
+            bench.adapted,
+            bench.held_out,
+            state.adapter_at(k),
+            k,
+            rescaler,
+            generate=True,
+            merged=state.merged,
         )
         scores[k] = {"all": _plain(total(by_category))}
         scores[k] |= {category: _plain(value) for category, value in by_category.items()}
@@ -98,6 +110,7 @@ def _source_state(source: str, bench: Workbench) -> ServerState:
         return ServerState(
             load_adapter(Path(source), bench.adapted, bench.config.seed),
             load_rescalers(Path(source), bench.adapted),
+            tier_adapters=load_tier_adapters(Path(source), bench.adapted, bench.config.seed),
         )
     return ServerState(bench.adapted.initial_adapter(bench.config.seed), {})
 

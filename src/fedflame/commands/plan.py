@@ -42,7 +42,7 @@ def print_plan(config: RunConfig, sequence_length: int | None, as_json: bool, co
         rows = {"truncated_rows": truncated, "skipped_rows": len(federation.skipped)}
         sampled = {"clients_per_round": config.clients_per_round()}
         costs = cost.to_json()
-        costs["clients"] = [one | other for one, other in zip(clients, costs["clients"], strict=True)]
+        costs["clients"] = [clients[cost["client"]] | cost for cost in costs["clients"]]
         print(json.dumps({**rows, **sampled, **costs}, indent=2))
         return
     console.print(partition_table(clients, cost.clients, truncated))

@@ -234,9 +234,10 @@ def _require_same_data(run: Path, bench: Workbench) -> None:
 
 def _remaining_steps(bench: Workbench, last_round: int) -> int:
     """Optimizer steps of all clients that the rounds after `last_round` will sample."""
-    config = bench.config
+    config, k = bench.config, bench.adapted.num_experts_per_tok
+    steps = {(cost.client, cost.trained_experts): cost.steps for cost in bench.cost.clients}
     return sum(
-        bench.cost.clients[profile.client].steps
+        steps[profile.client, config.trained_experts(k, number)[profile.client]]
         for number in range(last_round + 1, config.server.num_server_rounds + 1)
         for profile in sample_clients(bench.profiles, config.clients_per_round(), config.seed, number)
     )

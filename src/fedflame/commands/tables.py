@@ -19,15 +19,17 @@ CATEGORIES_SHOWN = 3
 
 
 def partition_table(clients: Sequence[dict[str, Any]], costs: Sequence[ClientCost], truncated: int) -> Table:
-    """Per client: k, rows, optimizer steps and training FLOPs per round, and its largest categories."""
+    """Per client and k: rows, optimizer steps and training FLOPs per round, and its largest categories."""
     title = f"Partition ({truncated} rows truncated); steps and training FLOPs per round"
-    table = _table(title, "client", "k", "rows", "steps", "FLOPs", "largest categories")
-    for client, cost in zip(clients, costs, strict=True):
+    table = _table(title, "client", "k", "trains at", "rows", "steps", "FLOPs", "largest categories")
+    for cost in costs:
+        client = clients[cost.client]
         ranked = sorted(client["per_category"].items(), key=lambda item: -item[1])
         largest = ", ".join(f"{name} {rows}" for name, rows in ranked[:CATEGORIES_SHOWN] if rows)
         table.add_row(
             str(client["client"]),
             str(client["active_experts"]),
+            str(cost.trained_experts),
             f"{client['rows']:,}",
             f"{cost.steps:,}",
             si(cost.training_flops),

@@ -18,7 +18,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from fedflame.compare.devices import Devices
-from fedflame.config import RunConfig, flat, load_config, read_toml, refuse_unknown_key, validated
+from fedflame.config import (
+    METHOD_OPTIONS,
+    RunConfig,
+    flat,
+    load_config,
+    read_toml,
+    refuse_unknown_key,
+    validated,
+)
 from fedflame.errors import UserError
 
 Setting = tuple[tuple[str, str], ...]
@@ -151,17 +159,24 @@ def _cell(
 
 def _name(method: str, setting: Setting, config: RunConfig) -> str:
     """Readable, and unique by the digest of the configuration."""
-    resolved = json.dumps(config.model_dump(exclude={"output_dir"}), sort_keys=True)
-    digest = hashlib.blake2b(resolved.encode(), digest_size=5).hexdigest()
+    digest = hashlib.blake2b(_identity(config).encode(), digest_size=5).hexdigest()
     parts = [f"{key.rpartition('.')[2]}-{Path(value).name[:_VALUE_IN_NAME]}" for key, value in setting]
     readable = "-".join([method, *parts, f"seed-{config.seed}"])
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{readable}-{digest}")
 
 
+def _identity(config: RunConfig) -> str:
+    """All that the run reads: options of other methods may come and go."""
+    values = config.model_dump(exclude={"output_dir"})
+    read = {"name", *METHOD_OPTIONS[config.strategy.name]}
+    values["strategy"] = {key: value for key, value in values["strategy"].items() if key in read}
+    return json.dumps(values, sort_keys=True)
+
+
 def _refuse_duplicates(cells: Sequence[Cell]) -> None:
     seen: dict[str, Cell] = {}
     for cell in cells:
-        same = cell.config.model_dump_json(exclude={"output_dir"})
+        same = _identity(cell.config)
         if same in seen:
             raise UserError(
                 f"grid: cells {seen[same].name} and {cell.name} are the same run; drop one of them"

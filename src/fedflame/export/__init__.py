@@ -15,6 +15,7 @@ from fedflame.export.peft_folder import (
     export_adapter,
     load_adapter,
     load_rescalers,
+    load_tier_adapters,
     read_settings,
     rescaler_tiers,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "export_adapter",
     "load_adapter",
     "load_rescalers",
+    "load_tier_adapters",
     "merge",
     "read_settings",
     "rescaler_tiers",

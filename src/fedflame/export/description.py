@@ -52,12 +52,22 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), 
 This runs all {full_k} experts per token of the base model. With fewer, the routed output of each MoE layer
 is multiplied by a rescaler s, one per layer and number of experts k. PEFT has no place for it: it matters
 only at k < {full_k}, and `rescalers.safetensors` holds it ("k1" for k = 1). `fedflame evaluate` applies it;
-`fedflame export --merge` writes a plain checkpoint for one k with s inside.
+`fedflame export --merge` writes a plain checkpoint for one k with s inside.{_own_folders(state)}
 
 | k | s, mean over layers | range |
 |---|---|---|
 {tiers}
 """
+
+
+def _own_folders(state: ServerState) -> str:
+    """Where the adapters of single k are, if there are any."""
+    if not state.tier_adapters:
+        return ""
+    folders = ", ".join(f"`k{k}`" for k in sorted(state.tier_adapters, reverse=True))
+    return (
+        f"\n\nThe folders {folders} below this one hold the adapters to use with that many experts per token."
+    )
 
 
 def merged_card(config: RunConfig, k: int, full_k: int, rounds: int) -> str:

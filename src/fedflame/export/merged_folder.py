@@ -25,10 +25,10 @@ def merge(
 ) -> None:
     """Write a stock checkpoint that needs neither PEFT nor fedflame; outputs equal ours at k active experts.
 
-    W + (lora_alpha/r) B A for every expert and attention projection; s of the tier multiplies the down
-    projections, because the down projection is the last map before the routed sum. For k < K the saved
-    config asks for k experts per token. A plain base is loaded in its own dtype, each product is formed
-    in float32 and rounded to that dtype once. The tokenizer is saved beside it.
+    W + (lora_alpha/r) B A for every expert and attention projection, with the adapter that is used at k; s
+    of the tier multiplies the down projections, because the down projection is the last map before the
+    routed sum. For k < K the saved config asks for k experts per token. A plain base is loaded in its own
+    dtype, each product is formed in float32 and rounded to that dtype once. The tokenizer is saved beside it.
 
     Args:
         state: adapter, rescalers and merged factors of the run.
@@ -45,7 +45,7 @@ def merge(
     require_free(to.resolve(), overwrite)
     model, tokenizer = _load_plain_base(config.model.model_name_or_path)
     layers = find_moe_layers(model)
-    total = state.total
+    total = state.total_at(k)
     require_fit(total, model, layers, config.adapter.r + state.merged.rank)
     scalars = _rescaler_of(state, k, layers)
     merge_into(model, layers, total, config.adapter.lora_alpha / config.adapter.r, scalars)

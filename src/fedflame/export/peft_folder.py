@@ -7,6 +7,7 @@ it stands beside the adapter in a file of its own.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -56,6 +57,17 @@ PREFIX = "base_model.model."
 """Before every module name in PEFT's weights file."""
 
 
+def tier_name(k: int) -> str:
+    """What belongs to one k is called, in an adapter folder and in our own files."""
+    return f"k{k}"
+
+
+def tier_of(name: str) -> int:
+    """The k of a `tier_name`; 0 of another name."""
+    match = re.fullmatch(r"k([1-9][0-9]*)", name)
+    return int(match[1]) if match else 0
+
+
 class NoPeftLayoutError(UserError):
     """There is no such adapter folder for this model family; a merged checkpoint can be written."""
 
@@ -83,6 +95,7 @@ def export_adapter(
 
     Merged factors are further ranks of the adapter, with lora_alpha / r as it was. Beside PEFT's two files:
     `rescalers.safetensors` ("k4": [L] for the tier k = 4), `fedflame.json`, and the model card README.md.
+    An adapter that the method keeps for one k has PEFT's two files in a folder below, such as `k4`.
 
     Args:
         state: adapter, rescalers and merged factors of the run.
@@ -101,23 +114,39 @@ def export_adapter(
             this layout for this model family.
     """
     layers = find_moe_layers(model)
-    total, r = state.total, config.adapter.r + state.merged.rank
+    r = config.adapter.r + state.merged.rank
+    full_k = layers[0].num_experts_per_tok
+    total = state.total_at(full_k)
     require_fit(total, model, layers, r)
     _require_known_weights(layers)
     names = _readable_names(model, total, layout)
     written: Layout = layout or ("per-expert" if names else "fused")
-    if written == "per-expert" and names:
-        experts = per_expert_pairs(total, layers, names)
-    else:
-        experts = fused_pairs(total, layers)
+    settings = lora_config(config, r, layers, written, names)
     with new_folder(to, overwrite) as folder:
-        _write_tensors(folder / WEIGHTS_FILE, _named_tensors(chain(experts, attention_pairs(total))))
-        _write_tensors(folder / RESCALERS_FILE, ((f"k{k}", s) for k, s in state.rescalers.items()))
-        write_json(folder / CONFIG_FILE, lora_config(config, r, layers, written, names))
+        _write_peft(folder, total, settings, layers, names if written == "per-expert" else None)
+        for k in state.tier_adapters:
+            (folder / tier_name(k)).mkdir()
+            tier = state.total_at(k)
+            _write_peft(
+                folder / tier_name(k), tier, settings, layers, names if written == "per-expert" else None
+            )
+        _write_tensors(folder / RESCALERS_FILE, ((tier_name(k), s) for k, s in state.rescalers.items()))
         write_json(folder / RUN_FILE, run_facts(state, config, layers, rounds))
-        card = adapter_card(state, config, layers[0].num_experts_per_tok, rounds)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(adapter_card(state, config, full_k, rounds), encoding="utf-8")
     return written
+
+
+def _write_peft(
+    folder: Path,
+    adapter: Adapter,
+    settings: Mapping[str, Any],
+    layers: Sequence[MoELayer],
+    names: ExpertNames | None,
+) -> None:
+    """PEFT's two files; per expert under these names, fused without."""
+    experts = per_expert_pairs(adapter, layers, names) if names else fused_pairs(adapter, layers)
+    _write_tensors(folder / WEIGHTS_FILE, _named_tensors(chain(experts, attention_pairs(adapter))))
+    write_json(folder / CONFIG_FILE, settings)
 
 
 def read_settings(path: Path) -> AdapterSettings:
@@ -161,12 +190,18 @@ def load_adapter(path: Path, adapted: AdaptedModel, seed: int) -> Adapter:
     return adapter
 
 
+def load_tier_adapters(path: Path, adapted: AdaptedModel, seed: int) -> dict[int, Adapter]:
+    """Tier k -> its adapter, of those that an exported folder has beside its own; see `load_adapter`."""
+    folders = {tier_of(folder.name): folder for folder in sorted(path.iterdir()) if folder.is_dir()}
+    return {k: load_adapter(folder, adapted, seed) for k, folder in folders.items() if k}
+
+
 def rescaler_tiers(path: Path) -> list[int]:
     """The k that an exported adapter has rescalers for, largest first; none for an adapter of others."""
     if not (path / RESCALERS_FILE).exists():
         return []
-    names = (name.removeprefix("k") for name in _read_tensors(path / RESCALERS_FILE))
-    return sorted((int(k) for k in names if k.isdecimal()), reverse=True)
+    tiers = map(tier_of, _read_tensors(path / RESCALERS_FILE))
+    return sorted(filter(None, tiers), reverse=True)
 
 
 def load_rescalers(path: Path, adapted: AdaptedModel) -> dict[int, Tensor]:
@@ -177,13 +212,13 @@ def load_rescalers(path: Path, adapted: AdaptedModel) -> dict[int, Tensor]:
     """
     file, rescalers = path / RESCALERS_FILE, {}
     for name, values in (_read_tensors(file) if file.exists() else {}).items():
-        k = name.removeprefix("k")
-        if not k.isdecimal() or values.shape != (len(adapted.layers),) or not bool(values.isfinite().all()):
+        k = tier_of(name)
+        if not k or values.shape != (len(adapted.layers),) or not bool(values.isfinite().all()):
             shape = tuple(values.shape)
             raise UserError(
                 f"{file}: {name} {shape} is no finite s for each of {len(adapted.layers)} MoE layers"
             )
-        rescalers[int(k)] = values
+        rescalers[k] = values
     return rescalers
 
 

@@ -127,11 +127,12 @@ class Run:
         return self.config.get(section, {}).get(key)
 
     def clients(self) -> dict[int, int]:
-        """Each client's k: as it trained where it did (FedAvg overrules the budget), else its budget."""
-        found = {c["client"]: c["active_experts"] for c in self.partition.get("clients", [])}
-        found |= {event.client: event.active_experts for event in self.exclusions}
-        found |= {event.client: event.active_experts for event in self.updates}
-        return dict(sorted(found.items()))
+        """Each client's k: its budget under FLAME; methods that overrule it: as it trained where it did."""
+        budgets = {c["client"]: c["active_experts"] for c in self.partition.get("clients", [])}
+        trained = {event.client: event.active_experts for event in self.exclusions}
+        trained |= {event.client: event.active_experts for event in self.updates}
+        takes_turns = self.setting("strategy", "name") == "flame"
+        return dict(sorted(((trained | budgets) if takes_turns else (budgets | trained)).items()))
 
     def tiers(self) -> list[int]:
         """Every k that trained or was evaluated, largest first."""

@@ -43,12 +43,15 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     tensors = state.adapter.tensors() | state.merged.tensors(MERGED_PREFIX)
     tensors |= {f"rescalers.{k}": values for k, values in state.rescalers.items()}
+    for k, adapter in state.tier_adapters.items():
+        tensors |= adapter.tensors(_tier_prefix(k))
     header = {
         "version": FORMAT_VERSION,
         "round": checkpoint.round,
         "metrics_bytes": checkpoint.metrics_bytes,
         "trainable": state.trainable,
         "ranks": {str(client): rank for client, rank in state.ranks.items()},
+        "tier_adapters": list(state.tier_adapters),
     }
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(run / FILE_NAME, save(contiguous, metadata={"fedflame": json.dumps(header)}))
@@ -71,6 +74,9 @@ def read_checkpoint(run: Path) -> Checkpoint:
         number, metrics_bytes = int(header["round"]), int(header["metrics_bytes"])
         trainable = _HALVES[header["trainable"]]
         ranks = {int(client): int(rank) for client, rank in header["ranks"].items()}
+        tier_adapters = {
+            int(k): Adapter.from_tensors(tensors, _tier_prefix(k)) for k in header["tier_adapters"]
+        }
         prefix = "rescalers."
         rescalers = {int(name[len(prefix) :]): tensors[name] for name in tensors if name.startswith(prefix)}
     except _DAMAGE as error:
@@ -78,7 +84,13 @@ def read_checkpoint(run: Path) -> Checkpoint:
             f"{path}: truncated or no fedflame checkpoint ({error}); nothing was changed"
         ) from error
     adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
-    return Checkpoint(number, metrics_bytes, ServerState(adapter, rescalers, merged, trainable, ranks))
+    state = ServerState(adapter, rescalers, merged, trainable, ranks, tier_adapters)
+    return Checkpoint(number, metrics_bytes, state)
+
+
+def _tier_prefix(k: int) -> str:
+    """Before the names of the adapter of one tier."""
+    return f"k{k}."
 
 
 def _require_version(path: Path, version: int) -> None:

@@ -6,7 +6,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedflame.config import RunConfig
@@ -38,6 +38,7 @@ class Server:
     run: Path
     strategy: Strategy
     profiles: Sequence[ClientProfile]
+    """With what each client affords, in client order."""
     tiers: Sequence[int]
     """The k to evaluate at, largest first."""
     deployments: Sequence[tuple[int, int]]
@@ -175,7 +176,9 @@ def _validate_rows(update: ClientUpdate, profile: ClientProfile) -> None:
 
 
 def _round_plan(server: Server, state: ServerState, profile: ClientProfile, round_number: int) -> RoundPlan:
-    instructions = server.strategy.configure_train(state, profile)
+    in_turn = server.config.trained_experts(server.adapted.num_experts_per_tok, round_number)
+    told = replace(profile, active_experts=in_turn[profile.client])
+    instructions = server.strategy.configure_train(state, told)
     training, k = server.config.training, instructions.active_experts
     afforded = server.training_flops(profile.active_experts, server.config.adapter.r)
     spent = server.training_flops(k, instructions.adapter.rank)
@@ -212,7 +215,7 @@ def _require_quorum(server: Server, round_number: int, usable: int) -> None:
 def _evaluate_tiers(server: Server, state: ServerState, round_number: int) -> None:
     """Scores of the global model at every tier's k with that tier's rescaler, and at the ranks of clients."""
     for k in server.tiers:
-        scores = _evaluate(server, state, state.adapter, k, round_number)
+        scores = _evaluate(server, state, state.adapter_at(k), k, round_number)
         together = total(scores)
         _log_scores(
             server.metrics, "evaluation", together, round=round_number, active_experts=k, category=None

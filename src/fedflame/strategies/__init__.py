@@ -43,7 +43,13 @@ def build_strategy(config: RunConfig, num_experts_per_tok: int) -> Strategy:
     """
     options, full = config.strategy, num_experts_per_tok
     if options.name == "flame":
-        return Flame(full, options.temperature, options.rescaler, options.count_normalization)
+        return Flame(
+            full,
+            options.temperature,
+            options.rescaler,
+            options.count_normalization,
+            options.tier_affinity,
+        )
     if options.name == "hetlora":
         return HetLoRA(full, rank_decay=options.rank_decay, rank_penalty=options.rank_penalty)
     if options.name == "flexlora":
@@ -51,7 +57,7 @@ def build_strategy(config: RunConfig, num_experts_per_tok: int) -> Strategy:
     if options.name == "flora":
         return FLoRA(full, seed=config.seed)
     alike = {"fedavg": FedAvg, "ffa_lora": FFALoRA, "rolora": RoLoRA, "fedex_lora": FedExLoRA}
-    k, rank = config.trained_experts(full)[0], config.trained_ranks(full)[0]
+    k, rank = config.trained_experts(full, 1)[0], config.trained_ranks(full)[0]
     if k > full:
         raise UserError(
             f"strategy.active_experts {k}: must be 'min', 'full' or between 1 and {full} "

@@ -31,11 +31,16 @@ class ServerState:
     """The half that the clients train in the coming round."""
     ranks: Mapping[int, int] = field(default_factory=dict)
     """Client -> rank, of clients that pruned themselves below what they afford (HetLoRA)."""
+    tier_adapters: Mapping[int, Adapter] = field(default_factory=dict)
+    """Tier k -> the adapter of that k, where a method keeps one; at every other k it is `adapter`."""
 
-    @property
-    def total(self) -> Adapter:
-        """Adapter and merged factors as one adapter of the base model as it was before the run."""
-        return self.adapter.concatenate(self.merged)
+    def adapter_at(self, k: int) -> Adapter:
+        """The adapter that is trained and used with k experts per token."""
+        return self.tier_adapters.get(k, self.adapter)
+
+    def total_at(self, k: int) -> Adapter:
+        """That adapter and merged factors as one adapter of the base model as it was before the run."""
+        return self.adapter_at(k).concatenate(self.merged)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class ClientProfile:
 
     client: int
     active_experts: int
-    """Experts per token that its machine affords (k_i)."""
+    """Experts per token that its machine affords (k_i), or fewer in its turn; see `k_rotation`."""
     rank: int
     """LoRA rank that its machine affords (r_i), for methods that adapt the rank."""
     num_examples: int

@@ -5,13 +5,19 @@ gamma_i[l,j] = (c_i[l,j] / T_i)^t * |D_i|, with c the activation counts, T the t
 |D| the rows; attention LoRA is weighed by |D_i|. Adapts the compute: k_i experts per token; bytes and
 memory of the adapter are those of the full rank, but experts without a token are not sent.
 
-Frequencies c / T of a client sum to k_i over the experts of a layer, so that clients with large k have
-more weight by construction. With `slot` the frequency is that among routed slots, c / (T k_i), and sums to
-one for every client.
+Two things here are ours. Frequencies c / T of a client sum to k_i over the experts of a layer, so that
+clients with large k have more weight by construction; with `slot` the frequency is that among routed
+slots, c / (T k_i), and sums to one for every client.
+
+And what is best with 8 experts per token is not best with one: the server may keep an adapter for every
+tier k. Client i is given that of the k_i it trains with, and its delta is averaged into each of them, in
+that of k with its weights times beta^|log2 k - log2 k_i|: nearer tiers count more. beta = 1 is one adapter
+for all, as in the paper; with beta = 0 tiers learn nothing from one another. What travels is the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -42,9 +48,15 @@ class Flame:
     """`learned` (the paper's), `none` (s = 1), `static` (s = K/k) or `mass` (`moe.rescaler.mass_ratio`)."""
     count_normalization: Literal["token", "slot"] = "token"
     """Counts over tokens (the paper's), or over routed slots, k_i for each token."""
+    tier_affinity: float = 1.0
+    """beta, from 0 to 1; 1 is one adapter for all tiers (the paper's)."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
-        return ServerState(adapter, {k: torch.full((num_layers,), self._initial_rescaler(k)) for k in tiers})
+        """`adapter` is the largest tier's, and that of every k without an adapter of its own."""
+        rescalers = {k: torch.full((num_layers,), self._initial_rescaler(k)) for k in tiers}
+        smaller = sorted(rescalers, reverse=True)[1:] if self.tier_affinity < 1 else []
+        # Copies, because a safetensors file must not hold the same tensor twice.
+        return ServerState(adapter, rescalers, tier_adapters={k: _copy(adapter) for k in smaller})
 
     def _initial_rescaler(self, k: int) -> float:
         return self.num_experts_per_tok / k if self.rescaler == "static" else 1.0
@@ -54,25 +66,54 @@ class Flame:
         mode: RescalerMode = "fixed"
         if k < self.num_experts_per_tok and (self.rescaler == "learned" or self.rescaler == "mass"):
             mode = self.rescaler
-        return TrainInstructions(k, state.adapter, mode, state.rescalers[k])
+        return TrainInstructions(k, state.adapter_at(k), mode, state.rescalers[k])
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        experts, attention, rescalers = WeightedMean(), WeightedMean(), WeightedMean()
+        means = {k: _AdapterMean() for k in (max(state.rescalers), *state.tier_adapters)}
+        rescalers = WeightedMean()
         for update in in_client_order(updates):
             weights = expert_weights(update, self.temperature, self.count_normalization)
-            for name, delta in update.delta.experts.items():
-                experts.add(name, delta, weights[int(name.split(".")[0])])
-            for name, delta in update.delta.attention.items():
-                attention.add(name, delta, update.num_examples)
+            for k, mean in means.items():
+                mean.add(update, weights, self._affinity(k, update.active_experts))
             if self.rescaler in ("learned", "mass"):  # a mean of equal values may differ in its last bit
                 rescalers.add(str(update.active_experts), update.rescaler_values, update.num_examples)
-        if not experts.names():
+        adapters = {k: mean.applied(state.adapter_at(k)) for k, mean in means.items()}
+        if all(adapter is state.adapter_at(k) for k, adapter in adapters.items()):
             return state
-        mean = Adapter(
-            {name: experts.mean(name) for name in experts.names()},
-            {name: attention.mean(name) for name in attention.names()},
-        )
-        return mean_rescalers(replace(state, adapter=state.adapter.combine(mean, apply_delta)), rescalers)
+        adapter = adapters.pop(max(adapters))
+        return mean_rescalers(replace(state, adapter=adapter, tier_adapters=adapters), rescalers)
+
+    def _affinity(self, k: int, trained: int) -> float:
+        """What an update that was trained with `trained` experts counts in the adapter of k."""
+        return math.pow(self.tier_affinity, abs(math.log2(k / trained)))
+
+
+def _copy(adapter: Adapter) -> Adapter:
+    return adapter.combine(adapter, lambda value, _: value.clone())
+
+
+class _AdapterMean:
+    """The weighted mean of deltas, experts by their own weights and attention by rows."""
+
+    def __init__(self) -> None:
+        self._experts, self._attention = WeightedMean(), WeightedMean()
+
+    def add(self, update: ClientUpdate, weights: Tensor, affinity: float) -> None:
+        """Take a delta in, its experts with `weights` [L,E], all of it times `affinity`."""
+        if not affinity:
+            return
+        for name, delta in update.delta.experts.items():
+            self._experts.add(name, delta, weights[int(name.split(".")[0])] * affinity)
+        for name, delta in update.delta.attention.items():
+            self._attention.add(name, delta, update.num_examples * affinity)
+
+    def applied(self, adapter: Adapter) -> Adapter:
+        """The adapter plus the mean; itself without a delta."""
+        if not self._experts.names():
+            return adapter
+        experts = {name: self._experts.mean(name) for name in self._experts.names()}
+        attention = {name: self._attention.mean(name) for name in self._attention.names()}
+        return adapter.combine(Adapter(experts, attention), apply_delta)
 
 
 def expert_weights(
