@@ -18,7 +18,7 @@ budgets = st.lists(st.sampled_from((1, 2, 3, 4, 8)), min_size=1, max_size=12)
     ("rotation", "rounds"),
     [
         ("none", [[8, 4, 2, 8, 1], [8, 4, 2, 8, 1], [8, 4, 2, 8, 1]]),
-        # In order of k: clients 0 and 3 (k = 8), 1 (k = 4), 2 (k = 2), 4 (k = 1); every second one begins at 1.
+        # In order of k: clients 0 and 3 (k = 8), 1 (k = 4), 2, 4 (k = 1); every second one begins at 1.
         ("min", [[8, 4, 1, 1, 1], [1, 1, 2, 8, 1], [8, 4, 1, 1, 1]]),
         ("all", [[8, 1, 1, 4, 1], [4, 4, 2, 2, 1], [2, 2, 1, 1, 1]]),
     ],

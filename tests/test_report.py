@@ -16,6 +16,7 @@ from fedflame.report import write_report
 from fedflame.report.charts import Series, heat_opacity, line_chart, spread, ticks
 from fedflame.report.markup import element
 from fedflame.report.numbers import MISSING, duration, si
+from fedflame.report.records import read_run
 
 TIERS = [8, 4, 2, 1]
 LAYERS, EXPERTS, ROUNDS = 2, 3, 3
@@ -329,3 +330,17 @@ def test_numbers_are_humane() -> None:
     assert [si(12_345_678), si(4.5e9, "FLOP"), si(2_100_000, "B")] == ["12.3 M", "4.5 GFLOP", "2.1 MB"]
     assert [si(0), si(300), si(999_600), si(None), si(123_400)] == ["0", "300", "1 M", MISSING, "123 k"]
     assert [duration(6.5), duration(245), duration(7380)] == ["6.5 s", "4 min 05 s", "2 h 03 min"]
+
+
+@pytest.mark.parametrize(("strategy", "wanted"), [("flame", 4), ("fedavg", 1)])
+def test_a_client_that_takes_turns_is_of_the_k_that_it_affords(
+    strategy: str, wanted: int, tmp_path: Path
+) -> None:
+    """Client 1 affords k = 4 and trains with k = 1 last; where a method overrules budgets, that is its k."""
+    events = [*synthetic_events(), client_round(4, 1) | {"active_experts": 1}]
+    run = write_run(tmp_path / "run", events)
+    config = RunConfig().model_dump()
+    config["strategy"]["name"] = strategy
+    (run / "config.json").write_text(json.dumps(config))
+    assert read_run(run).clients() == {0: 8, 1: wanted, 2: 2, 3: 1}
+    assert rows(part(report(run), "Cost by client"))[2][:2] == ["Client 1", str(wanted)]

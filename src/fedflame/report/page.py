@@ -7,7 +7,7 @@ from datetime import datetime
 from importlib import resources
 from typing import Any
 
-from fedflame.config import flat
+from fedflame.config import METHOD_OPTIONS, flat
 from fedflame.report import clients, results
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
@@ -64,10 +64,10 @@ def _header(run: Run, name: str) -> Markup:
 
 def _strategy(run: Run) -> str:
     strategy: dict[str, Any] = run.config["strategy"]
-    relevant = {"flame": ("temperature", "rescaler"), "fedavg": ("active_experts",)}
-    keys = relevant.get(str(strategy.get("name")), ())
-    details = [f"{key.replace('_', ' ')} {strategy[key]}" for key in keys if key in strategy]
-    return ", ".join([str(strategy.get("name")), *details])
+    name = str(strategy.get("name"))
+    options = METHOD_OPTIONS.get(name, set())
+    details = [f"{key.replace('_', ' ')} {value}" for key, value in strategy.items() if key in options]
+    return ", ".join([name, *details])
 
 
 def _data(run: Run) -> str:
