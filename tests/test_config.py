@@ -145,7 +145,8 @@ def test_ranks_are_given_or_the_share_of_the_experts_and_at_least_one(
 @pytest.mark.parametrize(
     ("overrides", "k", "ranks"),
     [
-        (("strategy.name=flame",), [4, 2, 1], [8, 8, 8]),
+        (("strategy.name=flame",), [4, 1, 1], [8, 8, 8]),
+        (("strategy.name=flame", "strategy.k_rotation=none"), [4, 2, 1], [8, 8, 8]),
         (("strategy.name=fedavg",), [1, 1, 1], [8, 8, 8]),
         (("strategy.name=fedavg", "strategy.active_experts=full", "strategy.rank=min"), [6, 6, 6], [1, 1, 1]),
         (("strategy.name=rolora", "strategy.active_experts=3", "strategy.rank=5"), [3, 3, 3], [5, 5, 5]),
@@ -287,7 +288,9 @@ def test_a_wrong_override_is_one_line_that_says_what_is_allowed(override: str, w
 OTHER_VALUES = {
     "temperature": "2",
     "rescaler": "none",
-    "count_normalization": "slot",
+    "count_normalization": "token",
+    "tier_affinity": "1",
+    "k_rotation": "min",
     "active_experts": "2",
     "rank": "2",
     "rank_decay": "0.5",

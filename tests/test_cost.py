@@ -80,9 +80,32 @@ def test_a_compute_budget_is_met_within_one_step(max_steps: int, afforded: float
     assert abs(steps * spent - max_steps * afforded) < spent
 
 
-def test_flame_takes_the_same_steps_under_either_budget(shape: ModelShape) -> None:
-    assert cost_of(shape) == cost_of(shape, "training.budget=compute")
-    assert [client.steps for client in cost_of(shape).clients] == [40] * 5
+OWN_K = "strategy.k_rotation=none"
+
+
+def test_flame_takes_the_same_steps_under_either_budget_where_clients_train_at_their_own_k(
+    shape: ModelShape,
+) -> None:
+    assert cost_of(shape, OWN_K) == cost_of(shape, OWN_K, "training.budget=compute")
+    assert [client.steps for client in cost_of(shape, OWN_K).clients] == [40] * 5
+
+
+def test_a_client_that_takes_turns_has_costs_at_each_k_and_more_steps_at_a_smaller_one(
+    shape: ModelShape,
+) -> None:
+    cost = cost_of(shape, "training.budget=compute", "strategy.k_rotation=all")
+    assert [(one.client, one.trained_experts) for one in cost.clients] == [
+        (0, 8), (0, 1), (1, 1), (2, 8), (2, 1), (3, 1), (4, 8), (4, 1),
+    ]  # fmt: skip
+    assert [(tier.active_experts, tier.clients) for tier in cost.tiers] == [(8, 3), (1, 5)]
+    per_token = {k: training_flops_per_token(shape, k, 8, QKVO, LENGTH, SHARE).total for k in (8, 1)}
+    for one in cost.clients:
+        affords = 8 if one.client % 2 == 0 else 1
+        assert one.steps == round(40 * per_token[affords] / per_token[one.trained_experts])
+    one_round = cost_of(shape, "strategy.k_rotation=all", "server.num_server_rounds=1")
+    assert [(one.client, one.trained_experts) for one in one_round.clients] == [
+        (0, 8), (1, 1), (2, 1), (3, 1), (4, 8),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", ["", "512,4096"])
@@ -92,7 +115,7 @@ def test_a_compute_budget_is_what_flame_spends_within_a_step(
 ) -> None:
     steps = f"training.tokens_per_step={tokens}"
     method = ("strategy.name=fedavg", f"strategy.active_experts={trained}", "training.budget=compute")
-    flame, fedavg = cost_of(shape, steps).clients, cost_of(shape, steps, *method).clients
+    flame, fedavg = cost_of(shape, steps, OWN_K).clients, cost_of(shape, steps, *method).clients
     per_token = training_flops_per_token(shape, k, 8, QKVO, LENGTH, SHARE).total
     for affords, one, other in zip((8, 1, 8, 1, 8), flame, fedavg, strict=True):
         assert (one.trained_experts, other.trained_experts) == (affords, k)

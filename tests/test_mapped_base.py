@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.tiny_models import EXPERTS, HIDDEN, LAYERS, VOCABULARY, WIDTH, tiny_olmoe
-from tests.tiny_runs import adapter_bytes, tiny_run
+from tests.tiny_runs import tiny_run
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from fedflame import mapped_base
 from fedflame.base_model import load_base_model
 from fedflame.errors import UserError
 from fedflame.mapped_base import COMPLETE, load_mapped, map_base
+from fedflame.server.checkpoint import read_checkpoint
 
 
 @pytest.fixture
@@ -159,10 +160,13 @@ def test_a_checkpoint_without_a_weight_is_refused_as_ever(
         load_base_model(str(folder), "float32", memory_map=True)
 
 
-def test_a_run_on_mapped_weights_has_the_bytes_of_one_without(
+def test_a_run_on_mapped_weights_has_the_adapter_of_one_without(
     tiny_folder: Path, tmp_path: Path, cache: Path
 ) -> None:
+    """To rounding: a product's last bit may depend on the alignment of the weights in memory."""
     tiny_run(tiny_folder, tmp_path / "held", "server.num_server_rounds=1")
     tiny_run(tiny_folder, tmp_path / "mapped", "server.num_server_rounds=1", "model.memory_map=true")
-    assert adapter_bytes(tmp_path / "mapped") == adapter_bytes(tmp_path / "held")
+    held, mapped = (read_checkpoint(tmp_path / name).state for name in ("held", "mapped"))
+    for name, value in held.adapter.tensors().items():
+        torch.testing.assert_close(mapped.adapter.tensors()[name], value, rtol=0, atol=1e-7)
     assert len(list(cache.iterdir())) == 1

@@ -160,15 +160,17 @@ class StrategyConfig(_Section):
     rarely used experts would vanish in fp32."""
     rescaler: Literal["learned", "none", "static", "mass"] = "learned"
     """FLAME: how the routed output is rescaled on clients with k < K."""
-    count_normalization: Literal["token", "slot"] = "token"
-    """FLAME: frequency per token as in the paper, or per routed slot, k of them to a token, so that a
-    client with large k has no more weight for it."""
-    tier_affinity: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """FLAME: the server keeps an adapter for every k, which learns from clients that trained with k' by so
-    much less for each doubling between k and k'. 1 is the paper's one adapter for all, 0 one for each k."""
-    k_rotation: KRotation = "none"
-    """FLAME: the k that a client trains with from round to round: `none` what it affords, as in the paper;
-    `min` that and the smallest client's in turn; `all` every client's k up to its own in turn."""
+    count_normalization: Literal["token", "slot"] = "slot"
+    """FLAME: frequency per routed slot, k of them to a token, or per token as in the paper, where a client
+    with large k has more weight for it."""
+    tier_affinity: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """FLAME: the server keeps an adapter for every k of the clients. An update of a client that trained with
+    k' counts in it this power of the doublings between k and k': fully at k, half, a quarter ... further
+    away. 1 is one adapter for all, as in the paper; with 0 every k learns from its own clients only."""
+    k_rotation: KRotation = "all"
+    """FLAME: the k that a client trains with from round to round: `all`: every client's k up to what it
+    affords, in turn; `min`: what it affords and the smallest client's, in turn; `none`: what it affords, as
+    in the paper."""
     active_experts: str = "min"
     """FedAvg, FFA-LoRA, RoLoRA, FedEx-LoRA: the k of every client: `min` (the smallest client's, the
     paper's baseline), `full` (the model's) or a number."""

@@ -31,8 +31,12 @@ def built(*overrides: str) -> Strategy:
         (("strategy.name=flexlora",), FlexLoRA(6)),
         (("strategy.name=flora", "seed=5"), FLoRA(6, seed=5)),
         (
-            ("strategy.temperature=3.5", "strategy.rescaler=mass", "strategy.count_normalization=slot"),
-            Flame(6, 3.5, "mass", "slot"),
+            ("strategy.temperature=3.5", "strategy.rescaler=mass", "strategy.count_normalization=token"),
+            Flame(6, 3.5, "mass", "token", 0.5),
+        ),
+        (
+            ("strategy.tier_affinity=1", "strategy.k_rotation=none"),
+            Flame(6, 1.0, "learned", "slot", 1.0),
         ),
     ],
 )
