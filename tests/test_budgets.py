@@ -254,6 +254,10 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     # Per token: 43*6 around; 2 experts keep 2*5 + 3*2 and pass 2*6 + 3*5 values of 2 bytes; logits 11*10.
     activations = 3 * (258 + 64 + 108 + 110)
     assert astuple(memory) == (2 * 966, 4 * 518, 4 * 518, 8 * 518, activations)
+    setting = (shape, 2, 2, ("q_proj", "o_proj"), 3, "bfloat16", 1.0)
+    # 2 bytes each: without the 2*5 of two experts before the activation; with the layer's input of 6.
+    assert training_memory(*setting, "experts").activations == activations - 3 * 2 * 2 * 10
+    assert training_memory(*setting, "layers").activations == activations + 3 * 2 * 6
 
 
 def test_adapter_of_olmoe_is_that_of_the_banks() -> None:

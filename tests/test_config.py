@@ -267,6 +267,10 @@ LIST_ERROR = 'Value error, must be integers of at least 1, comma-separated, such
         ("training.tokens_per_step=0", f"config: training.tokens_per_step = '0': {LIST_ERROR}"),
         ("training.tokens_per_step=1k", f"config: training.tokens_per_step = '1k': {LIST_ERROR}"),
         (
+            "training.gradient_checkpointing=true",
+            "config: training.gradient_checkpointing = 'true': Input should be 'none', 'experts' or 'layers'",
+        ),
+        (
             "training.tokens_per_step=64,64,64,64,32",
             "config: training.tokens_per_step has 5 entries for clients.num_clients = 4; "
             "it must have at most one per client",

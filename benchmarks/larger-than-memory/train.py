@@ -26,6 +26,7 @@ from fedflame.data.batches import EncodedRow
 from fedflame.mapped_base import load_mapped
 from fedflame.messages import Adapter, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.gradient_checkpointing import Checkpointed
 from fedflame.moe.read_ahead import read_ahead
 
 ADAPTER = AdapterConfig(r=16)
@@ -35,10 +36,10 @@ WEIGHTS, ADAPTER_FILE = "weights", "adapter.safetensors"
 
 def main() -> None:
     folder, k, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    print(json.dumps(train(folder, k, steps, "checkpointing" in sys.argv)))
+    print(json.dumps(train(folder, k, steps, "layers" if "checkpointing" in sys.argv else "none")))
 
 
-def train(folder: Path, k: int, steps: int, gradient_checkpointing: bool) -> dict[str, Any]:
+def train(folder: Path, k: int, steps: int, gradient_checkpointing: Checkpointed) -> dict[str, Any]:
     adapted = adapted_model(folder, gradient_checkpointing)
     read_ahead(adapted.layers)
     begun, worked = [time.monotonic()], [time.process_time()]
@@ -61,7 +62,7 @@ def train(folder: Path, k: int, steps: int, gradient_checkpointing: bool) -> dic
     }
 
 
-def adapted_model(folder: Path, gradient_checkpointing: bool = False) -> AdaptedModel:
+def adapted_model(folder: Path, gradient_checkpointing: Checkpointed = "none") -> AdaptedModel:
     config = AutoConfig.from_pretrained(folder)
     model, _ = load_mapped(folder / WEIGHTS, config, torch.bfloat16)
     targets = ADAPTER.attention_modules()

@@ -209,25 +209,31 @@ def training_memory(
     tokens_per_step: int,
     dtype: Dtype,
     labelled_share: float = 1.0,
+    gradient_checkpointing: Literal["none", "experts", "layers"] = "none",
 ) -> MemoryEstimate:
     """Base in `dtype`; adapter, gradients and AdamW's two moments in fp32; an estimate of activations.
 
-    Activations, without gradient checkpointing: the measured share of norms and attention, then per
-    expert choice what the expert function keeps (gate and up before the activation, three rank-R
-    products), shared and dense MLPs likewise, one layer's transient rows, and the logits in `dtype`, in
-    fp32 and as fp32 gradient. It guides the choice of tokens_per_step; it is no bound.
+    Activations: the measured share of norms and attention, then per expert choice what the expert function
+    keeps (gate and up before the activation unless `experts` are checkpointed, three rank-R products),
+    shared and dense MLPs likewise; of checkpointed `layers` the input, and all that for the largest of
+    them; one layer's transient rows, and the logits in `dtype`, in fp32 and as fp32 gradient. It guides the
+    choice of tokens_per_step; it is no bound.
     """
     size = 4 if dtype == "float32" else 2
     adapter = 4 * adapter_parameters(shape, r, target_modules).total
     h, inner, layers = shape.hidden_size, shape.expert_size, len(shape.sparse_layers)
     matrices = shape.expert_matrices
-    kept = active_experts * ((matrices - 1) * inner + matrices * r)
-    sparse = size * (kept + 3 * shape.shared_size)
+    pre_activation = (matrices - 1) * inner * (gradient_checkpointing != "experts")
+    sparse = size * (active_experts * (pre_activation + matrices * r) + 3 * shape.shared_size)
     dense = size * 3 * shape.dense_size
     transient = size * active_experts * (2 * h + 3 * inner)
     logits = labelled_share * shape.vocab_size * (size + 8)
-    mlps = shape.moe_layers * sparse + (layers - shape.moe_layers) * dense
-    per_token = layers * _SAVED_BYTES_PER_WIDTH * h + mlps + transient + logits
+    norms_and_attention = _SAVED_BYTES_PER_WIDTH * h
+    if gradient_checkpointing == "layers":
+        kept = layers * size * h + norms_and_attention + max(sparse, dense)
+    else:
+        kept = layers * norms_and_attention + shape.moe_layers * sparse + (layers - shape.moe_layers) * dense
+    per_token = kept + transient + logits
     return MemoryEstimate(
         base=size * base_parameters(shape),
         adapter=adapter,

@@ -154,8 +154,8 @@ def bench(
     r: Annotated[int, typer.Option("--r", min=1, help="LoRA rank.")] = 16,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     methods: Annotated[
-        str, typer.Option(help="Of ours, frozen, gemm, composed and peft.")
-    ] = "ours,frozen,gemm,composed,peft",
+        str, typer.Option(help="Of ours, ours-checkpointed, frozen, gemm, composed and peft.")
+    ] = "ours,ours-checkpointed,frozen,gemm,composed,peft",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved; the median counts.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, on one thread, or cuda.")] = "cpu",
     as_json: AsJson = False,

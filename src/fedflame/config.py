@@ -117,9 +117,10 @@ class TrainingConfig(_Section):
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """FedProx (arXiv 1812.06127), under every method: mu/2 times the squared distance from the adapter
     that the client was given is added to its objective; 0 for none."""
-    gradient_checkpointing: bool = False
-    """Keep only the input of each layer for the backward, which computes the layer again: less memory,
-    more time, the same result."""
+    gradient_checkpointing: Literal["none", "experts", "layers"] = "none"
+    """Keep less for the backward, which computes it again: less memory, more time, the same result.
+    `experts`: all but the experts' activations, the largest part, which costs their first product again;
+    `layers`: only the input of each layer, which costs a second forward."""
 
     @field_validator("tokens_per_step")
     @classmethod

@@ -84,6 +84,7 @@ def run_cost(
     Raises:
         UserError: a tier's k is 0 or above the model's own.
     """
+    checkpointed = config.training.gradient_checkpointing
     targets, r, full = config.adapter.attention_modules(), config.adapter.r, shape.num_experts_per_tok
 
     def flops_per_token(k: int, rank: int) -> float:
@@ -104,7 +105,7 @@ def run_cost(
             if (k, rank)
             in ((config.tiers()[client.client], r), (client.trained_experts, client.trained_rank))
         )
-        memory.append(training_memory(shape, k, rank, targets, tokens, dtype, labelled_share))
+        memory.append(training_memory(shape, k, rank, targets, tokens, dtype, labelled_share, checkpointed))
     ranks = sorted(config.trained_ranks(full))
     merged = sum(ranks[-config.clients_per_round() :]) * (config.strategy.name in MERGING_METHODS)
     return RunCost(

@@ -63,6 +63,8 @@ def test_ours_saves_less_than_composed_and_that_less_than_peft(measured: dict[st
     for tokens in (48, 32):
         saved = {name: value(measured, tokens, 3, name)["saved_bytes"] for name in METHODS}
         assert 0 == saved["gemm"] < saved["ours"] < saved["composed"] < saved["peft"]
+        pre_activation = tokens * 3 * 2 * WIDTH * 2  # k = 3, gate and up, bfloat16
+        assert saved["ours"] - saved["ours-checkpointed"] == pre_activation
 
 
 def test_saved_bytes_are_those_of_what_is_kept_by_hand() -> None:
@@ -132,7 +134,10 @@ def test_the_number_of_threads_is_as_before() -> None:
             ("--tokens", "0"),
             "--tokens '0': must be integers of at least 1, comma-separated, such as \"8,4,2,1\"",
         ),
-        (("--methods", "ours,unsloth"), "--methods 'unsloth': must be of ours, frozen, gemm, composed, peft"),
+        (
+            ("--methods", "ours,unsloth"),
+            "--methods 'unsloth': must be of ours, ours-checkpointed, frozen, gemm, composed, peft",
+        ),
         (("--dtype", "int8"), "--dtype int8: must be one of bfloat16, float32"),
         (("--device", "tpu"), "--device tpu: must be cpu"),
         (

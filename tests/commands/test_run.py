@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.random_rounds import assert_same_bits
 from tests.tiny_models import EXPERTS, LAYERS, TOP_K, tiny_olmoe
 from tests.tiny_runs import (
     adapter_bytes,
@@ -85,6 +86,21 @@ def test_steps_by_tokens_are_as_large_as_each_client_is_told(tiny_folder: Path, 
     for event, budget in zip(events(tmp_path / "run", "client"), budgets, strict=True):
         assert event["steps"] == 2
         assert 0.5 * 2 * budget < event["tokens"] <= 2 * budget
+
+
+@pytest.mark.parametrize("mode", ["experts", "layers"])
+def test_a_run_that_keeps_less_for_the_backward_has_the_same_bytes(
+    mode: str, finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    tiny_run(tiny_folder, tmp_path / "run", f"training.gradient_checkpointing={mode}")
+    one, other = (read_checkpoint(run).state for run in (tmp_path / "run", finished))
+    for k in (4, 2, 1):
+        assert_same_bits(one.adapter_at(k), other.adapter_at(k))
+    memory = [
+        [tier["training_memory_bytes"] for tier in json.loads((run / "plan.json").read_text())["tiers"]]
+        for run in (tmp_path / "run", finished)
+    ]
+    assert all(less < more for less, more in zip(*memory, strict=True))
 
 
 @pytest.mark.parametrize("trained", ["flame", "1", "4"])

@@ -23,6 +23,7 @@ from fedflame.errors import UserError
 from fedflame.messages import Adapter, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import MoELayer, find_moe_layers
+from fedflame.moe.gradient_checkpointing import Checkpointed
 from fedflame.moe.merged_base import merge_into
 from fedflame.refused_families import REFUSED_FAMILIES
 
@@ -120,6 +121,19 @@ def test_outputs_and_every_gradient_equal_the_familys_own_loop_in_float64(family
     for name, one, other in zip(["y", *values], actual, wanted, strict=True):
         error = (one.double() - other).abs().max() / other.abs().max()
         assert error <= 1e-5, f"{name} is off by {error:.1e}"
+
+
+@every_family
+def test_a_pre_activation_that_is_computed_again_changes_no_bit(family: str) -> None:
+    found = []
+    modes: list[Checkpointed] = ["none", "experts"]
+    for mode in modes:
+        adapted = AdaptedModel(tiny(family), R, ALPHA, [], mode)
+        adapted.load(random_adapter(adapted, scale=0.5), S)
+        token_losses(adapted, random_batch()).mean().backward()
+        found.append([parameter.grad for lora in adapted.loras for parameter in lora.parameters()])
+    assert all(one.any() for one in found[0])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def rows(count: int = 4) -> list[EncodedRow]:

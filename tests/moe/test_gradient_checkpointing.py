@@ -4,7 +4,18 @@ from dataclasses import fields
 
 import pytest
 import torch
-from tests.tiny_models import ALPHA, ATTENTION, PAD, RANK, TOP_K, VOCABULARY, random_batch, tiny_olmoe
+from tests.tiny_models import (
+    ALPHA,
+    ATTENTION,
+    LAYERS,
+    PAD,
+    RANK,
+    TOP_K,
+    VOCABULARY,
+    WIDTH,
+    random_batch,
+    tiny_olmoe,
+)
 from torch import Tensor, nn
 
 from fedflame.bench.measurement import saved_bytes
@@ -14,10 +25,10 @@ from fedflame.data.batches import IGNORE_INDEX, EncodedRow
 from fedflame.errors import UserError
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.moe.gradient_checkpointing import gradient_checkpointing
+from fedflame.moe.gradient_checkpointing import Checkpointed, layers_checkpointed
 
 
-def adapted_model(checkpointing: bool) -> AdaptedModel:
+def adapted_model(checkpointing: Checkpointed) -> AdaptedModel:
     return AdaptedModel(tiny_olmoe(attention_dropout=0.4), RANK, ALPHA, ATTENTION, checkpointing)
 
 
@@ -32,8 +43,9 @@ def update(adapted: AdaptedModel, k: int) -> ClientUpdate:
 
 
 @pytest.mark.parametrize("k", [1, TOP_K])
-def test_the_update_has_the_same_bits(k: int) -> None:
-    with_it, without = (update(adapted_model(checkpointing), k) for checkpointing in (True, False))
+@pytest.mark.parametrize("checkpointing", ["experts", "layers"])
+def test_the_update_has_the_same_bits(checkpointing: Checkpointed, k: int) -> None:
+    with_it, without = update(adapted_model(checkpointing), k), update(adapted_model("none"), k)
     for name, delta in without.delta.tensors().items():
         assert torch.equal(with_it.delta.tensors()[name], delta), name
     for field in fields(ClientUpdate):
@@ -51,11 +63,19 @@ def kept_for_backward(adapted: AdaptedModel) -> int:
 
 
 def test_less_is_kept_for_the_backward() -> None:
-    assert kept_for_backward(adapted_model(True)) < 0.2 * kept_for_backward(adapted_model(False))
+    whole = kept_for_backward(adapted_model("none"))
+    assert kept_for_backward(adapted_model("layers")) < 0.2 * whole
+
+
+def test_of_checkpointed_experts_just_the_pre_activation_is_not_kept() -> None:
+    """Gate and up of every routed row, in float32, on both layers."""
+    rows = 2 * 40 * TOP_K
+    saved = kept_for_backward(adapted_model("none")) - kept_for_backward(adapted_model("experts"))
+    assert saved == LAYERS * rows * 2 * WIDTH * 4
 
 
 def test_outside_of_training_nothing_of_it_is_left() -> None:
-    adapted = adapted_model(True)
+    adapted = adapted_model("layers")
     before = {name: module.training for name, module in adapted.model.named_modules()}
     update(adapted, 1)
     assert {name: module.training for name, module in adapted.model.named_modules()} == before
@@ -67,5 +87,5 @@ def test_outside_of_training_nothing_of_it_is_left() -> None:
 
 def test_a_model_without_such_layers_is_refused() -> None:
     match = "training.gradient_checkpointing: transformers checkpoints no layer of Linear"
-    with pytest.raises(UserError, match=match), gradient_checkpointing(nn.Linear(2, 3)):
+    with pytest.raises(UserError, match=match), layers_checkpointed(nn.Linear(2, 3)):
         pass

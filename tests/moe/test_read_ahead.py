@@ -17,12 +17,13 @@ from fedflame.messages import RoundPlan, encode_update
 from fedflame.moe import read_ahead as module
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import MoELayer
+from fedflame.moe.gradient_checkpointing import Checkpointed
 from fedflame.moe.read_ahead import read_ahead
 
 LAYERS = 3
 
 
-def adapted_model(checkpointing: bool = False) -> AdaptedModel:
+def adapted_model(checkpointing: Checkpointed = "none") -> AdaptedModel:
     return AdaptedModel(tiny_olmoe(num_hidden_layers=LAYERS), RANK, ALPHA, ATTENTION, checkpointing)
 
 
@@ -54,9 +55,9 @@ def names(queue: SimpleQueue[MoELayer]) -> list[str]:
     return [queue.get().name for _ in range(queue.qsize())]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "layers"])
 def test_forward_asks_for_the_layer_above_and_backward_for_the_one_below(
-    checkpointing: bool, asked: SimpleQueue[SimpleQueue[MoELayer]]
+    checkpointing: Checkpointed, asked: SimpleQueue[SimpleQueue[MoELayer]]
 ) -> None:
     adapted = adapted_model(checkpointing)
     read_ahead(adapted.layers)

@@ -1,6 +1,6 @@
-"""The five ways through one MoE block, forward and backward: what is timed side by side.
+"""The ways through one MoE block, forward and backward: what is timed side by side.
 
-All share one set of frozen weights. The three with LoRA hold their adapters in float32 and cast them
+All share one set of frozen weights. Those with LoRA hold their adapters in float32 and cast them
 in each forward, as a training step does.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from fedflame.bench.block import Geometry, random_rows, sharing_copy
 from fedflame.messages import Adapter
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.gradient_checkpointing import Checkpointed
 from fedflame.moe.rescaler import rescale
 from fedflame.moe.routed_rows import RoutedRows
 
@@ -65,8 +67,10 @@ class Method:
         return model
 
 
-def _attach_ours(model: OlmoeForCausalLM, geometry: Geometry) -> None:
-    adapted = AdaptedModel(model, geometry.r, LORA_ALPHA, ())
+def _attach_ours(
+    model: OlmoeForCausalLM, geometry: Geometry, gradient_checkpointing: Checkpointed = "none"
+) -> None:
+    adapted = AdaptedModel(model, geometry.r, LORA_ALPHA, (), gradient_checkpointing)
     zero = adapted.initial_adapter(0)
     generator = torch.Generator().manual_seed(1)
     # B too: zeros would hide half of the gradients from the comparison with `composed`.
@@ -190,6 +194,11 @@ def _offsets(rows: RoutedRows) -> Tensor:
 
 METHODS = {
     "ours": Method("fedflame's experts function", _attach_ours, _block_pass),
+    "ours-checkpointed": Method(
+        "the same with training.gradient_checkpointing = experts",
+        partial(_attach_ours, gradient_checkpointing="experts"),
+        _block_pass,
+    ),
     "frozen": Method("no LoRA, gradient to the input only", _attach_nothing, _block_pass),
     "gemm": Method("the base's four products on sorted rows", _attach_nothing, _gemm_pass),
     "composed": Method("split LoRA by grouped_mm and plain autograd", _attach_composed, _block_pass),

@@ -19,23 +19,31 @@ CATEGORIES_SHOWN = 3
 
 
 def partition_table(clients: Sequence[dict[str, Any]], costs: Sequence[ClientCost], truncated: int) -> Table:
-    """Per client and k: rows, optimizer steps and training FLOPs per round, and its largest categories."""
+    """Per client: k, rows, optimizer steps and training FLOPs per round, and its largest categories.
+
+    Of a client that trains with several k in turn the least and the most of them.
+    """
     title = f"Partition ({truncated} rows truncated); steps and training FLOPs per round"
     table = _table(title, "client", "k", "trains at", "rows", "steps", "FLOPs", "largest categories")
-    for cost in costs:
-        client = clients[cost.client]
+    for client in clients:
         ranked = sorted(client["per_category"].items(), key=lambda item: -item[1])
         largest = ", ".join(f"{name} {rows}" for name, rows in ranked[:CATEGORIES_SHOWN] if rows)
+        turns = [cost for cost in costs if cost.client == client["client"]]
         table.add_row(
             str(client["client"]),
             str(client["active_experts"]),
-            str(cost.trained_experts),
+            ",".join(str(cost.trained_experts) for cost in turns),
             f"{client['rows']:,}",
-            f"{cost.steps:,}",
-            si(cost.training_flops),
+            _range([f"{cost.steps:,}" for cost in sorted(turns, key=lambda cost: cost.steps)]),
+            _range([si(cost.training_flops) for cost in sorted(turns, key=lambda cost: cost.training_flops)]),
             largest,
         )
     return table
+
+
+def _range(rising: Sequence[str]) -> str:
+    """The first and the last, once where they are the same."""
+    return " to ".join(dict.fromkeys((rising[0], rising[-1])))
 
 
 def cost_table(cost: RunCost) -> Table:
@@ -136,5 +144,6 @@ def _table(title: str, *columns: str) -> Table:
         title=Text(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for column in columns:
-        table.add_column(column, justify="left" if column == "largest categories" else "right", no_wrap=True)
+        text = column == "largest categories"
+        table.add_column(column, justify="left" if text else "right", no_wrap=not text)
     return table

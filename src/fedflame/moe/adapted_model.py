@@ -17,7 +17,7 @@ from fedflame.moe.activation_counts import ActivationCounts
 from fedflame.moe.active_experts import active_experts
 from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION, ExpertLoRA, initial_banks
 from fedflame.moe.families import find_moe_layers, require_aligned
-from fedflame.moe.gradient_checkpointing import checkpointed_layers, gradient_checkpointing
+from fedflame.moe.gradient_checkpointing import Checkpointed, checkpointed_layers, layers_checkpointed
 from fedflame.moe.merged_base import MergedBase
 from fedflame.seeds import generator
 
@@ -30,7 +30,7 @@ class AdaptedModel:
         r: LoRA rank, the same everywhere; `load` may attach fewer ranks for a client.
         lora_alpha: the low-rank product is scaled by lora_alpha / r.
         target_modules: attention projections for PEFT's injection; empty for experts only.
-        gradient_checkpointing: in training, compute layers again instead of keeping what is in them.
+        gradient_checkpointing: what the backward of training computes again instead of keeping it.
 
     Raises:
         UserError: the model is no supported SMoE, or has none of the target modules.
@@ -42,9 +42,9 @@ class AdaptedModel:
         r: int,
         lora_alpha: float,
         target_modules: Iterable[str],
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointed = "none",
     ) -> None:
-        if gradient_checkpointing:
+        if gradient_checkpointing == "layers":
             checkpointed_layers(model)
         self.gradient_checkpointing = gradient_checkpointing
         self.model = model.requires_grad_(False)
@@ -55,7 +55,8 @@ class AdaptedModel:
         self.r = r
         self.counts = ActivationCounts(len(self.layers), self.layers[0].num_experts)
         self.loras = [
-            ExpertLoRA(layer, index, r, lora_alpha, self.counts) for index, layer in enumerate(self.layers)
+            ExpertLoRA(layer, index, r, lora_alpha, self.counts, gradient_checkpointing == "experts")
+            for index, layer in enumerate(self.layers)
         ]
         for layer, lora in zip(self.layers, self.loras, strict=True):
             layer.experts.fedflame = lora
@@ -146,9 +147,9 @@ class AdaptedModel:
 
     @contextmanager
     def training(self, k: int) -> Iterator[None]:
-        """Run k experts per token within the block, with gradient checkpointing if that is on."""
-        checkpointing = gradient_checkpointing(self.model) if self.gradient_checkpointing else nullcontext()
-        with self.active_experts(k), checkpointing:
+        """Run k experts per token within the block, its layers checkpointed if they are to be."""
+        layers = self.gradient_checkpointing == "layers"
+        with self.active_experts(k), layers_checkpointed(self.model) if layers else nullcontext():
             yield
 
 

@@ -28,16 +28,26 @@ BANKS = ("A1", "B1", "A2", "B2")
 
 
 class ExpertLoRA(nn.Module):
-    """The banks of one MoE layer (fp32 master), its rescaler s, and where its counts go."""
+    """The banks of one MoE layer (fp32 master), its rescaler s, and where its counts go.
+
+    With `recompute` the backward computes the pre-activation of the experts again; see `FusedExperts`.
+    """
 
     def __init__(
-        self, layer: MoELayer, index: int, r: int, lora_alpha: float, counts: ActivationCounts
+        self,
+        layer: MoELayer,
+        index: int,
+        r: int,
+        lora_alpha: float,
+        counts: ActivationCounts,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.scaling = lora_alpha / r
         self.index = index
         self.counts = counts
+        self.recompute = recompute
         for name, shape in layer.bank_shapes(r).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.s = nn.Parameter(torch.ones(()))
@@ -85,6 +95,7 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
         lora.layer.frozen(),
         lora.scaling,
         rows,
+        lora.recompute,
     )
     return output
 

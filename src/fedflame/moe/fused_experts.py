@@ -1,10 +1,10 @@
 """Experts with LoRA as one autograd function: base and low-rank products on rows sorted by expert.
 
 Plain autograd would keep every intermediate of every layer until its backward. Here only the
-gate/up pre-activation and the two rank-R projections are kept; all else is computed again or never
-needed: the base is frozen, and the gradient of a routing weight comes from the expert's activation
-instead of its output. With y = w (W2 a + b2 + c B2 A2 a) and g = dy, b2 the bias of families that
-have one: dw = a . (W2' g + c A2' B2' g) + b2 . g.
+gate/up pre-activation, which may be left out, too, and the two rank-R projections are kept; all else
+is computed again or never needed: the base is frozen, and the gradient of a routing weight comes from
+the expert's activation instead of its output. With y = w (W2 a + b2 + c B2 A2 a) and g = dy, b2 the
+bias of families that have one: dw = a . (W2' g + c A2' B2' g) + b2 . g.
 
 Shapes: N tokens, k active experts, S = N*k routed rows, E experts, H hidden, I expert width, R rank,
 n projections before the activation: gate and up, or up alone.
@@ -49,10 +49,11 @@ class FrozenExperts:
 
 
 class FusedExperts(torch.autograd.Function):
-    """`apply(x, weights, A1, B1, A2, B2, prepare, frozen, scaling, rows)` -> [N,H].
+    """`apply(x, weights, A1, B1, A2, B2, prepare, frozen, scaling, rows, recompute)` -> [N,H].
 
     x [N,H]; routing weights [N,k]; the banks in float32, of which `prepare` makes what is multiplied,
-    block by block, so that no copy of a whole bank is kept for the backward.
+    block by block, so that no copy of a whole bank is kept for the backward. With `recompute` the
+    pre-activation is not kept either, but computed again, to the same bits.
     """
 
     @staticmethod
@@ -68,6 +69,7 @@ class FusedExperts(torch.autograd.Function):
         frozen: FrozenExperts,
         scaling: float,
         rows: RoutedRows,
+        recompute: bool,
     ) -> Tensor:
         banks = (bank_a1, bank_b1, bank_a2, bank_b2)
         row_weights = weights.reshape(-1)[rows.order].unsqueeze(1)
@@ -79,10 +81,7 @@ class FusedExperts(torch.autograd.Function):
             a1, b1, a2, b2 = prepare([bank[e].to(x.dtype) for bank in banks])
             wide, thin = block.wide, block.thin
             low1 = thin.scale_(thin.times(thin.take(routed), a1.mT), scaling)
-            inner = wide.times(routed, frozen.gate_up[e].mT)
-            if frozen.gate_up_bias is not None:
-                inner += rows.spread(frozen.gate_up_bias, block)
-            inner += thin.give(thin.times(low1, b1.mT))
+            inner = _pre_activation(routed, low1, b1, frozen, rows, block)
             activation = frozen.gate(inner)
             low2 = thin.scale_(thin.times(thin.take(activation), a2.mT), scaling)
             output = wide.times(activation, frozen.down[e].mT)
@@ -90,7 +89,7 @@ class FusedExperts(torch.autograd.Function):
                 output += rows.spread(frozen.down_bias, block)
             output += thin.give(thin.times(low2, b2.mT))
             torch.mul(output, row_weights[block.rows], out=outputs[block.rows])
-            kept += [inner, low1, low2]
+            kept += [None if recompute else inner, low1, low2]
         ctx.save_for_backward(x, weights, *banks, *kept)
         ctx.prepare, ctx.frozen, ctx.scaling, ctx.rows, ctx.blocks = prepare, frozen, scaling, rows, blocks
         return rows.sum_per_token(outputs).to(x.dtype)
@@ -103,7 +102,7 @@ class FusedExperts(torch.autograd.Function):
         frozen, rows, scaling, d_y = ctx.frozen, ctx.rows, ctx.scaling, d_y.contiguous()
         row_weights = weights.reshape(-1)[rows.order].unsqueeze(1).to(x.dtype)
         d_weights = torch.empty(len(rows.order), dtype=torch.float32, device=x.device)
-        d_rows = x.new_empty(len(rows.order), x.shape[1])
+        d_rows = x.new_empty(len(rows.order), x.shape[1]) if ctx.needs_input_grad[0] else None
         d_banks = [
             torch.empty_like(bank) if wanted else None
             for bank, wanted in zip(banks, ctx.needs_input_grad[2:6], strict=True)
@@ -116,12 +115,16 @@ class FusedExperts(torch.autograd.Function):
             slices = [bank[e].detach().to(x.dtype) for bank in banks]
             for part, d_bank in zip(slices, d_banks, strict=True):
                 part.requires_grad_(d_bank is not None)
+            wide, thin, routed = block.wide, block.thin, x.index_select(0, tokens)
+            with torch.enable_grad():
+                prepared = ctx.prepare(slices)
+            a1, b1, a2, b2 = (value.detach() for value in prepared)
+            if inner is None:
+                inner = _pre_activation(routed, low1, b1, frozen, rows, block)
             with torch.enable_grad():
                 inner = inner.detach().requires_grad_()
                 activation = frozen.gate(inner)
-                prepared = ctx.prepare(slices)
-            act, (a1, b1, a2, b2) = activation.detach(), (value.detach() for value in prepared)
-            wide, thin = block.wide, block.thin
+            act = activation.detach()
             thin_d_out = thin.take(d_out)
             d_low2 = thin.scale_(thin.times(thin_d_out, b2), scaling)
             d_activation = wide.times(d_out, frozen.down[e]).add_(thin.give(thin.times(d_low2, a2)))
@@ -132,11 +135,11 @@ class FusedExperts(torch.autograd.Function):
             (d_inner,) = torch.autograd.grad(activation, inner, d_activation.mul_(w))
             thin_d_inner, thin_w = thin.take(d_inner), thin.take(w)
             d_low1 = thin.scale_(thin.times(thin_d_inner, b1), scaling)
-            d_routed = wide.times(d_inner, frozen.gate_up[e])
-            torch.add(d_routed, thin.give(thin.times(d_low1, a1)), out=d_rows[block.rows])
-            routed = thin.take(x.index_select(0, tokens))
+            if d_rows is not None:
+                d_routed = wide.times(d_inner, frozen.gate_up[e])
+                torch.add(d_routed, thin.give(thin.times(d_low1, a1)), out=d_rows[block.rows])
             factors = (
-                (d_low1, routed),
+                (d_low1, thin.take(routed)),
                 (thin_d_inner, low1),
                 (d_low2.mul_(thin_w), thin.take(act)),
                 (thin_d_out, low2.mul(thin_w)),
@@ -144,9 +147,20 @@ class FusedExperts(torch.autograd.Function):
             for part, value, d_bank, (left, right) in zip(slices, prepared, d_banks, factors, strict=True):
                 if d_bank is not None:
                     (d_bank[e],) = torch.autograd.grad(value, part, thin.outer(left, right))
-        d_x = rows.sum_per_token(d_rows)
+        d_x = None if d_rows is None else rows.sum_per_token(d_rows)
         d_weights = d_weights[rows.positions].to(weights.dtype)
-        return d_x, d_weights, *d_banks, None, None, None, None
+        return d_x, d_weights, *d_banks, None, None, None, None, None
+
+
+def _pre_activation(
+    routed: Tensor, low1: Tensor, b1: Tensor, frozen: FrozenExperts, rows: RoutedRows, block: Block
+) -> Tensor:
+    """W1 x + b1 + B1 (c A1 x) of a block's rows, [rows,nI]; low1 is c A1 x as `thin` lays it out."""
+    inner: Tensor = block.wide.times(routed, frozen.gate_up[block.experts].mT)
+    if frozen.gate_up_bias is not None:
+        inner += rows.spread(frozen.gate_up_bias, block)
+    inner += block.thin.give(block.thin.times(low1, b1.mT))
+    return inner
 
 
 def _blocks(

@@ -1,6 +1,7 @@
-"""Gradient checkpointing: a layer keeps only its input, and the backward computes the layer again.
+"""Gradient checkpointing: less is kept for the backward, which computes it again, to the same bits.
 
-Chen et al.: Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174.
+Chen et al.: Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174. Of `layers` only the input is
+kept; of `experts` all but their pre-activation, the largest part of it (`fused_experts.FusedExperts`).
 """
 
 from __future__ import annotations
@@ -8,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Literal
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedflame.errors import UserError
+
+Checkpointed = Literal["none", "experts", "layers"]
+"""What the backward computes again."""
 
 
 def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -30,7 +35,7 @@ def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 @contextmanager
-def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
+def layers_checkpointed(model: nn.Module) -> Iterator[None]:
     """Within the block every such layer is checkpointed; the result has the same bits.
 
     transformers asks the layer itself whether it trains. Only that flag is set, not those of the modules
