@@ -168,7 +168,7 @@ def test_what_each_client_trains_with_on_a_model_of_six_experts_per_token(
 )
 def test_cut_ranks_are_deployed_where_a_method_cuts(name: str, wanted: list[tuple[int, int]]) -> None:
     settings = (f"strategy.name={name}", "clients.num_clients=5", "clients.active_experts=8,4,1")
-    assert load_config(None, [*settings, "adapter.r=9"]).deployments(8) == wanted
+    assert load_config(None, [*settings, "adapter.r=9"]).cut_deployments(8) == wanted
 
 
 @settings(deadline=None)
@@ -294,7 +294,8 @@ OTHER_VALUES = {
     "rescaler": "none",
     "count_normalization": "token",
     "tier_affinity": "1",
-    "k_rotation": "min",
+    "k_rotation": "none",
+    "learning_rate_exponent": "0.5",
     "active_experts": "2",
     "rank": "2",
     "rank_decay": "0.5",

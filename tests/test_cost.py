@@ -93,7 +93,7 @@ def test_flame_takes_the_same_steps_under_either_budget_where_clients_train_at_t
 def test_a_client_that_takes_turns_has_costs_at_each_k_and_more_steps_at_a_smaller_one(
     shape: ModelShape,
 ) -> None:
-    cost = cost_of(shape, "training.budget=compute", "strategy.k_rotation=all")
+    cost = cost_of(shape, "training.budget=compute", "strategy.k_rotation=smaller")
     assert [(one.client, one.trained_experts) for one in cost.clients] == [
         (0, 8), (0, 1), (1, 1), (2, 8), (2, 1), (3, 1), (4, 8), (4, 1),
     ]  # fmt: skip
@@ -102,7 +102,7 @@ def test_a_client_that_takes_turns_has_costs_at_each_k_and_more_steps_at_a_small
     for one in cost.clients:
         affords = 8 if one.client % 2 == 0 else 1
         assert one.steps == round(40 * per_token[affords] / per_token[one.trained_experts])
-    one_round = cost_of(shape, "strategy.k_rotation=all", "server.num_server_rounds=1")
+    one_round = cost_of(shape, "strategy.k_rotation=smaller", "server.num_server_rounds=1")
     assert [(one.client, one.trained_experts) for one in one_round.clients] == [
         (0, 8), (1, 1), (2, 1), (3, 1), (4, 8),
     ]  # fmt: skip

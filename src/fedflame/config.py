@@ -138,7 +138,14 @@ TRAINED_HALVES: dict[str, tuple[Literal["A", "B"], ...]] = {"ffa_lora": ("B",), 
 """Of methods whose clients train and send one half of the adapter, in turn where there are two."""
 _ALIKE = {"active_experts", "rank"}
 METHOD_OPTIONS = {
-    "flame": {"temperature", "rescaler", "count_normalization", "tier_affinity", "k_rotation"},
+    "flame": {
+        "temperature",
+        "rescaler",
+        "count_normalization",
+        "tier_affinity",
+        "k_rotation",
+        "learning_rate_exponent",
+    },
     "fedavg": _ALIKE,
     "ffa_lora": _ALIKE,
     "rolora": _ALIKE,
@@ -164,14 +171,16 @@ class StrategyConfig(_Section):
     count_normalization: Literal["token", "slot"] = "slot"
     """FLAME: frequency per routed slot, k of them to a token, or per token as in the paper, where a client
     with large k has more weight for it."""
-    tier_affinity: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """FLAME: the server keeps an adapter for every k of the clients. An update of a client that trained with
-    k' counts in it this power of the doublings between k and k': fully at k, half, a quarter ... further
-    away. 1 is one adapter for all, as in the paper; with 0 every k learns from its own clients only."""
-    k_rotation: KRotation = "all"
-    """FLAME: the k that a client trains with from round to round: `all`: every client's k up to what it
-    affords, in turn; `min`: what it affords and the smallest client's, in turn; `none`: what it affords, as
-    in the paper."""
+    tier_affinity: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """FLAME: the server keeps an adapter for every k of the clients. An update that was trained with k'
+    counts in that of k by this number to the power of the doublings between k and k': 1, 0.7, 0.49 and
+    so on. With 1 there is one adapter for all, as in the paper; with 0 every k learns from its own only."""
+    k_rotation: KRotation = "smaller"
+    """FLAME: the k that a client trains with. `smaller`: every second time what it affords, between them the
+    smaller k of other clients in turn; `none`: what it affords, as in the paper."""
+    learning_rate_exponent: Annotated[float, Field(ge=0, le=1)] = 0.33
+    """FLAME: a client that trains with k experts per token has the learning rate times (K/k) to this power;
+    0 for the same at every k, as in the paper."""
     active_experts: str = "min"
     """FedAvg, FFA-LoRA, RoLoRA, FedEx-LoRA: the k of every client: `min` (the smallest client's, the
     paper's baseline), `full` (the model's) or a number."""
@@ -270,19 +279,22 @@ class RunConfig(_Section):
         """Every k that a client affords or trains with on a model with this K, largest first."""
         return sorted({*self.tiers(), *self.trained_experts(num_experts_per_tok, 1)}, reverse=True)
 
-    def deployments(self, num_experts_per_tok: int) -> list[tuple[int, int]]:
-        """Each k and cut rank that clients use the global model at, on a model with this K, largest first.
+    def deployed(self, num_experts_per_tok: int) -> list[tuple[int, int]]:
+        """The k and rank that each client uses the global model at, on a model with this K, in client order.
 
-        Under a method that cuts the adapter; others give all clients the whole one.
+        A method that runs K experts on every client gives all of them K; the others let each client run the
+        k that it affords. A rank is what is left of the adapter where the method cuts it, else the run's.
         """
-        if self.strategy.name not in RANK_METHODS or self.strategy.name in MERGING_METHODS:
-            return []
-        trained = zip(
-            self.trained_experts(num_experts_per_tok, 1),
-            self.trained_ranks(num_experts_per_tok),
-            strict=True,
-        )
-        return sorted({(k, rank) for k, rank in trained if rank < self.adapter.r}, reverse=True)
+        full, n = num_experts_per_tok, self.clients.num_clients
+        cuts = self.strategy.name in RANK_METHODS and self.strategy.name not in MERGING_METHODS
+        runs_all = self.strategy.name != "flame" and min(self.trained_experts(full, 1)) == full
+        experts = [full] * n if runs_all else self.tiers()
+        return list(zip(experts, self.ranks(full) if cuts else [self.adapter.r] * n, strict=True))
+
+    def cut_deployments(self, num_experts_per_tok: int) -> list[tuple[int, int]]:
+        """Those of `deployed` with less than the run's rank, each once, largest first."""
+        deployed = self.deployed(num_experts_per_tok)
+        return sorted({(k, rank) for k, rank in deployed if rank < self.adapter.r}, reverse=True)
 
     def learning_rate(self, round_number: int) -> float:
         """Of one round, counted from 1."""

@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-KRotation = Literal["none", "min", "all"]
+KRotation = Literal["none", "smaller"]
 
 
 def experts_of_round(afforded: Sequence[int], rotation: KRotation, round_number: int) -> list[int]:
     """The k of each client in a round, counted from 1; never more than it affords.
 
-    Clients that afford the same take their turns one after the other, so that each k has clients in each
-    round where there are enough of them.
+    Clients that afford the same take their turns one after the other, so that in each round half of them
+    train with what they afford.
 
     Args:
         afforded: k_i of each client, in client order.
-        rotation: `none`: k_i; `min`: k_i and the smallest of all in turn; `all`: every k of the clients that
-            is at most k_i in turn.
+        rotation: `none`: k_i; `smaller`: k_i in every second turn, between them the smaller k of other
+            clients, one after the other.
         round_number: from 1.
     """
     by_k = sorted(range(len(afforded)), key=lambda client: -afforded[client])
@@ -35,5 +35,7 @@ def experts_of_round(afforded: Sequence[int], rotation: KRotation, round_number:
 
 def _turns(k: int, afforded: Sequence[int], rotation: KRotation) -> list[int]:
     """The k that one client trains with, in the order of its turns, its own first."""
-    tiers = {"none": [k], "min": [k, min(afforded)], "all": [other for other in afforded if other <= k]}
-    return sorted(set(tiers[rotation]), reverse=True)
+    smaller = sorted({other for other in afforded if other < k}, reverse=True)
+    if rotation == "none" or not smaller:
+        return [k]
+    return [turn for other in smaller for turn in (k, other)]

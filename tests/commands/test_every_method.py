@@ -13,8 +13,11 @@ from tests.tiny_runs import adapter_bytes, arguments, events, invoke, tiny_run
 from transformers import AutoModelForCausalLM
 
 from fedflame.client import fine_tune
-from fedflame.commands.run import Existing
+from fedflame.commands.run import Existing, saved_config
+from fedflame.compare.grid import Cell
+from fedflame.compare.results import CellResult, read_cell, write_cell
 from fedflame.config import METHOD_OPTIONS, RANK_METHODS
+from fedflame.report.records import read_run
 from fedflame.server.checkpoint import read_checkpoint, write_checkpoint
 
 
@@ -78,6 +81,46 @@ def test_a_method_that_cuts_ranks_is_evaluated_at_the_ranks_of_its_clients(
         assert losses(run)["4"] == pytest.approx(event["loss"], rel=1e-5)
         assert abs(event["loss"] - whole) > 1e-4
         assert f"its first {event['rank']} ranks at k=4: loss {event['loss']:.3f}" in shown
+    assert "What small devices deploy" in (run / "report.html").read_text()
+
+
+def cell_of(name: str, model: Path, folder: Path, *overrides: str) -> CellResult:
+    """The run as a finished cell of a comparison."""
+    a_run(name, model, folder / "run", *overrides)
+    run = read_run(folder / "run")
+    cell = Cell(name, (), saved_config(folder / "run"), folder)
+    write_cell(cell, run, dict.fromkeys((4, 2, 1), 1.0))
+    return read_cell(cell)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "places"),
+    [
+        ("hetlora", ("clients.ranks=3,1,2",), [(4, 4, 3), (2, 4, 1), (1, 4, 2)]),
+        ("flora", ("clients.ranks=3,1,2",), [(4, 4, 3), (2, 4, 3), (1, 4, 3)]),
+        ("flame", (), [(4, 4, 3), (2, 2, 3), (1, 1, 3)]),
+        ("fedavg", (), [(4, 4, 3), (2, 2, 3), (1, 1, 3)]),
+        ("fedavg", ("strategy.active_experts=full", "strategy.rank=1"), [(4, 4, 3), (2, 4, 3), (1, 4, 3)]),
+    ],
+)
+def test_a_cell_says_what_each_device_deploys(
+    name: str,
+    overrides: tuple[str, ...],
+    places: list[tuple[int, int, int]],
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    result, run = cell_of(name, tiny_folder, tmp_path, *overrides), tmp_path / "run"
+    assert [(d.budget, d.active_experts, d.rank) for d in result.deployed] == places
+    cut = {(e["active_experts"], e["rank"]): e["loss"] for e in events(run, "deployment") if e["round"] == 2}
+    whole = last_losses(run)
+    assert [d.loss for d in result.deployed] == [cut.get((k, r), whole[str(k)]) for _, k, r in places]
+    tiers = json.loads((run / "plan.json").read_text())["tiers"]
+    flops = {(tier["active_experts"], tier["rank"]): tier["forward_flops_per_token"] for tier in tiers}
+    trained = 1 if "strategy.rank=1" in overrides else 3
+    for deployed in result.deployed:
+        place = deployed.active_experts, deployed.rank if deployed.rank < 3 else trained
+        assert deployed.relative_flops == pytest.approx(flops[place] / flops[4, trained])
 
 
 def test_planned_bytes_are_those_of_whole_runs(tiny_folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.compare.synthetic import ALL, a_cell, a_result, synthetic
 
 from fedflame.compare.comparison import Comparison
-from fedflame.compare.results import Spent
+from fedflame.compare.results import CellResult, Spent
 
 
 def test_means_and_spread_of_the_final_models() -> None:
@@ -31,6 +31,25 @@ def test_differences_are_taken_seed_by_seed() -> None:
     reach = 4.302653 * 0.1 / math.sqrt(3)
     assert difference.interval == pytest.approx((-1 - reach, -1 + reach))
     assert difference.verdict(rising=False) == "better"
+
+
+def test_what_devices_deploy_by_hand() -> None:
+    comparison, reading = synthetic(), CellResult.last_deployed
+    assert comparison.budgets(()) == [4, 1]
+    means = {
+        (method, budget): comparison.final((), method, "loss", budget, reading)
+        for method in ("own", "all")
+        for budget in (4, 1)
+    }
+    # own: 1.0, 1.3, 1.6 on the strong device and one nat more on the weak one; all: 2.0, 2.2, 2.7 and half a
+    # nat more.
+    wanted = {("own", 4): 1.3, ("own", 1): 2.3, ("all", 4): 2.3, ("all", 1): 2.8}
+    assert {place: summary and summary.mean for place, summary in means.items()} == pytest.approx(wanted)
+    difference = comparison.difference((), "own", "loss", 1, reading)
+    assert difference is not None and difference.mean == pytest.approx(-0.5)
+    assert comparison.final((), "own", "exact_match", 1, reading) is None
+    weak = comparison.deployed((), "all", 1)
+    assert weak is not None and (weak.active_experts, weak.rank, weak.relative_flops) == (4, 2, 0.95)
 
 
 def test_a_missing_cell_leaves_its_pair_out() -> None:

@@ -16,6 +16,7 @@ from fedflame.compare.files import read_comparison, write_comparison
 from fedflame.compare.grid import Grid
 from fedflame.compare.page import page
 from fedflame.compare.tables import (
+    deployment_tables,
     device_table,
     difference_table,
     markdown,
@@ -24,6 +25,7 @@ from fedflame.compare.tables import (
     total_table,
 )
 from fedflame.errors import UserError
+from fedflame.report.numbers import MISSING
 
 
 def texts(table: object) -> list[list[str]]:
@@ -52,6 +54,25 @@ def test_the_differences_say_what_they_mean() -> None:
     assert texts(table) == [["own", *["-1.000 better"] * 2]]
     assert (table.rows[0][1].mood, table.rows[0][1].detail) == ("better", "[-1.248, -0.752]")
     assert texts(difference_table(comparison, (), exact))[0][1] == "+0.0 no clear difference"
+
+
+def test_what_devices_deploy_stands_with_its_cost_and_differences() -> None:
+    comparison = synthetic()
+    loss, exact = measures(comparison, ())
+    values, differences = deployment_tables(comparison, (), loss)
+    assert values.headers == differences.headers == ["method", "affords k = 4", "affords k = 1"]
+    assert texts(values) == [
+        ["all", "2.300 ± 0.361", "2.800 ± 0.361"],
+        ["own", "1.300 ± 0.300", "2.300 ± 0.300"],
+    ]
+    assert [[entry.detail for entry in row[1:]] for row in values.rows] == [
+        ["k = 4, r = 8: 100.0 %", "k = 4, r = 2: 95.0 %"],
+        ["k = 4, r = 8: 100.0 %", "k = 1, r = 8: 25.0 %"],
+    ]
+    assert texts(differences) == [["own", "-1.000 better", "-0.500 better"]]
+    assert differences.rows[0][2].detail == "[-0.748, -0.252]"
+    values, _ = deployment_tables(comparison, (), exact)
+    assert texts(values)[0] == ["all", "50.0 ± 0.0", MISSING]
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -132,7 +153,7 @@ def test_every_setting_has_its_own_sections() -> None:
     results = {cell.name: a_result(1.0, ALL) for cell in cells}
     grid = Grid(Path("runs/many"), "one", ["one", "two"], cells, Devices())
     html = page(Comparison(grid, results, {}), "many")
-    for title in ("Results", "Paired differences", "Curves", "Cost"):
+    for title in ("Results", "Paired differences", "What each device deploys", "Curves", "Cost"):
         assert (
             f"<h2>{title} · data.alpha = 0.5</h2>" in html and f"<h2>{title} · data.alpha = 9.0</h2>" in html
         )

@@ -127,6 +127,20 @@ def test_a_client_is_given_the_adapter_of_the_k_that_it_trains_with() -> None:
         assert told.adapter is state.adapter_at(k)
 
 
+def test_the_learning_rate_grows_with_a_power_of_the_experts_that_are_left_out() -> None:
+    state, _ = a_round(0, 0.5, 0)
+    factors = {
+        exponent: [
+            Flame(K, learning_rate_exponent=exponent)
+            .configure_train(state, ClientProfile(0, k, RANK, 10))
+            .learning_rate_factor
+            for k in (8, 4, 1)
+        ]
+        for exponent in (0.0, 0.5, 1.0)
+    }
+    assert factors == {0.0: [1, 1, 1], 0.5: [1, 2**0.5, 8**0.5], 1.0: [1, 2, 8]}
+
+
 def filled(value: float) -> Adapter:
     like = an_adapter(torch.Generator())
     return like.combine(like, lambda one, _: torch.full_like(one, value))

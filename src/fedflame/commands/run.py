@@ -279,7 +279,7 @@ def _server(
         strategy=bench.strategy,
         profiles=bench.profiles,
         tiers=bench.config.evaluated_experts(bench.adapted.num_experts_per_tok),
-        deployments=bench.config.deployments(bench.adapted.num_experts_per_tok),
+        deployments=bench.config.cut_deployments(bench.adapted.num_experts_per_tok),
         training_flops=partial(_training_flops, bench),
         clients=clients,
         adapted=bench.adapted,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -11,8 +11,12 @@ from typing import Any
 from fedflame.compare.devices import client_seconds
 from fedflame.compare.grid import Cell, Grid, Setting
 from fedflame.compare.intervals import Difference, Summary, paired_difference, summarize
-from fedflame.compare.results import CellResult, Spent
+from fedflame.compare.results import CellResult, Deployed, Spent
 from fedflame.report.records import ScoreName
+
+Reading = Callable[[CellResult, str, int], float | None]
+"""A measure of a final model in one column of a table: `CellResult.last` at a k, `CellResult.last_deployed`
+on the devices of a budget."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,19 @@ class Comparison:
     def _results(self, setting: Setting) -> Iterator[CellResult]:
         return (result for cell, result in self.finished if cell.setting == setting)
 
-    def final(self, setting: Setting, method: str, measure: str, tier: int) -> Summary | None:
+    def budgets(self, setting: Setting) -> list[int]:
+        """What the devices of the cells afford, largest first."""
+        return sorted({d.budget for r in self._results(setting) for d in r.deployed}, reverse=True)
+
+    def deployed(self, setting: Setting, method: str, budget: int) -> Deployed | None:
+        """What the devices of one budget deploy, of the first seed; k and rank are those of all seeds."""
+        return next((r.at(budget) for r in self.seeds(setting, method).values()), None)
+
+    def final(
+        self, setting: Setting, method: str, measure: str, column: int, reading: Reading = CellResult.last
+    ) -> Summary | None:
         """Of the final models; None where no seed has the measure."""
-        values = self._final_by_seed(setting, method, measure, tier).values()
+        values = self._final_by_seed(setting, method, measure, column, reading).values()
         return summarize(list(values)) if values else None
 
     def start(self, setting: Setting, method: str, measure: str, tier: int) -> Summary | None:
@@ -91,15 +105,19 @@ class Comparison:
         values = [value for value in taken if value is not None]
         return summarize(values) if values else None
 
-    def difference(self, setting: Setting, method: str, measure: str, tier: int) -> Difference | None:
+    def difference(
+        self, setting: Setting, method: str, measure: str, column: int, reading: Reading = CellResult.last
+    ) -> Difference | None:
         """The method minus the baseline at the same seed; None where they share none."""
-        mine = self._final_by_seed(setting, method, measure, tier)
-        theirs = self._final_by_seed(setting, self.grid.baseline, measure, tier)
+        mine = self._final_by_seed(setting, method, measure, column, reading)
+        theirs = self._final_by_seed(setting, self.grid.baseline, measure, column, reading)
         pairs = [value - theirs[seed] for seed, value in mine.items() if seed in theirs]
         return paired_difference(pairs) if pairs else None
 
-    def _final_by_seed(self, setting: Setting, method: str, measure: str, tier: int) -> dict[int, float]:
-        taken = {seed: r.last(measure, tier) for seed, r in self.seeds(setting, method).items()}
+    def _final_by_seed(
+        self, setting: Setting, method: str, measure: str, column: int, reading: Reading
+    ) -> dict[int, float]:
+        taken = {seed: reading(r, measure, column) for seed, r in self.seeds(setting, method).items()}
         return {seed: value for seed, value in taken.items() if value is not None}
 
     def curve(self, setting: Setting, method: str, measure: str, tier: int) -> list[Point]:

@@ -10,6 +10,7 @@ from fedflame.compare.tables import (
     Entry,
     Measure,
     ResultTable,
+    deployment_tables,
     device_table,
     difference_table,
     measures,
@@ -37,7 +38,8 @@ def page(comparison: Comparison, name: str) -> str:
     """The comparison as one HTML document that loads nothing."""
     body = [_header(comparison, name), *_failures(comparison)]
     for setting in comparison.settings():
-        body += [make(comparison, setting) for make in (_results, _differences, _curves, _costs)]
+        parts = (_results, _differences, _deployments, _curves, _costs)
+        body += [make(comparison, setting) for make in parts]
     return document(name, [*body, _settings(comparison)])
 
 
@@ -91,6 +93,22 @@ def _differences(comparison: Comparison, setting: Setting) -> Markup:
     text += "Student's over seeds; better and worse are said where it leaves out zero. Intervals are not "
     text += "widened for the number of comparisons."
     return _titled("Paired differences", setting, *map(_table, tables), note(text))
+
+
+def _deployments(comparison: Comparison, setting: Setting) -> Markup:
+    tables = [
+        table
+        for measure in measures(comparison, setting)
+        for table in deployment_tables(comparison, setting, measure)
+    ]
+    text = (
+        "A method whose clients all train with K experts runs K on every device, whatever that costs there; "
+    )
+    text += (
+        "if it cuts the adapter, a device has its first ranks. Other methods let each device run the k that "
+    )
+    text += "it affords."
+    return _titled("What each device deploys", setting, *map(_table, tables), note(text))
 
 
 def _costs(comparison: Comparison, setting: Setting) -> Markup:

@@ -32,6 +32,21 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class Deployed:
+    """What a device of one budget uses the final model at, and what it has of it."""
+
+    budget: int
+    """Experts per token that it affords."""
+    active_experts: int
+    rank: int
+    relative_flops: float | None
+    """Of a forward, to the model's own K with the whole adapter; None where the run's plan is lost."""
+    loss: float | None
+    exact_match: float | None
+    rouge_l: float | None
+
+
+@dataclass(frozen=True)
 class CellResult:
     """One finished cell."""
 
@@ -43,6 +58,8 @@ class CellResult:
     training_flops: dict[int, float]
     """FLOPs per trained token by k, for every client's budget and the model's own K."""
     environment: dict[str, Any]
+    deployed: list[Deployed]
+    """One for each budget, largest first."""
 
     @property
     def rounds(self) -> int:
@@ -66,6 +83,16 @@ class CellResult:
     def last(self, measure: str, tier: int) -> float | None:
         """A measure of the final model at one k."""
         return self.value(measure, tier, self.rounds)
+
+    def at(self, budget: int) -> Deployed | None:
+        """What a device of this budget deploys; None where the cell has no such device."""
+        return next((deployed for deployed in self.deployed if deployed.budget == budget), None)
+
+    def last_deployed(self, measure: str, budget: int) -> float | None:
+        """A measure of what a device of this budget deploys of the final model."""
+        deployed = self.at(budget)
+        value: float | None = getattr(deployed, measure) if deployed else None
+        return value if value is not None and math.isfinite(value) else None
 
     def spent(self, devices: Devices) -> list[Spent]:
         """By round, from 0 to the last."""
@@ -102,6 +129,7 @@ def write_cell(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> Non
         "clients": [asdict(cost) for cost in _client_work(cell, run)],
         "training_flops": training_flops,
         "environment": run.environment,
+        "deployed": [asdict(deployed) for deployed in _deployed(cell, run, max(training_flops))],
         "config": run.config,
     }
     write_atomically(cell.folder / FILE_NAME, (json.dumps(record, indent=1) + "\n").encode())
@@ -123,6 +151,22 @@ def _client_work(cell: Cell, run: Run) -> Iterator[ClientWork]:
         )
 
 
+def _deployed(cell: Cell, run: Run, full: int) -> Iterator[Deployed]:
+    """By budget; `full`: the model's own K."""
+    places = dict(zip(cell.config.tiers(), cell.config.deployed(full), strict=True))
+    whole = run.forward_flops_at(full, cell.config.adapter.r)
+    cut = cell.config.cut_deployments(full)
+    for budget, (k, rank) in sorted(places.items(), reverse=True):
+        take = (k, rank) in cut
+        loss, exact_match, rouge_l = (
+            (run.deployed(measure, k, rank) if take else run.before_after(measure, k))[1]
+            for measure in ("loss", "exact_match", "rouge_l")
+        )
+        flops = run.forward_flops_at(k, rank)
+        relative = flops / whole if flops and whole else None
+        yield Deployed(budget, k, rank, relative, loss, exact_match, rouge_l)
+
+
 def is_finished(cell: Cell) -> bool:
     """Whether the cell has left its results."""
     return (cell.folder / FILE_NAME).exists()
@@ -139,6 +183,7 @@ def read_cell(cell: Cell) -> CellResult:
             [ClientWork(**cost) for cost in record["clients"]],
             {int(k): float(flops) for k, flops in record["training_flops"].items()},
             record["environment"],
+            [Deployed(**deployed) for deployed in record["deployed"]],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the results of a cell: {error!r}; delete it to make it anew") from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedflame.compare.comparison import Comparison
+from fedflame.compare.comparison import Comparison, Reading
 from fedflame.compare.grid import Setting
 from fedflame.compare.intervals import CONFIDENCE, Difference, Summary
+from fedflame.compare.results import CellResult
 from fedflame.report.numbers import MISSING, decimal, duration, percent, si
 from fedflame.report.results import SCORE_LABELS, tier_name
 
@@ -70,6 +71,7 @@ def setting_tables(comparison: Comparison, setting: Setting) -> Iterator[ResultT
         yield summary_table(comparison, setting, measure)
         if len(comparison.methods(setting)) > 1:
             yield difference_table(comparison, setting, measure)
+        yield from deployment_tables(comparison, setting, measure)
     yield total_table(comparison, setting)
 
 
@@ -115,16 +117,51 @@ def _range(counts: Sequence[int]) -> str:
 
 
 def difference_table(comparison: Comparison, setting: Setting, measure: Measure) -> ResultTable:
-    """Each method minus the baseline, seed by seed: mean, interval and what it says."""
-    tiers, baseline = comparison.tiers(setting), comparison.grid.baseline
+    """Each method minus the baseline at each k, seed by seed: mean, interval and what it says."""
+    tiers = comparison.tiers(setting)
+    rows = _differences(comparison, setting, measure, tiers, CellResult.last)
+    return ResultTable(_difference_title(comparison, measure), ["method", *map(tier_name, tiers)], rows)
+
+
+def _difference_title(comparison: Comparison, measure: Measure) -> str:
+    baseline = comparison.grid.baseline
+    return f"{measure.label}: difference to {baseline} at the same seed [{CONFIDENCE:.0%} interval]"
+
+
+def _differences(
+    comparison: Comparison, setting: Setting, measure: Measure, columns: Sequence[int], reading: Reading
+) -> list[list[Entry]]:
     pairs = max(len(comparison.seeds(setting, method)) for method in comparison.methods(setting))
     rows = []
     for method in comparison.methods(setting):
-        if method != baseline:
-            found = [comparison.difference(setting, method, measure.name, k) for k in tiers]
+        if method != comparison.grid.baseline:
+            found = [comparison.difference(setting, method, measure.name, at, reading) for at in columns]
             rows.append([Entry(method), *[_difference(difference, measure, pairs) for difference in found]])
-    title = f"{measure.label}: difference to {baseline} at the same seed [{CONFIDENCE:.0%} interval]"
-    return ResultTable(title, ["method", *map(tier_name, tiers)], rows)
+    return rows
+
+
+def deployment_tables(comparison: Comparison, setting: Setting, measure: Measure) -> Iterator[ResultTable]:
+    """What each device deploys: mean and spread with its k, rank and forward cost; then the differences."""
+    budgets, methods = comparison.budgets(setting), comparison.methods(setting)
+    if not budgets:
+        return
+    headers = ["method", *(f"affords {tier_name(budget)}" for budget in budgets)]
+    rows = [[Entry(m), *[_deployed(comparison, setting, m, measure, b) for b in budgets]] for m in methods]
+    title = f"{measure.label} of what each device deploys, and its forward cost (100 % is all K experts)"
+    yield ResultTable(title, headers, rows)
+    if len(methods) > 1:
+        rows = _differences(comparison, setting, measure, budgets, CellResult.last_deployed)
+        yield ResultTable(f"As deployed. {_difference_title(comparison, measure)}", headers, rows)
+
+
+def _deployed(comparison: Comparison, setting: Setting, method: str, measure: Measure, budget: int) -> Entry:
+    summary = comparison.final(setting, method, measure.name, budget, CellResult.last_deployed)
+    deployed = comparison.deployed(setting, method, budget)
+    if summary is None or deployed is None:
+        return Entry(MISSING)
+    entry = _entry(summary, measure, seeds=len(comparison.seeds(setting, method)))
+    place = f"{tier_name(deployed.active_experts)}, r = {deployed.rank}: {percent(deployed.relative_flops)}"
+    return replace(entry, detail=", ".join(filter(None, (place, entry.detail))))
 
 
 def _difference(difference: Difference | None, measure: Measure, pairs: int) -> Entry:

@@ -15,6 +15,7 @@ from fedflame.report.records import Run
 
 _SECTIONS = (
     results.headline,
+    results.deployments,
     results.charts,
     results.categories,
     clients.activation,

@@ -37,6 +37,24 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Deployment:
+    """What a device has that uses the first ranks of the adapter, after one round; all held-out rows."""
+
+    round: int
+    active_experts: int
+    rank: int
+    loss: float | None
+    """Nats per response token."""
+    exact_match: float | None
+    rouge_l: float | None
+
+    def value(self, name: str) -> float | None:
+        """The named measure; None where it was not taken."""
+        number: float | None = getattr(self, name)
+        return number
+
+
+@dataclass(frozen=True)
 class ClientRound:
     """What one client did and sent in one round."""
 
@@ -82,9 +100,10 @@ class RoundEnd:
     seconds: float
 
 
-Event = Evaluation | ClientRound | Exclusion | RoundEnd
+Event = Evaluation | Deployment | ClientRound | Exclusion | RoundEnd
 _EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
     "evaluation": (Evaluation, ("round", "active_experts", "category")),
+    "deployment": (Deployment, ("round", "active_experts", "rank")),
     "client": (ClientRound, ("round", "client")),
     "excluded": (Exclusion, ("round", "client")),
     "round": (RoundEnd, ("round",)),
@@ -106,6 +125,11 @@ class Run:
     def evaluations(self) -> list[Evaluation]:
         """Evaluations in the order they were taken."""
         return [event for event in self.events if isinstance(event, Evaluation)]
+
+    @property
+    def deployments(self) -> list[Deployment]:
+        """Of methods that cut the adapter, in the order they were taken."""
+        return [event for event in self.events if isinstance(event, Deployment)]
 
     @property
     def updates(self) -> list[ClientRound]:
@@ -145,6 +169,14 @@ class Run:
         rising = sorted(tiers, key=lambda tier: int(tier.get("rank", 0)))
         return {tier["active_experts"]: tier["forward_flops_per_token"] for tier in rising}
 
+    def forward_flops_at(self, k: int, rank: int) -> float | None:
+        """Per token, with the first ranks of the adapter; of the whole one where that is not planned."""
+        tiers: list[dict[str, Any]] = self.plan.get("tiers", [])
+        flops = {
+            (tier["active_experts"], tier.get("rank")): tier["forward_flops_per_token"] for tier in tiers
+        }
+        return flops.get((k, rank), self.forward_flops().get(k))
+
     def score_name(self) -> ScoreName | None:
         """The score this run was measured by: ROUGE-L for free text, where an exact match means little."""
         preferred = SCORES if self.setting("data", "dataset_name") == SKILLS else SCORES[::-1]
@@ -161,6 +193,12 @@ class Run:
             and math.isfinite(value)
         ]
         return sorted(points)
+
+    def deployed(self, name: str, k: int, rank: int) -> tuple[float | None, float | None]:
+        """A measure of the first ranks at k before training and at last; None where not taken."""
+        values = {d.round: d.value(name) for d in self.deployments if (d.active_experts, d.rank) == (k, rank)}
+        taken = sorted(at for at, value in values.items() if value is not None and math.isfinite(value))
+        return values.get(0), values[taken[-1]] if taken and taken[-1] > 0 else None
 
     def before_after(
         self, name: str, tier: int, category: str | None = None

@@ -59,6 +59,38 @@ def _headline_row(run: Run, tier: int, score: ScoreName | None, flops: dict[int,
     ]
 
 
+def deployments(run: Run) -> Markup:
+    """What the devices have whose clients train the first ranks of the adapter only; nothing without such."""
+    places = sorted({(d.active_experts, d.rank) for d in run.deployments}, reverse=True)
+    if not places:
+        return join([])
+    score, full = run.score_name(), max(run.forward_flops(), default=None)
+    headers = ["Device", "Clients", "Response loss", SCORE_LABELS[score] if score else "Score"]
+    headers += ["Forward cost / token", f"of k = {full}" if full else "of full k"]
+    rows = [_deployment_row(run, k, rank, score) for k, rank in places]
+    text = (
+        "A method that cuts the adapter gives these devices its first ranks, and runs as many experts there "
+    )
+    text += "as everywhere. Before training → after the last round measured."
+    return section("What small devices deploy", table(headers, rows, "headline"), note(text))
+
+
+def _deployment_row(run: Run, k: int, rank: int, score: ScoreName | None) -> list[object]:
+    flops, whole = run.forward_flops_at(k, rank), run.forward_flops()
+    trained = [client.get("trained_rank") for client in run.plan.get("clients", [])]
+    score_cell: object = MISSING
+    if score:
+        score_cell = _change(run.deployed(score, k, rank), score_format(score), rising=True)
+    return [
+        f"{tier_name(k)}, {rank} of {run.setting('adapter', 'r')} ranks",
+        trained.count(rank),
+        _change(run.deployed("loss", k, rank), decimal, rising=False),
+        score_cell,
+        si(flops, "FLOP"),
+        percent(flops / whole[max(whole)]) if flops is not None else MISSING,
+    ]
+
+
 def tier_name(tier: int) -> str:
     """`k = 8`."""
     return f"k = {tier}"

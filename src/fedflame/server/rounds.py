@@ -42,7 +42,7 @@ class Server:
     tiers: Sequence[int]
     """The k to evaluate at, largest first."""
     deployments: Sequence[tuple[int, int]]
-    """The k and cut rank to evaluate at besides; see `RunConfig.deployments`."""
+    """The k and cut rank to evaluate at besides; see `RunConfig.cut_deployments`."""
     training_flops: Callable[[int, int], float]
     """Per token, from k and rank."""
     clients: Clients
@@ -190,7 +190,7 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         rescaler=instructions.rescaler,
         rescaler_values=instructions.rescaler_values,
         adapter=instructions.adapter,
-        learning_rate=server.config.learning_rate(round_number),
+        learning_rate=server.config.learning_rate(round_number) * instructions.learning_rate_factor,
         weight_decay=training.weight_decay,
         batch_size=training.per_device_train_batch_size,
         max_steps=local_steps(training, afforded, spent),

@@ -49,6 +49,7 @@ def build_strategy(config: RunConfig, num_experts_per_tok: int) -> Strategy:
             options.rescaler,
             options.count_normalization,
             options.tier_affinity,
+            options.learning_rate_exponent,
         )
     if options.name == "hetlora":
         return HetLoRA(full, rank_decay=options.rank_decay, rank_penalty=options.rank_penalty)

@@ -66,6 +66,8 @@ class TrainInstructions:
     rescaler_values: Tensor
     """[L] s per MoE layer at the start of the round."""
     trainable: Trainable = "both"
+    learning_rate_factor: float = 1.0
+    """On the run's learning rate of the round."""
     rank_penalty: float = 0.0
     """Strength of a penalty on the ranks from `kept_rank` on; see `regularizers`."""
     kept_rank: int = 0

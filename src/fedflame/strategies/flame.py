@@ -5,14 +5,17 @@ gamma_i[l,j] = (c_i[l,j] / T_i)^t * |D_i|, with c the activation counts, T the t
 |D| the rows; attention LoRA is weighed by |D_i|. Adapts the compute: k_i experts per token; bytes and
 memory of the adapter are those of the full rank, but experts without a token are not sent.
 
-Two things here are ours. Frequencies c / T of a client sum to k_i over the experts of a layer, so that
+Three things here are ours; the defaults of `Flame` are the paper's, those of the configuration are what we
+found best (benchmarks/). Frequencies c / T of a client sum to k_i over the experts of a layer, so that
 clients with large k have more weight by construction; with `slot` the frequency is that among routed
 slots, c / (T k_i), and sums to one for every client.
 
-And what is best with 8 experts per token is not best with one: the server may keep an adapter for every
+What is best with 8 experts per token is not best with one: the server may keep an adapter for every
 tier k. Client i is given that of the k_i it trains with, and its delta is averaged into each of them, in
 that of k with its weights times beta^|log2 k - log2 k_i|: nearer tiers count more. beta = 1 is one adapter
 for all, as in the paper; with beta = 0 tiers learn nothing from one another. What travels is the same.
+
+With few experts per token a larger learning rate is best: it may grow with a power of K/k_i.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ class Flame:
     """Counts over tokens (the paper's), or over routed slots, k_i for each token."""
     tier_affinity: float = 1.0
     """beta, from 0 to 1; 1 is one adapter for all tiers (the paper's)."""
+    learning_rate_exponent: float = 0.0
+    """The learning rate at k is that of K times (K/k) to this power; 0 is the paper's."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
         """`adapter` is the largest tier's, and that of every k without an adapter of its own."""
@@ -66,7 +71,10 @@ class Flame:
         mode: RescalerMode = "fixed"
         if k < self.num_experts_per_tok and (self.rescaler == "learned" or self.rescaler == "mass"):
             mode = self.rescaler
-        return TrainInstructions(k, state.adapter_at(k), mode, state.rescalers[k])
+        factor = (self.num_experts_per_tok / k) ** self.learning_rate_exponent
+        return TrainInstructions(
+            k, state.adapter_at(k), mode, state.rescalers[k], learning_rate_factor=factor
+        )
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         means = {k: _AdapterMean() for k in (max(state.rescalers), *state.tier_adapters)}
