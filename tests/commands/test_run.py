@@ -260,6 +260,18 @@ def test_overwrite_removes_no_folder_that_is_not_a_run(tiny_folder: Path, tmp_pa
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
+def test_a_run_of_another_version_is_left_with_the_key_that_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps({"seed": 0, "strategy": {"name": "flame", "k_rotation": "odd"}}))
+    with pytest.raises(UserError) as error:
+        tiny_run(tmp_path, tmp_path / "run", existing="overwrite")
+    assert str(error.value) == (
+        f"{path}, which is left as it is: strategy.k_rotation = 'odd': Input should be 'none' or 'smaller'"
+    )
+    assert "odd" in path.read_text()
+
+
 def test_resume_refuses_another_configuration_and_names_the_key(finished: Path, tiny_folder: Path) -> None:
     with pytest.raises(UserError, match=r"training\.learning_rate differs"):
         tiny_run(tiny_folder, finished, "training.learning_rate=0.5", existing="resume")

@@ -22,7 +22,7 @@ from fedflame.budgets import Dtype, ModelShape, read_model_shape
 from fedflame.commands.adapter_folder import check_start, initial_state, write_run_adapter
 from fedflame.commands.environment import environment
 from fedflame.commands.tables import cost_table, partition_table, result_table
-from fedflame.config import RunConfig
+from fedflame.config import RunConfig, validated
 from fedflame.cost import RunCost, run_cost, training_flops
 from fedflame.data.batches import pad_token
 from fedflame.data.federation import (
@@ -189,11 +189,16 @@ def _check_run_folder(run: Path, config: RunConfig, existing: Existing) -> None:
 
 
 def saved_config(run: Path) -> RunConfig:
-    """The configuration in a run folder; UserError for a folder that is none, which nothing may remove."""
+    """The configuration in a run folder; UserError for a folder that is none, which nothing may remove.
+
+    A run of another version of fedflame may have keys or values that this one does not.
+    """
+    path = run / "config.json"
     try:
-        return RunConfig.model_validate_json((run / "config.json").read_bytes())
+        values = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{run}: not a run folder (no config.json of a run); it is left as it is") from error
+    return validated(RunConfig, values, f"{path}, which is left as it is")
 
 
 def saved_dtype(run: Path) -> Dtype | None:
