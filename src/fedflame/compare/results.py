@@ -132,7 +132,7 @@ def write_cell(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> Non
         "deployed": [asdict(deployed) for deployed in _deployed(cell, run, max(training_flops))],
         "config": run.config,
     }
-    write_atomically(cell.folder / FILE_NAME, (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(cell.folder / FILE_NAME, (json.dumps(record) + "\n").encode())
 
 
 def _client_work(cell: Cell, run: Run) -> Iterator[ClientWork]:

@@ -42,7 +42,7 @@ from fedflame.strategies.base import (
 
 @dataclass(frozen=True)
 class Flame:
-    """Activation-aware aggregation at temperature t, with a rescaler per tier."""
+    """Activation-aware aggregation at temperature t; a rescaler and, with beta < 1, an adapter per tier."""
 
     num_experts_per_tok: int
     """K of the model: at k = K the rescaler is 1 and fixed."""
