@@ -178,9 +178,9 @@ class StrategyConfig(_Section):
     k_rotation: KRotation = "smaller"
     """FLAME: the k that a client trains with. `smaller`: every second time what it affords, between them the
     smaller k of other clients in turn; `none`: what it affords, as in the paper."""
-    learning_rate_exponent: Annotated[float, Field(ge=0, le=1)] = 0.33
+    learning_rate_exponent: Annotated[float, Field(ge=0, le=1)] = 0.0
     """FLAME: a client that trains with k experts per token has the learning rate times (K/k) to this power;
-    0 for the same at every k, as in the paper."""
+    0 for the same at every k."""
     active_experts: str = "min"
     """FedAvg, FFA-LoRA, RoLoRA, FedEx-LoRA: the k of every client: `min` (the smallest client's, the
     paper's baseline), `full` (the model's) or a number."""

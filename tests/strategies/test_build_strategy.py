@@ -32,11 +32,11 @@ def built(*overrides: str) -> Strategy:
         (("strategy.name=flora", "seed=5"), FLoRA(6, seed=5)),
         (
             ("strategy.temperature=3.5", "strategy.rescaler=mass", "strategy.count_normalization=token"),
-            Flame(6, 3.5, "mass", "token", 0.7, 0.33),
+            Flame(6, 3.5, "mass", "token", 0.7, 0.0),
         ),
         (
-            ("strategy.tier_affinity=1", "strategy.learning_rate_exponent=0"),
-            Flame(6, 1.0, "learned", "slot", 1.0, 0.0),
+            ("strategy.tier_affinity=1", "strategy.learning_rate_exponent=0.5"),
+            Flame(6, 1.0, "learned", "slot", 1.0, 0.5),
         ),
     ],
 )
