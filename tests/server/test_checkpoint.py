@@ -114,7 +114,9 @@ def with_header(**header: Any) -> bytes:
     return save(tensors, metadata={"fedflame": json.dumps(header)})
 
 
-HEADER: dict[str, Any] = {"version": 1, "round": 1, "metrics_bytes": 0, "trainable": "both", "ranks": {}}
+HEADER: dict[str, Any] = {
+    "version": 2, "round": 1, "metrics_bytes": 0, "trainable": "both", "ranks": {}, "tier_adapters": [],
+}  # fmt: skip
 FOREIGN = {
     "text": b"# notes\nnot a checkpoint\n" * 10,
     "zeros": bytes(5000),
@@ -123,15 +125,16 @@ FOREIGN = {
     "header no JSON": save({"x": torch.ones(3)}, metadata={"fedflame": "{"}),
     "header no object": save({"x": torch.ones(3)}, metadata={"fedflame": "[1]"}),
     "header nested too deep": save({"x": torch.ones(3)}, metadata={"fedflame": "[" * 100_000}),
-    "an update": with_header(kind="update", version=1, round=2, client=1),
-    "no round": with_header(version=1, metrics_bytes=0),
-    "round no number": with_header(version=1, metrics_bytes=0, round="x"),
-    "round infinite": with_header(version=1, metrics_bytes=0, round=float("inf")),
+    "an update": with_header(kind="update", version=2, round=2, client=1),
+    "no round": with_header(version=2, metrics_bytes=0),
+    "round no number": with_header(version=2, metrics_bytes=0, round="x"),
+    "round infinite": with_header(version=2, metrics_bytes=0, round=float("inf")),
     "a tier that is no number": save(
         {"rescalers.x": torch.ones(2)},
         metadata={"fedflame": json.dumps(HEADER)},
     ),
-    "no half": with_header(version=1, round=1, metrics_bytes=0),
+    "no half": with_header(version=2, round=1, metrics_bytes=0),
+    "tier adapters no list": with_header(**HEADER | {"tier_adapters": 4}),
     "ranks no object": with_header(**HEADER | {"ranks": [1]}),
     "another half": with_header(**HEADER | {"trainable": "C"}),
 }
@@ -149,8 +152,8 @@ def test_a_foreign_file_is_refused_and_left_as_it_is(tmp_path: Path, kind: str) 
 def test_another_version_is_refused_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     path.parent.mkdir()
-    path.write_bytes(with_header(version=2, round=1, metrics_bytes=0))
-    assert refusal(tmp_path) == "checkpoint version 2; this fedflame reads version 1"
+    path.write_bytes(with_header(version=1, round=1, metrics_bytes=0))
+    assert refusal(tmp_path) == "checkpoint version 1; this fedflame reads version 2"
 
 
 def no_space(*_: object, **__: object) -> None:

@@ -122,14 +122,12 @@ def export_adapter(
     names = _readable_names(model, total, layout)
     written: Layout = layout or ("per-expert" if names else "fused")
     settings = lora_config(config, r, layers, written, names)
+    separate = names if written == "per-expert" else None
     with new_folder(to, overwrite) as folder:
-        _write_peft(folder, total, settings, layers, names if written == "per-expert" else None)
+        _write_peft(folder, total, settings, layers, separate)
         for k in state.tier_adapters:
             (folder / tier_name(k)).mkdir()
-            tier = state.total_at(k)
-            _write_peft(
-                folder / tier_name(k), tier, settings, layers, names if written == "per-expert" else None
-            )
+            _write_peft(folder / tier_name(k), state.total_at(k), settings, layers, separate)
         _write_tensors(folder / RESCALERS_FILE, ((tier_name(k), s) for k, s in state.rescalers.items()))
         write_json(folder / RUN_FILE, run_facts(state, config, layers, rounds))
         (folder / "README.md").write_text(adapter_card(state, config, full_k, rounds), encoding="utf-8")

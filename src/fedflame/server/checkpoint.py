@@ -19,7 +19,7 @@ from fedflame.messages import MERGED_PREFIX, Adapter, Trainable, read_header
 from fedflame.strategies.base import ServerState
 
 FILE_NAME = "checkpoint/state.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 """What reading a foreign or truncated file can raise."""
 _HALVES: dict[str, Trainable] = {half: half for half in get_args(Trainable)}
