@@ -14,7 +14,7 @@ from fedflame.atomic_file import write_atomically
 from fedflame.compare.devices import ClientWork, Devices, round_seconds
 from fedflame.compare.grid import Cell
 from fedflame.errors import UserError
-from fedflame.report.records import Evaluation, Run, ScoreName
+from fedflame.report.records import Evaluation, Measured, Run, ScoreName
 
 FILE_NAME = "cell.json"
 
@@ -32,7 +32,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Deployed:
+class Deployed(Measured):
     """What a device of one budget uses the final model at, and what it has of it."""
 
     budget: int
@@ -91,7 +91,7 @@ class CellResult:
     def last_deployed(self, measure: str, budget: int) -> float | None:
         """A measure of what a device of this budget deploys of the final model."""
         deployed = self.at(budget)
-        value: float | None = getattr(deployed, measure) if deployed else None
+        value = deployed.value(measure) if deployed else None
         return value if value is not None and math.isfinite(value) else None
 
     def spent(self, devices: Devices) -> list[Spent]:

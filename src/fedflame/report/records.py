@@ -16,8 +16,17 @@ ScoreName = Literal["exact_match", "rouge_l"]
 SCORES: tuple[ScoreName, ...] = ("exact_match", "rouge_l")
 
 
+class Measured:
+    """What has `loss`, `exact_match` and `rouge_l`."""
+
+    def value(self, name: str) -> float | None:
+        """The named measure; None where it was not taken."""
+        number: float | None = getattr(self, name)
+        return number
+
+
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measured):
     """Held-out loss and score of one tier after one round; category None is all rows."""
 
     round: int
@@ -30,14 +39,9 @@ class Evaluation:
     rouge_l: float | None
     """Mean F-measure, between 0 and 1."""
 
-    def value(self, name: str) -> float | None:
-        """The named measure; None where it was not taken."""
-        number: float | None = getattr(self, name)
-        return number
-
 
 @dataclass(frozen=True)
-class Deployment:
+class Deployment(Measured):
     """What a device has that uses the first ranks of the adapter, after one round; all held-out rows."""
 
     round: int
@@ -47,11 +51,6 @@ class Deployment:
     """Nats per response token."""
     exact_match: float | None
     rouge_l: float | None
-
-    def value(self, name: str) -> float | None:
-        """The named measure; None where it was not taken."""
-        number: float | None = getattr(self, name)
-        return number
 
 
 @dataclass(frozen=True)
