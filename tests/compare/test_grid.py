@@ -183,6 +183,13 @@ def test_the_grid_of_the_benchmark_is_valid() -> None:
     assert len(found.cells) == 9
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("*/*.toml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_every_grid_of_the_benchmarks_is_valid(path: Path) -> None:
+    assert read_grid(path, [], None).cells
+
+
 def test_the_grid_of_the_document_is_valid_and_names_the_default_devices(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
     found = grid(tmp_path, re.findall(r"```toml\n(.*?)```", text, re.S)[0])
