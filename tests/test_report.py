@@ -339,8 +339,30 @@ def test_a_client_that_takes_turns_is_of_the_k_that_it_affords(
     """Client 1 affords k = 4 and trains with k = 1 last; where a method overrules budgets, that is its k."""
     events = [*synthetic_events(), client_round(4, 1) | {"active_experts": 1}]
     run = write_run(tmp_path / "run", events)
-    config = RunConfig().model_dump()
-    config["strategy"]["name"] = strategy
-    (run / "config.json").write_text(json.dumps(config))
+    write_strategy(run, name=strategy)
     assert read_run(run).clients() == {0: 8, 1: wanted, 2: 2, 3: 1}
     assert rows(part(report(run), "Cost by client"))[2][:2] == ["Client 1", str(wanted)]
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"name": "flame"}, "flame"),
+        (
+            {"name": "flame", "temperature": 2.0, "k_rotation": "none"},
+            "flame, temperature 2.0, k rotation none",
+        ),
+        ({"name": "flexlora", "temperature": 2.0}, "flexlora"),
+    ],
+)
+def test_the_header_names_the_options_that_are_not_at_their_defaults(
+    options: dict[str, Any], shown: str, run: Path
+) -> None:
+    write_strategy(run, **options)
+    assert f"<dt>Strategy</dt><dd>{shown}</dd>" in report(run)
+
+
+def write_strategy(run: Path, **options: Any) -> None:
+    config = RunConfig().model_dump()
+    config["strategy"] |= options
+    (run / "config.json").write_text(json.dumps(config))

@@ -7,7 +7,7 @@ from datetime import datetime
 from importlib import resources
 from typing import Any
 
-from fedflame.config import METHOD_OPTIONS, flat
+from fedflame.config import METHOD_OPTIONS, StrategyConfig, flat
 from fedflame.report import clients, results
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
@@ -64,10 +64,16 @@ def _header(run: Run, name: str) -> Markup:
 
 
 def _strategy(run: Run) -> str:
+    """The method, and its options that are not at their defaults."""
     strategy: dict[str, Any] = run.config["strategy"]
     name = str(strategy.get("name"))
     options = METHOD_OPTIONS.get(name, set())
-    details = [f"{key.replace('_', ' ')} {value}" for key, value in strategy.items() if key in options]
+    chosen = {key: value for key, value in strategy.items() if key in options}
+    details = [
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in chosen.items()
+        if value != StrategyConfig.model_fields[key].default
+    ]
     return ", ".join([name, *details])
 
 
