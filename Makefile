@@ -15,7 +15,7 @@ run: $(READY) ## Fine-tune the embedded model on unequal simulated clients, and 
 	OMP_NUM_THREADS=1 $(BIN)/fedflame run --overwrite --workers 2 # its products are too small to share by threads
 
 test: $(READY) ## Run the tests (PYTEST_FLAGS="-k name" picks some)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(READY) ## Check style and format
 	$(BIN)/ruff check

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedflame.messages import Adapter, ClientUpdate, Trainable, is_trained
+from fedflame.choices import Trainable
+from fedflame.messages import Adapter, ClientUpdate, is_trained
 
 LAYERS, EXPERTS, RANK, HIDDEN, WIDTH = 2, 5, 3, 8, 4
 IN, OUT = 6, 9

@@ -13,13 +13,15 @@ import fedflame
 SOURCE = Path(fedflame.__file__).parent
 
 STAGES = (
-    ("errors", "k_rotation", "seeds", "refused_families"),
+    ("errors", "choices", "k_rotation", "seeds", "refused_families"),
     ("config", "atomic_file", "mapped_base", "messages", "model_shape", "tracking"),
-    ("budgets", "data", "moe", "base_model", "regularizers", "token_loss"),
-    ("cost", "client", "strategies", "bench"),
+    ("budgets", "data", "moe", "base_model", "regularizers", "token_loss", "wire"),
+    ("cost", "client", "strategies", "bench", "error_feedback"),
     ("evaluation",),
     ("server",),
-    ("report", "export", "engines"),
+    ("trainer",),
+    ("report", "export"),
+    ("engines",),
     ("compare",),
     ("commands",),
     ("cli",),
@@ -105,9 +107,11 @@ def test_every_part_imports_only_parts_of_earlier_stages() -> None:
     assert backward == set()
 
 
-def test_messages_import_nothing_but_torch_and_safetensors() -> None:
-    assert third_party(loaded_by("fedflame.messages")) == {"torch", "safetensors"}
-    assert parts_imported("messages") == set()
+def test_messages_and_their_bytes_need_nothing_but_torch_safetensors_and_numpy() -> None:
+    assert third_party(loaded_by("fedflame.messages")) == {"torch"}
+    assert parts_imported("messages") == {"choices", "errors"}
+    assert third_party(loaded_by("fedflame.wire.codec")) == {"torch", "safetensors", "numpy"}
+    assert parts_imported("wire") == {"choices", "errors", "messages"}
 
 
 def test_strategies_know_messages_and_tensors_but_no_model_and_no_engine() -> None:
@@ -115,13 +119,12 @@ def test_strategies_know_messages_and_tensors_but_no_model_and_no_engine() -> No
         assert third_party(imports(name)) <= {"torch"}, name
         assert third_party(loaded_by(name)).isdisjoint({"transformers", "peft", "datasets"}), name
         parts = {part(module) for module in imports(name)} - {None, "strategies"}
-        assert parts <= ({"config", "errors"} if name == "fedflame.strategies" else {"messages", "seeds"}), (
-            name
-        )
+        known = {"config", "errors"} if name == "fedflame.strategies" else {"choices", "messages", "seeds"}
+        assert parts <= known, name
 
 
 def test_mechanisms_know_neither_configuration_nor_data_nor_server() -> None:
-    assert parts_imported("moe") <= {"errors", "seeds", "messages", "refused_families"}
+    assert parts_imported("moe") <= {"choices", "errors", "seeds", "messages", "refused_families"}
 
 
 def test_only_the_moe_package_knows_peft() -> None:
@@ -167,6 +170,35 @@ def test_the_report_needs_no_package_but_what_the_configuration_needs() -> None:
     for name in modules_of("report"):
         assert third_party(imports(name)) == set(), name
         assert third_party(loaded_by(name)) <= {"pydantic"}, name
+
+
+@pytest.mark.parametrize("name", ["relay", "executor", "job"])
+def test_what_runs_in_a_process_of_nvflare_loads_no_torch(name: str) -> None:
+    loaded = loaded_by(f"fedflame.engines.nvflare.{name}")
+    assert third_party(loaded) <= {"nvflare", "numpy"}
+    assert {part(module) for module in loaded} - {None} <= {"engines", "errors", "trainer", "wire"}
+
+
+def test_what_runs_in_a_process_of_flower_loads_no_torch() -> None:
+    carried = {"engines", "errors", "trainer", "wire"}
+    for_every_message = loaded_by("fedflame.engines.flower.client_app")
+    assert third_party(for_every_message) <= {"flwr"}
+    assert {part(module) for module in for_every_message} - {None} <= carried
+    on_the_hub = loaded_by("fedflame.engines.flower.server_app")
+    assert third_party(on_the_hub) <= {"flwr", "pydantic"}, "pydantic reads the hub's file"
+    assert {part(module) for module in on_the_hub} - {None} <= carried | {"choices", "config", "k_rotation"}
+
+
+def test_only_its_own_adapter_knows_an_engine() -> None:
+    for package, folder in (("nvflare", "nvflare"), ("flwr", "flower")):
+        users = {name for name in PATHS if package in third_party(imports(name))}
+        assert all(name.startswith(f"fedflame.engines.{folder}.") for name in users), users
+
+
+def test_the_process_of_the_driver_loads_no_engine() -> None:
+    for name in ("nvflare.engine", "flower.engine", "clients", "segment"):
+        loaded = loaded_by(f"fedflame.engines.{name}")
+        assert third_party(loaded).isdisjoint({"nvflare", "flwr"}), name
 
 
 def test_only_main_imports_the_command_line() -> None:

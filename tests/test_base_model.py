@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_models import character_tokenizer, tiny_olmoe
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedflame import base_model
 from fedflame.base_model import DTYPES, DtypeChoice, choose_dtype, load_base_model, resolve_model
 from fedflame.errors import UserError
 from fedflame.model_shape import read_model_shape
@@ -67,6 +71,23 @@ def test_a_complete_folder_gives_its_model_in_the_dtype_asked_for(
     text = "Response: x\n"
     assert tokenizer.encode(text) == character_tokenizer().encode(text)
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_threads_load_one_after_another(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, busy = base_model._from_pretrained, threading.Lock()
+
+    def alone(*arguments: Any) -> Any:
+        assert busy.acquire(blocking=False), "two at once"
+        try:
+            time.sleep(0.05)  # so that the others would come, too
+            return load(*arguments)
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(base_model, "_from_pretrained", alone)
+    with ThreadPoolExecutor(3) as threads:
+        models = list(threads.map(lambda _: load_base_model(str(tiny_folder), "float32")[0], range(3)))
+    assert len({id(model) for model in models}) == 3
 
 
 def test_a_dtype_that_is_asked_for_is_taken_unprobed(tiny_folder: Path) -> None:

@@ -247,7 +247,10 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     # Experts: 7*(A1 4x6, B1 10x2, A2 2x5, B2 6x2) = 7*66; attention: 2*(6+8)*2.
     size = adapter_parameters(shape, 2, ("q_proj", "o_proj"))
     assert (size.experts, size.attention, size.total) == (462, 56, 518)
-    assert (size.bytes_down, size.bytes_up) == (4 * 519, 4 * 519 + 8 * 7)
+    assert (size.bytes_down, size.bytes_up("float32")) == (4 * 519, 4 * 519 + 8 * 7)
+    assert size.bytes_up("bfloat16") == 2 * 518 + 4 + 8 * 7
+    # A scale for each of A1, B1, A2, B2 of 7 experts, and of A, B of q and o.
+    assert size.bytes_up("int8") == 518 + 4 * (4 * 7 + 4) + 4 + 8 * 7
     # Embedding and head 11*6 each, attention 144, experts 7*90, router 42, three norms of 6.
     assert base_parameters(shape) == 132 + 144 + 630 + 42 + 18
     memory = training_memory(shape, 2, 2, ("q_proj", "o_proj"), tokens_per_step=3, dtype="bfloat16")
@@ -282,12 +285,12 @@ def test_halves_of_an_adapter_are_those_of_the_banks_and_together_the_whole(mode
 def test_of_halves_that_take_turns_the_larger_one_counts_up() -> None:
     shape = read_model_shape(OLMOE)
     a, b = (adapter_parameters(shape, 16, (), half) for half in ("A", "B"))
-    assert a.bytes_up > b.bytes_up
+    assert a.bytes_up("float32") > b.bytes_up("float32")
     up = [
         tier_costs(shape, [Tier(8, 16, 1)], 16, (), 128, halves=halves)[0].bytes_up
         for halves in (("B",), ("B", "A"))
     ]
-    assert up == [b.bytes_up, a.bytes_up]
+    assert up == [b.bytes_up("float32"), a.bytes_up("float32")]
 
 
 def test_tier_costs() -> None:

@@ -146,6 +146,7 @@ def test_ranks_are_given_or_the_share_of_the_experts_and_at_least_one(
     ("overrides", "k", "ranks"),
     [
         (("strategy.name=flame",), [4, 1, 1], [8, 8, 8]),
+        (("strategy.name=flame", "training.budget=compute"), [4, 4, 1], [8, 8, 8]),
         (("strategy.name=flame", "strategy.k_rotation=none"), [4, 2, 1], [8, 8, 8]),
         (("strategy.name=fedavg",), [1, 1, 1], [8, 8, 8]),
         (("strategy.name=fedavg", "strategy.active_experts=full", "strategy.rank=min"), [6, 6, 6], [1, 1, 1]),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedflame.budgets import training_flops_per_token, training_memory
-from fedflame.config import TrainingConfig, load_config
+from fedflame.config import load_config
 from fedflame.cost import RunCost, local_steps, run_cost
 from fedflame.model_shape import ModelShape, read_model_shape
 
@@ -54,21 +53,26 @@ def test_memory_is_that_of_the_largest_step_of_the_tier(
 # Steps under a budget
 
 
+def steps_of(budget: str, afforded: float, spent: float, max_steps: int = 10, method: str = "flame") -> int:
+    settings = [f"training.budget={budget}", f"training.max_steps={max_steps}", f"strategy.name={method}"]
+    return local_steps(load_config(None, settings), afforded, spent)
+
+
 @pytest.mark.parametrize(
-    ("budget", "afforded", "spent", "steps"),
+    ("budget", "method", "afforded", "spent", "steps"),
     [
-        ("steps", 8.0, 1.0, 10),
-        ("compute", 5.0, 5.0, 10),
-        ("compute", 8.0, 1.0, 80),
-        ("compute", 1.0, 8.0, 1),  # 1.25
-        ("compute", 2.0, 3.0, 7),  # 6.67
-        ("compute", 1.0, 100.0, 1),  # not none
+        ("steps", "flame", 8.0, 1.0, 10),
+        ("steps", "flame", 4.0, 8.0, 5),  # a turn at a larger k
+        ("steps", "fedavg", 4.0, 8.0, 10),  # whatever they cost
+        ("compute", "fedavg", 5.0, 5.0, 10),
+        ("compute", "flame", 8.0, 1.0, 80),
+        ("compute", "fedavg", 1.0, 8.0, 1),  # 1.25
+        ("compute", "flame", 2.0, 3.0, 7),  # 6.67
+        ("compute", "fedavg", 1.0, 100.0, 1),  # not none
     ],
 )
-def test_steps_by_hand(
-    budget: Literal["steps", "compute"], afforded: float, spent: float, steps: int
-) -> None:
-    assert local_steps(TrainingConfig(max_steps=10, budget=budget), afforded, spent) == steps
+def test_steps_by_hand(budget: str, method: str, afforded: float, spent: float, steps: int) -> None:
+    assert steps_of(budget, afforded, spent, method=method) == steps
 
 
 costs_per_token = st.floats(1e5, 1e10)
@@ -76,7 +80,7 @@ costs_per_token = st.floats(1e5, 1e10)
 
 @given(st.integers(1, 10**5), costs_per_token, costs_per_token)
 def test_a_compute_budget_is_met_within_one_step(max_steps: int, afforded: float, spent: float) -> None:
-    steps = local_steps(TrainingConfig(max_steps=max_steps, budget="compute"), afforded, spent)
+    steps = steps_of("compute", afforded, spent, max_steps)
     assert abs(steps * spent - max_steps * afforded) < spent
 
 
@@ -102,6 +106,15 @@ def test_a_client_that_takes_turns_has_costs_at_each_k_and_more_steps_at_a_small
     for one in cost.clients:
         affords = 8 if one.client % 2 == 0 else 1
         assert one.steps == round(40 * per_token[affords] / per_token[one.trained_experts])
+    middle = cost_of(shape, "clients.active_experts=8,2,1", "server.num_server_rounds=6").clients
+    assert {one.trained_experts for one in middle if one.client == 1} == {2, 1}
+    middle = cost_of(
+        shape, "clients.active_experts=8,2,1", "server.num_server_rounds=6", "strategy.k_rotation=all"
+    ).clients
+    cost_at = {k: training_flops_per_token(shape, k, 8, QKVO, LENGTH, SHARE).total for k in (8, 2)}
+    assert [(one.trained_experts, one.steps) for one in middle if one.client == 1] == [
+        (8, round(40 * cost_at[2] / cost_at[8])), (2, 40), (1, 40),
+    ]  # fmt: skip
     one_round = cost_of(shape, "strategy.k_rotation=smaller", "server.num_server_rounds=1")
     assert [(one.client, one.trained_experts) for one in one_round.clients] == [
         (0, 8), (1, 1), (2, 1), (3, 1), (4, 8),

@@ -13,17 +13,22 @@ import numpy as np
 import pytest
 import torch
 from tests.random_rounds import LAYERS, RANK, K, an_adapter, updates_of
+from typer.main import get_command
 
 import fedflame
+from fedflame.cli import app
 from fedflame.config import valid_keys
+from fedflame.engines.hub import hub_keys
 from fedflame.messages import ClientUpdate
 from fedflame.strategies import FedAvg
 from fedflame.strategies.base import ServerState, Strategy
+from fedflame.trainer.site import site_keys
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(fedflame.__file__).parent
 DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 NEW_METHOD = ROOT / "docs" / "new-method.md"
+ROLE_PAGES = ("hub-administrator.md", "site-administrator.md", "researcher.md")
 FILE_ENDINGS = {"py", "md", "json", "jsonl", "toml", "html", "csv", "parquet", "gz", "css", "safetensors"}
 
 
@@ -55,7 +60,7 @@ def dotted_names(text: str) -> set[str]:
         for name in spans
         if name.split(".")[0] in MODULES
         and name.rpartition(".")[2] not in FILE_ENDINGS
-        and name not in valid_keys()
+        and name not in {*valid_keys(), *hub_keys(), *site_keys()}
     }
 
 
@@ -107,6 +112,35 @@ def test_every_relative_link_in_a_document_leads_somewhere(document: Path) -> No
     targets = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
     local = {target for target in targets if "://" not in target}
     assert {target for target in local if not (document.parent / target).exists()} == set()
+
+
+@pytest.mark.parametrize(
+    ("page", "keys"), [("site-administrator.md", site_keys()), ("researcher.md", hub_keys())]
+)
+def test_every_key_of_a_file_is_in_its_page(page: str, keys: list[str]) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    first_cells = " ".join(re.findall(r"^\| (`.*?) \|", text, re.M))
+    assert [key for key in keys if f"`{key}`" not in first_cells] == []
+
+
+def test_security_and_faults_name_a_test_in_every_row() -> None:
+    text = (ROOT / "docs" / "federation.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| ") and line.count(" | ") == 3]
+    rows = [line for line in lines if not line.startswith(("| what dies", "| attack", "| ---"))]
+    assert len(rows) > 20 and len(lines) == len(rows) + 4, "two tables of four columns"
+    assert [row for row in rows if "`tests/" not in row] == []
+
+
+@pytest.mark.parametrize("command", ["hub init", "hub check", "site init", "site check", "trainer", "split"])
+def test_every_option_of_the_sites_commands_is_in_a_page(command: str) -> None:
+    pages = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ROLE_PAGES)
+    found = get_command(app)
+    for part in command.split():
+        found = found.commands[part]  # type: ignore[attr-defined]
+    names = [option.opts[0] for option in found.params if option.opts[0].startswith("--")]
+    common = {"--debug", "--set", "--data", "--model", "--help"}
+    assert f"fedflame {command}" in pages
+    assert [name for name in names if name not in common and name not in pages] == []
 
 
 def test_names_and_paths_are_found_and_checked() -> None:

@@ -20,6 +20,8 @@ budgets = st.lists(st.sampled_from((1, 2, 3, 4, 8)), min_size=1, max_size=12)
         # Clients 0 and 3 go through 8, 4, 8, 2, 8, 1, client 1 through 4, 2, 4, 1, client 2 through 2, 1.
         # In order of k they are 0, 3, 1, 2, and each begins one turn later.
         ("smaller", [[8, 4, 1, 4, 1], [4, 1, 2, 8, 1], [8, 4, 1, 2, 1]]),
+        # Clients 0 and 3 as before, client 1 through 4, 8, 4, 2, 4, 1, client 2 through 2, 8, 2, 4, 2, 1.
+        ("all", [[8, 4, 4, 4, 1], [4, 2, 2, 8, 1], [8, 4, 1, 2, 1]]),
     ],
 )
 def test_three_rounds_by_hand(rotation: KRotation, rounds: list[list[int]]) -> None:
@@ -27,17 +29,19 @@ def test_three_rounds_by_hand(rotation: KRotation, rounds: list[list[int]]) -> N
         assert experts_of_round([8, 4, 2, 8, 1], rotation, number) == wanted
 
 
-@given(afforded=budgets)
-def test_half_of_the_turns_are_at_what_a_client_affords_and_the_others_at_each_smaller_k(
-    afforded: list[int],
+@given(afforded=budgets, rotation=st.sampled_from(("smaller", "all")))
+def test_half_of_the_turns_are_at_what_a_client_affords_and_the_others_at_each_other_k(
+    afforded: list[int], rotation: KRotation
 ) -> None:
-    cycle = 2 * 12  # a multiple of twice 1 to 4 smaller k
-    rounds = [experts_of_round(afforded, "smaller", number) for number in range(1, cycle + 1)]
+    cycle = 2 * 12  # a multiple of twice 1 to 4 other k
+    rounds = [experts_of_round(afforded, rotation, number) for number in range(1, cycle + 1)]
     for client, k in enumerate(afforded):
         turns = Counter(chosen[client] for chosen in rounds)
-        smaller = {other for other in afforded if other < k}
-        others = {other: cycle // 2 // len(smaller) for other in smaller}
-        assert turns == {k: cycle // 2 if smaller else cycle} | others
+        other = {other for other in afforded if other < k}
+        if rotation == "all" and k > min(afforded):
+            other = {*afforded} - {k}
+        between = {turn: cycle // 2 // len(other) for turn in other}
+        assert turns == {k: cycle // 2 if other else cycle} | between
 
 
 @given(budgets, st.integers(1, 9))

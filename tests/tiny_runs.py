@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from fedflame.cli import app
 from fedflame.commands.run import Existing, execute
 from fedflame.config import RunConfig, load_config
+from fedflame.wire.buffer import pack, unpack
 
 SETTINGS = (
     "data.max_rows=48",
@@ -85,3 +86,10 @@ def adapter_bytes(run: Path) -> bytes:
 def checkpoint_bytes(run: Path) -> bytes:
     """The run's checkpoint."""
     return (run / "checkpoint" / "state.safetensors").read_bytes()
+
+
+def state_bytes(run: Path) -> bytes:
+    """What the checkpoint hands to the next round: all but the length of metrics.jsonl, whose times vary."""
+    tensors, header = unpack(checkpoint_bytes(run))
+    del header["metrics_bytes"]
+    return pack(tensors, header)

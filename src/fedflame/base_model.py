@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +24,16 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from fedflame.choices import Dtype
 from fedflame.config import EMBEDDED_MODEL
 from fedflame.errors import UserError
 from fedflame.mapped_base import map_base
-from fedflame.model_shape import Dtype, ModelShape, read_model_shape
+from fedflame.model_shape import ModelShape, read_model_shape
 
 PROBE_ROWS, PROBE_RANK, PROBE_REPEATS = 64, 8, 15
+_LOADING = threading.Lock()
+"""transformers replaces methods of its classes and torch's default dtype while it loads a model: of two
+threads at once, the one that ends last would leave them replaced, and tied weights untied ever after."""
 NARROW = 256
 HUB_TIMEOUT_SECONDS = 10.0
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
@@ -70,6 +76,25 @@ def model_config_path(name_or_path: str) -> Path:
         raise UserError(_load_error(name_or_path, error)) from error
 
 
+def model_digest(name_or_path: str) -> str:
+    """BLAKE2b of all that decides what a model computes: weights, configuration and tokenizer, in hex.
+
+    Raises:
+        UserError: a hub id that cannot be reached, or a file that cannot be read.
+    """
+    source = resolve_model(name_or_path)
+    folder = Path(source) if Path(source).is_dir() else Path(_downloaded(source))
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "blake2b").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
 def load_base_model(
     name_or_path: str, dtype: str, memory_map: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -87,7 +112,8 @@ def load_base_model(
     read_model_shape(model_config_path(name_or_path))  # refuses what is no mixture of experts at once
     try:
         _require_folder_complete(source)
-        model, loading = _from_pretrained(source, getattr(torch, dtype), memory_map)
+        with _LOADING:
+            model, loading = _from_pretrained(source, getattr(torch, dtype), memory_map)
         tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=_is_local(source))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_error(name_or_path, error)) from error

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
-from typing import Literal
 
+from fedflame.choices import Checkpointed, Dtype, Trainable, UpdateDtype
 from fedflame.errors import UserError
-from fedflame.model_shape import Dtype, ModelShape, Projection, base_parameters, read_model_shape
+from fedflame.model_shape import ModelShape, Projection, base_parameters, read_model_shape
 
 __all__ = [
     "AdapterSize",
-    "Dtype",
     "FlopTerms",
     "MemoryEstimate",
     "ModelShape",
@@ -35,13 +34,11 @@ __all__ = [
     "validate_tiers",
 ]
 
+_VALUE_BYTES: dict[UpdateDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
+
 # What backward needs of norms, attention and its LoRA, in bytes per token, layer and unit of H. Measured
 # with saved-tensor hooks on OLMoE with sdpa: 40.6 in fp32, 42.6 in bf16 (where norms keep fp32 copies).
 _SAVED_BYTES_PER_WIDTH = 43
-
-
-Half = Literal["both", "A", "B"]
-"""What of every pair A, B."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,8 @@ class AdapterSize:
     attention: int
     rescalers: int
     counts: int
+    matrices: int
+    """A and B of each module; gate and up of an expert are one module."""
 
     @property
     def total(self) -> int:
@@ -82,10 +81,10 @@ class AdapterSize:
         """The whole adapter and the rescalers in fp32."""
         return 4 * (self.total + self.rescalers)
 
-    @property
-    def bytes_up(self) -> int:
+    def bytes_up(self, update_dtype: UpdateDtype) -> int:
         """An upper bound, since experts without a token are not sent; with the int64 counts."""
-        return self.bytes_down + 8 * self.counts
+        scales = 4 * self.matrices if update_dtype == "int8" else 0
+        return _VALUE_BYTES[update_dtype] * self.total + scales + 4 * self.rescalers + 8 * self.counts
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def training_flops_per_token(
 
 
 def adapter_parameters(
-    shape: ModelShape, r: int, target_modules: Collection[str], half: Half = "both"
+    shape: ModelShape, r: int, target_modules: Collection[str], half: Trainable = "both"
 ) -> AdapterSize:
     """Sizes of banks A1, B1, A2, B2 and of A [R,in], B [out,R] (`messages.Adapter`), or of a half of them."""
     targets, inner = _targets(shape, target_modules), shape.expert_matrices - 1
@@ -193,10 +192,12 @@ def adapter_parameters(
         attention=len(shape.sparse_layers) * attention,
         rescalers=shape.moe_layers,
         counts=shape.moe_layers * shape.num_experts,
+        matrices=(2 if half == "both" else 1)
+        * (2 * shape.moe_layers * shape.num_experts + len(shape.sparse_layers) * len(targets)),
     )
 
 
-def _low_rank(projections: Sequence[tuple[int, int]], r: int, half: Half) -> int:
+def _low_rank(projections: Sequence[tuple[int, int]], r: int, half: Trainable) -> int:
     """Values of the LoRA on projections (in, out)."""
     return sum(r * (fan_in * (half != "B") + fan_out * (half != "A")) for fan_in, fan_out in projections)
 
@@ -209,7 +210,7 @@ def training_memory(
     tokens_per_step: int,
     dtype: Dtype,
     labelled_share: float = 1.0,
-    gradient_checkpointing: Literal["none", "experts", "layers"] = "none",
+    gradient_checkpointing: Checkpointed = "none",
 ) -> MemoryEstimate:
     """Base in `dtype`; adapter, gradients and AdamW's two moments in fp32; an estimate of activations.
 
@@ -261,12 +262,13 @@ def tier_costs(
     target_modules: Collection[str],
     sequence_length: int,
     labelled_share: float = 1.0,
-    halves: Sequence[Half] = ("both",),
+    halves: Sequence[Trainable] = ("both",),
+    update_dtype: UpdateDtype = "float32",
 ) -> list[TierCost]:
     """One row per tier, in the order given.
 
     r is the rank of the run, which `relative_to_full` is taken to. A method trains and sends `halves` in
-    turn: the largest of them counts. FLOPs are those of both halves.
+    turn, as `update_dtype`: the largest of them counts. FLOPs are those of both halves.
     """
     validate_tiers(tiers, shape)
     setting = (target_modules, sequence_length, labelled_share)
@@ -285,7 +287,7 @@ def tier_costs(
                 relative_to_full=forward / full,
                 training_flops_per_token=training,
                 bytes_down=adapter_parameters(shape, tier.rank, target_modules).bytes_down,
-                bytes_up=max(size.bytes_up for size in sizes),
+                bytes_up=max(size.bytes_up(update_dtype) for size in sizes),
             )
         )
     return costs

@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from fedflame.config import RunConfig, load_config
-from fedflame.errors import UserError
+from fedflame.config import RunConfig, load_config, validated
+from fedflame.errors import USER_ERROR, UserError
 
 INTERRUPTED = 130
-USER_ERROR = 2
 CELL_FAILED = 1
+CHECK_FAILED = 1
 
 app = typer.Typer(
     help="Federated fine-tuning of sparse-mixture-of-experts language models on unequal machines.",
@@ -25,6 +25,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+hub_app = typer.Typer(
+    help="Set up and check the hub of a federation over NVIDIA FLARE.", no_args_is_help=True
+)
+site_app = typer.Typer(help="Set up and check a site that takes part.", no_args_is_help=True)
+app.add_typer(hub_app, name="hub")
+app.add_typer(site_app, name="site")
 
 ConfigFile = Annotated[
     Path | None, typer.Argument(help="TOML file; without it, the embedded model and data.")
@@ -56,6 +63,10 @@ def run(
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that train clients side by side, with the same result.")
     ] = 1,
+    engine: Annotated[
+        Literal["nvflare", "flower"] | None, typer.Option(help="Train at sites behind this engine, not here.")
+    ] = None,
+    hub: Annotated[Path | None, typer.Option(help="TOML file of the hub: its sites and the engine.")] = None,
     debug: Debug = False,
 ) -> None:
     """Fine-tune one model across unequal clients; leaves adapter, metrics and report in a run folder."""
@@ -63,6 +74,8 @@ def run(
     with _user_errors(debug):
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other; give one")
+        if (engine is None) != (hub is None) or (engine and workers > 1):
+            raise UserError("--engine and --hub go together, and without --workers: the sites train")
         config = _config(config_file, overrides, data, model, output_dir)
         text = config_file.read_text(encoding="utf-8") if config_file else ""
         _quiet_libraries()
@@ -71,7 +84,13 @@ def run(
         existing: Literal["refuse", "resume", "overwrite"] = (
             "resume" if resume else "overwrite" if overwrite else "refuse"
         )
-        folder = execute(config, text, existing, console, workers)
+        sites = None
+        if engine is not None and hub is not None:
+            from fedflame.commands.sites import open_sites
+            from fedflame.engines.hub import load_hub
+
+            sites = open_sites(engine, load_hub(hub))
+        folder = execute(config, text, existing, console, workers, sites)
         written = [folder / name for name in ("report.html", "adapter") if (folder / name).exists()]
         console.print("\n".join(f"{path.stem}: {path}" for path in written), soft_wrap=True)
 
@@ -123,6 +142,125 @@ def compare(
         _quiet_libraries()
         if not run_comparison(grid_file, given, output_dir, workers, console):
             raise typer.Exit(CELL_FAILED)
+
+
+@app.command()
+def split(
+    output_dir: Annotated[Path, typer.Option(help="Folder for the files; empty or not there yet.")],
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    debug: Debug = False,
+) -> None:
+    """Write each client's rows into a file of its own, for sites that train the same experiment."""
+    console = Console()
+    with _user_errors(debug):
+        config = _config(config_file, overrides, data, model, None)
+        _quiet_libraries()
+        from fedflame.commands.split import split as write_parts
+
+        write_parts(config, output_dir, console)
+
+
+@hub_app.command("init")
+def hub_init(
+    folder: Annotated[Path, typer.Argument(help="Folder for kits and the hub's file.")],
+    sites: Annotated[str, typer.Option(help="Names of the sites, comma-separated; call again to add some.")],
+    host: Annotated[str, typer.Option(help="The hub's name as the sites resolve it.")],
+    admin: Annotated[str, typer.Option(help="Mail address of who may start runs.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The one TCP port of the hub.")] = 8002,
+    debug: Debug = False,
+) -> None:
+    """Make certificates and kits for a hub and its sites, and say what to do with them."""
+    with _user_errors(debug):
+        _quiet_libraries()
+        from fedflame.commands.hub import init_hub
+        from fedflame.engines.hub import Hub
+        from fedflame.engines.nvflare.provision import Federation
+
+        names = validated(Hub, {"sites": sites}, "--sites").site_names()
+        init_hub(folder, Federation(host, port, names, admin), Console())
+
+
+@hub_app.command("check")
+def hub_check(
+    hub: Annotated[Path, typer.Argument(help="The hub's file.")],
+    config_file: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Test certificate, port, clock, disk, server, sites and model, and say what to mend."""
+    with _user_errors(debug):
+        _quiet_libraries()
+        from fedflame.commands.hub import check_hub
+        from fedflame.engines.hub import load_hub
+
+        config = load_config(config_file, []) if config_file else None
+        if not check_hub(load_hub(hub), config, Console()):
+            raise typer.Exit(CHECK_FAILED)
+
+
+@site_app.command("init")
+def site_init(
+    folder: Annotated[Path, typer.Argument(help="Folder for the site's file and the trainer's state.")],
+    data: Annotated[str, typer.Option(help="The rows to train on: a data file or a hub id.")],
+    active_experts: Annotated[int, typer.Option(min=1, help="Experts per token that this machine affords.")],
+    allow_model: Annotated[
+        list[str],
+        typer.Option(help="A base model that may be trained: NAME or NAME=FOLDER; may be repeated."),
+    ],
+    kit: Annotated[
+        Path | None, typer.Option(help="Over NVIDIA FLARE: the kit that the hub's administrator sent.")
+    ] = None,
+    superlink: Annotated[str, typer.Option(help="Over Flower: host and port of the SuperLink.")] = "",
+    root_certificates: Annotated[
+        Path, typer.Option(help="Over Flower: PEM file of who signed the SuperLink's certificate.")
+    ] = Path("ca.crt"),
+    name: Annotated[str, typer.Option(help="Over Flower: what the hub's file calls this site.")] = "",
+    debug: Debug = False,
+) -> None:
+    """Write the site's file and its services, and say what to do with them."""
+    with _user_errors(debug):
+        _quiet_libraries()
+        from fedflame.commands.site import NewSite, flower_engine, init_site, nvflare_engine, parse_models
+
+        new = NewSite(data, active_experts, parse_models(allow_model))
+        if kit is not None and not superlink:
+            engine = nvflare_engine(kit)
+        elif superlink and name and kit is None:
+            engine = flower_engine(name, folder, superlink, root_certificates)
+        else:
+            raise UserError("site init needs either --kit (NVIDIA FLARE) or --superlink and --name (Flower)")
+        init_site(folder, new, engine, Console())
+
+
+@site_app.command("check")
+def site_check(site: Annotated[Path, typer.Argument(help="The site's file.")], debug: Debug = False) -> None:
+    """Test certificate, port, clock, disk, data, models and trainer, and say what to mend."""
+    with _user_errors(debug):
+        _quiet_libraries()
+        from fedflame.commands.site import check_site
+        from fedflame.trainer.site import load_site
+
+        if not check_site(load_site(site), Console()):
+            raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def trainer(
+    site: Annotated[Path, typer.Option(help="TOML file of this site: its data, its k, what it allows.")],
+    once: Annotated[
+        bool, typer.Option("--once", help="Do not start again after a crash; for systemd and the like.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve this site's rows and k to the federation's engine, until interrupted."""
+    console = Console()
+    with _user_errors(debug):
+        _quiet_libraries()
+        from fedflame.commands.trainer import run_trainer
+
+        run_trainer(site, once, console)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from fedflame.choices import Checkpointed, Trainable, UpdateDtype
 from fedflame.errors import UserError
 from fedflame.k_rotation import KRotation, experts_of_round
 
@@ -117,7 +118,7 @@ class TrainingConfig(_Section):
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """FedProx (arXiv 1812.06127), under every method: mu/2 times the squared distance from the adapter
     that the client was given is added to its objective; 0 for none."""
-    gradient_checkpointing: Literal["none", "experts", "layers"] = "none"
+    gradient_checkpointing: Checkpointed = "none"
     """Keep less for the backward, which computes it again: less memory, more time, the same result.
     `experts`: all but the experts' activations, the largest part, which costs their first product again;
     `layers`: only the input of each layer, which costs a second forward."""
@@ -134,7 +135,7 @@ RANK_METHODS = ("hetlora", "flexlora", "flora")
 """Each client runs all K experts and trains the rank that it affords."""
 MERGING_METHODS = ("flora", "fedex_lora")
 """Each round adds the ranks of its clients to the factors that are merged into the base."""
-TRAINED_HALVES: dict[str, tuple[Literal["A", "B"], ...]] = {"ffa_lora": ("B",), "rolora": ("B", "A")}
+TRAINED_HALVES: dict[str, tuple[Trainable, ...]] = {"ffa_lora": ("B",), "rolora": ("B", "A")}
 """Of methods whose clients train and send one half of the adapter, in turn where there are two."""
 _ALIKE = {"active_experts", "rank"}
 METHOD_OPTIONS = {
@@ -175,9 +176,12 @@ class StrategyConfig(_Section):
     """FLAME: the server keeps an adapter for every k of the clients. An update that was trained with k'
     counts in that of k by this number to the power of the doublings between k and k': 1, 0.7, 0.49 and
     so on. With 1 there is one adapter for all, as in the paper; with 0 every k learns from its own only."""
-    k_rotation: KRotation = "smaller"
+    k_rotation: Literal["auto", "none", "smaller", "all"] = "auto"
     """FLAME: the k that a client trains with. `smaller`: every second time what it affords, between them the
-    smaller k of other clients in turn; `none`: what it affords, as in the paper."""
+    smaller k of other clients in turn; `all`: between them the larger ones, too, with fewer steps, so that a
+    round costs no more (who affords the least keeps to that); `none`: what it affords, as in the paper.
+    `auto`: `all` where `training.budget` is compute, so that k says how much a client can spend, else
+    `smaller`."""
     learning_rate_exponent: Annotated[float, Field(ge=0, le=1)] = 0.0
     """FLAME: a client that trains with k experts per token has the learning rate times (K/k) to this power;
     0 for the same at every k."""
@@ -211,6 +215,12 @@ class ServerConfig(_Section):
     """Usable updates a round needs; with fewer the run stops and keeps its checkpoint."""
 
 
+class CommunicationConfig(_Section):
+    update_dtype: UpdateDtype = "float32"
+    """How clients send what they learned: as it is, or rounded to bfloat16, or to int8 with a scale per
+    expert and matrix. What rounding takes from an update is added to the client's next one."""
+
+
 class EvaluationConfig(_Section):
     split: Literal["test", "validation"] = "test"
     """Which held-out rows to score. `validation`: rows to tune on, with the same training rows and no row
@@ -218,8 +228,10 @@ class EvaluationConfig(_Section):
     leaves out."""
     rows_per_category: Annotated[int, Field(ge=1)] = 20
     """Held-out rows per category."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 1
+    """Rounds between evaluations; 0 for before and after the run only."""
     generate_every: Annotated[int, Field(ge=0)] = 3
-    """Rounds between scores by generation; 0 for before and after the run only."""
+    """Rounds between scores by generation, if they are evaluated; 0 for before and after the run only."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 24
     """Tokens generated per row."""
     batch_size: Annotated[int, Field(ge=1)] = 50
@@ -238,6 +250,7 @@ class RunConfig(_Section):
     training: TrainingConfig = TrainingConfig()
     strategy: StrategyConfig = StrategyConfig()
     server: ServerConfig = ServerConfig()
+    communication: CommunicationConfig = CommunicationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def tiers(self) -> list[int]:
@@ -264,9 +277,15 @@ class RunConfig(_Section):
         Methods other than FLAME overrule budgets, in every round alike.
         """
         if self.strategy.name == "flame":
-            return experts_of_round(self.tiers(), self.strategy.k_rotation, round_number)
+            return experts_of_round(self.tiers(), self.k_rotation(), round_number)
         chosen = "full" if self.strategy.name in RANK_METHODS else self.strategy.active_experts
         return _alike(chosen, self.tiers(), num_experts_per_tok)
+
+    def k_rotation(self) -> KRotation:
+        """`strategy.k_rotation`, once `auto` has been decided."""
+        if self.strategy.k_rotation != "auto":
+            return self.strategy.k_rotation
+        return "all" if self.training.budget == "compute" else "smaller"
 
     def trained_ranks(self, num_experts_per_tok: int) -> list[int]:
         """The LoRA rank each client trains on a model with this K, in client order."""
@@ -302,6 +321,17 @@ class RunConfig(_Section):
         if training.lr_scheduler_type == "constant":
             return training.learning_rate
         return training.learning_rate * (1 + math.cos(math.pi * (round_number - 1) / rounds)) / 2
+
+    def is_due(self, every: int, round_number: int) -> bool:
+        """Whether something that is done every so many rounds, and before and after the run, is due."""
+        return round_number in (0, self.server.num_server_rounds) or (every > 0 and round_number % every == 0)
+
+    def error_feedback(self) -> bool:
+        """Whether clients keep what rounding took for their next update.
+
+        Not under FLoRA, whose clients start every round from other factors.
+        """
+        return self.communication.update_dtype != "float32" and self.strategy.name != "flora"
 
     def clients_per_round(self) -> int:
         """Clients sampled in each round."""
@@ -410,14 +440,14 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str = "config file") -> dict[str, Any]:
     """The tables of a TOML file; UserError where it cannot be read or is no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror or error}") from error
+        raise UserError(f"{what} {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path}: not TOML: {error}") from error
+        raise UserError(f"{what} {path}: not TOML: {error}") from error
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from fedflame.budgets import (
     AdapterSize,
-    Dtype,
     MemoryEstimate,
     ModelShape,
     Tier,
@@ -19,7 +18,8 @@ from fedflame.budgets import (
     training_flops_per_token,
     training_memory,
 )
-from fedflame.config import MERGING_METHODS, TRAINED_HALVES, RunConfig, TrainingConfig
+from fedflame.choices import Dtype
+from fedflame.config import MERGING_METHODS, TRAINED_HALVES, RunConfig
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def run_cost(
     rows = sorted([*trained, *((k, r) for k in idle)], reverse=True)
     tiers = [Tier(k, rank, trained[k, rank]) for k, rank in rows]
     setting = (targets, sequence_length, labelled_share)
-    costs = tier_costs(shape, tiers, r, *setting, TRAINED_HALVES.get(config.strategy.name, ("both",)))
+    halves = TRAINED_HALVES.get(config.strategy.name, ("both",))
+    costs = tier_costs(shape, tiers, r, *setting, halves, config.communication.update_dtype)
     memory = []
     for k, rank in rows:
         tokens = max(
@@ -127,17 +128,19 @@ def training_flops(
     return training_flops_per_token(shape, k, rank, targets, sequence_length, labelled_share).total
 
 
-def local_steps(training: TrainingConfig, afforded: float, spent: float) -> int:
+def local_steps(config: RunConfig, afforded: float, spent: float) -> int:
     """A client's optimizer steps per round under `training.budget`; at least one.
 
-    A step has the client's own number of tokens whatever it trains, so that costs per token decide.
+    A step has the client's own number of tokens whatever it trains, so that costs per token decide. Under
+    FLAME no round costs more than the client affords: a turn with a larger k has fewer steps in any case.
 
     Args:
-        training: has the budget and `max_steps`.
+        config: has the budget, `max_steps` and the method.
         afforded: training FLOPs per token at the k that the client affords and the run's rank.
         spent: training FLOPs per token at the k and rank that the method gives it.
     """
-    if training.budget == "steps":
+    training = config.training
+    if training.budget == "steps" and not (config.strategy.name == "flame" and spent > afforded):
         return training.max_steps
     return max(1, round(training.max_steps * afforded / spent))
 
@@ -156,6 +159,6 @@ def _client_costs(
         afforded = flops_per_token(affords, config.adapter.r)
         for k in sorted({trained[client] for trained in by_round}, reverse=True):
             spent = flops_per_token(k, rank)
-            steps = local_steps(config.training, afforded, spent)
+            steps = local_steps(config, afforded, spent)
             costs.append(ClientCost(client, k, rank, steps, tokens, steps * tokens * spent))
     return costs

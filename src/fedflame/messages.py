@@ -1,32 +1,20 @@
-"""What travels: `RoundPlan` down to a client, `ClientUpdate` up, their codec and their validation.
+"""What travels: `RoundPlan` down to a client, `ClientUpdate` up, and when an update may be used.
 
-Shape legend: L MoE layers, E experts per layer, H hidden size, I expert width, R rank.
-
-The codec is one safetensors buffer: thousands of small arrays ruin every transport. Of an update
-only the experts that the client activated are written, and only the half that it trained. That is
-lossless: what had no activation or was frozen did not move, so its delta is zero.
+Shape legend: L MoE layers, E experts per layer, H hidden size, I expert width, R rank. As bytes: see `wire`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn.functional import pad
 
-FORMAT_VERSION = 1
-
-RescalerMode = Literal["learned", "fixed", "mass"]
-"""How a client treats s: train it, keep it, or measure it on its rows and keep that."""
-Trainable = Literal["both", "A", "B"]
-"""The half of every product B A that a client trains; a frozen half keeps its bits."""
+from fedflame.choices import RescalerMode, Trainable, UpdateDtype
+from fedflame.errors import InvalidMessage
 
 
 @dataclass(frozen=True)
@@ -182,6 +170,10 @@ class RoundPlan:
     rank_penalty: float = 0.0
     """Of HetLoRA: the objective has this times ||B|| ||A|| of the ranks from `kept_rank` on more."""
     kept_rank: int = 0
+    update_dtype: UpdateDtype = "float32"
+    """How the client sends its delta."""
+    error_feedback: bool = False
+    """Whether what rounding takes from this delta is added to the client's next one."""
 
 
 @dataclass(frozen=True)
@@ -206,47 +198,6 @@ class ClientUpdate:
     """Mean response loss over the round's steps, nats per token."""
     trainable: Trainable = "both"
     """Of the other half `delta` is zero."""
-
-
-class InvalidMessage(Exception):
-    """A buffer or an update that must not be used; the message is the reason."""
-
-
-def encode_plan(plan: RoundPlan) -> bytes:
-    """One buffer with everything the client needs."""
-    tensors = plan.adapter.tensors() | plan.merged.tensors(MERGED_PREFIX)
-    return _encode("plan", plan, tensors | {"rescaler_values": plan.rescaler_values})
-
-
-def decode_plan(buffer: bytes) -> RoundPlan:
-    """The inverse of `encode_plan`, bit for bit. Raises InvalidMessage."""
-    header, tensors = _decode("plan", buffer)
-    adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
-    plan: RoundPlan = _build(RoundPlan, header, tensors, adapter=adapter, merged=merged)
-    return plan
-
-
-def encode_update(update: ClientUpdate) -> bytes:
-    """One buffer with the trained half only, and of its expert banks the experts that were activated."""
-    attention = {
-        name: delta if is_trained(name, update.trainable) else delta.narrow(rank_dim(name), 0, 0)
-        for name, delta in update.delta.attention.items()
-    }
-    experts = {name: delta[_moved_experts(name, update)] for name, delta in update.delta.experts.items()}
-    tensors = {"rescaler_values": update.rescaler_values, "counts": update.counts}
-    return _encode("update", update, Adapter(experts, attention).tensors() | tensors)
-
-
-def decode_update(buffer: bytes) -> ClientUpdate:
-    """The inverse of `encode_update`: what did not travel comes back as zeros. Raises InvalidMessage."""
-    header, tensors = _decode("update", buffer)
-    packed: ClientUpdate = _build(ClientUpdate, header, tensors, delta=Adapter.from_tensors(tensors))
-    try:
-        experts = {name: _unpack_bank(name, rows, packed) for name, rows in packed.delta.experts.items()}
-        attention = {name: _unpack(name, value, packed) for name, value in packed.delta.attention.items()}
-    except (IndexError, RuntimeError, ValueError, TypeError) as error:
-        raise InvalidMessage(f"expert banks do not fit the activation counts: {error}") from error
-    return replace(packed, delta=Adapter(experts, attention))
 
 
 def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
@@ -299,79 +250,3 @@ def _validate_counts(update: ClientUpdate, plan: RoundPlan) -> None:
         raise InvalidMessage(f"counts must lie between 0 and the {update.tokens} tokens trained on")
     if bool((counts.sum(1) > update.tokens * k).any()):
         raise InvalidMessage(f"counts of a layer exceed tokens x k = {update.tokens} x {k}")
-
-
-def _moved_experts(bank: str, update: ClientUpdate) -> Tensor:
-    activated = update.counts[int(bank.split(".")[0])] > 0
-    return torch.nonzero(activated & is_trained(bank, update.trainable)).squeeze(1)
-
-
-def _unpack_bank(bank: str, rows: Tensor, packed: ClientUpdate) -> Tensor:
-    indices, experts = _moved_experts(bank, packed), packed.counts.shape[1]
-    if len(indices) != len(rows):
-        raise ValueError(f"{bank} has {len(rows)} experts, {len(indices)} were activated and trained")
-    return torch.zeros(experts, *rows.shape[1:], dtype=rows.dtype).index_copy(0, indices, rows)
-
-
-def _unpack(name: str, value: Tensor, packed: ClientUpdate) -> Tensor:
-    if is_trained(name, packed.trainable):
-        return value
-    if value.numel():
-        raise InvalidMessage(f"update has values in {name}; it says that it trained {packed.trainable}")
-    shape = list(value.shape)
-    shape[rank_dim(name)] = packed.delta.rank
-    return torch.zeros(shape, dtype=value.dtype)
-
-
-def _encode(kind: str, message: RoundPlan | ClientUpdate, tensors: dict[str, Tensor]) -> bytes:
-    scalars = {name: value for name, value in vars(message).items() if isinstance(value, int | float | str)}
-    header = {"fedflame": json.dumps({"kind": kind, "version": FORMAT_VERSION, **scalars})}
-    return save({name: value.contiguous() for name, value in tensors.items()}, metadata=header)
-
-
-def read_header(buffer: bytes) -> dict[str, Any]:
-    """The JSON object under `fedflame` in the metadata of a safetensors buffer.
-
-    Raises:
-        ValueError, KeyError, TypeError, RecursionError: there is none.
-    """
-    size = int.from_bytes(buffer[:8], "little")
-    return dict(json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"]["fedflame"]))
-
-
-def _decode(kind: str, buffer: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        tensors, header = load(buffer), read_header(buffer)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InvalidMessage(f"not a fedflame {kind}: {error}") from error
-    if (header.get("kind"), header.get("version")) != (kind, FORMAT_VERSION):
-        got = f"{header.get('kind')} version {header.get('version')}"
-        raise InvalidMessage(f"got {got}; {kind} version {FORMAT_VERSION} is needed")
-    return header, tensors
-
-
-def _build(cls: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], **parts: Adapter) -> Any:
-    scalars = {name: value for name, value in header.items() if name not in ("kind", "version")}
-    arrays = {name: tensors[name] for name in ("rescaler_values", "counts") if name in tensors}
-    given = [*scalars, *arrays, *parts]
-    hints = get_type_hints(cls)
-    types = {field.name: hints[field.name] for field in fields(cls)}
-    if sorted(given) != sorted(types):  # defaults are for callers: on the wire every field is said once
-        wrong = sorted(set(given) ^ set(types)) or sorted(name for name in types if given.count(name) > 1)
-        raise InvalidMessage(f"fields missing, unknown or said twice: {', '.join(wrong)}")
-    message = cls(**scalars, **arrays, **parts)
-    for name, wanted in types.items():
-        _validate_type(name, wanted, getattr(message, name))
-    return message
-
-
-def _validate_type(name: str, wanted: Any, value: object) -> None:
-    """Refuse what JSON can hold and the field cannot: NaN tokens or rows would pass every comparison."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise InvalidMessage(f"{name} is an integer of more than 64 bits")
-    choices = get_args(wanted)  # of a Literal; other fields have none
-    if choices and value not in choices:
-        raise InvalidMessage(f"{name} is {value!r}; {', '.join(choices)} are allowed")
-    allowed = {int: (int,), float: (float, int), Tensor: (Tensor,)}.get(wanted)
-    if allowed is not None and type(value) not in allowed:
-        raise InvalidMessage(f"{name} is of type {type(value).__name__}; {wanted.__name__} is needed")

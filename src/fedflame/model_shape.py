@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fedflame.errors import UserError
 from fedflame.refused_families import refusal
@@ -19,9 +19,6 @@ _SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_expert
 _REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _UNGATED = ("nemotron_h",)
 _LATENT_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-"""Of the frozen base, under its name in the configuration."""
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,10 @@ class Reporter(Protocol):
     def message(self, text: str) -> None:
         """Say one line."""
 
-    def start_client(self, round_number: int, client: int, active_experts: int) -> None:
+    def start_client(self, round_number: int, name: str, active_experts: int) -> None:
         """A client begins its steps."""
 
-    def end_client(self, client: int) -> None:
+    def end_client(self, name: str) -> None:
         """A client has answered."""
 
     def step(self, tokens: int) -> None:
@@ -78,10 +78,10 @@ class LineReporter:
     def message(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def start_client(self, round_number: int, client: int, active_experts: int) -> None:
+    def start_client(self, round_number: int, name: str, active_experts: int) -> None:
         pass
 
-    def end_client(self, client: int) -> None:
+    def end_client(self, name: str) -> None:
         pass
 
     def step(self, tokens: int) -> None:
@@ -95,18 +95,18 @@ class BarReporter(LineReporter):
         super().__init__(console)
         self._progress = progress
         self._task = progress.add_task("", total=total_steps, clients="", speed="")
-        self._working: dict[int, str] = {}
+        self._working: dict[str, str] = {}
         self._tokens, self._start = 0, time.monotonic()
 
-    def start_client(self, round_number: int, client: int, active_experts: int) -> None:
+    def start_client(self, round_number: int, name: str, active_experts: int) -> None:
         if not self._working:
             self._tokens, self._start = 0, time.monotonic()
-        self._working[client] = f"client {client} (k={active_experts})"
+        self._working[name] = f"{name} (k={active_experts})"
         text = f"round {round_number}: {', '.join(self._working.values())}"
         self._progress.update(self._task, clients=text)
 
-    def end_client(self, client: int) -> None:
-        del self._working[client]
+    def end_client(self, name: str) -> None:
+        del self._working[name]
 
     def step(self, tokens: int) -> None:
         self._tokens += tokens

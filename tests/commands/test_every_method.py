@@ -187,14 +187,15 @@ def test_clients_take_their_turns_and_every_tier_learns_an_adapter(
     settings = ("training.budget=compute", "training.max_steps=6")
     shown = a_run("flame", tiny_folder, tmp_path / "run", *settings)
     updates = events(tmp_path / "run", "client")
-    assert [e["active_experts"] for e in updates] == [4, 1, 1, 2, 2, 1]
+    assert [e["active_experts"] for e in updates] == [4, 4, 1, 2, 2, 1]
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     turns = {(cost["client"], cost["trained_experts"]): cost["steps"] for cost in plan["clients"]}
     assert turns.keys() == {(e["client"], e["active_experts"]) for e in updates}
     assert [turns[e["client"], e["active_experts"]] for e in updates] == [e["steps"] for e in updates]
-    assert turns[0, 4] == 6 < turns[0, 2]
+    assert turns[1, 4] < 6 == turns[0, 4] < turns[0, 2]
     flops = {tier["active_experts"]: tier["training_flops_per_token"] for tier in plan["tiers"]}
     assert abs(turns[0, 2] * flops[2] - 6 * flops[4]) < flops[2]
+    assert abs(turns[1, 4] * flops[4] - 6 * flops[2]) < flops[4]
     assert "trains at" in shown
     state = read_checkpoint(tmp_path / "run").state
     assert list(state.tier_adapters) == [2, 1]

@@ -17,13 +17,13 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedflame.budgets import adapter_parameters, read_model_shape
+from fedflame.choices import Checkpointed
 from fedflame.client import fine_tune, token_losses
 from fedflame.data.batches import Batch, EncodedRow
 from fedflame.errors import UserError
 from fedflame.messages import Adapter, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import MoELayer, find_moe_layers
-from fedflame.moe.gradient_checkpointing import Checkpointed
 from fedflame.moe.merged_base import merge_into
 from fedflame.refused_families import REFUSED_FAMILIES
 

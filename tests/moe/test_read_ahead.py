@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import save_file
 from tests.tiny_models import ALPHA, ATTENTION, PAD, RANK, TOP_K, random_batch, tiny_olmoe
 
+from fedflame.choices import Checkpointed
 from fedflame.client import fine_tune, token_losses
 from fedflame.data.batches import EncodedRow
 from fedflame.mapped_base import load_mapped
-from fedflame.messages import RoundPlan, encode_update
+from fedflame.messages import RoundPlan
 from fedflame.moe import read_ahead as module
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import MoELayer
-from fedflame.moe.gradient_checkpointing import Checkpointed
 from fedflame.moe.read_ahead import read_ahead
+from fedflame.wire.codec import encode_update
 
 LAYERS = 3
 
@@ -33,7 +34,8 @@ def update_bytes(adapted: AdaptedModel) -> bytes:
         adapter=adapted.initial_adapter(0), learning_rate=0.01, weight_decay=0.1, batch_size=2, max_steps=3,
     )  # fmt: skip
     rows = torch.randint(3, 50, (4, 13), generator=torch.Generator().manual_seed(3)).tolist()
-    return encode_update(fine_tune(adapted, [EncodedRow(row, 3, False) for row in rows], plan, PAD))
+    update = fine_tune(adapted, [EncodedRow(row, 3, False) for row in rows], plan, PAD)
+    return encode_update(update, plan)
 
 
 def test_an_update_has_the_same_bytes() -> None:

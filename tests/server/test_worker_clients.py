@@ -12,9 +12,11 @@ from tests.tiny_models import VOCABULARY
 from tests.tiny_runs import tiny_config
 
 from fedflame.data.batches import EncodedRow
-from fedflame.messages import RoundPlan, encode_plan
+from fedflame.error_feedback import Residuals
+from fedflame.messages import RoundPlan
 from fedflame.server.local_clients import LocalClients, load_adapted_model
 from fedflame.server.worker_clients import WorkerClients, WorkerSetup
+from fedflame.wire.codec import encode_plan
 
 CLIENTS = 5
 
@@ -28,13 +30,13 @@ def setup(tiny_folder: Path) -> WorkerSetup:
         ids = torch.randint(3, VOCABULARY, (3 + client, 12), generator=generator).tolist()
         rows.append([EncodedRow(row, 5, False) for row in ids])
     config = tiny_config(tiny_folder, tiny_folder.parent / "no-run")
-    return WorkerSetup(config, "float32", rows, 0, torch.get_num_threads())
+    return WorkerSetup(config, "float32", rows, 0, Residuals(Path("never-written")), torch.get_num_threads())
 
 
 @pytest.fixture(scope="module")
 def local(setup: WorkerSetup) -> LocalClients:
     adapted, _ = load_adapted_model(setup.config, setup.dtype)
-    return LocalClients(adapted, setup.rows, setup.pad_token_id)
+    return LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,9 @@ def workers(setup: WorkerSetup) -> Iterator[WorkerClients]:
     assert multiprocessing.active_children() == []
 
 
-def plan(local: LocalClients, client: int, steps: int = 2) -> bytes:
+def plan(local: LocalClients, client: int, steps: int = 2) -> tuple[int, bytes]:
     adapted = local.adapted
-    return encode_plan(
+    return client, encode_plan(
         RoundPlan(
             round=1,
             client=client,
@@ -82,7 +84,7 @@ def test_answers_have_the_bytes_of_one_process_and_the_order_of_the_plans(
 def test_plans_are_taken_when_they_are_needed(local: LocalClients, workers: WorkerClients) -> None:
     taken = []
 
-    def plans() -> Iterator[bytes]:
+    def plans() -> Iterator[tuple[int, bytes]]:
         for client in [0, 1, 2, 3, 4] * 3:
             taken.append(client)
             yield plan(local, client)
@@ -97,11 +99,11 @@ def test_plans_are_taken_when_they_are_needed(local: LocalClients, workers: Work
 def test_a_client_that_raises_is_a_failure_and_the_others_go_on(
     local: LocalClients, workers: WorkerClients
 ) -> None:
-    broken = [plan(local, 1), plan(local, CLIENTS), b"nonsense", plan(local, 2)]
+    broken = [plan(local, 1), plan(local, CLIENTS), (0, b"nonsense"), plan(local, 2)]
     answers = list(workers.train(broken, lambda _: None))
     assert [bool(answer.update) for answer in answers] == [True, False, False, True]
     assert answers[1].failure == "IndexError: list index out of range"
-    assert answers[2].failure.startswith("not a fedflame plan: ")
+    assert answers[2].failure == "8 bytes that are no fedflame message"
 
 
 @pytest.mark.timeout(120)

@@ -31,16 +31,13 @@ from fedflame.messages import (
     Adapter,
     ClientUpdate,
     RoundPlan,
-    decode_plan,
-    decode_update,
-    encode_plan,
-    encode_update,
     half_of,
     validate_update,
 )
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies import FedAvg, FedExLoRA, FFALoRA, FLoRA, RoLoRA
 from fedflame.strategies.base import ClientProfile, ServerState, Strategy
+from fedflame.wire.codec import decode_plan, decode_update, encode_plan, encode_update
 
 K = 2
 CLIENTS = [ClientProfile(client, K, RANK, rows) for client, rows in enumerate((5, 9, 3))]
@@ -115,7 +112,7 @@ def train(
 ) -> ClientUpdate:
     plan = plan_for(strategy, state, client, number)
     trained = fine_tune(adapted, rows_of(client), decode_plan(encode_plan(plan)), PAD)
-    update = decode_update(encode_update(trained))
+    update = decode_update(encode_update(trained, plan), plan)
     validate_update(update, plan)
     received = update.delta.tensors()
     assert all(torch.equal(received[name], value) for name, value in trained.delta.tensors().items())

@@ -20,9 +20,9 @@ from transformers import OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedflame.bench.block import Geometry, random_rows, sharing_copy
+from fedflame.choices import Checkpointed
 from fedflame.messages import Adapter
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.moe.gradient_checkpointing import Checkpointed
 from fedflame.moe.rescaler import rescale
 from fedflame.moe.routed_rows import RoutedRows
 

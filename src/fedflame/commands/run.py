@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fedflame.atomic_file import write_atomically
 from fedflame.base_model import DtypeChoice, choose_dtype, model_config_path
-from fedflame.budgets import Dtype, ModelShape, read_model_shape
+from fedflame.budgets import ModelShape, read_model_shape
+from fedflame.choices import Dtype
 from fedflame.commands.adapter_folder import check_start, initial_state, write_run_adapter
 from fedflame.commands.environment import environment
+from fedflame.commands.sites import Sites, check_sites, site_clients
 from fedflame.commands.tables import cost_table, partition_table, result_table
 from fedflame.config import RunConfig, validated
 from fedflame.cost import RunCost, run_cost, training_flops
@@ -32,6 +34,7 @@ from fedflame.data.federation import (
     encode_federation,
     load_federation,
 )
+from fedflame.error_feedback import Residuals
 from fedflame.errors import UserError
 from fedflame.evaluation import HeldOut
 from fedflame.moe.adapted_model import AdaptedModel
@@ -83,7 +86,12 @@ class Workbench:
 
 
 def execute(
-    config: RunConfig, config_text: str, existing: Existing, console: Console, workers: int = 1
+    config: RunConfig,
+    config_text: str,
+    existing: Existing,
+    console: Console,
+    workers: int = 1,
+    sites: Sites | None = None,
 ) -> Path:
     """Run the configuration to its end and return the run folder.
 
@@ -94,6 +102,7 @@ def execute(
         console: where progress and tables go.
         workers: processes that train clients; with 1 this process does. The adapter's bytes depend on
             the threads of each process, not on their number.
+        sites: the clients, where they are sites behind an engine; None for clients of this machine.
 
     Raises:
         UserError: whatever the user can mend, with the run folder as it was before where the run
@@ -101,12 +110,15 @@ def execute(
     """
     run = Path(config.output_dir)
     _check_run_folder(run, config, existing)
+    if sites is not None:
+        check_sites(config, sites)
     if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
     if existing != "resume":
         check_start(config, console)
-    bench = assemble(config, console, saved_dtype(run) if existing == "resume" else None)
-    checkpoint = _starting_point(run, bench, existing == "resume")
+    names = sites.hub.site_names() if sites is not None else ()
+    bench = assemble(config, console, saved_dtype(run) if existing == "resume" else None, names)
+    checkpoint = _starting_point(run, bench, existing == "resume", sites is not None)
     if existing == "overwrite" and run.exists():
         _remove(run)
     if checkpoint.round == 0 and checkpoint.metrics_bytes == 0:
@@ -114,7 +126,10 @@ def execute(
     remaining = _remaining_steps(bench, checkpoint.round)
     metrics = MetricsFile(run / "metrics.jsonl", checkpoint.metrics_bytes)
     try:
-        with reporter(console, remaining) as progress, _clients(bench, workers) as clients:
+        with (
+            reporter(console, remaining) as progress,
+            _clients(bench, run, workers, sites, progress) as clients,
+        ):
             checkpoint = run_rounds(_server(bench, run, clients, metrics, progress), checkpoint)
     except KeyboardInterrupt as error:
         hint = f"the same command with --resume goes on after round {_rounds_kept(run)}"
@@ -128,13 +143,16 @@ def execute(
     return run
 
 
-def assemble(config: RunConfig, console: Console, dtype: Dtype | None = None) -> Workbench:
+def assemble(
+    config: RunConfig, console: Console, dtype: Dtype | None = None, sites: Sequence[str] = ()
+) -> Workbench:
     """Load and check everything that a run or an evaluation needs, and say what was found.
 
     Args:
         config: what to load.
         console: where tables go.
         dtype: of the frozen base; None for `model.dtype`.
+        sites: names of the clients, where these have rows of their own.
 
     Raises:
         UserError: see `load_base_model`, `load_federation`, `AdaptedModel` and `run_cost`.
@@ -154,7 +172,8 @@ def assemble(config: RunConfig, console: Console, dtype: Dtype | None = None) ->
         f"model {config.model.model_name_or_path} in {choice.name} ({choice.reason}), "
         f"{threads} thread{'s' * (threads > 1)}"
     )
-    console.print(partition_table(describe(federation, config.tiers()), cost.clients, encoded.truncated))
+    clients = describe(federation, config.tiers())
+    console.print(partition_table(clients, cost.clients, encoded.truncated, sites))
     console.print(cost_table(cost))
     return bench
 
@@ -221,16 +240,19 @@ def _differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = ""
     return keys
 
 
-def _starting_point(run: Path, bench: Workbench, resumed: bool) -> Checkpoint:
+def _starting_point(run: Path, bench: Workbench, resumed: bool, at_sites: bool) -> Checkpoint:
     """The run's checkpoint, or round 0 where there is none to go on from."""
     if resumed and (run / CHECKPOINT_FILE).exists():
-        _require_same_data(run, bench)
+        _require_same_data(run, bench, at_sites)
         return read_checkpoint(run)
     return Checkpoint(0, 0, initial_state(bench.config, bench.adapted, bench.strategy, bench.profiles))
 
 
-def _require_same_data(run: Path, bench: Workbench) -> None:
-    if json.loads((run / "partition.json").read_text()) != _partition(bench):
+def _require_same_data(run: Path, bench: Workbench, at_sites: bool) -> None:
+    saved, now = json.loads((run / "partition.json").read_text()), _partition(bench)
+    # What sites hold is their own; of the hub's data only the held-out rows count.
+    compared = ("data_digest", "held_out_rows") if at_sites else now.keys()
+    if any(saved.get(key) != now[key] for key in compared):
         raise UserError(
             f"{run}: --resume needs the data it was started with; {bench.config.data.dataset_name} now gives "
             "another partition (partition.json in the run folder has it)"
@@ -265,12 +287,24 @@ def _remove(run: Path) -> None:
 
 
 @contextmanager
-def _clients(bench: Workbench, workers: int) -> Iterator[Clients]:
-    rows, pad_token_id = bench.encoded.clients, pad_token(bench.tokenizer)
-    if workers == 1:
-        yield LocalClients(bench.adapted, rows, pad_token_id)
+def _clients(
+    bench: Workbench, run: Path, workers: int, sites: Sites | None, progress: Reporter
+) -> Iterator[Clients]:
+    if sites is not None:
+        adapted = bench.adapted
+        with site_clients(
+            sites, bench.config, adapted.dtype, adapted.num_experts_per_tok, run, progress.message
+        ) as at_sites:
+            yield at_sites
         return
-    setup = WorkerSetup(bench.config, bench.adapted.dtype, rows, pad_token_id, torch.get_num_threads())
+    rows, pad_token_id = bench.encoded.clients, pad_token(bench.tokenizer)
+    residuals = Residuals(run / "residuals")
+    if workers == 1:
+        yield LocalClients(bench.adapted, rows, pad_token_id, residuals)
+        return
+    setup = WorkerSetup(
+        bench.config, bench.adapted.dtype, rows, pad_token_id, residuals, torch.get_num_threads()
+    )
     with WorkerClients(setup, workers) as clients:
         yield clients
 
@@ -282,7 +316,10 @@ def _server(
         config=bench.config,
         run=run,
         strategy=bench.strategy,
-        profiles=bench.profiles,
+        profiles=[
+            replace(profile, num_examples=rows)
+            for profile, rows in zip(bench.profiles, clients.num_examples(), strict=True)
+        ],
         tiers=bench.config.evaluated_experts(bench.adapted.num_experts_per_tok),
         deployments=bench.config.cut_deployments(bench.adapted.num_experts_per_tok),
         training_flops=partial(_training_flops, bench),

@@ -18,25 +18,29 @@ from fedflame.report.results import SCORE_LABELS, score_format
 CATEGORIES_SHOWN = 3
 
 
-def partition_table(clients: Sequence[dict[str, Any]], costs: Sequence[ClientCost], truncated: int) -> Table:
+def partition_table(
+    clients: Sequence[dict[str, Any]], costs: Sequence[ClientCost], truncated: int, sites: Sequence[str] = ()
+) -> Table:
     """Per client: k, rows, optimizer steps and training FLOPs per round, and its largest categories.
 
-    Of a client that trains with several k in turn the least and the most of them.
+    Of a client that trains with several k in turn the least and the most of them. Of sites, if there are any,
+    the names, and no rows: they have their own.
     """
-    title = f"Partition ({truncated} rows truncated); steps and training FLOPs per round"
+    what = "Sites" if sites else f"Partition ({truncated} rows truncated)"
+    title = f"{what}; steps and training FLOPs per round"
     table = _table(title, "client", "k", "trains at", "rows", "steps", "FLOPs", "largest categories")
     for client in clients:
         ranked = sorted(client["per_category"].items(), key=lambda item: -item[1])
         largest = ", ".join(f"{name} {rows}" for name, rows in ranked[:CATEGORIES_SHOWN] if rows)
         turns = [cost for cost in costs if cost.client == client["client"]]
         table.add_row(
-            str(client["client"]),
+            sites[client["client"]] if sites else str(client["client"]),
             str(client["active_experts"]),
             ",".join(str(cost.trained_experts) for cost in turns),
-            f"{client['rows']:,}",
+            "its own" if sites else f"{client['rows']:,}",
             _range([f"{cost.steps:,}" for cost in sorted(turns, key=lambda cost: cost.steps)]),
             _range([si(cost.training_flops) for cost in sorted(turns, key=lambda cost: cost.training_flops)]),
-            largest,
+            "" if sites else largest,
         )
     return table
 

@@ -1,7 +1,7 @@
 """The grid file: methods, axes and devices in TOML; every combination is a cell, which is one run.
 
-Identity of a cell is its resolved configuration: its folder's name ends in a digest of it, so what a
-grid has in common with an earlier one is found again, and nothing else is.
+Identity of a cell is what its run reads of the resolved configuration: its folder's name ends in a digest
+of that, so what a grid has in common with an earlier one is found again, and nothing else is.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ Setting = tuple[tuple[str, str], ...]
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VALUE_IN_NAME = 24
 """Characters of a value that go into a folder's name."""
+_OFF = {"communication.update_dtype": "float32", "evaluation.evaluate_every": 1}
+"""Options that came after results were kept, at the value that leaves a run what it was."""
 
 
 class _GridFile(BaseModel):
@@ -166,11 +168,16 @@ def _name(method: str, setting: Setting, config: RunConfig) -> str:
 
 
 def _identity(config: RunConfig) -> str:
-    """All that the run reads: options of other methods may come and go."""
+    """All that the run reads: options of other methods, and options that are off, may come and go."""
     values = config.model_dump(exclude={"output_dir"})
+    values["strategy"]["k_rotation"] = config.k_rotation()
     read = {"name", *METHOD_OPTIONS[config.strategy.name]}
     values["strategy"] = {key: value for key, value in values["strategy"].items() if key in read}
-    return json.dumps(values, sort_keys=True)
+    for key, off in _OFF.items():
+        section, _, name = key.partition(".")
+        if values[section][name] == off:
+            del values[section][name]
+    return json.dumps({name: value for name, value in values.items() if value != {}}, sort_keys=True)
 
 
 def _refuse_duplicates(cells: Sequence[Cell]) -> None:

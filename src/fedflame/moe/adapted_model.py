@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -11,13 +12,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedflame.choices import Checkpointed, Dtype, Trainable
 from fedflame.errors import UserError
-from fedflame.messages import NOTHING, Adapter, Trainable, is_trained, rank_dim
+from fedflame.messages import NOTHING, Adapter, is_trained, rank_dim
 from fedflame.moe.activation_counts import ActivationCounts
 from fedflame.moe.active_experts import active_experts
 from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION, ExpertLoRA, initial_banks
 from fedflame.moe.families import find_moe_layers, require_aligned
-from fedflame.moe.gradient_checkpointing import Checkpointed, checkpointed_layers, layers_checkpointed
+from fedflame.moe.gradient_checkpointing import checkpointed_layers, layers_checkpointed
 from fedflame.moe.merged_base import MergedBase
 from fedflame.seeds import generator
 
@@ -64,9 +66,9 @@ class AdaptedModel:
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
     @property
-    def dtype(self) -> str:
-        """Of the frozen base, under its name in the configuration."""
-        return str(self.model.dtype).removeprefix("torch.")
+    def dtype(self) -> Dtype:
+        """Of the frozen base."""
+        return cast(Dtype, str(self.model.dtype).removeprefix("torch."))
 
     @property
     def num_experts_per_tok(self) -> int:

@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedflame.errors import UserError
-
-Checkpointed = Literal["none", "experts", "layers"]
-"""What the backward computes again."""
 
 
 def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

@@ -5,22 +5,20 @@ Written aside, fsynced and renamed, so that a crash or a full disk leaves the pr
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-
 from fedflame.atomic_file import write_atomically
+from fedflame.choices import Trainable
 from fedflame.errors import UserError
-from fedflame.messages import MERGED_PREFIX, Adapter, Trainable, read_header
+from fedflame.messages import MERGED_PREFIX, Adapter
 from fedflame.strategies.base import ServerState
+from fedflame.wire.buffer import pack, unpack
 
 FILE_NAME = "checkpoint/state.safetensors"
 FORMAT_VERSION = 2
-_DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 """What reading a foreign or truncated file can raise."""
 _HALVES: dict[str, Trainable] = {half: half for half in get_args(Trainable)}
 
@@ -53,8 +51,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
         "ranks": {str(client): rank for client, rank in state.ranks.items()},
         "tier_adapters": list(state.tier_adapters),
     }
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(run / FILE_NAME, save(contiguous, metadata={"fedflame": json.dumps(header)}))
+    write_atomically(run / FILE_NAME, pack(tensors, header))
 
 
 def read_checkpoint(run: Path) -> Checkpoint:
@@ -69,7 +66,7 @@ def read_checkpoint(run: Path) -> Checkpoint:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; the run has no checkpoint to go on from") from error
     try:
-        tensors, header = load(buffer), read_header(buffer)
+        tensors, header = unpack(buffer)
         _require_version(path, int(header["version"]))
         number, metrics_bytes = int(header["round"]), int(header["metrics_bytes"])
         trainable = _HALVES[header["trainable"]]

@@ -17,10 +17,12 @@ from fedflame.base_model import load_base_model
 from fedflame.client import fine_tune
 from fedflame.config import RunConfig
 from fedflame.data.batches import EncodedRow
-from fedflame.errors import UserError
-from fedflame.messages import InvalidMessage, decode_plan, encode_update
+from fedflame.error_feedback import Residuals, encode_with_feedback
+from fedflame.errors import InvalidMessage, UserError
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.read_ahead import read_ahead
+from fedflame.wire.codec import decode_plan
+from fedflame.wire.envelope import Bytes
 
 OnStep = Callable[[int], None]
 """Told the tokens of every optimizer step."""
@@ -30,19 +32,27 @@ OnStep = Callable[[int], None]
 class Answer:
     """What came back for a plan."""
 
-    update: bytes
+    update: Bytes
     """The encoded `ClientUpdate`; empty if the client failed."""
     failure: str
     """Why there is no update, or empty."""
     seconds: float
     """From the plan to the answer."""
+    bytes_down: int | None = None
+    """What was sent for it; None for the encoded plan, once."""
 
 
 class Clients(Protocol):
     """Where plans are carried out: here, in worker processes, or on an engine."""
 
-    def train(self, plans: Iterable[bytes], on_step: OnStep) -> Iterator[Answer]:
-        """One answer per encoded `RoundPlan`, in the order of the plans, which are taken when needed."""
+    def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
+        """One answer per client and encoded `RoundPlan`, in their order; they are taken when needed."""
+
+    def num_examples(self) -> Sequence[int]:
+        """Rows of each client; 0 where that is not known yet."""
+
+    def name(self, client: int) -> str:
+        """What messages call this client."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +62,17 @@ class LocalClients:
     adapted: AdaptedModel
     rows: Sequence[Sequence[EncodedRow]]
     pad_token_id: int
+    residuals: Residuals
 
-    def train(self, plans: Iterable[bytes], on_step: OnStep) -> Iterator[Answer]:
-        for plan in plans:
+    def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
+        for _, plan in plans:
             yield self.answer(plan, on_step)
+
+    def num_examples(self) -> list[int]:
+        return [len(rows) for rows in self.rows]
+
+    def name(self, client: int) -> str:
+        return f"client {client}"
 
     def answer(self, plan: bytes, on_step: OnStep) -> Answer:
         """Train the plan's client. Whatever goes wrong in a client, the round goes on without it."""
@@ -63,7 +80,8 @@ class LocalClients:
         try:
             request = decode_plan(plan)
             update = fine_tune(self.adapted, self.rows[request.client], request, self.pad_token_id, on_step)
-            return Answer(encode_update(update), "", time.monotonic() - start)
+            message = encode_with_feedback(update, request, self.residuals)
+            return Answer(message, "", time.monotonic() - start)
         except Exception as error:
             return Answer(b"", reason(error), time.monotonic() - start)
 

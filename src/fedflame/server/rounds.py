@@ -11,15 +11,12 @@ from pathlib import Path
 
 from fedflame.config import RunConfig
 from fedflame.cost import local_steps
-from fedflame.errors import UserError
+from fedflame.errors import InvalidMessage, UserError
 from fedflame.evaluation import HeldOut, Scores, evaluate, total
 from fedflame.messages import (
     Adapter,
     ClientUpdate,
-    InvalidMessage,
     RoundPlan,
-    decode_update,
-    encode_plan,
     validate_update,
 )
 from fedflame.moe.adapted_model import AdaptedModel
@@ -28,6 +25,7 @@ from fedflame.server.checkpoint import Checkpoint, write_checkpoint
 from fedflame.server.local_clients import Answer, Clients
 from fedflame.strategies.base import ClientProfile, ServerState, Strategy
 from fedflame.tracking import MetricsFile, Reporter
+from fedflame.wire.codec import decode_update, encode_plan
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
         server.metrics.log(
             "round", round=round_number, clients=updates.usable, seconds=round(time.monotonic() - start, 3)
         )
-        _evaluate_tiers(server, state, round_number)
+        if server.config.is_due(server.config.evaluation.evaluate_every, round_number):
+            _evaluate_tiers(server, state, round_number)
         checkpoint = _keep(server, round_number, state)
     return checkpoint
 
@@ -90,7 +89,7 @@ class _Asked:
 
     profile: ClientProfile
     plan: RoundPlan
-    bytes_down: int
+    plan_bytes: int
 
 
 class _Updates:
@@ -108,25 +107,27 @@ class _Updates:
                 self.usable += 1
                 yield update
 
-    def _plans(self, asked: deque[_Asked]) -> Iterator[bytes]:
-        """The encoded plans, each made when a client is free for it, and noted in `asked`."""
+    def _plans(self, asked: deque[_Asked]) -> Iterator[tuple[int, bytes]]:
+        """The clients and their encoded plans, made when a client is free for it, and noted in `asked`."""
         server = self._server
         count, seed = server.config.clients_per_round(), server.config.seed
         for profile in sample_clients(server.profiles, count, seed, self._round):
             plan = _round_plan(server, self._state, profile, self._round)
             buffer = encode_plan(plan)
             asked.append(_Asked(profile, plan, len(buffer)))
-            server.reporter.start_client(self._round, profile.client, plan.active_experts)
-            yield buffer
+            name = server.clients.name(profile.client)
+            server.reporter.start_client(self._round, name, plan.active_experts)
+            yield profile.client, buffer
 
     def _accept(self, asked: _Asked, answer: Answer) -> ClientUpdate | None:
         """The update in the answer; None and a logged reason if there is none that may be used."""
         server, profile, plan = self._server, asked.profile, asked.plan
-        server.reporter.end_client(profile.client)
+        name = server.clients.name(profile.client)
+        server.reporter.end_client(name)
         try:
             if answer.failure:
                 raise InvalidMessage(answer.failure)
-            update = decode_update(answer.update)
+            update = decode_update(answer.update, plan)
             validate_update(update, plan)
             _validate_rows(update, profile)
         except InvalidMessage as error:
@@ -137,9 +138,10 @@ class _Updates:
                 active_experts=plan.active_experts,
                 reason=str(error),
             )
-            server.reporter.message(f"round {self._round}: client {profile.client} is left out: {error}")
+            server.reporter.message(f"round {self._round}: {name} is left out: {error}")
             return None
-        self._log(update, asked.bytes_down, len(answer.update), answer.seconds)
+        bytes_down = asked.plan_bytes if answer.bytes_down is None else answer.bytes_down
+        self._log(update, bytes_down, len(answer.update), answer.seconds)
         return update
 
     def _log(self, update: ClientUpdate, bytes_down: int, bytes_up: int, seconds: float) -> None:
@@ -162,14 +164,14 @@ class _Updates:
             counts=update.counts.tolist(),
         )
         server.reporter.message(
-            f"round {update.round}: client {update.client} (k={k}) loss {update.loss:.3f}, "
+            f"round {update.round}: {server.clients.name(update.client)} (k={k}) loss {update.loss:.3f}, "
             f"{update.tokens:,} tokens, {update.tokens / seconds:,.0f} tokens/s"
         )
 
 
 def _validate_rows(update: ClientUpdate, profile: ClientProfile) -> None:
-    # |D| is a weight of the mean: a client must not choose its own.
-    if update.num_examples != profile.num_examples:
+    # |D| is a weight of the mean: a client must not choose its own, once it is known.
+    if profile.num_examples and update.num_examples != profile.num_examples:
         raise InvalidMessage(
             f"update claims {update.num_examples} rows; the client has {profile.num_examples}"
         )
@@ -193,13 +195,15 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         learning_rate=server.config.learning_rate(round_number) * instructions.learning_rate_factor,
         weight_decay=training.weight_decay,
         batch_size=training.per_device_train_batch_size,
-        max_steps=local_steps(training, afforded, spent),
+        max_steps=local_steps(server.config, afforded, spent),
         tokens_per_step=server.config.tokens_per_step()[profile.client],
         trainable=instructions.trainable,
         merged=state.merged,
         proximal_mu=training.proximal_mu,
         rank_penalty=instructions.rank_penalty,
         kept_rank=instructions.kept_rank,
+        update_dtype=server.config.communication.update_dtype,
+        error_feedback=server.config.error_feedback(),
     )
 
 
@@ -241,8 +245,7 @@ def _evaluate_tiers(server: Server, state: ServerState, round_number: int) -> No
 def _evaluate(
     server: Server, state: ServerState, adapter: Adapter, k: int, round_number: int
 ) -> dict[str, Scores]:
-    every, last = server.config.evaluation.generate_every, server.config.server.num_server_rounds
-    generate = round_number in (0, last) or (every > 0 and round_number % every == 0)
+    generate = server.config.is_due(server.config.evaluation.generate_every, round_number)
     return evaluate(server.adapted, server.held_out, adapter, k, state.rescalers[k], generate, state.merged)
 
 

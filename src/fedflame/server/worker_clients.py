@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from fedflame.config import RunConfig
 from fedflame.data.batches import EncodedRow
+from fedflame.error_feedback import Residuals
 from fedflame.server.local_clients import Answer, LocalClients, OnStep, load_adapted_model
 
 STOP_SECONDS = 10.0
@@ -36,6 +37,7 @@ class WorkerSetup:
     dtype: str
     rows: Sequence[Sequence[EncodedRow]]
     pad_token_id: int
+    residuals: Residuals
     threads: int
 
 
@@ -67,17 +69,17 @@ class WorkerClients:
             _stop(worker)
         self._idle, self._busy = [], []
 
-    def train(self, plans: Iterable[bytes], on_step: OnStep) -> Iterator[Answer]:
+    def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
         tickets, done, coming = 0, dict[int, Answer](), iter(plans)
         expected: deque[int] = deque()
         try:
             while True:
                 # Twice the workers: none rests because an earlier client is slow, and memory stays bounded.
                 while len(self._busy) < self._count and len(expected) < 2 * self._count:
-                    plan = next(coming, None)
-                    if plan is None:
+                    asked = next(coming, None)
+                    if asked is None:
                         break
-                    self._give(plan, tickets)
+                    self._give(asked[1], tickets)
                     expected.append(tickets)
                     tickets += 1
                 if not expected:
@@ -89,6 +91,12 @@ class WorkerClients:
             for worker in self._busy:  # only where the stream was left before its end
                 _stop(worker)
             self._busy = []
+
+    def num_examples(self) -> list[int]:
+        return [len(rows) for rows in self._setup.rows]
+
+    def name(self, client: int) -> str:
+        return f"client {client}"
 
     def _give(self, plan: bytes, ticket: int) -> None:
         worker = self._idle.pop() if self._idle else self._start()
@@ -140,7 +148,7 @@ def _serve(connection: Connection, setup: WorkerSetup) -> None:
     torch.set_num_threads(setup.threads)
     logging.disable_progress_bar()
     adapted, _ = load_adapted_model(setup.config, setup.dtype)
-    clients = LocalClients(adapted, setup.rows, setup.pad_token_id)
+    clients = LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals)
     while True:
         try:
             connection.send(clients.answer(connection.recv_bytes(), connection.send))

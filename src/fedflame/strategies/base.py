@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedflame.messages import NOTHING, Adapter, ClientUpdate, RescalerMode, Trainable
+from fedflame.choices import RescalerMode, Trainable
+from fedflame.messages import NOTHING, Adapter, ClientUpdate
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ClientProfile:
     rank: int
     """LoRA rank that its machine affords (r_i), for methods that adapt the rank."""
     num_examples: int
-    """Rows it holds (|D|)."""
+    """Rows it holds (|D|); 0 where that is not known yet."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedflame.messages import Adapter, ClientUpdate, RescalerMode
+from fedflame.choices import RescalerMode
+from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies.base import (
     ClientProfile,
     ServerState,

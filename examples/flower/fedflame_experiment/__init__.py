@@ -1,0 +1,1 @@
+"""A Flower app whose ServerApp runs fedflame's rounds."""

@@ -1,0 +1,29 @@
+"""The rounds in Flower's ServerApp process, over the grid that Flower hands it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from pydantic import TypeAdapter
+from rich.console import Console
+
+from fedflame.commands.run import Existing, execute
+from fedflame.commands.sites import Sites
+from fedflame.config import load_config
+from fedflame.engines.flower.grid_engine import GridEngine
+from fedflame.engines.hub import load_hub
+
+FOLDER = Path(__file__).parents[1]
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment that the run config names, and leave a run folder."""
+    given = {name: str(value) for name, value in context.run_config.items()}
+    experiment, hub = FOLDER / given["experiment"], load_hub(FOLDER / given["hub"])
+    config = load_config(experiment, [f"output_dir={given['output-dir']}"])
+    existing: Existing = TypeAdapter(Existing).validate_python(given["existing"])
+    execute(config, experiment.read_text(), existing, Console(), sites=Sites(hub, GridEngine(grid, hub)))

@@ -1,0 +1,16 @@
+"""The words that configuration, messages and costs share, where a choice has few values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Of the frozen base, under its name in the configuration."""
+RescalerMode = Literal["learned", "fixed", "mass"]
+"""How a client treats s: train it, keep it, or measure it on its rows and keep that."""
+Trainable = Literal["both", "A", "B"]
+"""The half of every product B A that a client trains; a frozen half keeps its bits."""
+UpdateDtype = Literal["float32", "bfloat16", "int8"]
+"""How the values of an update travel; see `wire.values`."""
+Checkpointed = Literal["none", "experts", "layers"]
+"""What is not kept for the backward; see `moe.gradient_checkpointing`."""

@@ -1,0 +1,1 @@
+"""Flower as the engine: a ServerApp and a ClientApp of installed modules, which carry bytes, no torch."""

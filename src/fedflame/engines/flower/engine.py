@@ -1,0 +1,143 @@
+"""Runs of Flower, through its own command: submit, watch, stop.
+
+The command is a process of its own, and is told nothing but where the SuperLink is; it never reads or changes
+the user's Flower configuration. Its JSON counts, not its exit code, which is 0 for a failed run that was
+streamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedflame.engines.command import installed_command
+from fedflame.engines.flower.job import Assignment, check_nodes, message_seconds, write_job
+from fedflame.engines.hub import Hub
+from fedflame.engines.watch import JobWatch
+from fedflame.errors import UserError
+
+COMMAND_SECONDS = 60.0
+CONNECT_SECONDS = 5.0
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+"""Environment of every process of Flower that we start; both phone home without it."""
+_CONNECTION = "hub"
+
+
+class FlowerEngine:
+    """One SuperLink, as whoever may start runs at it sees it."""
+
+    def __init__(self, hub: Hub) -> None:
+        """From the hub's file.
+
+        Raises:
+            UserError: flwr is not installed, the file has no or a wrong [flower] section, or nothing listens
+                at its address.
+        """
+        self._command, self._hub, self._watch = installed_command("flwr", "flower"), hub, JobWatch()
+        check_nodes(hub)
+        self._connection = _connection(hub)
+
+    def submit(self, hub_socket: Path, segment: str) -> str:
+        """See `Engine.submit`."""
+        hub = self._hub
+        seconds = message_seconds(hub)
+        assignment = Assignment(hub_socket, segment, seconds, hub.site_names(), hub.flower.nodes)
+        with tempfile.TemporaryDirectory(prefix="fedflame-run-") as folder:
+            app, run_config = write_job(Path(folder), assignment)
+            run = str(self._ask("run", str(app), _CONNECTION, "--run-config", str(run_config))["run-id"])
+        self._watch.begin(run, partial(self._over, run))
+        return run
+
+    def ended(self, job: str) -> str | None:
+        """See `Engine.ended`; what the last question found."""
+        return self._watch.ended(job)
+
+    def stop(self, job: str) -> None:
+        """See `Engine.stop`: one that has spoken ends with the driver's connection, others are told to."""
+        self._watch.forget(job)
+        with suppress(OSError):  # it is over already, or its SuperLink is away
+            self._ask("stop", job, _CONNECTION)
+
+    def connected(self) -> set[str] | None:
+        """See `Engine.connected`; nodes without keys only say in a run who they are."""
+        nodes = self._hub.flower.nodes
+        if not nodes:
+            return None
+        try:
+            online = self.online()
+        except OSError:
+            return None
+        return {site for site, node in nodes.items() if node in online}
+
+    def online(self) -> set[int]:
+        """The nodes that the SuperLink reaches. Raises OSError where it does not answer."""
+        nodes = self._ask("supernode", "list", _CONNECTION)["nodes"]
+        return {int(node["node-id"]) for node in nodes if node["status"] == "online"}
+
+    def _over(self, run: str) -> str | None:
+        """Why the run is over; None while it is not."""
+        [found] = self._ask("list", _CONNECTION, "--run-id", run)["runs"]
+        status = str(found["status"])
+        return f"{status} ({found['status-details']})" if status.startswith("finished") else None
+
+    def _ask(self, *arguments: str) -> dict[str, Any]:
+        """The command's JSON. Raises OSError with the command's own words."""
+        said = f"flwr {arguments[0]}"
+        with tempfile.TemporaryDirectory(prefix="fedflame-flwr-") as home:
+            (Path(home) / "config.toml").write_text(self._connection)
+            try:
+                done = subprocess.run(
+                    [self._command, *arguments, "--format", "json"],
+                    env=os.environ | QUIET | {"FLWR_HOME": home},
+                    capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired as error:
+                raise OSError(f"{said} took more than {COMMAND_SECONDS:.0f} s") from error
+        answer = _json_object(done.stdout)
+        if answer.get("success") is not True:
+            words = str(answer.get("error-message") or done.stderr or done.stdout)
+            reason = words.strip().rpartition("\n\n")[2]  # after what it was about to do
+            raise OSError(f"{said}: {' '.join(reason.split()) or 'no word'}")
+        return answer
+
+
+def _connection(hub: Hub) -> str:
+    """Flower's configuration with this SuperLink alone."""
+    flower = hub.flower
+    host, _, port = flower.address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(
+            f"hub file: flower.address = {flower.address!r}: must be the SuperLink's host and port, such as "
+            '"hub.example:8000"'
+        )
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"hub file: flower.address = {flower.address!r}: no SuperLink there: {error}"
+        ) from error
+    lines = [f"[superlink.{_CONNECTION}]", f"address = {json.dumps(flower.address)}"]
+    if flower.insecure:
+        lines.append("insecure = true")
+    if flower.root_certificates:
+        certificates = hub.folder / flower.root_certificates
+        if not certificates.is_file():
+            raise UserError(f"hub file: flower.root_certificates: {certificates} is no file")
+        lines.append(f"root-certificates = {json.dumps(str(certificates))}")
+    return "\n".join(lines) + "\n"
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """The command's last word, after whatever it says before; empty where that is no JSON object."""
+    try:
+        value = json.loads(text[text.find("{") :])
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,81 @@
+"""The run of Flower that this process belongs to, as the engine: its own grid is what is carried over.
+
+For a ServerApp that runs the rounds itself; the driver and its socket are then in the same process.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from fedflame.engines.flower.carrier import Carrier
+from fedflame.engines.flower.job import check_nodes, message_seconds
+from fedflame.engines.flower.nodes import nodes_of
+from fedflame.engines.hub import Hub
+from fedflame.engines.link import HubLink
+
+_END_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class _Segment:
+    link: HubLink
+    carrier: Carrier
+    thread: threading.Thread
+
+
+class GridEngine:
+    """A segment is a thread."""
+
+    def __init__(self, grid: Grid, hub: Hub) -> None:
+        """From the grid that Flower hands a ServerApp.
+
+        Args:
+            grid: Flower's.
+            hub: its sites and nodes; the SuperLink's address is not needed.
+
+        Raises:
+            UserError: the file's nodes are not those of its sites.
+        """
+        check_nodes(hub)
+        self._grid, self._hub = grid, hub
+        self._nodes = nodes_of(hub.site_names(), hub.flower.nodes)
+        self._segments: dict[str, _Segment] = {}
+
+    def submit(self, hub_socket: Path, segment: str) -> str:
+        """See `Engine.submit`."""
+        link = HubLink(hub_socket, segment)
+        carrier = Carrier(self._grid, link, self._nodes, message_seconds(self._hub))
+        thread = threading.Thread(target=_carry, args=(carrier, link), daemon=True)
+        self._segments[segment] = _Segment(link, carrier, thread)
+        thread.start()
+        return segment
+
+    def ended(self, job: str) -> str | None:
+        """See `Engine.ended`; why a thread ended, it has said on stderr."""
+        segment = self._segments.get(job)
+        if segment is None or segment.thread.is_alive():
+            return None
+        return "its connection to the SuperLink ended"
+
+    def stop(self, job: str) -> None:
+        """See `Engine.stop`."""
+        segment = self._segments.pop(job, None)
+        if segment is not None:
+            segment.link.close()
+            segment.thread.join(_END_SECONDS)
+
+    def connected(self) -> set[str] | None:
+        """See `Engine.connected`: what the segment that runs has seen last."""
+        reached = [set(segment.carrier.reached) for segment in self._segments.values()]
+        return reached[-1] if reached else None
+
+
+def _carry(carrier: Carrier, link: HubLink) -> None:
+    try:
+        carrier.run()
+    finally:
+        link.close()

@@ -1,0 +1,103 @@
+"""A run as Flower reads it: a project file that names installed modules, and no code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedflame.engines.hub import Hub
+from fedflame.errors import UserError
+
+PROJECT = """\
+[project]
+name = "fedflame"
+version = "1.0.0"
+description = "Carries envelopes between fedflame's driver and the trainers of the sites"
+license = "Apache-2.0"
+dependencies = [] # what is installed is used; with any, Flower makes an environment for every run
+
+[tool.flwr.app]
+publisher = "fedflame"
+
+[tool.flwr.app.components]
+serverapp = "fedflame.engines.flower.server_app:app"
+clientapp = "fedflame.engines.flower.client_app:app"
+
+[tool.flwr.app.config]
+hub-socket = ""
+segment = ""
+message-seconds = 0.0
+sites = ""
+nodes = ""
+"""
+"""The same for every run, so that nodes install it once."""
+
+LATE_SECONDS = 600.0
+"""For which a message outlives its round: a late answer still comes, and the driver names who was late."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the ServerApp must know, as Flower's run config carries it."""
+
+    hub_socket: Path
+    """Where the driver listens."""
+    segment: str
+    """What it called this segment."""
+    message_seconds: float
+    """After which the SuperLink may drop a message or its reply."""
+    sites: Sequence[str]
+    nodes: Mapping[str, int]
+    """Site -> registered node; empty to ask the nodes."""
+
+    def to_run_config(self) -> dict[str, str | float]:
+        """The inverse of `from_run_config`."""
+        return {
+            "hub-socket": str(self.hub_socket),
+            "segment": self.segment,
+            "message-seconds": self.message_seconds,
+            "sites": ",".join(self.sites),
+            "nodes": ",".join(f"{site}={node}" for site, node in self.nodes.items()),
+        }
+
+    @classmethod
+    def from_run_config(cls, values: Mapping[str, object]) -> Assignment:
+        """From the context that Flower hands the ServerApp."""
+        pairs = (pair.rpartition("=") for pair in str(values["nodes"]).split(",") if pair)
+        return cls(
+            Path(str(values["hub-socket"])),
+            str(values["segment"]),
+            float(str(values["message-seconds"])),
+            str(values["sites"]).split(","),
+            {site: int(node) for site, _, node in pairs},
+        )
+
+
+def write_job(folder: Path, assignment: Assignment) -> tuple[Path, Path]:
+    """Write the app's folder and, beside it, the run config of one segment; the paths of both."""
+    app, run_config = folder / "app", folder / "run.toml"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(PROJECT)
+    values = assignment.to_run_config()
+    run_config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
+    return app, run_config
+
+
+def message_seconds(hub: Hub) -> float:
+    """For which a message to a site may be on its way."""
+    return hub.rounds.round_timeout + LATE_SECONDS
+
+
+def check_nodes(hub: Hub) -> None:
+    """Raises UserError where only some sites have a node, a node no site, or two sites have the same."""
+    sites, nodes = hub.site_names(), hub.flower.nodes
+    if not nodes:
+        return
+    if missing := [site for site in sites if site not in nodes]:
+        raise UserError(f"hub file: flower.nodes.{missing[0]} is missing; every site needs its node's id")
+    if strange := [site for site in nodes if site not in sites]:
+        raise UserError(f"hub file: flower.nodes.{strange[0]}: no such site; sites has {', '.join(sites)}")
+    if len(set(nodes.values())) < len(nodes):
+        raise UserError("hub file: flower.nodes: two sites have the same node")

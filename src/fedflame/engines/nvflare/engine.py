@@ -1,0 +1,116 @@
+"""Jobs of NVIDIA FLARE, through its own command: submit, watch, abort.
+
+The command runs as a process of its own, so that nvflare and torch never share one. What it says is read from
+its JSON; a job is over when its status says so, or when the server that ran it has been started anew, which
+leaves its jobs `RUNNING` for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedflame.engines.command import installed_command
+from fedflame.engines.hub import Hub
+from fedflame.engines.nvflare.job import write_job
+from fedflame.engines.watch import JobWatch
+from fedflame.errors import UserError
+
+COMMAND_SECONDS = 60.0
+
+
+def nvflare_command() -> str:
+    """See `installed_command`."""
+    return installed_command("nvflare", "nvflare")
+
+
+_NO_REPLY = "no_reply"
+
+
+class NvflareEngine:
+    """One federation, as an administrator who may submit jobs sees it."""
+
+    def __init__(self, hub: Hub) -> None:
+        """From the hub's file.
+
+        Raises:
+            UserError: nvflare is not installed, or the file names no kit of an administrator.
+        """
+        self._command = nvflare_command()
+        self._kit = hub.folder / hub.nvflare.admin_kit
+        if not hub.nvflare.admin_kit or not (self._kit / "startup" / "fed_admin.json").is_file():
+            raise UserError(
+                f"hub file: nvflare.admin_kit = {hub.nvflare.admin_kit!r}: no kit of an administrator "
+                f"(no startup/fed_admin.json in {self._kit})"
+            )
+        self._watch = JobWatch()
+
+    def submit(self, hub_socket: Path, segment: str) -> str:
+        """See `Engine.submit`."""
+        started = self._status()["server_start_time"]
+        with tempfile.TemporaryDirectory(prefix="fedflame-job-") as folder:
+            write_job(Path(folder) / "job", hub_socket, segment)
+            job = str(self._ask("job", "submit", "-j", f"{folder}/job")["job_id"])
+        self._watch.begin(job, partial(self._over, job, started))
+        return job
+
+    def ended(self, job: str) -> str | None:
+        """See `Engine.ended`; what the last question found."""
+        return self._watch.ended(job)
+
+    def stop(self, job: str) -> None:
+        """See `Engine.stop`: the relay ends by itself when the driver's connection does."""
+        self._watch.forget(job)
+
+    def connected(self) -> set[str] | None:
+        """See `Engine.connected`."""
+        try:
+            answers = self._status()["client_status"]
+        except OSError:
+            return None
+        # A site that has gone stays registered until its heartbeat is missed.
+        return {str(site["client_name"]) for site in answers if site["status"] != _NO_REPLY}
+
+    def _over(self, job: str, server_start: float) -> str | None:
+        """Why the job is over; None while it is not."""
+        if self._status()["server_start_time"] != server_start:
+            return "FINISHED: its server has been started anew"
+        status = str(self._ask("job", "meta", job)["status"])
+        return status if status.startswith("FINISHED") else None
+
+    def _status(self) -> dict[str, Any]:
+        return self._ask("system", "status")
+
+    def _ask(self, *arguments: str) -> dict[str, Any]:
+        """The `data` of the command's answer. Raises OSError with the command's own words."""
+        command = [self._command, *arguments, "--startup-kit", str(self._kit), "--format", "json"]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise OSError(
+                f"nvflare {' '.join(arguments[:2])} took more than {COMMAND_SECONDS:.0f} s"
+            ) from error
+        answer = _json_object(done.stdout)
+        data = answer.get("data")
+        if answer.get("status") != "ok" or not isinstance(data, dict):
+            words = str(answer.get("message") or done.stderr.strip() or done.stdout.strip() or "no word")
+            raise OSError(f"nvflare {' '.join(arguments[:2])}: {words.splitlines()[-1]}")
+        return data
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """The last line that is a JSON object; empty where there is none."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            return value if isinstance(value, dict) else {}
+    return {}

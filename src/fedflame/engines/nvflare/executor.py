@@ -1,0 +1,31 @@
+"""The site's part of a job: whatever it is handed goes to the site's trainer, and its answer back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
+
+from fedflame.engines.nvflare.payload import TASK, from_shareable, to_shareable
+from fedflame.trainer.ask import PATIENCE_SECONDS, SOCKET_VARIABLE, answer_pieces
+
+
+class FedflameExecutor(Executor):  # type: ignore[misc] # nvflare ships no types
+    """Holds nothing: the trainer outlives this process."""
+
+    def execute(
+        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
+    ) -> Shareable:
+        """Ask the trainer. Other tasks than ours are unknown."""
+        path = os.environ.get(SOCKET_VARIABLE)
+        if task_name != TASK:
+            return make_reply(ReturnCode.TASK_UNKNOWN)
+        if not path:
+            self.log_error(fl_ctx, f"{SOCKET_VARIABLE} is not set; it names the trainer's socket")
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+        return to_shareable(answer_pieces(Path(path), from_shareable(shareable), PATIENCE_SECONDS))

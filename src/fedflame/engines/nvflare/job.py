@@ -1,0 +1,46 @@
+"""A job as nvflare reads it: three JSON files that name installed classes, and no code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_APP = "app"
+_NAME = "fedflame"
+
+
+def write_job(folder: Path, hub_socket: Path, segment: str) -> None:
+    """Write the job of one segment into a folder that is not there yet."""
+    relay = {"hub_socket": str(hub_socket), "segment": segment}
+    server = {
+        "format_version": 2,
+        # The whole floor of a round; nvflare's default is 2 seconds.
+        "server": {"task_request_interval": 0.2},
+        "task_data_filters": [],
+        "task_result_filters": [],
+        "workflows": [{"id": "relay", "path": "fedflame.engines.nvflare.relay.FedflameRelay", "args": relay}],
+        "components": [],
+    }
+    client = {
+        "format_version": 2,
+        "executors": [
+            {
+                "tasks": ["fedflame"],
+                "executor": {"path": "fedflame.engines.nvflare.executor.FedflameExecutor", "args": {}},
+            }
+        ],
+        "task_data_filters": [],
+        "task_result_filters": [],
+        "components": [],
+    }
+    meta = {
+        "name": _NAME,
+        "resource_spec": {},
+        "min_clients": 1,
+        "deploy_map": {_APP: ["@ALL"]},
+    }
+    config = folder / _APP / "config"
+    config.mkdir(parents=True)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (config / "config_fed_server.json").write_text(json.dumps(server))
+    (config / "config_fed_client.json").write_text(json.dumps(client))

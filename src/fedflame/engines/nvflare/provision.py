@@ -1,0 +1,162 @@
+"""Kits for a federation: certificates by nvflare's own provisioning, and rights that we narrow in each.
+
+In every kit a job may build our two classes alone, none of nvflare's own, some of which read files that a job
+names; nobody may send code, whatever his role; and no site's log goes to the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedflame.errors import UserError
+
+CLASSES = (
+    "fedflame.engines.nvflare.relay.FedflameRelay",
+    "fedflame.engines.nvflare.executor.FedflameExecutor",
+)
+_LOGS = ("site_log_streamer", "log_receiver")
+"""Nvflare's components that bring the sites' error logs to the hub; the first adds a class to every job."""
+DEAD_AFTER_SECONDS = 60
+"""Without a sign of a site, it is gone; nvflare's default is 600."""
+JOBS = 1000
+"""Of which nvflare runs at once: a server that was killed counts its last job as running for ever."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who takes part."""
+
+    host: str
+    """The hub's name as the sites resolve it; the server's certificate is for this name."""
+    port: int
+    sites: Sequence[str]
+    admin: str
+    """Mail address of who may start runs."""
+
+
+def provision(command: str, folder: Path, federation: Federation) -> None:
+    """Make a kit for the server, each site and the administrator in `folder/kits`, where there is none yet.
+
+    The certificate authority stays in `folder/provision`: called again with more sites, it signs theirs.
+
+    Args:
+        command: nvflare's.
+        folder: the hub's.
+        federation: who takes part.
+
+    Raises:
+        UserError: nvflare refuses the names, or the folder cannot be written.
+    """
+    workspace, kits = folder / "provision", folder / "kits"
+    try:
+        workspace.mkdir(parents=True, exist_ok=True, mode=0o700)
+        project = workspace / "project.yml"
+        project.write_text(_project(federation))
+        made = _run(command, project, workspace)
+        for name in (federation.host, *federation.sites, federation.admin):
+            if not (kits / name).exists():
+                shutil.copytree(made / name, kits / name)
+                _narrow(kits / name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be provisioned: {error}") from error
+
+
+def _project(federation: Federation) -> str:
+    """YAML of nvflare's project file; JSON is YAML."""
+    participants: list[dict[str, Any]] = [
+        {"name": federation.host, "type": "server", "org": "hub", "fed_learn_port": federation.port}
+    ]
+    participants += [
+        {"name": site, "type": "client", "org": _organisation(site)} for site in federation.sites
+    ]
+    participants.append({"name": federation.admin, "type": "admin", "org": "hub", "role": "lead"})
+    builders = [
+        {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder"},
+        {
+            "path": "nvflare.lighter.impl.static_file.StaticFileBuilder",
+            "args": {"config_folder": "config", "scheme": "grpc"},
+        },
+        {"path": "nvflare.lighter.impl.cert.CertBuilder"},
+        {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
+    ]
+    project = {
+        "api_version": 3,
+        "name": "fedflame",
+        "description": "fedflame",
+        "participants": participants,
+        "builders": builders,
+    }
+    return json.dumps(project, indent=1) + "\n"
+
+
+def _organisation(site: str) -> str:
+    """One per site, so that no site's rights follow from another's; letters, digits and _ are allowed."""
+    return "".join(letter if letter.isalnum() else "_" for letter in site)
+
+
+def _run(command: str, project: Path, workspace: Path) -> Path:
+    """The folder of the kits that nvflare made last."""
+    asked = [command, "provision", "-p", str(project), "-w", str(workspace), "--force"]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        done = subprocess.run(asked, cwd=elsewhere, capture_output=True, text=True, check=False)
+    made = sorted((workspace / "fedflame").glob("prod_*"))
+    if done.returncode or not made:
+        words = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        reason = next(
+            (line for line in words if "nvalid" in line or "rror" in line), words[-1] if words else ""
+        )
+        raise UserError(f"nvflare provision: {reason.strip()}")
+    return made[-1]
+
+
+def _narrow(kit: Path) -> None:
+    """Write the `local` files that the kit's owner may change further."""
+    local = kit / "local"
+    resources = json.loads((local / "resources.json.default").read_text())
+    if "class_allow_list" in resources:
+        resources["class_allow_list"] = CLASSES
+        resources["components"] = [each for each in resources["components"] if each["id"] not in _LOGS]
+        resources["allow_log_streaming"] = False
+        for component in resources["components"]:
+            _keep_out_of_the_temporary_folder(component, kit)
+        for server in resources.get("servers", []):
+            server["heart_beat_timeout"] = DEAD_AFTER_SECONDS
+        if "snapshot_persistor" in resources:
+            storage = resources["snapshot_persistor"]["args"]["storage"]["args"]
+            storage["root_dir"] = str((kit / "snapshots").absolute())
+        _write(local / "resources.json", resources)
+    if (local / "authorization.json.default").exists():
+        rights = json.loads((local / "authorization.json.default").read_text())
+        for role, permissions in rights["permissions"].items():
+            rights["permissions"][role] = _without_code(permissions)
+        _write(local / "authorization.json", rights)
+
+
+def _keep_out_of_the_temporary_folder(component: dict[str, Any], kit: Path) -> None:
+    if component["id"] == "job_manager":
+        component["args"]["uri_root"] = str((kit / "jobs").absolute())
+    if component["id"] == "job_scheduler":
+        component["args"]["max_jobs"] = JOBS
+
+
+_CODE = ("byoc", "server-predeployed-flwr", "shell_commands")
+
+
+def _without_code(permissions: str | dict[str, str]) -> dict[str, str]:
+    """The role's rights but for those to bring code of one's own, or commands."""
+    rights = dict.fromkeys(
+        ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate"), permissions
+    )
+    known = rights if isinstance(permissions, str) else permissions
+    return {**known, **dict.fromkeys(_CODE, "none")}  # type: ignore[dict-item]
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,151 @@
+"""The server's part of a job: requests from the driver out to the sites, their answers back."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.controller_spec import ClientTask, Task
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.controller import Controller
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+
+from fedflame.engines.link import HubLink
+from fedflame.engines.nvflare.payload import TASK, from_shareable, to_shareable
+from fedflame.wire.envelope import Bytes
+
+_POLL_SECONDS = 0.1
+SILENT_SECONDS = 60.0
+"""A site's process of this job that says nothing for so long is gone; its heartbeat comes every 10 seconds.
+
+Nvflare itself misses a site only while its parent process is away. That may be back within a second, without
+the process of the job."""
+
+
+class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
+    """Ends when the driver closes its connection, or when the job is aborted."""
+
+    def __init__(self, hub_socket: str, segment: str) -> None:
+        """From the job's configuration.
+
+        Args:
+            hub_socket: where the driver listens.
+            segment: what it called this segment.
+        """
+        super().__init__(task_check_period=_POLL_SECONDS)
+        self._hub_socket, self._segment = Path(hub_socket), segment
+        self._link: HubLink | None = None
+        self._open: dict[str, str] = {}
+        """Ticket -> site, of requests without an answer."""
+        self._lock = threading.Lock()
+        self._heard: dict[str, float] = {}
+        """Site -> when its process of this job said something, in seconds of the monotonic clock."""
+        self._begun = time.monotonic()
+
+    def set_communicator(self, communicator: Any) -> None:
+        """Note every sign of life that it is told of."""
+        super().set_communicator(communicator)
+        told = communicator.client_is_active
+
+        def heard(client_name: str, reason: str, fl_ctx: FLContext) -> None:
+            self._heard[client_name] = time.monotonic()
+            told(client_name, reason, fl_ctx)
+
+        communicator.client_is_active = heard
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        """Connect to the driver; without one there is nothing to do."""
+        try:
+            self._link = HubLink(self._hub_socket, self._segment)
+        except OSError as error:
+            self.system_panic(f"no fedflame driver at {self._hub_socket}: {error}", fl_ctx)
+            return
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """Carry until the driver has no more, or the job is aborted."""
+        if self._link is None:
+            return
+        requests, reached = self._link.requests(), set[str]()
+        while not abort_signal.triggered:
+            sites = self._reachable()
+            if sites != reached:
+                self._link.sites(sites)
+                reached = sites
+            self._give_up_on_the_dead(sites)
+            try:
+                request = requests.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if request is None:
+                return
+            self._carry(*request, fl_ctx)
+
+    def stop_controller(self, fl_ctx: FLContext) -> None:
+        """Leave no task and no connection behind."""
+        self.cancel_all_tasks(fl_ctx=fl_ctx)
+        if self._link is not None:
+            self._link.close()
+
+    def process_result_of_unknown_task(
+        self, client: Any, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+    ) -> None:
+        """A late answer: the driver has stopped to wait for it."""
+        self.log_warning(fl_ctx, f"late answer of {client.name} is dropped")
+
+    def _reachable(self) -> set[str]:
+        names = {client.name for client in self._engine.get_clients()}
+        since = time.monotonic() - SILENT_SECONDS
+        return {
+            name
+            for name in names
+            if self._heard.get(name, self._begun) > since and self.get_client_disconnect_time(name) is None
+        }
+
+    def _carry(self, ticket: str, site: str, request: Bytes, fl_ctx: FLContext) -> None:
+        with self._lock:
+            self._open[ticket] = site
+        if site not in self._reachable():
+            self._fail(ticket, "not connected")
+            return
+        task = Task(
+            name=TASK,
+            data=to_shareable([request]),
+            result_received_cb=partial(self._received, ticket),
+            task_done_cb=partial(self._done, ticket),
+        )
+        self.send(task=task, fl_ctx=fl_ctx, targets=[site])
+
+    def _received(self, ticket: str, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        """Nvflare calls with the names `client_task` and `fl_ctx`."""
+        result, site = client_task.result, client_task.client.name
+        client_task.result = None
+        if result.get_return_code() != ReturnCode.OK:
+            self._fail(ticket, f"its engine says {result.get_return_code()}")
+            return
+        if self._settle(ticket) and self._link is not None:
+            self._link.answered(ticket, site, *from_shareable(result))
+
+    def _done(self, ticket: str, task: Task, fl_ctx: FLContext) -> None:
+        self._fail(ticket, f"its task ended: {task.completion_status}")
+
+    def _give_up_on_the_dead(self, reachable: set[str]) -> None:
+        with self._lock:
+            dead = [ticket for ticket, site in self._open.items() if site not in reachable]
+        for ticket in dead:
+            self._fail(ticket, "disconnected")
+
+    def _fail(self, ticket: str, reason: str) -> None:
+        site = self._settle(ticket)
+        if site and self._link is not None:
+            self._link.failed(ticket, site, reason)
+
+    def _settle(self, ticket: str) -> str | None:
+        """The ticket's site if it was open; it is not any longer."""
+        with self._lock:
+            return self._open.pop(ticket, None)

@@ -1,0 +1,62 @@
+"""The trainer's door: a unix socket that only its owner may open."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from fedflame.errors import InvalidMessage, UserError
+from fedflame.trainer.service import TrainerService
+from fedflame.trainer.site import Site
+from fedflame.wire.envelope import receive, send
+from fedflame.wire.unix_socket import same_user
+
+
+@contextmanager
+def sole_trainer(site: Site) -> Iterator[None]:
+    """Hold the site's lock.
+
+    Raises:
+        UserError: another trainer holds it, or the state folder cannot be written.
+    """
+    path = site.state_path / "trainer.lock"
+    try:
+        site.state_path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = path.open("a")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{site.state_path}: another trainer serves {site.name} already") from error
+        yield
+
+
+def serve(listener: socket.socket, service: TrainerService, say: Callable[[str], None]) -> None:
+    """Answer whoever connects, each on a thread of its own, until the listener is closed."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        threading.Thread(target=_converse, args=(connection, service, say), daemon=True).start()
+
+
+def _converse(connection: socket.socket, service: TrainerService, say: Callable[[str], None]) -> None:
+    """Answer requests on one connection until it ends."""
+    with connection:
+        if not same_user(connection):
+            say("refused: a connection of another user")
+            return
+        try:
+            while True:
+                answer = service.answer(receive(connection))
+                send(connection, answer.header, answer.body)
+        except InvalidMessage as error:
+            say(f"refused: {error}")
+        except (EOFError, OSError):
+            return

@@ -1,0 +1,240 @@
+"""What a trainer answers: it accepts or refuses a plan, trains once, and remembers its last answer.
+
+An answer is known by run and plan. Asked for it again, after a crash of the engine or of its own, the trainer
+answers again with the same bytes, from its state folder or, where that has another answer by now, by training
+again from the same seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fedflame.atomic_file import write_atomically
+from fedflame.base_model import model_config_path, model_digest
+from fedflame.budgets import read_model_shape, training_flops_per_token
+from fedflame.client import fine_tune
+from fedflame.config import AdapterConfig, ModelConfig, RunConfig, TrainingConfig
+from fedflame.data.batches import EncodedRow, encode, pad_token
+from fedflame.data.instructions import Instruction, SkippedRow, load_instructions
+from fedflame.error_feedback import Residuals, encode_with_feedback
+from fedflame.errors import InvalidMessage, UserError
+from fedflame.messages import RoundPlan
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.server.local_clients import load_adapted_model, reason
+from fedflame.trainer.job import TrainingJob
+from fedflame.trainer.site import Site
+from fedflame.wire.addition import decode_addition, plan_digest
+from fedflame.wire.codec import decode_plan, decode_update
+from fedflame.wire.envelope import Envelope
+
+_RUN = re.compile(r"[0-9a-f]{32}")
+
+
+class Refusal(Exception):
+    """The site does not do what it is asked for; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """All that a job needs, loaded."""
+
+    job: TrainingJob
+    adapted: AdaptedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[EncodedRow]
+
+
+class TrainerService:
+    """One site's rows and at most one resident model; requests may come from several threads."""
+
+    def __init__(self, site: Site, say: Callable[[str], None]) -> None:
+        """Read the site's rows.
+
+        Args:
+            site: the site's file.
+            say: where a line for the log goes.
+
+        Raises:
+            UserError: the data cannot be read, or has no usable row.
+        """
+        self._site, self._say = site, say
+        self._rows, self.skipped = _load_rows(site)
+        self._ready: _Ready | None = None
+        self._digests: dict[str, str] = {}
+        self._training = threading.Lock()
+
+    @property
+    def num_examples(self) -> int:
+        """Rows the site holds."""
+        return len(self._rows)
+
+    def answer(self, request: Envelope) -> Envelope:
+        """The answer to any request, whatever is wrong with it."""
+        echoed = {name: request.header.get(name) for name in ("ticket", "run")} | {"site": self._site.name}
+        try:
+            header, body = self._answer(request)
+        except (Refusal, InvalidMessage) as error:
+            header, body = {"kind": "refused", "reason": str(error)}, b""
+        except Exception as error:
+            header, body = {"kind": "failed", "reason": reason(error)}, b""
+        if "reason" in header:
+            self._say(f"{header['kind']}: {header['reason']}")
+        return Envelope(echoed | header, body)
+
+    def _answer(self, request: Envelope) -> tuple[dict[str, Any], bytes]:
+        kind, run = request.text("kind"), request.text("run")
+        if request.text("site") != self._site.name:
+            raise Refusal(f"this is {self._site.name}; the request is for {request.text('site')}")
+        if not _RUN.fullmatch(run):
+            raise InvalidMessage(f"run is {run[:40]!r}; 32 hexadecimal digits are needed")
+        if kind == "describe":
+            held = self._held(run)
+            return {
+                "kind": "description",
+                "num_examples": self.num_examples,
+                "active_experts": self._site.trainer.active_experts,
+                "max_active_experts": self._site.most_experts,
+                "held": plan_digest(held) if held else "",
+            }, b""
+        if kind != "train":
+            raise InvalidMessage(f"request of kind {kind!r}; describe and train are known")
+        job, message = TrainingJob.from_request(request.header.get("job")), bytes(request.body)
+        if request.header.get("addition"):
+            try:
+                message = decode_addition(message, self._held(run))
+            except InvalidMessage as error:
+                return {"kind": "lacking", "reason": str(error)}, b""
+        answer = self._train(run, job, message)
+        # Neither atomic nor synced, and a full disk costs no answer: what is not there is sent again.
+        with suppress(OSError):
+            self._held_path(run).write_bytes(message)
+        return answer
+
+    def _held_path(self, run: str) -> Path:
+        return self._site.state_path / run / "plan"
+
+    def _held(self, run: str) -> bytes:
+        """The run's last plan that was answered; empty where there is none."""
+        try:
+            return self._held_path(run).read_bytes()
+        except OSError:
+            return b""
+
+    def _train(self, run: str, job: TrainingJob, message: bytes) -> tuple[dict[str, Any], bytes]:
+        plan = decode_plan(message)
+        self._require_allowed(job, plan)
+        known = self._site.state_path / run / "answer"
+        digest = hashlib.blake2b(message + job.model_dump_json().encode(), digest_size=16).hexdigest()
+        with self._training:
+            update = _remembered(known, digest)
+            if update is None:
+                start = time.monotonic()
+                self._make_room(run)
+                self._say(f"run {run[:8]} round {plan.round}: training with k={plan.active_experts}")
+                update = self._fine_tune(job, plan, known.parent)
+                write_atomically(known, digest.encode() + update)
+                self._say(f"run {run[:8]} round {plan.round}: trained in {time.monotonic() - start:.1f} s")
+            else:
+                self._say(f"run {run[:8]} round {plan.round}: answered again")
+        learned = decode_update(update, plan)
+        return {"kind": "update", "steps": learned.steps, "tokens": learned.tokens}, update
+
+    def _make_room(self, run: str) -> None:
+        """For the state of a new run: an adapter's bytes twice, and no run says that it is over."""
+        state = self._site.state_path
+        others = [path for path in state.glob("*") if _RUN.fullmatch(path.name) and path.name != run]
+        others.sort(key=lambda path: path.stat().st_mtime)  # its files are renamed into it in every round
+        for old in others[: max(0, len(others) + 1 - self._site.trainer.kept_runs)]:
+            self._say(f"run {old.name[:8]}: its state is removed (trainer.kept_runs)")
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _fine_tune(self, job: TrainingJob, plan: RoundPlan, state: Path) -> bytes:
+        ready = self._loaded(job)
+        update = fine_tune(ready.adapted, ready.rows, plan, pad_token(ready.tokenizer))
+        return encode_with_feedback(update, plan, Residuals(state / "residuals"))
+
+    def _loaded(self, job: TrainingJob) -> _Ready:
+        """The model with the job's adapter, and the rows in its tokens; loaded where another job's are."""
+        if self._ready is None or self._ready.job != job:
+            self._ready = None  # before the next is loaded: two may not fit
+            self._say(f"loading {job.model_name_or_path} in {job.dtype}")
+            adapted, tokenizer = load_adapted_model(self._config(job), job.dtype)
+            rows = [encode(row, tokenizer, job.max_length) for row in self._rows]
+            self._ready = _Ready(job, adapted, tokenizer, rows)
+        return self._ready
+
+    def _config(self, job: TrainingJob) -> RunConfig:
+        """The job on this site's terms."""
+        trainer, path = self._site.trainer, self._site.models[job.model_name_or_path]
+        return RunConfig(
+            model=ModelConfig(model_name_or_path=path, memory_map=trainer.memory_map),
+            adapter=AdapterConfig(r=job.r, lora_alpha=job.lora_alpha, target_modules=job.target_modules),
+            training=TrainingConfig(gradient_checkpointing=trainer.gradient_checkpointing),
+        )
+
+    def _require_allowed(self, job: TrainingJob, plan: RoundPlan) -> None:
+        """Refuse what the site's file does not allow, before anything is loaded."""
+        limits = self._site.limits
+        if job.model_name_or_path not in self._site.models:
+            allowed = ", ".join(self._site.models)
+            raise Refusal(f"model {job.model_name_or_path!r} is not allowed here; {allowed} may be trained")
+        tokens = plan.max_steps * max(plan.tokens_per_step, plan.batch_size * job.max_length)
+        for what, asked, most in (
+            ("k", plan.active_experts, self._site.most_experts),
+            ("rounds", job.num_server_rounds, limits.max_rounds),
+            ("round", plan.round, limits.max_rounds),
+            ("steps", plan.max_steps, limits.max_steps),
+            ("tokens", tokens, limits.max_tokens),
+        ):
+            if asked > most:
+                raise Refusal(f"the plan asks for {what} = {asked:,}; this site allows at most {most:,}")
+        self._require_same_model(job)
+        if limits.max_flops and (flops := tokens * self._flops_per_token(job, plan)) > limits.max_flops:
+            raise Refusal(
+                f"the plan asks for {flops:.3g} FLOPs; this site allows at most {limits.max_flops:.3g}"
+            )
+
+    def _require_same_model(self, job: TrainingJob) -> None:
+        path = self._site.models[job.model_name_or_path]
+        if path not in self._digests:
+            self._digests[path] = model_digest(path)
+        if self._digests[path] != job.model_digest:
+            raise Refusal(
+                f"model {job.model_name_or_path!r} is another one here ({path} has digest "
+                f"{self._digests[path][:8]}, the hub's {job.model_digest[:8]})"
+            )
+
+    def _flops_per_token(self, job: TrainingJob, plan: RoundPlan) -> float:
+        shape = read_model_shape(model_config_path(self._site.models[job.model_name_or_path]))
+        targets = AdapterConfig(target_modules=job.target_modules).attention_modules()
+        rank = plan.adapter.rank
+        return training_flops_per_token(shape, plan.active_experts, rank, targets, job.max_length).total
+
+
+def _load_rows(site: Site) -> tuple[list[Instruction], list[SkippedRow]]:
+    columns = site.data.model_dump(exclude={"dataset_name"})
+    loaded = load_instructions(dataset_name=site.dataset, **columns)
+    if not loaded.rows:
+        raise UserError(f"{site.dataset}: no usable row")
+    return loaded.rows, loaded.skipped
+
+
+def _remembered(path: Path, digest: str) -> bytes | None:
+    """The answer in the file, if it is the one to this plan; a damaged file is none."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    size = len(digest)
+    return content[size:] if content[:size] == digest.encode() else None

@@ -1,0 +1,124 @@
+"""A plan as what it adds to one that the client holds: adapters that are there are not sent again.
+
+Of a value as large as before only the rows (experts, in a bank) with other bits travel; of merged factors,
+which only grow, the ranks that are new. The client puts the plan together again, byte for byte: its digest
+says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedflame.errors import InvalidMessage
+from fedflame.messages import MERGED_PREFIX, NOTHING, Adapter
+from fedflame.wire.buffer import pack, unpack, views
+from fedflame.wire.envelope import Bytes
+from fedflame.wire.frame import opened, seal, seal_digest, unseal
+
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+"""What putting together parts that do not fit can raise."""
+_ROWS = "@rows"
+"""After the name of a value of which only rows travel, their indices."""
+
+
+def plan_digest(plan: Bytes) -> str:
+    """What hub and client know an encoded plan by."""
+    return seal_digest(plan)
+
+
+def encode_addition(plan: Bytes, held: Bytes) -> bytes | None:
+    """`plan` for a client that holds `held`, both as `encode_plan` made them here; one sealed buffer.
+
+    None where all values of the plan are new, so that nothing is won.
+    """
+    wanted, header = views(opened(plan))
+    there, _ = views(opened(held))
+    parts: dict[str, Tensor] = {}
+    for name, value in _own(wanted).items():
+        parts |= _changed(name, value, there.get(name))
+    merged, before = Adapter.from_tensors(wanted, MERGED_PREFIX), Adapter.from_tensors(there, MERGED_PREFIX)
+    kept = before.rank if _begins_with(merged, before) else 0
+    parts |= _without_ranks(merged, kept).tensors(MERGED_PREFIX)
+    if _values(parts) == _values(wanted):
+        return None
+    about = {"kind": "addition", "held": plan_digest(held), "plan": plan_digest(plan)}
+    return seal(pack(parts, about | {"kept_merged_rank": kept, "header": header}))
+
+
+def decode_addition(message: Bytes, held: bytes) -> bytes:
+    """The plan, byte for byte.
+
+    Raises:
+        InvalidMessage: damaged, against another plan than `held`, or no plan comes out.
+    """
+    try:
+        parts, about = unpack(unseal(message))
+        if about.get("kind") != "addition" or about.get("held") != plan_digest(held):
+            raise InvalidMessage("not an addition to the plan that is held")
+        plan = _put_together(parts, about, unpack(unseal(held))[0])
+    except _DAMAGE as error:
+        raise InvalidMessage(f"not a fedflame addition: {type(error).__name__}: {error}") from error
+    if plan_digest(plan) != about.get("plan"):
+        raise InvalidMessage("what is held and its addition make another plan than was sent")
+    return plan
+
+
+def _put_together(parts: Mapping[str, Tensor], about: Mapping[str, Any], held: Mapping[str, Tensor]) -> bytes:
+    own, there = _own(parts), _own(held)
+    names = {name.removesuffix(_ROWS) for name in own} | there.keys()
+    tensors = {name: _with_changes(name, own, there.get(name)) for name in names}
+    kept = Adapter.from_tensors(held, MERGED_PREFIX) if about["kept_merged_rank"] else NOTHING
+    merged = kept.concatenate(Adapter.from_tensors(parts, MERGED_PREFIX))
+    return seal(pack(tensors | merged.tensors(MERGED_PREFIX), about["header"]))
+
+
+def _values(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() for name, value in tensors.items() if not name.endswith(_ROWS))
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All but the merged factors."""
+    return {name: value for name, value in tensors.items() if not name.startswith(MERGED_PREFIX)}
+
+
+def _changed(name: str, value: Tensor, before: Tensor | None) -> dict[str, Tensor]:
+    if before is None or before.shape != value.shape:
+        return {name: value}
+    pairs = zip(_bits(value), _bits(before), strict=True)
+    rows = torch.tensor([row for row, pair in enumerate(pairs) if not torch.equal(*pair)], dtype=torch.int64)
+    if len(rows) == len(value):
+        return {name: value}
+    return {name: value[rows], name + _ROWS: rows} if len(rows) else {}
+
+
+def _with_changes(name: str, own: Mapping[str, Tensor], before: Tensor | None) -> Tensor:
+    rows = own.get(name + _ROWS)
+    if before is None or (name in own and rows is None):
+        return own[name]
+    return before if rows is None else before.index_copy(0, rows, own[name])
+
+
+def _begins_with(merged: Adapter, before: Adapter) -> bool:
+    """Whether the first ranks of `merged` are `before`, to the bit."""
+    if not before.rank or merged.rank < before.rank or merged.tensors().keys() != before.tensors().keys():
+        return False
+    first = merged.with_rank(before.rank).tensors()
+    return all(torch.equal(_bits(first[name]), _bits(value)) for name, value in before.tensors().items())
+
+
+def _without_ranks(merged: Adapter, kept: int) -> Adapter:
+    """The ranks after the first `kept`."""
+    if kept == merged.rank:
+        return NOTHING
+    return Adapter.from_factors(
+        {name: (b[..., kept:], a[..., kept:, :]) for name, (b, a) in merged.factors().items()}
+    )
+
+
+def _bits(value: Tensor) -> Tensor:
+    """0.0 equals -0.0, and a plan must come out to the byte."""
+    return value.contiguous().view(torch.int32)

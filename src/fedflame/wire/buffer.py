@@ -1,0 +1,65 @@
+"""Tensors and a JSON object about them in one safetensors buffer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedflame.wire.envelope import Bytes
+
+_KEY = "fedflame"
+
+
+def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
+    """The tensors, of any dtype and stride, with the header under `fedflame` in the file's metadata."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return save(contiguous, metadata={_KEY: json.dumps(header)})
+
+
+def unpack(buffer: Bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The inverse of `pack`, bit for bit.
+
+    Raises:
+        ValueError: the buffer is truncated or foreign.
+    """
+    buffer = bytes(buffer)  # of a view a copy, since safetensors reads no other
+    try:
+        size = int.from_bytes(buffer[:8], "little")
+        tensors = load(buffer)
+        header = json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"][_KEY])
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return tensors, header
+
+
+def views(buffer: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `unpack`, of float32 tensors that this process has packed: nothing is checked or copied.
+
+    The layout is that of https://huggingface.co/docs/safetensors. A buffer that cannot be written is copied
+    after all, because torch takes none.
+    """
+    writable = memoryview(bytearray(buffer)) if buffer.readonly else buffer
+    start = 8 + int.from_bytes(buffer[:8], "little")
+    entries = json.loads(bytes(buffer[8:start]))
+    header = json.loads(entries.pop("__metadata__")[_KEY])
+    return {name: _view(writable[start:], **entry) for name, entry in entries.items()}, header
+
+
+def _view(data: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
+    assert dtype == "F32", dtype
+    count = math.prod(shape)
+    values = (
+        torch.frombuffer(data, dtype=torch.float32, count=count, offset=data_offsets[0])
+        if count
+        else torch.empty(0)
+    )
+    return values.reshape(shape)

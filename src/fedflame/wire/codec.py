@@ -1,0 +1,186 @@
+"""`RoundPlan` and `ClientUpdate` as bytes and back.
+
+Of an update only the experts that the client activated are written, and only the half that it trained.
+That is lossless: what had no activation or was frozen did not move, so its delta is zero. What is written is
+squeezed (`planes`), without loss, too; plans are not, because they are compared with what clients hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import fields, replace
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from fedflame.errors import InvalidMessage
+from fedflame.messages import (
+    MERGED_PREFIX,
+    Adapter,
+    ClientUpdate,
+    RoundPlan,
+    is_trained,
+    rank_dim,
+)
+from fedflame.wire.buffer import pack, unpack
+from fedflame.wire.envelope import Bytes
+from fedflame.wire.frame import seal, unseal
+from fedflame.wire.planes import squeeze, unsqueeze
+from fedflame.wire.values import layout, restored, rounded
+
+_NAMES_AND_SCALARS = 1 << 20
+"""Bytes that an update may be longer than its values: the names and shapes of thousands of tensors."""
+
+
+def encode_plan(plan: RoundPlan) -> bytes:
+    """One sealed buffer with everything the client needs."""
+    tensors = plan.adapter.tensors() | plan.merged.tensors(MERGED_PREFIX)
+    return seal(_packed("plan", plan, tensors | {"rescaler_values": plan.rescaler_values}))
+
+
+def decode_plan(message: bytes) -> RoundPlan:
+    """The inverse of `encode_plan`, bit for bit. Raises InvalidMessage."""
+    tensors, header = _unpack("plan", unseal(message))
+    adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
+    known = {*adapter.tensors(), *merged.tensors(MERGED_PREFIX), "rescaler_values"}
+    _require_names(tensors.keys(), known)
+    plan: RoundPlan = _build(RoundPlan, header, tensors, adapter=adapter, merged=merged)
+    return plan
+
+
+def encode_update(update: ClientUpdate, plan: RoundPlan) -> bytes:
+    """One sealed buffer, as the plan asks for it, with only the trained half and the activated experts."""
+    attention = {
+        name: delta if is_trained(name, update.trainable) else delta.narrow(rank_dim(name), 0, 0)
+        for name, delta in update.delta.attention.items()
+    }
+    experts = {name: delta[_moved_experts(name, update)] for name, delta in update.delta.experts.items()}
+    values = rounded(Adapter(experts, attention).tensors(), plan.update_dtype)
+    tensors = values | {"rescaler_values": update.rescaler_values, "counts": update.counts}
+    return seal(squeeze(_packed("update", update, tensors)))
+
+
+def decode_update(message: Bytes, plan: RoundPlan) -> ClientUpdate:
+    """The inverse of `encode_update`: what did not travel comes back as zeros.
+
+    The rest of what an answer to `plan` must be is in `messages.validate_update`.
+
+    Raises:
+        InvalidMessage: larger than any answer to this plan, damaged, or of other fields, names, shapes or
+            dtypes.
+    """
+    limit = update_limit(plan)
+    if len(message) > limit:
+        raise InvalidMessage(f"update of {len(message):,} bytes; an answer has at most {limit:,}")
+    try:
+        body = unsqueeze(unseal(message), limit)
+    except ValueError as error:
+        raise InvalidMessage(f"not a fedflame update: {error}") from error
+    tensors, header = _unpack("update", body)
+    counts = tensors.get("counts", torch.empty(0))
+    _require("counts", counts, _counts_shape(plan), torch.int64)
+    packed: ClientUpdate = _build(ClientUpdate, header, tensors, delta=Adapter({}, {}))
+    expected = layout(_packed_shapes(packed, plan), plan.update_dtype)
+    values = {name: value for name, value in tensors.items() if name not in ("rescaler_values", "counts")}
+    _require_names(values.keys(), expected.keys())
+    for name, (shape, dtype) in expected.items():
+        _require(name, values[name], shape, dtype)
+    travelled = Adapter.from_tensors(restored(values, plan.update_dtype))
+    return replace(packed, delta=_unpacked(travelled, packed, plan))
+
+
+def update_limit(plan: RoundPlan) -> int:
+    """Bytes that no answer to this plan exceeds."""
+    values = sum(value.numel() for value in plan.adapter.tensors().values()) + plan.rescaler_values.numel()
+    layers, experts = _counts_shape(plan)
+    return 4 * values + 8 * layers * experts + _NAMES_AND_SCALARS
+
+
+def _counts_shape(plan: RoundPlan) -> tuple[int, int]:
+    return len(plan.rescaler_values), next(iter(plan.adapter.experts.values())).shape[0]
+
+
+def _moved_experts(bank: str, update: ClientUpdate) -> Tensor:
+    """Indices of the experts whose slice of this bank travels."""
+    activated = update.counts[int(bank.split(".")[0])] > 0
+    return torch.nonzero(activated & is_trained(bank, update.trainable)).squeeze(1)
+
+
+def _packed_shapes(update: ClientUpdate, plan: RoundPlan) -> dict[str, tuple[int, ...]]:
+    """What the values of an answer with these counts look like on the way."""
+    experts = {
+        name: value.new_empty((len(_moved_experts(name, update)), *value.shape[1:]), device="meta")
+        for name, value in plan.adapter.experts.items()
+    }
+    attention = {
+        name: value if is_trained(name, update.trainable) else value.narrow(rank_dim(name), 0, 0)
+        for name, value in plan.adapter.attention.items()
+    }
+    return {name: tuple(value.shape) for name, value in Adapter(experts, attention).tensors().items()}
+
+
+def _unpacked(travelled: Adapter, update: ClientUpdate, plan: RoundPlan) -> Adapter:
+    """The delta in the plan's shapes: zeros where nothing travelled."""
+    experts = {
+        name: torch.zeros(value.shape).index_copy(0, _moved_experts(name, update), travelled.experts[name])
+        for name, value in plan.adapter.experts.items()
+    }
+    attention = {
+        name: travelled.attention[name] if is_trained(name, update.trainable) else torch.zeros(value.shape)
+        for name, value in plan.adapter.attention.items()
+    }
+    return Adapter(experts, attention)
+
+
+def _packed(kind: str, message: RoundPlan | ClientUpdate, tensors: dict[str, Tensor]) -> bytes:
+    scalars = {name: value for name, value in vars(message).items() if isinstance(value, int | float | str)}
+    return pack(tensors, {"kind": kind, **scalars})
+
+
+def _unpack(kind: str, body: Bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        tensors, header = unpack(body)
+    except ValueError as error:
+        raise InvalidMessage(f"not a fedflame {kind}: {error}") from error
+    if header.get("kind") != kind:
+        raise InvalidMessage(f"got a message of kind {header.get('kind')!r}; {kind!r} is needed")
+    return tensors, header
+
+
+def _build(cls: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], **parts: Adapter) -> Any:
+    scalars = {name: value for name, value in header.items() if name != "kind"}
+    arrays = {name: tensors[name] for name in ("rescaler_values", "counts") if name in tensors}
+    given = [*scalars, *arrays, *parts]
+    hints = get_type_hints(cls)
+    types = {field.name: hints[field.name] for field in fields(cls)}
+    if sorted(given) != sorted(types):  # defaults are for callers: on the wire every field is said once
+        wrong = sorted(set(given) ^ set(types)) or sorted(name for name in types if given.count(name) > 1)
+        raise InvalidMessage(f"fields missing, unknown or said twice: {', '.join(wrong)}")
+    message = cls(**scalars, **arrays, **parts)
+    for name, wanted in types.items():
+        _require_type(name, wanted, getattr(message, name))
+    return message
+
+
+def _require_type(name: str, wanted: Any, value: object) -> None:
+    """Refuse what JSON can hold and the field cannot: NaN tokens or rows would pass every comparison."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise InvalidMessage(f"{name} is an integer of more than 64 bits")
+    choices = get_args(wanted)  # of a Literal; other fields have none
+    if choices and value not in choices:
+        raise InvalidMessage(f"{name} is {value!r}; {', '.join(choices)} are allowed")
+    allowed = {int: (int,), float: (float, int), bool: (bool,), Tensor: (Tensor,)}.get(wanted)
+    if allowed is not None and type(value) not in allowed:
+        raise InvalidMessage(f"{name} is of type {type(value).__name__}; {wanted.__name__} is needed")
+
+
+def _require_names(got: Collection[str], wanted: Collection[str]) -> None:
+    if different := sorted(set(got) ^ set(wanted)):
+        raise InvalidMessage(f"tensors missing or unknown: {', '.join(different[:3])}")
+
+
+def _require(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if value.shape != shape or value.dtype != dtype:
+        got = f"{value.dtype} {tuple(value.shape)}"
+        raise InvalidMessage(f"{name} is {got}; the plan and the counts make it {dtype} {shape}")

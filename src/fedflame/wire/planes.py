@@ -1,0 +1,80 @@
+"""Numbers as fewer bytes, without loss: the bytes of each place in four words by Huffman codes of their own.
+
+Sign and exponent of trained values take few of 256 values and mantissas nearly all, so that a code pays for
+the former alone; of int8 values it pays for all. After ZipNN (Hershcovitch et al., arXiv 2411.05239).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+
+from fedflame.wire.envelope import Bytes
+
+_PLACES = 4
+"""Bytes of the longest number that counts: of float32. A bfloat16 has two of these places in turn."""
+_HEAD = struct.Struct(f"<{1 + _PLACES}Q")
+"""Bytes of the whole, then of each place as written."""
+_WORTH_BITS = 7.8
+"""Of entropy per byte, above which no code is tried."""
+_RAW_DEFLATE = -15
+
+
+def squeeze(body: bytes) -> bytes:
+    """The inverse of `unsqueeze`; at most 40 bytes longer than `body`."""
+    values = np.frombuffer(body, np.uint8)
+    written = [_shorter(values[place::_PLACES]) for place in range(_PLACES)]
+    return b"".join((_HEAD.pack(len(body), *map(len, written)), *written))
+
+
+def unsqueeze(message: Bytes, longest: int) -> bytes:
+    """The body, in memory that follows `longest`, whatever the message claims.
+
+    Raises:
+        ValueError: it is none, claims more than `longest` bytes, or has a byte too few or too many.
+    """
+    if len(message) < _HEAD.size:
+        raise ValueError(f"{len(message)} bytes that are no squeezed body")
+    size, *lengths = _HEAD.unpack_from(message)
+    if sum(lengths) != len(message) - _HEAD.size:
+        raise ValueError(f"{len(message):,} bytes that are no squeezed body")
+    if size > longest:
+        raise ValueError(f"a body of {size:,} bytes; at most {longest:,} are allowed")
+    values, start = np.empty(size, np.uint8), _HEAD.size
+    for place, length in enumerate(lengths):
+        written = memoryview(message)[start : start + length]
+        values[place::_PLACES] = _whole(written, len(range(place, size, _PLACES)))
+        start += length
+    return values.tobytes()
+
+
+def _shorter(plane: np.ndarray) -> bytes:
+    """Its Huffman code where that is shorter."""
+    if _entropy_bits(plane) > _WORTH_BITS:
+        return plane.tobytes()
+    coder = zlib.compressobj(wbits=_RAW_DEFLATE, strategy=zlib.Z_HUFFMAN_ONLY)
+    coded = coder.compress(plane.tobytes()) + coder.flush()
+    return coded if len(coded) < len(plane) else plane.tobytes()
+
+
+def _whole(written: memoryview, size: int) -> np.ndarray:
+    if len(written) == size:
+        return np.frombuffer(written, np.uint8)
+    decoder = zlib.decompressobj(_RAW_DEFLATE)
+    try:
+        plane = decoder.decompress(written, size) if size else b""
+        beyond = decoder.decompress(decoder.unconsumed_tail, 1)  # nothing but the mark of its end is left
+    except zlib.error as error:
+        raise ValueError(f"a place of numbers that cannot be read: {error}") from error
+    if len(plane) != size or beyond or not decoder.eof or decoder.unused_data or len(written) > size:
+        raise ValueError(f"a place of numbers that is not {size:,} bytes")
+    return np.frombuffer(plane, np.uint8)
+
+
+def _entropy_bits(plane: np.ndarray) -> float:
+    """Per byte; 0 for none."""
+    share = np.bincount(plane, minlength=256) / max(1, len(plane))
+    share = share[share > 0]
+    return float(-(share * np.log2(share)).sum())

@@ -1,0 +1,54 @@
+"""Unix sockets that only their owner may open. Needs the standard library alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fedflame.errors import UserError
+
+_CREDENTIALS = struct.Struct("3i")
+_LONGEST_PATH = 107
+"""Of a unix socket's address on Linux."""
+
+
+@contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """A socket at this path with rights for its owner alone; what an earlier one left there goes.
+
+    Raises:
+        UserError: the path is too long, or nothing can be put there.
+    """
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise UserError(f"socket {path}: longer than the {_LONGEST_PATH} letters that the system allows")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with suppress(FileNotFoundError):
+            path.unlink()
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise UserError(f"socket {path}: {error.strerror or error}") from error
+    try:
+        yield listener
+    finally:
+        listener.close()
+        with suppress(OSError):
+            path.unlink()
+
+
+def same_user(connection: socket.socket) -> bool:
+    """Whether the process at the other end is of this process's user, as the kernel knows it."""
+    size = _CREDENTIALS.size
+    _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return int(user) == os.getuid()

@@ -1,0 +1,64 @@
+"""How the values of an update travel: fp32 as they are, bfloat16, or int8 with a scale per expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedflame.choices import UpdateDtype
+
+_STEPS = 127
+_SCALES = "scales."
+_DTYPES: dict[UpdateDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+
+
+def rounded(values: Mapping[str, Tensor], dtype: UpdateDtype) -> dict[str, Tensor]:
+    """What travels of fp32 matrices [..., m, n]; for int8 also their scales [...], one per matrix."""
+    if dtype == "float32":
+        return dict(values)
+    if dtype == "bfloat16":
+        return {name: value.to(torch.bfloat16) for name, value in values.items()}
+    travels = {}
+    for name, value in values.items():
+        travels[name], travels[_SCALES + name] = _quantize(value)
+    return travels
+
+
+def restored(travelled: Mapping[str, Tensor], dtype: UpdateDtype) -> dict[str, Tensor]:
+    """fp32 again, from what `rounded` gave and `layout` describes."""
+    if dtype == "int8":
+        return {
+            name: value * travelled[_SCALES + name][..., None, None]
+            for name, value in travelled.items()
+            if not name.startswith(_SCALES)
+        }
+    return {name: value.to(torch.float32) for name, value in travelled.items()}
+
+
+def layout(
+    shapes: Mapping[str, tuple[int, ...]], dtype: UpdateDtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that `rounded` gives for values of these shapes."""
+    found = {name: (shape, _DTYPES[dtype]) for name, shape in shapes.items()}
+    if dtype == "int8":
+        found |= {_SCALES + name: (shape[:-2], torch.float32) for name, shape in shapes.items()}
+    return found
+
+
+def _quantize(value: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 steps and the step of each matrix: its largest magnitude is 127 of them.
+
+    What is not finite makes its matrix's step so, and the receiver refuses it.
+    """
+    if not value.numel():
+        return value.to(torch.int8), value.new_zeros(value.shape[:-2])
+    scales = value.abs().amax((-2, -1)) / _STEPS
+    per_value = scales[..., None, None]
+    steps = torch.where(per_value > 0, value / per_value, 0.0).round().clamp(-_STEPS, _STEPS)
+    return steps.to(torch.int8), scales

@@ -1,0 +1,397 @@
+"""The driver against engines and sites that misbehave; what sites say here is a few bytes, no update."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engines_here import Deliver, ThreadEngine
+from tests.message_samples import a_plan
+
+from fedflame.engines.clients import EngineClients
+from fedflame.engines.hub import HubRounds
+from fedflame.engines.link import HubLink
+from fedflame.engines.segment import segments
+from fedflame.errors import UserError
+from fedflame.server.local_clients import Answer
+from fedflame.wire.addition import decode_addition, encode_addition, plan_digest
+from fedflame.wire.codec import encode_plan
+from fedflame.wire.envelope import Envelope, receive
+
+SITES = ["north", "south", "west"]
+RUN = "0123456789abcdef" * 2
+LARGE = (3, 40, 4, 30, 20)
+"""Of an adapter beside which names and scalars are little."""
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("whole")]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("fedflame.engines.clients.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 0.02)
+    monkeypatch.setattr("fedflame.engines.segment.POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of a few bytes that are no plans: nothing of them is held by a site."""
+    monkeypatch.setattr("fedflame.engines.clients.encode_addition", lambda plan, held: None)
+
+
+def answer(request: bytes, **changes: Any) -> bytes:
+    """What an honest site says, or with other fields."""
+    asked = Envelope.from_bytes(request)
+    header = {name: asked.header[name] for name in ("ticket", "run", "site")}
+    header |= {"kind": "update", "steps": 2, "tokens": 10} | changes
+    return Envelope(header, b"learned from " + asked.body).to_bytes()
+
+
+def honest(site: str, request: bytes) -> bytes:
+    return answer(request)
+
+
+@dataclass
+class Driver:
+    clients: EngineClients
+    engine: ThreadEngine
+    said: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    def round(self) -> list[Answer]:
+        plans = [(client, f"plan {client}".encode()) for client in range(len(SITES))]
+        return list(self.clients.train(plans, self.tokens.append))
+
+    def heard(self, words: str) -> bool:
+        return any(words in line for line in self.said)
+
+
+@contextmanager
+def driver(
+    deliver: Deliver,
+    tmp_path: Path,
+    quorum: int = 1,
+    engine: type[ThreadEngine] = ThreadEngine,
+    **rounds: float,
+) -> Iterator[Driver]:
+    carrier, said = engine(deliver, set(SITES)), list[str]()
+    with segments(carrier, said.append) as jobs:
+        limits = HubRounds(**{"rejoin_timeout": 0.1, **rounds})
+        clients = EngineClients(carrier, jobs, RUN, {}, SITES, limits, quorum, tmp_path, said.append)
+        yield Driver(clients, carrier, said)
+
+
+LEARNED = [b"learned from plan 0", b"learned from plan 1", b"learned from plan 2"]
+
+
+def updates(answers: list[Answer]) -> list[bytes]:
+    return [answer.update for answer in answers]
+
+
+@pytest.mark.parametrize("memory", [0, 25, 10**6])  # of one answer, which has some 20 bytes
+def test_answers_come_in_the_order_of_the_plans_whichever_site_is_first(
+    memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.ANSWER_MEMORY", memory)
+
+    def slow_first(site: str, request: bytes) -> bytes:
+        time.sleep(0.2 * (2 - SITES.index(site)))
+        return answer(request)
+
+    with driver(slow_first, tmp_path) as hub:
+        assert updates(hub.round()) == LEARNED
+        assert updates(hub.round()) == LEARNED
+        assert hub.tokens == [5] * 12, "two steps of half the tokens each, for three sites and two rounds"
+        assert len(hub.engine.jobs) == 1
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f"{site}.held" for site in SITES], "nothing that was on its way is left"
+
+
+def test_after_the_end_of_a_job_the_next_is_asked_for_what_is_open_only(tmp_path: Path) -> None:
+    asked = Counter[str]()
+    hubs: list[Driver] = []
+
+    def crash_once(site: str, request: bytes) -> bytes:
+        asked[site] += 1
+        if site != "north" and len(hubs[0].engine.jobs) == 1:
+            time.sleep(0.3)  # north has answered by then
+            hubs[0].engine.end("job-1", "FINISHED:EXECUTION_EXCEPTION")
+        return answer(request)
+
+    with driver(crash_once, tmp_path) as hub:
+        hubs.append(hub)
+        assert updates(hub.round()) == LEARNED
+        assert asked == {"north": 1, "south": 2, "west": 2}
+        assert hub.heard("job job-1 is over: FINISHED:EXECUTION_EXCEPTION")
+
+
+def test_job_after_job_that_fails_ends_the_run_with_what_is_kept(tmp_path: Path) -> None:
+    hubs: list[Driver] = []
+
+    def crash(site: str, request: bytes) -> bytes:
+        hubs[0].engine.end(f"job-{len(hubs[0].engine.jobs)}", "FINISHED:EXECUTION_EXCEPTION")
+        return answer(request)
+
+    with driver(crash, tmp_path, max_resubmissions=2) as hub:
+        hubs.append(hub)
+        with pytest.raises(UserError, match=r"3 jobs ended one after another .* --resume goes on"):
+            hub.round()
+        assert len(hub.engine.jobs) == 3
+
+
+class Closed(ThreadEngine):
+    def submit(self, hub_socket: Path, segment: str) -> str:
+        raise OSError("not authorized to submit")
+
+
+class Silent(ThreadEngine):
+    def submit(self, hub_socket: Path, segment: str) -> str:
+        return "silent"
+
+
+class Stillborn(Silent):
+    def ended(self, job: str) -> str | None:
+        return "FAILED_TO_RUN"
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        (Closed, "the engine did not take the job: not authorized to submit"),
+        (Silent, "did not say a word in time"),
+        (Stillborn, "is over before its first word: FAILED_TO_RUN"),
+    ],
+)
+def test_an_engine_that_starts_no_job_is_tried_again_and_then_given_up(
+    engine: type[ThreadEngine], words: str, tmp_path: Path
+) -> None:
+    stop = engine.stop
+    engine.stop = lambda self, job: stop(self, job) if job in self.jobs else None  # type: ignore[method-assign]
+    with driver(honest, tmp_path, engine=engine, max_resubmissions=1, start_timeout=0.2) as hub:
+        with pytest.raises(UserError, match="2 jobs ended"):
+            hub.round()
+        assert sum(words in line for line in hub.said) == 2
+
+
+def test_a_site_without_an_answer_in_time_is_left_out_and_refused_when_it_is_late(tmp_path: Path) -> None:
+    released = threading.Event()
+
+    def late(site: str, request: bytes) -> bytes:
+        if site == "south" and not released.is_set():
+            released.wait(20)
+        return answer(request)
+
+    with driver(late, tmp_path, round_timeout=0.5) as hub:
+        answers = hub.round()
+        assert updates(answers) == [LEARNED[0], b"", LEARNED[2]]
+        assert answers[1].failure == "no answer within 0 s (rounds.round_timeout)"
+        released.set()
+        time.sleep(0.1)
+        assert updates(hub.round()) == LEARNED
+        assert hub.heard("refused: a late or repeated answer of south")
+
+
+def test_with_a_quorum_the_others_have_the_grace_and_no_longer(tmp_path: Path) -> None:
+    end = threading.Event()
+
+    def stuck(site: str, request: bytes) -> bytes:
+        if site == "west":
+            end.wait(20)
+        return answer(request)
+
+    with driver(stuck, tmp_path, quorum=2, straggler_grace=0.3) as hub:
+        start = time.monotonic()
+        answers = hub.round()
+        assert 0.3 <= time.monotonic() - start < 5
+        assert updates(answers) == [LEARNED[0], LEARNED[1], b""]
+        assert "straggler_grace" in answers[2].failure
+        end.set()
+
+
+class Twice(ThreadEngine):
+    def _carry(self, link: HubLink, sites: set[str], ticket: str, site: str, content: bytes) -> None:
+        super()._carry(link, sites, ticket, site, content)
+        super()._carry(link, sites, ticket, site, content)
+
+
+def test_an_answer_counts_once_however_often_it_comes(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, engine=Twice) as hub:
+        assert updates(hub.round()) == updates(hub.round()) == LEARNED
+        assert hub.heard("refused: a late or repeated answer of")
+
+
+OTHER_RUN = "f" * 32
+
+
+@pytest.mark.parametrize(
+    ("forge", "reason"),
+    [
+        (lambda request: answer(request, run=OTHER_RUN), "its run is not the one that was asked for"),
+        (lambda request: answer(request, ticket="0" * 32), "its ticket is not the one that was asked for"),
+        (lambda request: answer(request, site="north"), "it is for south"),
+        (lambda request: answer(request, kind="train"), "it is of kind 'train'"),
+        (lambda request: b"garbage", "7 bytes that are no envelope"),
+        (lambda request: answer(request)[:-1], "envelope of"),
+    ],
+)
+def test_an_answer_that_is_not_to_this_request_is_refused(
+    forge: Callable[[bytes], bytes], reason: str, tmp_path: Path
+) -> None:
+    """Replayed, of another run, in another site's name, damaged."""
+
+    def forged(site: str, request: bytes) -> bytes:
+        return forge(request) if site == "south" else answer(request)
+
+    with driver(forged, tmp_path) as hub:
+        answers = hub.round()
+        assert updates(answers) == [LEARNED[0], b"", LEARNED[2]]
+        assert answers[1].failure.startswith("its answer is refused: ")
+        assert reason in answers[1].failure
+        assert hub.heard("refused: an answer of south")
+
+
+class Impostor(ThreadEngine):
+    """The engine knows the sender of south's answer as north."""
+
+    def _carry(self, link: HubLink, sites: set[str], ticket: str, site: str, content: bytes) -> None:
+        link.answered(ticket, "north", self.deliver(site, content))
+
+
+def test_a_site_that_the_engine_knows_by_another_name_is_refused(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, engine=Impostor) as hub:
+        assert updates(hub.round()) == [LEARNED[0], b"", b""]
+        assert hub.heard("refused: an answer of north: it is for south")
+
+
+def test_a_refusal_carries_the_sites_reason(tmp_path: Path) -> None:
+    def strict(site: str, request: bytes) -> bytes:
+        return (
+            answer(request, kind="refused", reason="k = 8 is too much") if site == "west" else answer(request)
+        )
+
+    with driver(strict, tmp_path) as hub:
+        assert hub.round()[2].failure == "the site refuses: k = 8 is too much"
+
+
+def test_a_site_that_is_gone_is_waited_for_once_and_used_again_when_it_is_back(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, rejoin_timeout=0.4) as hub:
+        hub.engine.reachable.discard("south")
+        start = time.monotonic()
+        answers = hub.round()
+        assert answers[1].failure == "not connected" and time.monotonic() - start >= 0.4
+        start = time.monotonic()
+        assert hub.round()[1].failure == "not connected" and time.monotonic() - start < 0.4
+        hub.engine.reachable.add("south")
+        assert updates(hub.round()) == LEARNED
+        assert len(hub.engine.jobs) == 2, "a new job reaches the site that came back"
+
+
+def test_a_site_that_comes_back_within_the_round_still_takes_part_in_it(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, rejoin_timeout=20) as hub:
+        hub.engine.reachable.discard("south")
+        threading.Timer(0.3, hub.engine.reachable.add, ["south"]).start()
+        assert updates(hub.round()) == LEARNED
+
+
+def test_a_site_that_is_there_but_never_answers_does_not_cost_job_after_job(tmp_path: Path) -> None:
+    """Its engine fails each time, such as where nobody has said where the trainer is."""
+
+    class Misconfigured(ThreadEngine):
+        def _carry(self, link: HubLink, sites: set[str], ticket: str, site: str, content: bytes) -> None:
+            if site == "south":
+                link.failed(ticket, site, "its engine says there is no trainer")
+            else:
+                super()._carry(link, sites, ticket, site, content)
+
+    with driver(honest, tmp_path, engine=Misconfigured, max_resubmissions=2) as hub:
+        answers = hub.round()
+        assert updates(answers) == [LEARNED[0], b"", LEARNED[2]]
+        assert answers[1].failure == "its engine says there is no trainer"
+        assert len(hub.engine.jobs) == 3
+
+
+def test_what_a_site_holds_is_not_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.encode_addition", encode_addition)
+    first, second = encode_plan(a_plan(LARGE)), encode_plan(replace(a_plan(LARGE), round=4))
+    got: list[Envelope] = []
+
+    def note(site: str, request: bytes) -> bytes:
+        got.append(Envelope.from_bytes(request))
+        return answer(request)
+
+    with driver(note, tmp_path) as hub:
+        (whole,) = hub.clients.train([(1, first)], hub.tokens.append)
+        (added,) = hub.clients.train([(1, second)], hub.tokens.append)
+        (other,) = hub.clients.train([(2, second)], hub.tokens.append)
+    assert got[0].body == first and got[2].body == second
+    assert decode_addition(bytes(got[1].body), first) == second
+    assert whole.bytes_down == len(got[0].to_bytes()) and other.bytes_down == len(got[2].to_bytes())
+    assert added.bytes_down == len(got[1].to_bytes()) < len(second) / 5
+
+
+def test_a_site_that_lost_what_it_held_is_sent_the_whole_plan_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.encode_addition", encode_addition)
+    first, second = encode_plan(a_plan(LARGE)), encode_plan(replace(a_plan(LARGE), round=4))
+    sizes: list[int] = []
+
+    def forgetful(site: str, request: bytes) -> bytes:
+        sizes.append(len(request))
+        lacking = Envelope.from_bytes(request).header["addition"]
+        return answer(request, kind="lacking", reason="the disk was new") if lacking else answer(request)
+
+    with driver(forgetful, tmp_path) as hub:
+        list(hub.clients.train([(1, first)], hub.tokens.append))
+        (got,) = hub.clients.train([(1, second)], hub.tokens.append)
+        assert got.update == b"learned from " + second and got.bytes_down == sum(sizes[1:])
+        assert hub.heard("south: the disk was new; it is sent the whole plan")
+        sizes.clear()
+        hub.engine.deliver = lambda site, request: answer(request, kind="lacking", reason="again")
+        (never,) = hub.clients.train([(0, first)], hub.tokens.append)
+    assert "of kind 'lacking'" in never.failure, "of a whole plan nothing can be lacking"
+
+
+def test_after_a_resumption_a_site_that_trained_the_round_is_not_sent_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.encode_addition", encode_addition)
+    plan = encode_plan(a_plan(LARGE))
+    bodies: list[bytes] = []
+
+    def has_it(site: str, request: bytes) -> bytes:
+        if Envelope.from_bytes(request).header["kind"] == "describe":
+            return answer(request, kind="description", held=plan_digest(plan) if site == "south" else "")
+        bodies.append(bytes(Envelope.from_bytes(request).body))
+        return answer(request)
+
+    with driver(has_it, tmp_path) as hub:
+        hub.clients.describe()
+        list(hub.clients.train([(1, plan)], hub.tokens.append))
+        list(hub.clients.train([(2, plan)], hub.tokens.append))
+    assert decode_addition(bodies[0], plan) == bodies[1] == plan
+    assert len(bodies[0]) < len(plan) / 5
+
+
+def test_a_stranger_at_the_hubs_socket_is_sent_away(tmp_path: Path) -> None:
+    with driver(honest, tmp_path) as hub:
+        hub.round()
+        path = hub.clients.segments._path
+        assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o077 == 0
+        link = HubLink(path, "not-the-segment")
+        assert link.next_request() is None
+        assert hub.heard("refused: a job that is not the one that was submitted last")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(str(path))
+            connection.sendall(b"nonsense" * 10)
+            with pytest.raises((EOFError, ConnectionResetError)):
+                receive(connection)
+        assert updates(hub.round()) == LEARNED

@@ -1,0 +1,92 @@
+"""Runs over an engine: the bytes of a run in one process, whatever the engine and the sites do in between."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.engines_here import ThreadEngine, asking, trainers, write_site
+from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, state_bytes, tiny_config, tiny_run
+
+from fedflame.commands.run import Existing, execute
+from fedflame.commands.sites import Sites
+from fedflame.engines.hub import Hub, HubRounds
+from fedflame.errors import UserError
+
+NAMES = ("north", "south", "west")
+KS = (4, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    tiny_run(tiny_folder, run)
+    return run
+
+
+@pytest.fixture
+def site_files(tiny_folder: Path, tmp_path: Path) -> list[Path]:
+    """What `fedflame split` gives each site, and the site's file beside it."""
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    told = invoke("split", "--output-dir", tmp_path / "silos", "--model", tiny_folder, *settings)
+    assert told.exit_code == 0, told.output
+    models = {str(tiny_folder): str(tiny_folder)}
+    return [
+        write_site(tmp_path / name, name, tmp_path / "silos" / f"client-{client}.jsonl", k, models)
+        for client, (name, k) in enumerate(zip(NAMES, KS, strict=True))
+    ]
+
+
+def hub(**rounds: float) -> Hub:
+    return Hub(sites=",".join(NAMES), rounds=HubRounds(**rounds))
+
+
+def run_over(
+    engine: ThreadEngine, hub: Hub, model: Path, run: Path, *overrides: str, existing: Existing = "refuse"
+) -> str:
+    shown = io.StringIO()
+    config = tiny_config(model, run, *overrides)
+    execute(config, "", existing, Console(file=shown, width=200), sites=Sites(hub, engine))
+    return shown.getvalue()
+
+
+@pytest.mark.timeout(120)
+def test_three_sites_give_the_bytes_of_one_process(
+    finished: Path, site_files: list[Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    with trainers(site_files) as sites:
+        shown = run_over(ThreadEngine(asking(sites), set(NAMES)), hub(), tiny_folder, tmp_path / "run")
+    assert state_bytes(tmp_path / "run") == state_bytes(finished)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+    table = shown[shown.index("Sites; steps and training FLOPs per round") :]
+    assert all(re.search(rf"^ +{name} .* its own ", table, re.M) for name in NAMES), "not the hub's own rows"
+    assert re.search(r"round 1: south \(k=\d\) loss ", shown)
+
+
+@pytest.mark.timeout(120)
+def test_the_half_that_a_method_freezes_is_sent_once(
+    site_files: list[Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    method = ("strategy.name=ffa_lora", "strategy.active_experts=1")
+    with trainers(site_files) as sites:
+        run_over(ThreadEngine(asking(sites), set(NAMES)), hub(), tiny_folder, tmp_path / "run", *method)
+    tiny_run(tiny_folder, tmp_path / "here", *method)
+    assert state_bytes(tmp_path / "run") == state_bytes(tmp_path / "here")
+    first, *later = ([e["bytes_down"] for e in events(tmp_path / "run", "client") if e["round"] == number]
+                     for number in (1, 2, 3))  # fmt: skip
+    assert all(max(sizes) < 0.7 * min(first) for sizes in later)
+
+
+def test_turns_at_a_larger_k_than_an_owner_allows_end_the_run_before_it_starts(
+    site_files: list[Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    with trainers(site_files) as sites, pytest.raises(UserError) as error:
+        engine = ThreadEngine(asking(sites), set(NAMES))
+        run_over(engine, hub(), tiny_folder, tmp_path / "run", "strategy.k_rotation=all")
+    assert str(error.value) == (
+        "south would train with k = 4 in some rounds; its trainer allows 2: ask for less "
+        "(strategy.k_rotation = 'smaller'), or let its owner allow more (trainer.max_active_experts)"
+    )

@@ -1,0 +1,347 @@
+"""Over NVIDIA FLARE itself, on loopback with mutual TLS: the same bytes, and who is turned away.
+
+The federation is that of examples/loopback.py, set up once for all tests here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny_runs import adapter_bytes, events
+
+from fedflame.commands.check import client_target
+from fedflame.engines.nvflare.provision import CLASSES
+from loopback import SITES, Loopback, Service, descendants, fedflame, loopback
+
+pytest.importorskip("nvflare")
+pytestmark = pytest.mark.timeout(300, func_only=True)
+
+
+@pytest.fixture(scope="module")
+def federation(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    with loopback(tmp_path_factory.mktemp("federation"), experiment) as found:
+        yield found
+
+
+def test_three_sites_with_mutual_tls_give_the_bytes_of_one_process(
+    federation: Loopback, experiment: Path, finished: Path, tmp_path: Path
+) -> None:
+    done = federation.run(experiment, tmp_path / "run")
+    assert done.returncode == 0, done.stdout
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+    for k in (4, 1):
+        name = f"adapter/k{k}/adapter_model.safetensors"
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+    assert not events(tmp_path / "run", "excluded")
+
+
+def start_run(federation: Loopback, experiment: Path, output: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedflame", "run", str(experiment), "--engine", "nvflare",
+         "--hub", str(federation.hub_file), "--output-dir", str(output)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_trainer_that_is_killed_in_a_round_is_back_in_the_same_round(
+    federation: Loopback, experiment: Path, finished: Path, tmp_path: Path
+) -> None:
+    trainer = federation.services["site-2 trainer"]
+    log = federation.folder / "site-2" / "trainer.log"
+    before = log.read_text().count("round 2: training")
+    run = start_run(federation, experiment, tmp_path / "run")
+    while log.read_text().count("round 2: training") == before:
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.01)
+    trainer.process.send_signal(signal.SIGKILL)
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, output
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+    assert not events(tmp_path / "run", "excluded")
+
+
+# Who is turned away
+
+
+def address(federation: Loopback) -> tuple[str, int]:
+    host, port, _ = client_target(federation.folder / "hub" / "kits" / "site-1")
+    return host, port
+
+
+def bytes_after_handshake(context: ssl.SSLContext, where: tuple[str, int]) -> bytes:
+    """What the server says to a client of HTTP/2, which gRPC is."""
+    with (
+        socket.create_connection(where, 10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as tls,
+    ):
+        tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5))
+        return tls.recv(9)
+
+
+def trusting(kit: Path) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(kit / "startup" / "rootCA.pem"))
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+def test_without_a_certificate_the_server_says_nothing(federation: Loopback) -> None:
+    kit = federation.folder / "hub" / "kits" / "site-1"
+    good = trusting(kit)
+    good.load_cert_chain(kit / "startup" / "client.crt", kit / "startup" / "client.key")
+    assert bytes_after_handshake(good, address(federation)), "a site's certificate is let in"
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        assert not bytes_after_handshake(trusting(kit), address(federation))
+        raise ConnectionError("closed without a byte")
+
+
+@pytest.fixture(scope="module")
+def foreign(federation: Loopback, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kit for site-1 that another hub with the same names has made."""
+    folder, (_, port) = tmp_path_factory.mktemp("foreign") / "hub", address(federation)
+    told = fedflame("hub", "init", folder, "--sites", "site-1", "--host", "localhost",
+                    "--port", str(port), "--admin", "researcher@hub.example")  # fmt: skip
+    assert told.returncode == 0, told.stdout
+    return folder / "kits" / "site-1"
+
+
+def test_a_certificate_of_another_authority_is_turned_away(federation: Loopback, foreign: Path) -> None:
+    host, port = address(federation)
+    ours = federation.folder / "hub" / "kits" / "site-1"
+    context = trusting(ours)
+    context.load_cert_chain(foreign / "startup" / "client.crt", foreign / "startup" / "client.key")
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        assert not bytes_after_handshake(context, (host, port))
+        raise ConnectionError("closed without a byte")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        bytes_after_handshake(trusting(foreign), (host, port))
+
+
+def test_strangers_at_the_port_change_no_run(
+    federation: Loopback, foreign: Path, experiment: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Without a certificate, with another hub's, and with bytes that are no TLS, all the time."""
+    run = start_run(federation, experiment, tmp_path / "run")
+    ours, where = federation.folder / "hub" / "kits" / "site-1", address(federation)
+    with_foreign = trusting(ours)
+    with_foreign.load_cert_chain(foreign / "startup" / "client.crt", foreign / "startup" / "client.key")
+    knocks = 0
+    while run.poll() is None:
+        for context in (trusting(ours), with_foreign):
+            with suppress(ssl.SSLError, ConnectionError):
+                assert not bytes_after_handshake(context, where)
+        with socket.create_connection(where, 10) as plain:
+            plain.sendall(b"x" * 100_000)
+        knocks += 1
+        time.sleep(0.2)
+    output, _ = run.communicate()
+    assert run.returncode == 0 and knocks > 5, output
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+    assert not events(tmp_path / "run", "excluded")
+
+
+def test_a_site_posing_as_another_is_not_registered(federation: Loopback, tmp_path: Path) -> None:
+    kits = federation.folder / "hub" / "kits"
+    federation.services[
+        "site-3 engine"
+    ].stop()  # the name is free, so that nothing but the certificate is against it
+    impostor = tmp_path / "impostor"
+    shutil.copytree(kits / "site-1", impostor, ignore=shutil.ignore_patterns("*.fl", "*.log", "*-*-*-*-*"))
+    config = impostor / "startup" / "fed_client.json"
+    client = json.loads(config.read_text())
+    client["client"]["fqsn"] = "site-3"
+    config.write_text(json.dumps(client))
+    start = impostor / "startup" / "sub_start.sh"
+    start.write_text(start.read_text().replace("uid=site-1", "uid=site-3"))
+    service = Service("engine", ["bash", "startup/sub_start.sh", "--once"], impostor, engine_environment())
+    try:
+        refusal = "authenticated as 'site-1' but claimed endpoint 'site-3'"
+        deadline = time.monotonic() + 60
+        while refusal not in (kits / "localhost" / "log.txt").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        check = fedflame("hub", "check", federation.hub_file)
+        assert "BAD  site site-3 is not connected" in check.stdout, check.stdout
+        assert check.returncode == 1
+    finally:
+        service.stop()
+        restart_site_3(federation)
+
+
+def engine_environment() -> dict[str, str]:
+    return {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def restart_site_3(federation: Loopback) -> None:
+    kit = federation.folder / "hub" / "kits" / "site-3"
+    trainer = {"FEDFLAME_TRAINER": str(federation.folder / "site-3" / "trainer.sock")}
+    command = ["bash", "startup/sub_start.sh", "--once"]
+    federation.services["site-3 engine"] = Service("engine", command, kit, engine_environment() | trainer)
+    wait_until_connected(federation)
+
+
+def wait_until_connected(federation: Loopback) -> None:
+    deadline = time.monotonic() + 120
+    while fedflame("hub", "check", federation.hub_file).returncode:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
+def test_a_site_posing_as_administrator_may_not_start_a_run(
+    federation: Loopback, experiment: Path, tmp_path: Path
+) -> None:
+    hub = tmp_path / "hub"
+    shutil.copytree(federation.hub_file.parent / "kits" / "researcher@hub.example", hub / "admin")
+    for name in ("client.crt", "client.key"):
+        site = federation.hub_file.parent / "kits" / "site-1" / "startup" / name
+        shutil.copy(site, hub / "admin" / "startup" / name)
+    text = 'sites = "site-1,site-2,site-3"\n[rounds]\nmax_resubmissions = 0\n[nvflare]\nadmin_kit = "admin"\n'
+    (hub / "hub.toml").write_text(text)
+    check = fedflame("hub", "check", hub / "hub.toml")
+    assert check.returncode == 1 and "BAD  certificate is for site-1" in check.stdout
+    run = ("run", experiment, "--engine", "nvflare", "--hub", hub / "hub.toml")
+    done = fedflame(*run, "--output-dir", tmp_path / "run")
+    assert done.returncode == 2
+    assert "the engine did not take the job" in done.stdout
+
+
+CODE = """
+from nvflare.apis.executor import Executor
+class Spy(Executor):
+    def execute(self, task_name, shareable, fl_ctx, abort_signal):
+        open({path!r}, "w").write("was here")
+        return shareable
+"""
+STRANGER = "nvflare.app_common.np.np_trainer.NPTrainer"
+"""A class of nvflare's own, which its own kits let every job build."""
+
+
+def write_foreign_job(job: Path, executor: str) -> Path:
+    """A job with this executor; its custom folder."""
+    (job / "app" / "config").mkdir(parents=True)
+    (job / "meta.json").write_text(
+        '{"name": "foreign", "resource_spec": {}, "min_clients": 1, "deploy_map": {"app": ["@ALL"]}}'
+    )
+    flow = {
+        "id": "x",
+        "path": "fedflame.engines.nvflare.relay.FedflameRelay",
+        "args": {"hub_socket": "/x", "segment": "x"},
+    }
+    server = {"format_version": 2, "workflows": [flow], "components": []}
+    client = {
+        "format_version": 2,
+        "executors": [{"tasks": ["*"], "executor": {"path": executor}}],
+        "components": [],
+    }
+    (job / "app" / "config" / "config_fed_server.json").write_text(json.dumps(server))
+    (job / "app" / "config" / "config_fed_client.json").write_text(json.dumps(client))
+    return job / "app" / "custom"
+
+
+def in_the_end(federation: Loopback, job: Path) -> dict[str, Any]:
+    """What nvflare says of a job that the administrator submits, once it is over."""
+    kit = str(federation.hub_file.parent / "kits" / "researcher@hub.example")
+    told = nvflare_job(kit, "submit", "-j", str(job))
+    deadline, found = time.monotonic() + 60, dict[str, Any]()
+    while not found.get("status", "").startswith("FINISHED") and time.monotonic() < deadline:
+        time.sleep(1)
+        found = nvflare_job(kit, "meta", told["job_id"])
+    return found
+
+
+def nvflare_job(kit: str, *words: str) -> dict[str, Any]:
+    command = [str(Path(sys.executable).with_name("nvflare")), "job", *words, "--startup-kit", kit]
+    done = subprocess.run([*command, "--format", "json"], capture_output=True, text=True, check=False)
+    data: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["data"]
+    return data
+
+
+def said(kit: Path) -> str:
+    """All that is in the logs of a kit and of its jobs."""
+    return "".join(path.read_text(errors="replace") for path in kit.rglob("*log.txt"))
+
+
+@contextmanager
+def hub_that_permits_code(federation: Loopback) -> Iterator[None]:
+    """Its administrator has changed the server's rights."""
+    path = federation.hub_file.parent / "kits" / "localhost" / "local" / "authorization.json"
+    before = path.read_text()
+    path.write_text(before.replace('"byoc": "none"', '"byoc": "any"'))
+    try:
+        restart_server(federation)
+        yield
+    finally:
+        path.write_text(before)
+        restart_server(federation)
+
+
+def restart_server(federation: Loopback) -> None:
+    federation.services["server"].stop()
+    kit, command = (
+        federation.hub_file.parent / "kits" / "localhost",
+        ["bash", "startup/sub_start.sh", "--once"],
+    )
+    federation.services["server"] = Service("server", command, kit, engine_environment())
+    wait_until_connected(federation)
+
+
+@pytest.mark.parametrize(
+    ("hub", "refusals"),
+    [
+        (nullcontext, {"server: BYOC not permitted"}),
+        (hub_that_permits_code, {f"{site}: NVFLARE_ERROR: BYOC not permitted" for site in SITES}),
+    ],
+)
+def test_a_job_with_code_runs_at_no_site(
+    hub: Callable[..., AbstractContextManager[None]],
+    refusals: set[str],
+    federation: Loopback,
+    tmp_path: Path,
+) -> None:
+    """The hub refuses it, and where it does not, every site does."""
+    trace, job = tmp_path / "trace", tmp_path / "job"
+    custom = write_foreign_job(job, "spy.Spy")
+    custom.mkdir()
+    (custom / "spy.py").write_text(CODE.format(path=str(trace)))
+    with hub(federation):
+        found = in_the_end(federation, job)
+    assert found["status"] == "FINISHED:FAILED_TO_RUN"
+    assert refusals <= set(found["job_deploy_detail"])
+    assert not trace.exists()
+
+
+def test_a_job_with_another_class_of_nvflare_runs_at_no_site(federation: Loopback, tmp_path: Path) -> None:
+    write_foreign_job(tmp_path / "job", STRANGER)
+    assert in_the_end(federation, tmp_path / "job")["status"].startswith("FINISHED:")
+    kits = federation.hub_file.parent / "kits"
+    assert all(f"{STRANGER!r} at config path" in said(kits / site) for site in SITES)
+
+
+def test_kits_let_jobs_build_our_two_classes_and_stream_no_log(federation: Loopback) -> None:
+    kits = federation.hub_file.parent / "kits"
+    for name in ("localhost", *SITES):
+        resources = json.loads((kits / name / "local" / "resources.json").read_text())
+        assert resources["class_allow_list"] == list(CLASSES)
+        assert resources["allow_log_streaming"] is False
+        assert not [each for each in resources["components"] if "log" in each["id"]]
+        rights = json.loads((kits / name / "local" / "authorization.json").read_text())
+        assert all(of_role["byoc"] == "none" for of_role in rights["permissions"].values())
+
+
+def test_no_process_of_an_engine_has_loaded_torch(federation: Loopback) -> None:
+    for name, service in federation.services.items():
+        if not name.endswith("trainer"):
+            for pid in (service.process.pid, *descendants(service.process.pid)):
+                assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text(), name

@@ -1,0 +1,89 @@
+"""The server's part of a job of NVIDIA FLARE, without its processes: which sites it reaches, what travels."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("nvflare")
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.wf_comm_server import WFCommServer
+from nvflare.apis.shareable import Shareable
+
+from fedflame.engines.nvflare import payload
+from fedflame.engines.nvflare import relay as relay_module
+from fedflame.engines.nvflare.relay import FedflameRelay
+
+
+@dataclass
+class Link:
+    """Takes note of what the driver would be told."""
+
+    failures: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def failed(self, ticket: str, site: str, reason: str) -> None:
+        self.failures.append((ticket, site, reason))
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> FedflameRelay:
+    made = FedflameRelay(str(tmp_path / "hub.sock"), "segment")
+    made._engine = SimpleNamespace(get_clients=lambda: [SimpleNamespace(name=name) for name in ("a", "b")])
+    made.set_communicator(WFCommServer())
+    return made
+
+
+@settings(max_examples=50)
+@given(st.lists(st.binary(max_size=40), max_size=4))
+def test_pieces_of_any_size_travel_as_arrays_of_at_most_one_size(pieces: list[bytes]) -> None:
+    with patch.object(payload, "_LARGEST", 7):
+        sent = payload.to_shareable(pieces)
+    assert all(0 < len(array) <= 7 for array in sent["envelope"])
+    assert b"".join(payload.from_shareable(sent)) == b"".join(pieces)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"bytes", np.zeros(3, np.uint8), [np.zeros(3)], [np.zeros((1, 2), np.uint8)]]
+)
+def test_what_is_no_list_of_byte_arrays_is_no_envelope(content: object) -> None:
+    assert payload.from_shareable(Shareable({"envelope": content})) == []
+
+
+def says_something(relay: FedflameRelay, site: str) -> None:
+    """As nvflare tells it of a heartbeat or of a question for a task."""
+    communicator: Any = relay.communicator
+    communicator.client_is_active(site, "jobHeartbeat", FLContext())
+
+
+def test_a_site_that_fell_silent_is_no_longer_reached_and_its_tickets_end(
+    relay: FedflameRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "SILENT_SECONDS", 0.2)
+    link: Any = Link()
+    relay._link, relay._open = link, {"ticket-a": "a", "ticket-b": "b"}
+    assert relay._reachable() == {"a", "b"}, "at the start nobody had the time to say something"
+    time.sleep(0.25)
+    says_something(relay, "a")
+    assert relay._reachable() == {"a"}
+    relay._give_up_on_the_dead(relay._reachable())
+    assert link.failures == [("ticket-b", "b", "disconnected")]
+    says_something(relay, "b")
+    assert relay._reachable() == {"a", "b"}
+
+
+def test_a_site_that_nvflare_misses_is_not_reached_until_it_is_heard_again(relay: FedflameRelay) -> None:
+    communicator: Any = relay.communicator
+    communicator.process_dead_client_report("b", FLContext())
+    communicator._dead_clients["b"].disconnect_time = time.time()
+    assert relay._reachable() == {"a"}
+    says_something(relay, "b")
+    assert relay._reachable() == {"a", "b"}

@@ -1,0 +1,429 @@
+"""The resident trainer: what it allows, that it trains once, and who may ask it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.engines_here import write_site
+from tests.tiny_models import TOP_K
+
+from fedflame.base_model import model_digest
+from fedflame.client import fine_tune
+from fedflame.config import RunConfig
+from fedflame.data.batches import encode, pad_token
+from fedflame.data.instructions import load_instructions
+from fedflame.errors import UserError
+from fedflame.messages import RoundPlan
+from fedflame.server.local_clients import load_adapted_model
+from fedflame.trainer.ask import answer_pieces, ask
+from fedflame.trainer.job import TrainingJob
+from fedflame.trainer.server import serve, sole_trainer
+from fedflame.trainer.service import TrainerService
+from fedflame.trainer.site import load_site
+from fedflame.wire.addition import encode_addition, plan_digest
+from fedflame.wire.codec import encode_plan, encode_update
+from fedflame.wire.envelope import Envelope, receive
+from fedflame.wire.unix_socket import listening
+
+RUN = "ab" * 16
+MODEL = "the-model"
+ROWS = 7
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("silo") / "rows.jsonl"
+    lines = [f'{{"instruction": "add {n} and 2", "response": "{n + 2}"}}\n' for n in range(ROWS)]
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def job(tiny_folder: Path) -> TrainingJob:
+    return TrainingJob(
+        model_name_or_path=MODEL,
+        model_digest=model_digest(str(tiny_folder)),
+        dtype="float32",
+        r=3,
+        lora_alpha=6.0,
+        target_modules="q_proj",
+        max_length=32,
+        num_server_rounds=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_folder: Path, job: TrainingJob) -> RoundPlan:
+    adapted, _ = load_adapted_model(run_config(tiny_folder, job), "float32")
+    return RoundPlan(
+        round=2, client=1, seed=5, active_experts=2, rescaler="learned",
+        rescaler_values=torch.ones(len(adapted.layers)),
+        adapter=adapted.initial_adapter(0), learning_rate=0.01, weight_decay=0.0, batch_size=2, max_steps=3,
+    )  # fmt: skip
+
+
+def run_config(model: Path, job: TrainingJob) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"model_name_or_path": str(model)},
+            "adapter": {"r": job.r, "lora_alpha": job.lora_alpha, "target_modules": job.target_modules},
+        }
+    )
+
+
+class Told(list[str]):
+    def heard(self, words: str) -> int:
+        return sum(words in line for line in self)
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def make_service(data: Path, tiny_folder: Path, tmp_path: Path, told: Told) -> Callable[..., TrainerService]:
+    def make(more: str = "", k: int = TOP_K) -> TrainerService:
+        path = write_site(tmp_path, "north", data, k, {MODEL: str(tiny_folder)})
+        path.write_text(path.read_text() + more)
+        return TrainerService(load_site(path), told.append)
+
+    return make
+
+
+def request(asked: TrainingJob, plan: RoundPlan, **changes: Any) -> Envelope:
+    header = {"kind": "train", "ticket": "t1", "run": RUN, "site": "north", "job": asked.model_dump()}
+    return Envelope(header | changes, encode_plan(plan))
+
+
+def test_its_update_is_that_of_training_the_same_rows_here(
+    make_service: Callable[..., TrainerService],
+    job: TrainingJob,
+    plan: RoundPlan,
+    data: Path,
+    tiny_folder: Path,
+) -> None:
+    answer = make_service().answer(request(job, plan))
+    adapted, tokenizer = load_adapted_model(run_config(tiny_folder, job), "float32")
+    rows = [encode(row, tokenizer, job.max_length) for row in load_instructions(dataset_name=str(data)).rows]
+    expected = fine_tune(adapted, rows, plan, pad_token(tokenizer))
+    assert answer.body == encode_update(expected, plan)
+    assert answer.header == {
+        "kind": "update", "ticket": "t1", "run": RUN, "site": "north", "steps": 3, "tokens": expected.tokens,
+    }  # fmt: skip
+
+
+def test_asked_again_it_answers_again_without_training_also_after_its_own_end(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, told: Told
+) -> None:
+    service = make_service()
+    first = service.answer(request(job, plan))
+    again = service.answer(request(job, plan, ticket="t2"))
+    restarted = make_service().answer(request(job, plan, ticket="t3"))
+    assert first.body == again.body == restarted.body
+    assert [answer.header["ticket"] for answer in (first, again, restarted)] == ["t1", "t2", "t3"]
+    assert (told.heard("training with k=2"), told.heard("answered again")) == (1, 2)
+
+
+def test_another_run_or_plan_is_trained_anew_and_an_older_one_gives_the_same_bytes(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, told: Told
+) -> None:
+    service = make_service()
+    first = service.answer(request(job, plan))
+    other_run = service.answer(request(job, plan, run="cd" * 16))
+    next_round = service.answer(request(job, replace(plan, round=3)))
+    older = service.answer(request(job, plan))
+    assert told.heard("trained in") == 4
+    assert first.body == other_run.body == older.body != next_round.body
+
+
+def test_asked_twice_at_once_it_trains_once(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, told: Told
+) -> None:
+    service, answers = make_service(), list[bytes]()
+    threads = [
+        threading.Thread(target=lambda: answers.append(service.answer(request(job, plan)).body))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(answers)) == 1 and len(answers) == 3
+    assert told.heard("trained in") == 1
+
+
+def test_rounded_updates_owe_per_run(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, tmp_path: Path
+) -> None:
+    lossy = replace(plan, update_dtype="int8", error_feedback=True)
+    answer = make_service().answer(request(job, lossy))
+    assert answer.header["kind"] == "update"
+    assert (tmp_path / "state" / RUN / "residuals" / "1" / "2.safetensors").is_file()
+
+
+def test_it_describes_itself_and_nothing_else(
+    make_service: Callable[..., TrainerService], job: TrainingJob
+) -> None:
+    answer = make_service(k=2).answer(
+        Envelope({"kind": "describe", "ticket": "t", "run": RUN, "site": "north"})
+    )
+    expected = {"kind": "description", "ticket": "t", "run": RUN, "site": "north"}
+    assert answer == Envelope(
+        expected | {"num_examples": ROWS, "active_experts": 2, "max_active_experts": 2, "held": ""}
+    )
+
+
+def test_it_takes_what_a_plan_adds_to_the_one_it_answered_last_also_after_its_own_end(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan
+) -> None:
+    held = encode_plan(plan)
+    make_service().answer(request(job, plan))
+    service, following = make_service(), replace(plan, round=3)
+    described = service.answer(Envelope({"kind": "describe", "ticket": "t", "run": RUN, "site": "north"}))
+    assert described.header["held"] == plan_digest(held)
+    asked = request(job, plan, addition=True)
+    added = service.answer(Envelope(asked.header, encode_addition(encode_plan(following), held)))
+    assert added.body == make_service().answer(request(job, following, run="cd" * 16)).body
+
+
+def test_what_adds_to_a_plan_that_it_has_not_is_said_to_be_lacking(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, tmp_path: Path
+) -> None:
+    held = encode_plan(plan)
+    addition = encode_addition(encode_plan(replace(plan, round=3)), held)
+    asked = Envelope(request(job, plan, addition=True).header, addition)
+    assert make_service().answer(asked).header["kind"] == "lacking"
+    service = make_service()
+    service.answer(request(job, plan))
+    kept = tmp_path / "state" / RUN / "plan"
+    kept.write_bytes(kept.read_bytes()[:-1])  # the disk was full, or the machine lost power
+    answer = service.answer(asked)
+    assert answer.header["kind"] == "lacking" and not answer.body
+    kept.unlink()
+    kept.mkdir()  # nothing can be written there
+    assert service.answer(request(job, replace(plan, round=4))).header["kind"] == "update"
+
+
+def test_of_many_runs_the_states_of_the_last_are_kept(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, tmp_path: Path, told: Told
+) -> None:
+    service = make_service(k=TOP_K)
+    site = service._site
+    service._site = site.model_copy(update={"trainer": site.trainer.model_copy(update={"kept_runs": 2})})
+    state, runs = tmp_path / "state", [letter * 32 for letter in "abc"]
+    (state / "mine").mkdir(parents=True)
+    first = service.answer(request(job, plan, run=runs[0]))
+    for run in (runs[1], runs[0], runs[2]):
+        service.answer(request(job, replace(plan, round=3), run=run))
+    assert {path.name for path in state.iterdir() if path.is_dir()} == {"mine", runs[0], runs[2]}
+    assert told.heard(f"run {runs[1][:8]}: its state is removed (trainer.kept_runs)") == 1
+    assert service.answer(request(job, plan, run=runs[1])).body == first.body, "it trains again"
+
+
+LIMITS = "[limits]\n"
+
+
+@pytest.mark.parametrize(
+    ("limits", "k", "change", "reason"),
+    [
+        ("", 1, {}, "the plan asks for k = 2; this site allows at most 1"),
+        ("max_rounds = 4", 4, {}, "the plan asks for rounds = 5; this site allows at most 4"),
+        ("max_rounds = 5", 4, {"round": 6}, "the plan asks for round = 6; this site allows at most 5"),
+        ("max_steps = 2", 4, {}, "the plan asks for steps = 3; this site allows at most 2"),
+        ("max_tokens = 191", 4, {}, "the plan asks for tokens = 192; this site allows at most 191"),
+        ("max_tokens = 191", 4, {"tokens_per_step": 100}, "tokens = 300; this site allows at most 191"),
+        ("max_flops = 1e3", 4, {}, "FLOPs; this site allows at most 1e+03"),
+    ],
+)  # fmt: skip
+def test_what_the_sites_file_does_not_allow_is_refused_before_anything_is_loaded(
+    limits: str, k: int, change: dict[str, int], reason: str,
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, told: Told,
+) -> None:  # fmt: skip
+    answer = make_service(LIMITS + limits, k).answer(request(job, replace(plan, **change)))
+    assert answer.header["kind"] == "refused"
+    assert reason in answer.header["reason"]
+    assert not told.heard("loading")
+    assert told.heard("refused: ")
+
+
+def test_a_larger_k_is_trained_where_the_owner_allows_it(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan
+) -> None:
+    service = make_service(k=1)
+    assert "k = 2; this site allows at most 1" in service.answer(request(job, plan)).header["reason"]
+    path = service._site.folder / "site.toml"
+    path.write_text(
+        path.read_text().replace("active_experts = 1", "active_experts = 1\nmax_active_experts = 2")
+    )
+    allowing = TrainerService(load_site(path), lambda _: None)
+    assert allowing.answer(request(job, plan)).header["kind"] == "update"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_name_or_path": "another"}, "model 'another' is not allowed here; the-model may be trained"),
+        ({"model_digest": "0" * 32}, "model 'the-model' is another one here"),
+    ],
+)
+def test_a_model_that_is_not_allowed_or_not_the_same_is_refused(
+    changes: dict[str, str], reason: str,
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, told: Told,
+) -> None:  # fmt: skip
+    answer = make_service().answer(request(job.model_copy(update=changes), plan))
+    assert answer.header["kind"] == "refused"
+    assert reason in answer.header["reason"]
+    assert told.heard(f"refused: {answer.header['reason']}") and not told.heard("loading")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"site": "south"}, "this is north; the request is for south"),
+        ({"run": "../../etc"}, "run is '../../etc'; 32 hexadecimal digits are needed"),
+        ({"kind": "delete"}, "request of kind 'delete'; describe and train are known"),
+        ({"kind": 3}, "field kind is 3; a string is needed"),
+        ({"job": None}, "request with job"),
+        ({"job": {"r": "8"}}, "request with job"),
+    ],
+)
+def test_a_request_that_is_none_is_refused(
+    changes: dict[str, Any], reason: str,
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan,
+) -> None:  # fmt: skip
+    answer = make_service().answer(request(job, plan, **changes))
+    assert (answer.header["kind"], answer.header["site"], answer.body) == ("refused", "north", b"")
+    assert reason in answer.header["reason"]
+
+
+def test_a_plan_that_is_none_is_refused_and_one_that_does_not_fit_fails(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan
+) -> None:
+    service = make_service()
+    garbage = Envelope(request(job, plan).header, b"garbage")
+    assert service.answer(garbage).header["reason"] == "7 bytes that are no fedflame message"
+    tampered = Envelope(garbage.header, encode_plan(plan)[:-1] + b"x")
+    assert "its checksum is wrong" in service.answer(tampered).header["reason"]
+    misfit = service.answer(request(job, replace(plan, adapter=plan.adapter.with_rank(2))))
+    assert misfit.header["kind"] in ("failed", "update")
+    other = service.answer(request(job.model_copy(update={"target_modules": "nonsense"}), plan))
+    assert other.header["kind"] == "failed"
+    assert service.answer(request(job, plan)).header["kind"] == "update", "it goes on after both"
+
+
+# The door
+
+
+@pytest.fixture
+def door(make_service: Callable[..., TrainerService], tmp_path: Path, told: Told) -> Iterator[Path]:
+    path = tmp_path / "door" / "trainer.sock"
+    with listening(path) as listener:
+        threading.Thread(target=serve, args=(listener, make_service(), told.append), daemon=True).start()
+        yield path
+
+
+DESCRIBE = Envelope({"kind": "describe", "ticket": "t", "run": RUN, "site": "north"})
+
+
+def test_only_the_owner_has_rights_on_the_socket(door: Path) -> None:
+    assert stat.S_IMODE(door.stat().st_mode) == 0o600
+    assert ask(door, DESCRIBE, patience=1).header["num_examples"] == ROWS
+
+
+def test_another_user_is_sent_away_even_through_an_open_door(
+    door: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.trainer.server.same_user", lambda connection: False)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(str(door))
+        with pytest.raises(EOFError):
+            receive(connection)
+    assert told.heard("refused: a connection of another user")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_cannot_open_the_socket(door: Path) -> None:
+    door.parent.chmod(0o755)
+    for folder in door.parent.parents:
+        if folder.owner() == "root" and str(folder).startswith("/tmp/"):
+            folder.chmod(folder.stat().st_mode | 0o005)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.setuid(65534)
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).connect(str(door))
+        except PermissionError:
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_nonsense_at_the_door_ends_that_connection_only(door: Path, told: Told) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(str(door))
+        connection.sendall(b"x" * 100)
+        with pytest.raises((EOFError, ConnectionResetError)):
+            receive(connection)
+    assert told.heard("refused: bytes that are no envelope")
+    assert ask(door, DESCRIBE, patience=1).header["kind"] == "description"
+
+
+def test_a_trainer_that_stays_away_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "nobody.sock"
+    with pytest.raises(OSError, match=r"no trainer at .*nobody\.sock: "):
+        ask(path, DESCRIBE, patience=0)
+    answer = Envelope.from_bytes(b"".join(answer_pieces(path, DESCRIBE.pieces(), patience=0)))
+    assert answer.header["kind"] == "failed" and answer.header["ticket"] == "t"
+    assert "no trainer at" in answer.header["reason"]
+
+
+def test_a_second_trainer_of_a_site_is_refused(data: Path, tmp_path: Path) -> None:
+    site = load_site(write_site(tmp_path, "north", data, 2, {"m": "m"}))
+    refusal = pytest.raises(UserError, match="another trainer serves north already")
+    with sole_trainer(site), refusal, sole_trainer(site):
+        pass
+    with sole_trainer(site):
+        pass
+
+
+def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="longer than the 107 letters"), listening(tmp_path / ("x" * 110)):
+        pass
+
+
+# The file
+
+
+GOOD = 'name = "a"\n[data]\ndataset_name = "x"\n[trainer]\nactive_experts = 2\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name = ", "not TOML"),
+        ('name = "a"', "data.dataset_name is missing"),
+        (GOOD.replace("experts", "expert"), "unknown key 'trainer.active_expert'"),
+        (GOOD.replace('"a"', '"a b"'), "name = 'a b'"),
+        (GOOD.replace("2", "0"), "trainer.active_experts = 0"),
+        (GOOD + "[models]\n", "at least one model"),
+        (GOOD + "[limits]\nmax_steps = 0\n", "limits.max_steps = 0"),
+    ],
+)
+def test_a_broken_site_file_gets_one_line(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_site(path)
+    assert reason in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)
