@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from fedflame.choices import Checkpointed
 from fedflame.client import fine_tune
 from fedflame.config import AdapterConfig
 from fedflame.data.batches import EncodedRow
 from fedflame.mapped_base import load_mapped
 from fedflame.messages import Adapter, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.moe.gradient_checkpointing import Checkpointed
 from fedflame.moe.read_ahead import read_ahead
 
 ADAPTER = AdapterConfig(r=16)
