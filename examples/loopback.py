@@ -26,6 +26,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 FEDFLAME = (sys.executable, "-m", "fedflame")
 SITES = ("site-1", "site-2", "site-3")
 KS = (8, 4, 1)
@@ -198,19 +200,11 @@ def wait_until_good(checks: Sequence[Sequence[str | Path]]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children of a process, their children, and so on."""
-    found: list[int] = []
-    waiting = [pid]
-    while waiting:
-        parent = waiting.pop()
-        for tasks in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                children = [int(child) for child in tasks.read_text().split()]
-            except OSError:
-                continue
-            found += children
-            waiting += children
-    return found
+    """Children of a process, their children, and so on; none when it has ended."""
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _alive(pid: int) -> bool:

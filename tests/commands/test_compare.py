@@ -20,6 +20,7 @@ from fedflame.commands.cell_processes import run_cells
 from fedflame.commands.compare import LOG_TAIL_BYTES, _last_line
 from fedflame.compare.grid import Cell, read_grid
 from fedflame.mapped_base import CACHE_VARIABLE
+from loopback import descendants
 
 METHODS = '[methods.flame]\nstrategy.temperature = 2\n[methods.fedavg]\nstrategy.name = "fedavg"\n'
 
@@ -242,11 +243,6 @@ def wait_for_cell(process: subprocess.Popen[str], out: Path, begun: int) -> None
         assert process.poll() is None, "ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def descendants(pid: int) -> list[int]:
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [found for child in children for found in (child, *descendants(child))]
 
 
 def wait_until_gone(processes: Sequence[int]) -> None:

@@ -127,6 +127,10 @@ EITHER = "site init needs either --kit (NVIDIA FLARE) or --superlink and --name 
             "--superlink hub --name north",
             "--superlink = 'hub': must be host and port, such as hub.example:8000",
         ),
+        (
+            "--superlink hub:65536 --name north",
+            "--superlink = 'hub:65536': must be host and port, such as hub.example:8000",
+        ),
         ("--superlink hub:1 --name ../x", "--name '../x': must be of letters, digits, '.', '_' and '-'"),
         ("--superlink hub:1 --name north", "--root-certificates ca.crt: no such file"),
         ("--kit none", "none: no kit of a site (startup/fed_client.json: "),

@@ -155,9 +155,7 @@ def test_a_hub_file_without_a_section_of_flower_is_one_line(experiment: Path, tm
     (tmp_path / "hub.toml").write_text('sites = "a,b,c"\n')
     told = invoke("run", experiment, "--engine", "flower", "--hub", tmp_path / "hub.toml")
     assert told.exit_code == USER_ERROR
-    assert told.stderr.startswith(
-        "fedflame: hub file: flower.address = '': must be the SuperLink's host and port"
-    )
+    assert told.stderr.startswith("fedflame: hub file: flower.address = '': must be host and port")
     assert told.stderr.count("\n") == 1
 
 

@@ -139,7 +139,7 @@ def test_sites_are_connected_whose_nodes_are_online(flwr: Flwr, address: str, tm
 @pytest.mark.parametrize(
     ("flower", "words"),
     [
-        ({"address": "hub.example"}, "flower.address = 'hub.example': must be the SuperLink's host and port"),
+        ({"address": "hub.example"}, "flower.address = 'hub.example': must be host and port"),
         ({"root_certificates": "none.crt"}, "flower.root_certificates: .*none.crt is no file"),
         ({"nodes": {"a": 7}}, "flower.nodes.b is missing"),
     ],

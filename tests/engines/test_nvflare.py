@@ -344,4 +344,5 @@ def test_no_process_of_an_engine_has_loaded_torch(federation: Loopback) -> None:
     for name, service in federation.services.items():
         if not name.endswith("trainer"):
             for pid in (service.process.pid, *descendants(service.process.pid)):
-                assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text(), name
+                with suppress(FileNotFoundError, ProcessLookupError):  # one of the last job, ending
+                    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text(), name

@@ -115,14 +115,6 @@ def check_handshake(
     return Finding(True, f"TLS: {host}:{port} is {identity}, signed by {authority.name}")
 
 
-def host_and_port(address: str, what: str) -> tuple[str, int]:
-    """Of `host:port`. Raises UserError, which calls the address `what`."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"{what} = {address!r}: must be host and port, such as hub.example:8000")
-    return host, int(port)
-
-
 def client_target(kit: Path) -> tuple[str, int, str]:
     """Host, port and name of the server, as a site's kit has them. Raises UserError."""
     try:

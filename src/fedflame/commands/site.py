@@ -23,11 +23,11 @@ from fedflame.commands.check import (
     check_handshake,
     check_port,
     client_target,
-    host_and_port,
     print_findings,
 )
 from fedflame.commands.service_units import service_unit
 from fedflame.data.instructions import load_instructions
+from fedflame.engines.address import host_and_port
 from fedflame.engines.command import installed_command
 from fedflame.engines.flower.key import make_key
 from fedflame.engines.nvflare.certificate import read_certificate
@@ -62,8 +62,8 @@ class SiteEngine:
     address: str
     """Host and port that must be let out."""
     restart_seconds: int = 5
-    before: str = ""
-    """What must be done before the start."""
+    private_key: Path | None = None
+    """Where the site's own key is, or is to be made; NVIDIA FLARE's is in the kit."""
 
 
 def nvflare_engine(kit: Path) -> SiteEngine:
@@ -76,7 +76,7 @@ def nvflare_engine(kit: Path) -> SiteEngine:
 
 
 def flower_engine(site: str, folder: Path, superlink: str, root_certificates: Path) -> SiteEngine:
-    """By a key of the site's own, which is made where there is none yet.
+    """By a key of the site's own.
 
     Raises:
         UserError: name, address or file of certificates is none, or `flower-supernode` is not installed.
@@ -88,20 +88,18 @@ def flower_engine(site: str, folder: Path, superlink: str, root_certificates: Pa
     if not authority.is_file():
         raise UserError(f"--root-certificates {root_certificates}: no such file")
     node = installed_command("flower-supernode", "flower")
-    public = make_key(folder / "node")
+    key = folder / "node"
     known = {"superlink": superlink, "root_certificates": str(authority)}
     section = "[flower]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in known.items())
     command = (
-        f"{node} --superlink {superlink} --root-certificates {authority} "
-        f"--auth-supernode-private-key {folder}/node"
+        f"{node} --superlink {superlink} --root-certificates {authority} --auth-supernode-private-key {key}"
     )
-    before = f"\n   Send {public} to the hub's administrator, who registers it."
     # A SuperLink refuses a key whose node it has not missed yet, which takes it 60 seconds.
-    return SiteEngine(site, section, command, folder, superlink, 65, before)
+    return SiteEngine(site, section, command, folder, superlink, 65, key)
 
 
 def init_site(folder: Path, new: NewSite, engine: SiteEngine, console: Console) -> None:
-    """Write the site's file and its systemd units; what is there already stays.
+    """Write the site's file, its systemd units and its key; what is there already stays.
 
     Raises:
         UserError: the folder cannot be written, or the file that is there is broken.
@@ -123,7 +121,9 @@ def init_site(folder: Path, new: NewSite, engine: SiteEngine, console: Console) 
         if not path.exists():
             write_atomically(path, text.encode())
     load_site(site_file)
-    console.print(_next_steps(folder, engine, socket), markup=False, highlight=False, soft_wrap=True)
+    public_key = make_key(engine.private_key) if engine.private_key else None
+    steps = _next_steps(folder, engine, socket, public_key)
+    console.print(steps, markup=False, highlight=False, soft_wrap=True)
 
 
 def check_site(site: Site, console: Console) -> bool:
@@ -213,11 +213,12 @@ active_experts = {new.active_experts} # k: experts per token that this machine a
 {engine.section}"""
 
 
-def _next_steps(folder: Path, engine: SiteEngine, socket: Mapping[str, str]) -> str:
+def _next_steps(folder: Path, engine: SiteEngine, socket: Mapping[str, str], public_key: Path | None) -> str:
     variables = " ".join(f"{name}={value}" for name, value in socket.items())
+    send = f"\n   Send {public_key} to the hub's administrator, who registers it." if public_key else ""
     return f"""\
 Made in {folder}: site.toml, fedflame-trainer.service, fedflame-engine.service.
-1. Read site.toml: it says what may be done here, and nobody else can change it.{engine.before}
+1. Read site.toml: it says what may be done here, and nobody else can change it.{send}
 2. Let TCP to {engine.address} out. Nothing needs to come in.
 3. Start both, by the systemd units or by hand:
    fedflame trainer --site {folder}/site.toml

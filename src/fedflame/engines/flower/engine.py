@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedflame.engines.address import host_and_port
 from fedflame.engines.command import installed_command
 from fedflame.engines.flower.job import Assignment, check_nodes, message_seconds, write_job
 from fedflame.engines.hub import Hub
@@ -111,14 +112,9 @@ class FlowerEngine:
 def _connection(hub: Hub) -> str:
     """Flower's configuration with this SuperLink alone."""
     flower = hub.flower
-    host, _, port = flower.address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(
-            f"hub file: flower.address = {flower.address!r}: must be the SuperLink's host and port, such as "
-            '"hub.example:8000"'
-        )
+    where = host_and_port(flower.address, "hub file: flower.address")
     try:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        socket.create_connection(where, CONNECT_SECONDS).close()
     except OSError as error:
         raise UserError(
             f"hub file: flower.address = {flower.address!r}: no SuperLink there: {error}"
