@@ -232,8 +232,8 @@ class EvaluationConfig(_Section):
     """Rounds between evaluations; 0 for before and after the run only."""
     generate_every: Annotated[int, Field(ge=0)] = 3
     """Rounds between scores by generation, if they are evaluated; 0 for before and after the run only."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 24
-    """Tokens generated per row."""
+    max_new_tokens: Annotated[int, Field(ge=0)] = 24
+    """Tokens generated per row; 0 for loss alone."""
     batch_size: Annotated[int, Field(ge=1)] = 50
     """Rows per evaluation batch."""
 

@@ -69,7 +69,7 @@ class HeldOut:
     batch_size: int
     """Rows per batch."""
     max_new_tokens: int
-    """Tokens generated per row."""
+    """Tokens generated per row; 0 for loss alone."""
 
 
 def evaluate(
@@ -105,7 +105,7 @@ def _score_rows(adapted: AdaptedModel, held_out: HeldOut, indices: list[int], ge
     batch = collate([held_out.encoded[index] for index in indices], pad_token(held_out.tokenizer))
     lengths = (batch.labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()
     losses = [float(row.sum()) for row in token_losses(adapted, batch).split(lengths)]
-    if not generate:
+    if not generate or held_out.max_new_tokens == 0:
         return [Scores(1, loss, tokens) for loss, tokens in zip(losses, lengths, strict=True)]
     rows = [held_out.rows[index] for index in indices]
     answers = generate_responses(adapted, held_out, rows)

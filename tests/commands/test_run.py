@@ -441,6 +441,21 @@ def test_a_run_is_evaluated_as_often_as_asked_and_learns_the_same(
     assert state_bytes(tmp_path / "run") == state_bytes(finished)
 
 
+def test_a_run_of_no_new_tokens_is_measured_by_loss_alone(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    tiny_run(tiny_folder, run, "evaluation.max_new_tokens=0")
+    found, scored = events(run, "evaluation"), events(finished, "evaluation")
+    assert [event["loss"] for event in found] == [event["loss"] for event in scored]
+    assert all(event["exact_match"] is None and event["rouge_l"] is None for event in found)
+    assert any(event["exact_match"] is not None for event in scored)
+    assert state_bytes(run) == state_bytes(finished)
+    assert "This run has no scores by generation." in (run / "report.html").read_text()
+    result = invoke("evaluate", run, "--json")
+    assert all(k["all"]["exact_match"] is None for k in json.loads(result.output).values())
+
+
 @pytest.mark.parametrize("rescaler", ["none", "static", "mass"])
 def test_every_rescaler_option_runs(rescaler: str, tiny_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
