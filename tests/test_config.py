@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedflame.config import METHOD_OPTIONS, RunConfig, load_config, parse_tiers, valid_keys, with_overrides
+from fedflame.config import METHOD_OPTIONS, RunConfig, load_config, parse_tiers, with_overrides
 from fedflame.errors import UserError
+from fedflame.settings import keys_of
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -77,14 +78,14 @@ def test_overrides_of_a_configuration_leave_it_and_its_other_values_alone() -> N
         with_overrides(config, ["data.alhpa=1"])
 
 
-def test_every_field_is_a_flat_scalar_and_valid_keys_names_it() -> None:
+def test_every_field_is_a_flat_scalar_and_keys_of_names_it() -> None:
     values = flat(RunConfig())
-    assert valid_keys() == list(values)
+    assert keys_of(RunConfig) == list(values)
     assert {type(value) for value in values.values()} <= {str, int, float, bool}
     assert {"seed", "output_dir", "data.alpha", "training.per_device_train_batch_size"} <= values.keys()
 
 
-@pytest.mark.parametrize("key", valid_keys())
+@pytest.mark.parametrize("key", keys_of(RunConfig))
 def test_every_key_takes_its_default_as_an_override(key: str) -> None:
     assert load_config(None, [f"{key}={flat(RunConfig())[key]}"]) == RunConfig()
 
@@ -366,7 +367,7 @@ def test_a_missing_file_a_folder_and_no_toml_are_user_errors(tmp_path: Path) -> 
 
 
 keys = st.sampled_from(
-    [*valid_keys(), "data", "seed.x", "data.alpha.x", "a.b.c", "", ".", "data.", ".data", "output"]
+    [*keys_of(RunConfig), "data", "seed.x", "data.alpha.x", "a.b.c", "", ".", "data.", ".data", "output"]
 )
 values = st.sampled_from(
     ("1", "0", "-1", "0.5", "x", "", "8,4", "min", "nan", "1e400", "9" * 5000, "a\nb", "='")

@@ -17,12 +17,13 @@ from typer.main import get_command
 
 import fedflame
 from fedflame.cli import app
-from fedflame.config import valid_keys
-from fedflame.engines.hub import hub_keys
+from fedflame.config import RunConfig
+from fedflame.engines.hub import Hub
 from fedflame.messages import ClientUpdate
+from fedflame.settings import keys_of
 from fedflame.strategies import FedAvg
 from fedflame.strategies.base import ServerState, Strategy
-from fedflame.trainer.site import site_keys
+from fedflame.trainer.site import Site
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(fedflame.__file__).parent
@@ -60,7 +61,7 @@ def dotted_names(text: str) -> set[str]:
         for name in spans
         if name.split(".")[0] in MODULES
         and name.rpartition(".")[2] not in FILE_ENDINGS
-        and name not in {*valid_keys(), *hub_keys(), *site_keys()}
+        and name not in {*keys_of(RunConfig), *keys_of(Hub), *keys_of(Site)}
     }
 
 
@@ -115,7 +116,7 @@ def test_every_relative_link_in_a_document_leads_somewhere(document: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("page", "keys"), [("site-administrator.md", site_keys()), ("researcher.md", hub_keys())]
+    ("page", "keys"), [("site-administrator.md", keys_of(Site)), ("researcher.md", keys_of(Hub))]
 )
 def test_every_key_of_a_file_is_in_its_page(page: str, keys: list[str]) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")

@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from fedflame.config import RunConfig, load_config, validated
+from fedflame.config import RunConfig, load_config
 from fedflame.errors import USER_ERROR, UserError
+from fedflame.settings import validated
 
 INTERRUPTED = 130
 CELL_FAILED = 1

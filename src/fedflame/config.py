@@ -6,29 +6,22 @@ scalars only, so a list is written out as a string (`"8,4,2,1"`).
 
 from __future__ import annotations
 
-import difflib
 import math
-import tomllib
-from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from fedflame.choices import Checkpointed, Trainable, UpdateDtype
 from fedflame.errors import UserError
 from fedflame.k_rotation import KRotation, experts_of_round
+from fedflame.settings import Section, read_toml, refuse_unknown_keys, validated
 
-Model = TypeVar("Model", bound=BaseModel)
 EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     model_name_or_path: str = EMBEDDED_MODEL
     """`olmoe-tiny` (embedded), a folder in Hugging Face layout, or a hub id."""
     adapter_name_or_path: str = ""
@@ -41,7 +34,7 @@ class ModelConfig(_Section):
     by all processes of the machine."""
 
 
-class AdapterConfig(_Section):
+class AdapterConfig(Section):
     r: Annotated[int, Field(ge=1)] = 8
     """LoRA rank of every projection; a method may give a client less."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -54,7 +47,7 @@ class AdapterConfig(_Section):
         return [name.strip() for name in self.target_modules.split(",") if name.strip()]
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     dataset_name: str = SKILLS
     """`skills`, a .jsonl, .jsonl.gz, .parquet or .csv file, or a hub id."""
     split: str = "train"
@@ -79,7 +72,7 @@ class DataConfig(_Section):
     """Concentration of the Dirichlet partition; smaller is more skewed."""
 
 
-class ClientsConfig(_Section):
+class ClientsConfig(Section):
     num_clients: Annotated[int, Field(ge=1)] = 4
     """Number of clients."""
     active_experts: str = "8,4,2,1"
@@ -96,7 +89,7 @@ class ClientsConfig(_Section):
         return value
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     """Of AdamW in round 1, constant within a round."""
     lr_scheduler_type: Literal["constant", "cosine"] = "cosine"
@@ -158,7 +151,7 @@ METHOD_OPTIONS = {
 """The options of `StrategyConfig` that each method reads; the others must be left at their defaults."""
 
 
-class StrategyConfig(_Section):
+class StrategyConfig(Section):
     name: Literal["flame", "fedavg", "ffa_lora", "rolora", "fedex_lora", "hetlora", "flexlora", "flora"] = (
         "flame"
     )
@@ -206,7 +199,7 @@ class StrategyConfig(_Section):
         return value
 
 
-class ServerConfig(_Section):
+class ServerConfig(Section):
     num_server_rounds: Annotated[int, Field(ge=1)] = 10
     """Federated rounds."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -215,13 +208,13 @@ class ServerConfig(_Section):
     """Usable updates a round needs; with fewer the run stops and keeps its checkpoint."""
 
 
-class CommunicationConfig(_Section):
+class CommunicationConfig(Section):
     update_dtype: UpdateDtype = "float32"
     """How clients send what they learned: as it is, or rounded to bfloat16, or to int8 with a scale per
     expert and matrix. What rounding takes from an update is added to the client's next one."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     split: Literal["test", "validation"] = "test"
     """Which held-out rows to score. `validation`: rows to tune on, with the same training rows and no row
     in common with these or with `test`. Of a file or hub data set they are taken from what `data.max_rows`
@@ -238,7 +231,7 @@ class EvaluationConfig(_Section):
     """Rows per evaluation batch."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """The whole configuration of one run."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -368,20 +361,10 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
 def _resolve(values: dict[str, Any], overrides: list[str]) -> RunConfig:
     for override in overrides:
         _apply_override(values, override)
-    _refuse_unknown_keys(values)
+    refuse_unknown_keys(values, RunConfig, "config")
     config = validated(RunConfig, values, "config")
     _refuse_contradictions(config)
     return config
-
-
-def validated(model: type[Model], values: dict[str, Any], what: str) -> Model:
-    """The values as a model; UserError names `what`, the key and its value where one is not allowed."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{what}: {where} = {first['input']!r}: {first['msg']}") from error
 
 
 def _refuse_contradictions(config: RunConfig) -> None:
@@ -421,35 +404,6 @@ def _refuse_options_of_other_methods(strategy: StrategyConfig) -> None:
             )
 
 
-def valid_keys() -> list[str]:
-    """Every key in flat form, such as `data.alpha`."""
-    keys = []
-    for name, field in RunConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
-        else:
-            keys.append(name)
-    return keys
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"data": {"alpha": 0.5}}` and `{"data.alpha": 0.5}` alike as `{"data.alpha": 0.5}`."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
-
-
-def read_toml(path: Path, what: str = "config file") -> dict[str, Any]:
-    """The tables of a TOML file; UserError where it cannot be read or is no TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path}: not TOML: {error}") from error
-
-
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
@@ -462,31 +416,3 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise UserError(f"config: unknown key {key.strip()!r}; {section} is a value, not a section")
     target[name] = text.strip()
-
-
-def _refuse_unknown_keys(values: dict[str, Any]) -> None:
-    valid = valid_keys()
-    sections = {key.partition(".")[0] for key in valid if "." in key}
-    for name, value in values.items():
-        if name in sections and not isinstance(value, dict):
-            raise UserError(f"config: {name} is a section; write {name}.key=value")
-        flat = [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
-        for key in flat:
-            refuse_unknown_key(key, valid, "config")
-
-
-def refuse_unknown_key(key: str, valid: Collection[str], what: str) -> None:
-    """Raises UserError with the nearest valid key where `key` is none of them."""
-    if key not in valid:
-        raise UserError(f"{what}: unknown key {key!r}; the nearest valid key is {_nearest(key, valid)!r}")
-
-
-def _nearest(key: str, valid: Collection[str]) -> str:
-    """The most similar key, of those that have its letters in order, as `lr` is in `learning_rate`."""
-    longer = [name for name in valid if _abbreviates(key, name)]
-    return difflib.get_close_matches(key, longer or valid, n=1, cutoff=0.0)[0]
-
-
-def _abbreviates(short: str, name: str) -> bool:
-    letters = iter(name)
-    return all(letter in letters for letter in short)

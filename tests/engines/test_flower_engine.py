@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedflame.engines.flower.engine import FlowerEngine
-from fedflame.engines.hub import FlowerHub, Hub, HubRounds, load_hub
+from fedflame.engines.hub import FlowerHub, Hub, HubRounds
 from fedflame.errors import UserError
 
 SCRIPT = """\
@@ -149,18 +149,6 @@ def test_a_section_that_cannot_be_used_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(UserError, match=words):
         FlowerEngine(a_hub(tmp_path, address, **flower))
-
-
-def test_below_nodes_are_names_of_sites_and_elsewhere_only_keys(tmp_path: Path) -> None:
-    path = tmp_path / "hub.toml"
-    path.write_text(f'sites = "a.b,c"\n[flower.nodes]\n"a.b" = "{ID}"\nc = 7\n')
-    assert load_hub(path).flower.nodes == {"a.b": int(ID), "c": 7}
-    path.write_text('sites = "a"\n[flower]\nadress = "hub:8000"\n')
-    with pytest.raises(UserError, match=r"flower\.adress.*flower\.address"):
-        load_hub(path)
-    path.write_text('sites = "a"\nflower.nodes.a = "the first"\n')
-    with pytest.raises(UserError, match=r"flower\.nodes\.a = 'the first'"):
-        load_hub(path)
 
 
 def test_insecure_is_said_only_where_the_file_says_it(flwr: Flwr, address: str, tmp_path: Path) -> None:

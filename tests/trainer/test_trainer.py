@@ -401,29 +401,3 @@ def test_a_second_trainer_of_a_site_is_refused(data: Path, tmp_path: Path) -> No
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="longer than the 107 letters"), listening(tmp_path / ("x" * 110)):
         pass
-
-
-# The file
-
-
-GOOD = 'name = "a"\n[data]\ndataset_name = "x"\n[trainer]\nactive_experts = 2\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("name = ", "not TOML"),
-        ('name = "a"', "data.dataset_name is missing"),
-        (GOOD.replace("experts", "expert"), "unknown key 'trainer.active_expert'"),
-        (GOOD.replace('"a"', '"a b"'), "name = 'a b'"),
-        (GOOD.replace("2", "0"), "trainer.active_experts = 0"),
-        (GOOD + "[models]\n", "at least one model"),
-        (GOOD + "[limits]\nmax_steps = 0\n", "limits.max_steps = 0"),
-    ],
-)
-def test_a_broken_site_file_gets_one_line(text: str, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "site.toml"
-    path.write_text(text)
-    with pytest.raises(UserError) as error:
-        load_site(path)
-    assert reason in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)

@@ -24,7 +24,7 @@ from fedflame.commands.adapter_folder import check_start, initial_state, write_r
 from fedflame.commands.environment import environment
 from fedflame.commands.sites import Sites, check_sites, site_clients
 from fedflame.commands.tables import cost_table, partition_table, result_table
-from fedflame.config import RunConfig, validated
+from fedflame.config import RunConfig
 from fedflame.cost import RunCost, run_cost, training_flops
 from fedflame.data.batches import pad_token
 from fedflame.data.federation import (
@@ -45,6 +45,7 @@ from fedflame.server.checkpoint import Checkpoint, read_checkpoint
 from fedflame.server.local_clients import Clients, LocalClients, load_adapted_model
 from fedflame.server.rounds import Server, run_rounds, sample_clients
 from fedflame.server.worker_clients import WorkerClients, WorkerSetup
+from fedflame.settings import validated
 from fedflame.strategies import Strategy, build_strategy
 from fedflame.strategies.base import ClientProfile
 from fedflame.tracking import MetricsFile, Reporter, reporter

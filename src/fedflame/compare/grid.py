@@ -18,16 +18,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from fedflame.compare.devices import Devices
-from fedflame.config import (
-    METHOD_OPTIONS,
-    RunConfig,
-    flat,
-    load_config,
-    read_toml,
-    refuse_unknown_key,
-    validated,
-)
+from fedflame.config import METHOD_OPTIONS, RunConfig, load_config
 from fedflame.errors import UserError
+from fedflame.settings import flat, read_toml, refuse_unknown_key, validated
 
 Setting = tuple[tuple[str, str], ...]
 """The value on each axis but the seed's, as (key, value)."""

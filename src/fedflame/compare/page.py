@@ -18,12 +18,12 @@ from fedflame.compare.tables import (
     summary_table,
     total_table,
 )
-from fedflame.config import flat
 from fedflame.report.charts import LINE_COLOURS, ROUNDS, Series, XAxis, legend, line_chart
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
 from fedflame.report.page import document, fold, header
 from fedflame.report.results import tier_name
+from fedflame.settings import flat
 
 _AXES = (
     ("round", ROUNDS),

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-from fedflame.config import flat, read_toml, refuse_unknown_key, validated
-from fedflame.errors import UserError
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+from fedflame.settings import Section, SettingsFile, load_file
 
 
-class HubRounds(_Section):
+class HubRounds(Section):
     """How long the hub waits; how many updates a round needs is `server.min_clients` of the run."""
 
     round_timeout: Annotated[float, Field(gt=0)] = 3600.0
@@ -32,14 +27,14 @@ class HubRounds(_Section):
     """Jobs that may fail one after another, without an answer between them, before the run ends."""
 
 
-class NvflareHub(_Section):
+class NvflareHub(Section):
     """Where NVIDIA FLARE is reached."""
 
     admin_kit: str = ""
     """Folder of a provisioned administrator with the right to submit jobs, from the folder of the file."""
 
 
-class FlowerHub(_Section):
+class FlowerHub(Section):
     """Where Flower's SuperLink is reached, and which of its nodes are which sites."""
 
     address: str = ""
@@ -49,12 +44,12 @@ class FlowerHub(_Section):
     system trusts."""
     insecure: bool = False
     """Without TLS, on one machine."""
-    nodes: dict[str, int] = {}
+    nodes: dict[str, int] = Field(default_factory=dict)
     """Site -> the id that `flwr supernode register` gave its key; empty where the SuperLink does not
     authenticate nodes: they say themselves who they are then."""
 
 
-class Hub(_Section):
+class Hub(SettingsFile):
     """The whole file."""
 
     sites: str
@@ -62,8 +57,6 @@ class Hub(_Section):
     rounds: HubRounds = HubRounds()
     nvflare: NvflareHub = NvflareHub()
     flower: FlowerHub = FlowerHub()
-    folder: Path = Path()
-    """Where the file is."""
 
     @field_validator("sites")
     @classmethod
@@ -79,30 +72,5 @@ class Hub(_Section):
 
 
 def load_hub(path: Path) -> Hub:
-    """Read a hub's file. Raises UserError as `load_site` does."""
-    values = read_toml(path, "hub file")
-    valid = hub_keys()
-    for key in flat(_without_nodes(values)):
-        refuse_unknown_key(key, valid, f"hub file {path}")
-    if "sites" not in values:
-        raise UserError(f"hub file {path}: sites is missing")
-    return validated(Hub, {**values, "folder": path.absolute().parent}, f"hub file {path}")
-
-
-def hub_keys() -> list[str]:
-    """Every key in flat form, such as `rounds.round_timeout`; below `flower.nodes` are names of sites."""
-    keys = []
-    for name, field in Hub.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
-        elif name != "folder":
-            keys.append(name)
-    return keys
-
-
-def _without_nodes(values: dict[str, Any]) -> dict[str, Any]:
-    """What stands below `flower.nodes` are names of sites, not keys of ours."""
-    flower = values.get("flower")
-    if not isinstance(flower, dict):
-        return values
-    return {**values, "flower": {name: value for name, value in flower.items() if name != "nodes"}}
+    """Read a hub's file. Raises UserError as `load_file` does."""
+    return load_file(Hub, path, "hub file")

@@ -7,11 +7,12 @@ from datetime import datetime
 from importlib import resources
 from typing import Any
 
-from fedflame.config import METHOD_OPTIONS, StrategyConfig, flat
+from fedflame.config import METHOD_OPTIONS, StrategyConfig
 from fedflame.report import clients, results
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
 from fedflame.report.records import Run
+from fedflame.settings import flat
 
 _SECTIONS = (
     results.headline,

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from fedflame.choices import Checkpointed
-from fedflame.config import EMBEDDED_MODEL, flat, read_toml, refuse_unknown_key, validated
-from fedflame.errors import UserError
+from fedflame.config import EMBEDDED_MODEL
+from fedflame.settings import Section, SettingsFile, load_file
 
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class SiteData(_Section):
+class SiteData(Section):
     """The rows that are trained on."""
 
     dataset_name: str
@@ -35,7 +31,7 @@ class SiteData(_Section):
     """Column of the response."""
 
 
-class SiteTrainer(_Section):
+class SiteTrainer(Section):
     """The machine."""
 
     active_experts: Annotated[int, Field(ge=1)]
@@ -55,7 +51,7 @@ class SiteTrainer(_Section):
     """Keep less for the backward, with the same result."""
 
 
-class SiteLimits(_Section):
+class SiteLimits(Section):
     """What a plan may ask for; more is refused with the reason."""
 
     max_rounds: Annotated[int, Field(ge=1)] = 1000
@@ -68,14 +64,14 @@ class SiteLimits(_Section):
     """FLOPs of one round; 0 for any number."""
 
 
-class SiteNvflare(_Section):
+class SiteNvflare(Section):
     """How the site takes part over NVIDIA FLARE."""
 
     kit: str = ""
     """The folder that the hub made for this site, from that of the site's file; `site check` reads it."""
 
 
-class SiteFlower(_Section):
+class SiteFlower(Section):
     """How the site takes part over Flower; `site check` reads it."""
 
     superlink: str = ""
@@ -84,7 +80,7 @@ class SiteFlower(_Section):
     """PEM file of who signed the SuperLink's certificate, from the folder of the site's file."""
 
 
-class Site(_Section):
+class Site(SettingsFile):
     """The whole file."""
 
     name: Annotated[str, Field(pattern=f"^{SITE_NAME}$")]
@@ -94,10 +90,8 @@ class Site(_Section):
     limits: SiteLimits = SiteLimits()
     nvflare: SiteNvflare = SiteNvflare()
     flower: SiteFlower = SiteFlower()
-    models: dict[str, str] = {EMBEDDED_MODEL: EMBEDDED_MODEL}
+    models: dict[str, str] = Field(default_factory=lambda: {EMBEDDED_MODEL: EMBEDDED_MODEL})
     """The base models that may be trained: the hub's name for it, and the folder or hub id here."""
-    folder: Path = Path()
-    """Where the file is."""
 
     @field_validator("models")
     @classmethod
@@ -129,31 +123,5 @@ class Site(_Section):
 
 
 def load_site(path: Path) -> Site:
-    """Read a site's file.
-
-    Raises:
-        UserError: it is missing or broken, or has an unknown key or a value that is not allowed.
-    """
-    values = read_toml(path, "site file")
-    valid = site_keys()
-    for key in flat({name: value for name, value in values.items() if name != "models"}):
-        refuse_unknown_key(key, valid, f"site file {path}")
-    _require_sections(values, path)
-    return validated(Site, {**values, "folder": path.absolute().parent}, f"site file {path}")
-
-
-def site_keys() -> list[str]:
-    """Every key in flat form, such as `trainer.active_experts`; those below `models` are names of models."""
-    keys = []
-    for name, field in Site.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
-        elif name != "folder":
-            keys.append(name)
-    return keys
-
-
-def _require_sections(values: dict[str, Any], path: Path) -> None:
-    for key in ("name", "data.dataset_name", "trainer.active_experts"):
-        if key not in flat(values):
-            raise UserError(f"site file {path}: {key} is missing")
+    """Read a site's file. Raises UserError as `load_file` does."""
+    return load_file(Site, path, "site file")

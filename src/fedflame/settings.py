@@ -1,0 +1,121 @@
+"""Settings in TOML files: frozen models of their sections, and one line for what is wrong with a file."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedflame.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
+File = TypeVar("File", bound="SettingsFile")
+
+
+class Section(BaseModel):
+    """One table of a file; the docstring of a field is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class SettingsFile(Section):
+    """A whole file that speaks of other files beside it."""
+
+    folder: Path = Path()
+    """Where the file is; no key of it."""
+
+
+def load_file(model: type[File], path: Path, what: str) -> File:
+    """Read a file.
+
+    Raises:
+        UserError: it is missing or broken, lacks a key, or has one that is unknown or a value that is not
+            allowed; the line begins with `what` and the path.
+    """
+    values = read_toml(path, what)
+    refuse_unknown_keys(values, model, f"{what} {path}")
+    empty: dict[str, Any] = {name: {} for name in _sections(model)}
+    return validated(model, {**empty, **values, "folder": path.absolute().parent}, f"{what} {path}")
+
+
+def read_toml(path: Path, what: str = "config file") -> dict[str, Any]:
+    """The tables of a TOML file; UserError where it cannot be read or is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path}: not TOML: {error}") from error
+
+
+def validated(model: type[Model], values: dict[str, Any], what: str) -> Model:
+    """The values as a model; UserError names `what`, and the key that is missing or has a wrong value."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise UserError(f"{what}: {where} is missing") from error
+        raise UserError(f"{what}: {where} = {first['input']!r}: {first['msg']}") from error
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """Every key in flat form, such as `data.alpha`."""
+    sections, keys = _sections(model), list[str]()
+    for name in model.model_fields:
+        if name in sections:
+            keys += [f"{name}.{key}" for key in sections[name].model_fields]
+        elif name not in SettingsFile.model_fields:
+            keys.append(name)
+    return keys
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"data": {"alpha": 0.5}}` and `{"data.alpha": 0.5}` alike as `{"data.alpha": 0.5}`."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def refuse_unknown_keys(values: Mapping[str, Any], model: type[BaseModel], what: str) -> None:
+    """Raises UserError at the first key that the model does not have."""
+    valid, sections = keys_of(model), _sections(model)
+    for name, value in values.items():
+        if name in sections and not isinstance(value, dict):
+            raise UserError(f"{what}: {name} is a section; write {name}.key=value")
+        inner = isinstance(value, dict) and not _has_names_of_users(model, name)
+        for key in [f"{name}.{key}" for key in value] if inner else [name]:
+            refuse_unknown_key(key, valid, what)
+
+
+def refuse_unknown_key(key: str, valid: Collection[str], what: str) -> None:
+    """Raises UserError with the nearest valid key where `key` is none of them."""
+    if key not in valid:
+        raise UserError(f"{what}: unknown key {key!r}; the nearest valid key is {_nearest(key, valid)!r}")
+
+
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    found = {name: field.annotation for name, field in model.model_fields.items()}
+    return {name: of for name, of in found.items() if isinstance(of, type) and issubclass(of, BaseModel)}
+
+
+def _has_names_of_users(model: type[BaseModel], name: str) -> bool:
+    """Whether the keys below are the user's own, such as those of models that a site allows."""
+    return name in model.model_fields and get_origin(model.model_fields[name].annotation) is dict
+
+
+def _nearest(key: str, valid: Collection[str]) -> str:
+    """The most similar key, of those that have its letters in order, as `lr` is in `learning_rate`."""
+    longer = [name for name in valid if _abbreviates(key, name)]
+    return difflib.get_close_matches(key, longer or valid, n=1, cutoff=0.0)[0]
+
+
+def _abbreviates(short: str, name: str) -> bool:
+    letters = iter(name)
+    return all(letter in letters for letter in short)
