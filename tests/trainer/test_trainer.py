@@ -146,6 +146,26 @@ def test_another_run_or_plan_is_trained_anew_and_an_older_one_gives_the_same_byt
     assert first.body == other_run.body == older.body != next_round.body
 
 
+@pytest.mark.parametrize("at", [3, -3])
+def test_an_answer_that_was_damaged_on_its_disk_is_trained_again(
+    at: int,
+    make_service: Callable[..., TrainerService],
+    job: TrainingJob,
+    plan: RoundPlan,
+    told: Told,
+    tmp_path: Path,
+) -> None:
+    service = make_service()
+    first = service.answer(request(job, plan))
+    kept = tmp_path / "state" / RUN / "answer"
+    content = bytearray(kept.read_bytes())
+    content[at] ^= 1
+    kept.write_bytes(content)
+    again = service.answer(request(job, plan))
+    assert again.body == first.body and told.heard("trained in") == 2
+    assert service.answer(request(job, plan)).body == first.body and told.heard("trained in") == 2
+
+
 def test_asked_twice_at_once_it_trains_once(
     make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, told: Told
 ) -> None:

@@ -137,7 +137,7 @@ class TrainerService:
         known = self._site.state_path / run / "answer"
         digest = hashlib.blake2b(message + job.model_dump_json().encode(), digest_size=16).hexdigest()
         with self._training:
-            update = _remembered(known, digest)
+            update = _remembered(known, digest, plan)
             if update is None:
                 start = time.monotonic()
                 self._make_room(run)
@@ -230,11 +230,14 @@ def _load_rows(site: Site) -> tuple[list[Instruction], list[SkippedRow]]:
     return loaded.rows, loaded.skipped
 
 
-def _remembered(path: Path, digest: str) -> bytes | None:
+def _remembered(path: Path, digest: str, plan: RoundPlan) -> bytes | None:
     """The answer in the file, if it is the one to this plan; a damaged file is none."""
     try:
         content = path.read_bytes()
-    except OSError:
+        known, update = content[: len(digest)], content[len(digest) :]
+        if known != digest.encode():
+            return None
+        decode_update(update, plan)
+    except (OSError, InvalidMessage):
         return None
-    size = len(digest)
-    return content[size:] if content[:size] == digest.encode() else None
+    return update
