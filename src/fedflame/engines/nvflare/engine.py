@@ -21,14 +21,12 @@ from fedflame.engines.watch import JobWatch
 from fedflame.errors import UserError
 
 COMMAND_SECONDS = 60.0
+_NO_REPLY = "no_reply"
 
 
 def nvflare_command() -> str:
     """See `installed_command`."""
     return installed_command("nvflare", "nvflare")
-
-
-_NO_REPLY = "no_reply"
 
 
 class NvflareEngine:

@@ -23,6 +23,8 @@ CLASSES = (
 )
 _LOGS = ("site_log_streamer", "log_receiver")
 """Nvflare's components that bring the sites' error logs to the hub; the first adds a class to every job."""
+_CODE = ("byoc", "server-predeployed-flwr", "shell_commands")
+"""Rights to bring code of one's own, or commands."""
 DEAD_AFTER_SECONDS = 60
 """Without a sign of a site, it is gone; nvflare's default is 600."""
 JOBS = 1000
@@ -146,11 +148,8 @@ def _keep_out_of_the_temporary_folder(component: dict[str, Any], kit: Path) -> N
         component["args"]["max_jobs"] = JOBS
 
 
-_CODE = ("byoc", "server-predeployed-flwr", "shell_commands")
-
-
 def _without_code(permissions: str | dict[str, str]) -> dict[str, str]:
-    """The role's rights but for those to bring code of one's own, or commands."""
+    """The role's rights but for those in `_CODE`."""
     rights = dict.fromkeys(
         ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate"), permissions
     )
