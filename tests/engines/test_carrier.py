@@ -161,10 +161,10 @@ def test_a_slow_site_holds_nobody_up_and_its_late_reply_is_refused(tmp_path: Pat
         return honest(node, message)
 
     grid = FakeGrid(slow_south)
-    with driver(grid, tmp_path, a_hub(NODES, round_timeout=0.5)) as hub:
+    with driver(grid, tmp_path, a_hub(NODES, round_timeout=3)) as hub:
         answers = hub.round()
         assert updates(answers) == [LEARNED[0], b"", LEARNED[2]]
-        assert max(answers[0].seconds, answers[2].seconds) < 0.4
+        assert max(answers[0].seconds, answers[2].seconds) < 2
         grid.replies[late[0].metadata.message_id] = honest(NODES["south"], late[0])
         deadline = time.monotonic() + 10
         while grid.replies and time.monotonic() < deadline:

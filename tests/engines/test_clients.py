@@ -122,7 +122,7 @@ def test_after_the_end_of_a_job_the_next_is_asked_for_what_is_open_only(tmp_path
     def crash_once(site: str, request: bytes) -> bytes:
         asked[site] += 1
         if site != "north" and len(hubs[0].engine.jobs) == 1:
-            time.sleep(0.3)  # north has answered by then
+            time.sleep(1)  # north has answered by then
             hubs[0].engine.end("job-1", "FINISHED:EXECUTION_EXCEPTION")
         return answer(request)
 
@@ -189,12 +189,12 @@ def test_a_site_without_an_answer_in_time_is_left_out_and_refused_when_it_is_lat
             released.wait(20)
         return answer(request)
 
-    with driver(late, tmp_path, round_timeout=0.5) as hub:
+    with driver(late, tmp_path, round_timeout=2) as hub:
         answers = hub.round()
         assert updates(answers) == [LEARNED[0], b"", LEARNED[2]]
-        assert answers[1].failure == "no answer within 0 s (rounds.round_timeout)"
+        assert answers[1].failure == "no answer within 2 s (rounds.round_timeout)"
         released.set()
-        time.sleep(0.1)
+        time.sleep(0.5)
         assert updates(hub.round()) == LEARNED
         assert hub.heard("refused: a late or repeated answer of south")
 
@@ -282,13 +282,13 @@ def test_a_refusal_carries_the_sites_reason(tmp_path: Path) -> None:
 
 
 def test_a_site_that_is_gone_is_waited_for_once_and_used_again_when_it_is_back(tmp_path: Path) -> None:
-    with driver(honest, tmp_path, rejoin_timeout=0.4) as hub:
+    with driver(honest, tmp_path, rejoin_timeout=2) as hub:
         hub.engine.reachable.discard("south")
         start = time.monotonic()
         answers = hub.round()
-        assert answers[1].failure == "not connected" and time.monotonic() - start >= 0.4
+        assert answers[1].failure == "not connected" and time.monotonic() - start >= 2
         start = time.monotonic()
-        assert hub.round()[1].failure == "not connected" and time.monotonic() - start < 0.4
+        assert hub.round()[1].failure == "not connected" and time.monotonic() - start < 2
         hub.engine.reachable.add("south")
         assert updates(hub.round()) == LEARNED
         assert len(hub.engine.jobs) == 2, "a new job reaches the site that came back"

@@ -135,7 +135,7 @@ def test_a_node_with_the_key_of_another_site_does_not_become_this_one(federation
     for site in ("site-1", "site-2"):
         federation.services.pop(f"{site} engine").stop()
     start_node(federation, "site-1", federation.folder / "site-2" / "node")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     try:
         while True:
             check = fedflame("hub", "check", federation.hub_file)

@@ -168,7 +168,7 @@ def test_a_site_posing_as_another_is_not_registered(federation: Loopback, tmp_pa
     service = Service("engine", ["bash", "startup/sub_start.sh", "--once"], impostor, engine_environment())
     try:
         refusal = "authenticated as 'site-1' but claimed endpoint 'site-3'"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while refusal not in (kits / "localhost" / "log.txt").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.5)
@@ -254,7 +254,7 @@ def in_the_end(federation: Loopback, job: Path) -> dict[str, Any]:
     """What nvflare says of a job that the administrator submits, once it is over."""
     kit = str(federation.hub_file.parent / "kits" / "researcher@hub.example")
     told = nvflare_job(kit, "submit", "-j", str(job))
-    deadline, found = time.monotonic() + 60, dict[str, Any]()
+    deadline, found = time.monotonic() + 150, dict[str, Any]()
     while not found.get("status", "").startswith("FINISHED") and time.monotonic() < deadline:
         time.sleep(1)
         found = nvflare_job(kit, "meta", told["job_id"])
