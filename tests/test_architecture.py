@@ -14,6 +14,7 @@ SOURCE = Path(fedflame.__file__).parent
 
 STAGES = (
     ("errors", "choices", "k_rotation", "seeds", "refused_families"),
+    ("settings",),
     ("config", "atomic_file", "mapped_base", "messages", "model_shape", "tracking"),
     ("budgets", "data", "moe", "base_model", "regularizers", "token_loss", "wire"),
     ("cost", "client", "strategies", "bench", "error_feedback"),
@@ -186,7 +187,7 @@ def test_what_runs_in_a_process_of_flower_loads_no_torch() -> None:
     assert {part(module) for module in for_every_message} - {None} <= carried
     on_the_hub = loaded_by("fedflame.engines.flower.server_app")
     assert third_party(on_the_hub) <= {"flwr", "pydantic"}, "pydantic reads the hub's file"
-    assert {part(module) for module in on_the_hub} - {None} <= carried | {"choices", "config", "k_rotation"}
+    assert {part(module) for module in on_the_hub} - {None} <= carried | {"settings"}
 
 
 def test_only_its_own_adapter_knows_an_engine() -> None:
