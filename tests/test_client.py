@@ -278,7 +278,7 @@ def test_a_base_in_half_precision_gives_a_valid_update(dtype: torch.dtype) -> No
 
 
 def test_float16_learns_what_float32_learns() -> None:
-    """But for what grows out of single tokens that rounding routes elsewhere, other ones on each processor."""
+    """But for what grows out of single tokens that rounding routes elsewhere, others on each processor."""
     exact, half = (
         fine_tune(adapted, rows(9), plan_for(adapted, max_steps=10), PAD)
         for adapted in map(adapted_in, (torch.float32, torch.float16))
