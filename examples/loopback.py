@@ -82,7 +82,7 @@ class Service:
             for pid in family:
                 _signal(pid, number)
             deadline = time.monotonic() + patience
-            while any(_alive(pid) for pid in family) and time.monotonic() < deadline:
+            while any(alive(pid) for pid in family) and time.monotonic() < deadline:
                 time.sleep(0.1)
                 self.process.poll()
 
@@ -207,7 +207,8 @@ def descendants(pid: int) -> list[int]:
         return []
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether the process is there and has not ended; one that nobody has waited for yet has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

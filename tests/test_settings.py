@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fedflame.engines.hub import Hub, load_hub
 from fedflame.errors import UserError
-from fedflame.settings import keys_of
+from fedflame.settings import SettingsFile, keys_of
 from fedflame.trainer.site import Site, load_site
 
 SITE = 'name = "a"\n[data]\ndataset_name = "x"\n[trainer]\nactive_experts = 2\n'
 HUB = 'sites = "a,b"\n'
+
+
+def refusal(load: Callable[[Path], SettingsFile], what: str, text: str, folder: Path) -> str:
+    """What is said of a file with this text: one line that names it."""
+    path = folder / f"{what}.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load(path)
+    said = str(error.value)
+    assert said.startswith(f"{what} file {path}: ") and "\n" not in said
+    return said
 
 
 @pytest.mark.parametrize(
@@ -31,12 +43,7 @@ HUB = 'sites = "a,b"\n'
     ],
 )
 def test_a_broken_site_file_gets_one_line(text: str, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "site.toml"
-    path.write_text(text)
-    with pytest.raises(UserError) as error:
-        load_site(path)
-    assert str(error.value).startswith(f"site file {path}: ")
-    assert reason in str(error.value) and "\n" not in str(error.value)
+    assert reason in refusal(load_site, "site", text, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +64,7 @@ def test_a_broken_site_file_gets_one_line(text: str, reason: str, tmp_path: Path
     ],
 )
 def test_a_broken_hub_file_gets_one_line(text: str, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "hub.toml"
-    path.write_text(text)
-    with pytest.raises(UserError) as error:
-        load_hub(path)
-    assert str(error.value).startswith(f"hub file {path}: ")
-    assert reason in str(error.value) and "\n" not in str(error.value)
+    assert reason in refusal(load_hub, "hub", text, tmp_path)
 
 
 def test_files_know_their_folder_and_take_names_of_users_as_they_are(tmp_path: Path) -> None:

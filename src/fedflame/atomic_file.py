@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         with suppress(OSError):  # there may be no such folder, or a folder in its place
             partial.unlink()
         raise UserError(f"{path}: cannot write {len(content)} bytes: {error.strerror}") from error
+
+
+def write_missing(texts: Mapping[Path, str]) -> None:
+    """Write those files that are not there; the others stay. Raises UserError as `write_atomically` does."""
+    for path, text in texts.items():
+        if not path.exists():
+            write_atomically(path, text.encode())
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from fedflame.commands.cell_processes import run_cells
 from fedflame.commands.compare import LOG_TAIL_BYTES, _last_line
 from fedflame.compare.grid import Cell, read_grid
 from fedflame.mapped_base import CACHE_VARIABLE
-from loopback import descendants
+from loopback import alive, descendants
 
 METHODS = '[methods.flame]\nstrategy.temperature = 2\n[methods.fedavg]\nstrategy.name = "fedavg"\n'
 
@@ -247,13 +246,6 @@ def wait_for_cell(process: subprocess.Popen[str], out: Path, begun: int) -> None
 
 def wait_until_gone(processes: Sequence[int]) -> None:
     deadline = time.monotonic() + 60
-    while alive := [pid for pid in processes if os.path.exists(f"/proc/{pid}") and not is_zombie(pid)]:
-        assert time.monotonic() < deadline, f"{alive} are still there"
+    while left := [pid for pid in processes if alive(pid)]:
+        assert time.monotonic() < deadline, f"{left} are still there"
         time.sleep(0.02)
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fedflame.engines.address import host_and_port
 from fedflame.engines.nvflare.certificate import now, read_certificate
 from fedflame.errors import UserError
 
@@ -119,9 +120,9 @@ def client_target(kit: Path) -> tuple[str, int, str]:
     """Host, port and name of the server, as a site's kit has them. Raises UserError."""
     try:
         server = json.loads((kit / "startup" / "fed_client.json").read_text())["servers"][0]
-        host, _, port = server["service"]["target"].rpartition(":")
-        return host, int(port), str(server["identity"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        host, port = host_and_port(str(server["service"]["target"]), "target")
+        return host, port, str(server["identity"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, UserError) as error:
         raise UserError(f"{kit}: no kit of a site (startup/fed_client.json: {error})") from error
 
 

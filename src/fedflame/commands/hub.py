@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedflame.atomic_file import write_atomically
+from fedflame.atomic_file import write_missing
 from fedflame.base_model import model_digest
 from fedflame.commands.check import (
     Finding,
@@ -45,9 +45,7 @@ def init_hub(folder: Path, federation: Federation, console: Console) -> None:
         folder / "hub.toml": _hub_file(federation),
         folder / "fedflame-server.service": unit,
     }
-    for path, text in files.items():
-        if not path.exists():
-            write_atomically(path, text.encode())
+    write_missing(files)
     told = _next_steps(folder, federation) + _lacking(folder / "hub.toml", federation)
     console.print(told, markup=False, highlight=False, soft_wrap=True)
 

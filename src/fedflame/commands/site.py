@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedflame.atomic_file import write_atomically
+from fedflame.atomic_file import write_missing
 from fedflame.base_model import model_digest
 from fedflame.commands.check import (
     Finding,
@@ -117,9 +117,7 @@ def init_site(folder: Path, new: NewSite, engine: SiteEngine, console: Console) 
             f"engine of {engine.site}", engine.command, engine.folder, socket, engine.restart_seconds
         ),
     }
-    for path, text in files.items():
-        if not path.exists():
-            write_atomically(path, text.encode())
+    write_missing(files)
     load_site(site_file)
     public_key = make_key(engine.private_key) if engine.private_key else None
     steps = _next_steps(folder, engine, socket, public_key)

@@ -29,7 +29,7 @@ from fedflame.data.batches import EncodedRow, encode, pad_token
 from fedflame.data.instructions import Instruction, SkippedRow, load_instructions
 from fedflame.error_feedback import Residuals, encode_with_feedback
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.messages import RoundPlan
+from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.server.local_clients import load_adapted_model, reason
 from fedflame.trainer.job import TrainingJob
@@ -137,17 +137,18 @@ class TrainerService:
         known = self._site.state_path / run / "answer"
         digest = hashlib.blake2b(message + job.model_dump_json().encode(), digest_size=16).hexdigest()
         with self._training:
-            update = _remembered(known, digest, plan)
-            if update is None:
+            answer = _remembered(known, digest, plan)
+            if answer is None:
                 start = time.monotonic()
                 self._make_room(run)
                 self._say(f"run {run[:8]} round {plan.round}: training with k={plan.active_experts}")
                 update = self._fine_tune(job, plan, known.parent)
                 write_atomically(known, digest.encode() + update)
+                answer = update, decode_update(update, plan)
                 self._say(f"run {run[:8]} round {plan.round}: trained in {time.monotonic() - start:.1f} s")
             else:
                 self._say(f"run {run[:8]} round {plan.round}: answered again")
-        learned = decode_update(update, plan)
+        update, learned = answer
         return {"kind": "update", "steps": learned.steps, "tokens": learned.tokens}, update
 
     def _make_room(self, run: str) -> None:
@@ -230,14 +231,13 @@ def _load_rows(site: Site) -> tuple[list[Instruction], list[SkippedRow]]:
     return loaded.rows, loaded.skipped
 
 
-def _remembered(path: Path, digest: str, plan: RoundPlan) -> bytes | None:
-    """The answer in the file, if it is the one to this plan; a damaged file is none."""
+def _remembered(path: Path, digest: str, plan: RoundPlan) -> tuple[bytes, ClientUpdate] | None:
+    """The answer in the file and what it says, if it is the one to this plan; a damaged file is none."""
     try:
         content = path.read_bytes()
         known, update = content[: len(digest)], content[len(digest) :]
         if known != digest.encode():
             return None
-        decode_update(update, plan)
+        return update, decode_update(update, plan)
     except (OSError, InvalidMessage):
         return None
-    return update
