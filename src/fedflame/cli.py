@@ -125,6 +125,7 @@ def compare(
     data: Data = None,
     model: Model = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the comparison (output_dir).")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Method that differences are to (baseline).")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Cells that run side by side, one thread each.")] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the cells and which are finished.")
@@ -135,13 +136,14 @@ def compare(
     console = Console()
     with _user_errors(debug):
         from fedflame.commands.compare import list_cells, run_comparison
+        from fedflame.compare.grid import read_grid
 
-        given = _flags(overrides, data, model, None)
+        grid = read_grid(grid_file, _flags(overrides, data, model, None), output_dir, baseline)
         if dry_run:
-            list_cells(grid_file, given, output_dir, console)
+            list_cells(grid, console)
             return
         _quiet_libraries()
-        if not run_comparison(grid_file, given, output_dir, workers, console):
+        if not run_comparison(grid, workers, console):
             raise typer.Exit(CELL_FAILED)
 
 

@@ -63,6 +63,13 @@ def outcome(cell: Path) -> dict[str, object]:
     return record | {"clients": clients, "environment": None, "config": record["config"] | {"output_dir": ""}}
 
 
+def losses_beyond(folder: Path, method: str) -> list[float]:
+    """The method's row of the first table of differences in table.md: the means, at each k."""
+    _, _, differences = (folder / "table.md").read_text().partition(": difference to ")
+    row = next(line for line in differences.splitlines() if line.startswith(f"| {method} "))
+    return [float(entry.split()[0]) for entry in row.split("|")[2:-1]]
+
+
 def test_a_comparison_leaves_cells_table_results_and_page(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {"cells", "report.html", "results.json", "table.md"}
     names = [name.rpartition("-")[0] for name in cells(finished)]
@@ -159,6 +166,21 @@ def test_another_seed_runs_only_what_is_missing(finished: Path, tiny_folder: Pat
     assert len(after) == 6
     assert {name: (after[name] / "cell.json").stat().st_mtime_ns for name in before} == before
     assert "over 3 seeds" in (out / "table.md").read_text()
+
+
+def test_another_baseline_runs_nothing_and_turns_the_differences_round(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    grid = write_grid(tmp_path, tiny_folder)
+    result = invoke("compare", grid, "--output-dir", out, "--baseline", "flame")
+    assert result.exit_code == 0, result.output
+    assert "4 cells, 4 finished" in result.stdout
+    assert losses_beyond(out, "fedavg") == [-value for value in losses_beyond(finished, "flame")]
+    wrong = invoke("compare", grid, "--output-dir", out, "--baseline", "flam")
+    assert wrong.exit_code == 2
+    assert "grid: baseline = 'flam': must be one of the methods flame, fedavg" in wrong.stderr
 
 
 def test_a_process_that_dies_loses_its_cell_only(tiny_folder: Path, tmp_path: Path) -> None:

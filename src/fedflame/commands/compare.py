@@ -14,7 +14,7 @@ from fedflame.commands.cell_processes import Progress as CellProgress
 from fedflame.commands.cell_processes import failure_kept, run_cells
 from fedflame.commands.tables import comparison_table
 from fedflame.compare.files import read_comparison, write_comparison
-from fedflame.compare.grid import Cell, Grid, read_grid
+from fedflame.compare.grid import Cell, Grid
 from fedflame.compare.results import is_finished
 from fedflame.compare.tables import setting_name, setting_tables
 from fedflame.errors import UserError
@@ -22,20 +22,13 @@ from fedflame.errors import UserError
 LOG_TAIL_BYTES = 400
 
 
-def run_comparison(
-    grid_file: Path,
-    overrides: Sequence[str],
-    output_dir: str | None,
-    workers: int,
-    console: Console,
-) -> bool:
+def run_comparison(grid: Grid, workers: int, console: Console) -> bool:
     """Run the grid's unfinished cells, write and print the comparison; whether no cell failed.
 
     Raises:
-        UserError: whatever is wrong with the grid, before the first cell runs.
+        UserError: the folder holds something else, or another comparison is at work there.
         KeyboardInterrupt: with how to go on.
     """
-    grid = read_grid(grid_file, overrides, output_dir)
     _check_folder(grid.output_dir)
     with _alone(grid.output_dir):
         return _run_missing(grid, workers, console)
@@ -76,9 +69,8 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def list_cells(grid_file: Path, overrides: Sequence[str], output_dir: str | None, console: Console) -> None:
-    """Print every cell of the grid and how far it is; raises UserError as `run_comparison` does."""
-    grid = read_grid(grid_file, overrides, output_dir)
+def list_cells(grid: Grid, console: Console) -> None:
+    """Print every cell of the grid and how far it is."""
     for cell in grid.cells:
         console.print(f"{cell.name}: {_state(cell)}", soft_wrap=True, markup=False, highlight=False)
     done = sum(map(is_finished, grid.cells))

@@ -79,13 +79,16 @@ class Grid:
         return list(dict.fromkeys(cell.setting for cell in self.cells))
 
 
-def read_grid(path: Path, overrides: Sequence[str], output_dir: str | None) -> Grid:
+def read_grid(
+    path: Path, overrides: Sequence[str], output_dir: str | None = None, baseline: str | None = None
+) -> Grid:
     """The grid of a TOML file with every cell's configuration checked.
 
     Args:
         path: the grid file.
         overrides: `section.key=value` for every cell, over whatever the file says.
         output_dir: instead of the file's; None for that.
+        baseline: the same.
 
     Raises:
         UserError: a file that is missing or broken, a key or value that is not allowed, a method that
@@ -95,7 +98,7 @@ def read_grid(path: Path, overrides: Sequence[str], output_dir: str | None) -> G
     for key in values:
         refuse_unknown_key(key, _GridFile.model_fields, f"grid file {path}")
     file = validated(_GridFile, {"methods": {}, **values}, f"grid file {path}")
-    baseline = file.baseline or next(iter(file.methods), "")
+    baseline = baseline or file.baseline or next(iter(file.methods), "")
     _check_methods(file, baseline)
     folder = Path(output_dir or file.output_dir)
     axes = [_axis(key, points) for key, points in flat(file.grid).items()]
