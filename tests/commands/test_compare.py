@@ -220,6 +220,14 @@ def test_a_mistake_is_found_before_the_first_cell_runs(tiny_folder: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_data_is_one_line_before_the_first_cell_runs(tiny_folder: Path, tmp_path: Path) -> None:
+    grid, absent = write_grid(tmp_path, tiny_folder), tmp_path / "rows.jsonl"
+    result = invoke("compare", grid, "--output-dir", tmp_path / "out", "--data", absent)
+    assert result.exit_code == 2
+    assert result.stderr == f"fedflame: data.dataset_name = '{absent}': no such file\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_no_comparison_is_left_alone(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "report.html").write_text("years of work")

@@ -17,6 +17,7 @@ from fedflame.compare.files import read_comparison, write_comparison
 from fedflame.compare.grid import Cell, Grid
 from fedflame.compare.results import is_finished
 from fedflame.compare.tables import setting_name, setting_tables
+from fedflame.data.sources import refuse_missing_file
 from fedflame.errors import UserError
 
 LOG_TAIL_BYTES = 400
@@ -26,10 +27,12 @@ def run_comparison(grid: Grid, workers: int, console: Console) -> bool:
     """Run the grid's unfinished cells, write and print the comparison; whether no cell failed.
 
     Raises:
-        UserError: the folder holds something else, or another comparison is at work there.
+        UserError: the folder holds something else, another comparison is at work there, or what a
+            cell would train on is a file that is missing.
         KeyboardInterrupt: with how to go on.
     """
     _check_folder(grid.output_dir)
+    _check_data(grid)
     with _alone(grid.output_dir):
         return _run_missing(grid, workers, console)
 
@@ -90,6 +93,12 @@ def _check_folder(folder: Path) -> None:
         folder.is_dir() and ((folder / "cells").is_dir() or not any(folder.iterdir()))
     ):
         raise UserError(f"{folder}: exists and is no comparison (it has no cells/); it is left as it is")
+
+
+def _check_data(grid: Grid) -> None:
+    """One line instead of one per cell; what is finished needs no data."""
+    for name in dict.fromkeys(cell.config.data.dataset_name for cell in grid.cells if not is_finished(cell)):
+        refuse_missing_file(name)
 
 
 @contextmanager

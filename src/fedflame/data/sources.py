@@ -48,9 +48,16 @@ def open_source(dataset_name: str, dataset_config_name: str, split: str) -> Sour
     Raises:
         UserError: the source cannot be read; a file may say so only when its rows are read.
     """
+    refuse_missing_file(dataset_name)
     if _is_file(dataset_name):
         return _open_file(dataset_name)
     return _open_hub(dataset_name, dataset_config_name, split)
+
+
+def refuse_missing_file(dataset_name: str) -> None:
+    """Raise UserError where the name is that of a file, see `open_source`, and there is none."""
+    if _is_file(dataset_name) and not os.path.exists(dataset_name):
+        raise UserError(f"data.dataset_name = {dataset_name!r}: no such file")
 
 
 def _is_file(name: str) -> bool:
@@ -59,8 +66,6 @@ def _is_file(name: str) -> bool:
 
 def _open_file(name: str) -> Source:
     path = Path(name)
-    if not os.path.exists(name):
-        raise UserError(f"data.dataset_name = {name!r}: no such file")
     if path.is_dir() or not name.lower().endswith(SUFFIXES):
         got = "a folder" if path.is_dir() else "not a known kind of file"
         raise UserError(f"data.dataset_name = {name!r}: {got}; must be a file in {', '.join(SUFFIXES)}")
