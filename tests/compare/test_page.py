@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,15 @@ def test_the_costs_by_method_and_by_device() -> None:
         "k = 4", "1", "k = 4", "200", "8 kFLOP", "60 B", "40 B", "3 min 40 s (27% of the run)",
     ]  # fmt: skip
     assert costs[1][-1] == "13 min 40 s (100% of the run)"
+
+
+def test_sampled_clients_are_counted_in_the_mean() -> None:
+    whole = synthetic()
+    first = whole.results["own-0"]
+    more = [*first.clients, *(replace(cost, client=cost.client + 2) for cost in first.clients)]
+    results = dict(whole.results) | {"own-0": replace(first, clients=more)}
+    costs = texts(device_table(Comparison(whole.grid, results, {}), ()))
+    assert [row[2] for row in costs] == ["1", "1", "1.3", "1.3"]
 
 
 def test_markdown_escapes_and_marks_the_best() -> None:

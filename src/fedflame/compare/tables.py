@@ -213,7 +213,7 @@ def device_table(comparison: Comparison, setting: Setting) -> ResultTable:
                 [
                     Entry(method),
                     Entry(tier_name(device.budget)),
-                    Entry(f"{device.clients:g}"),
+                    Entry(f"{round(device.clients, 1):g}"),
                     Entry(f"k = {device.active_experts}"),
                     Entry(si(device.tokens)),
                     Entry(si(device.training_flops, "FLOP")),
