@@ -37,8 +37,12 @@ def run_comparison(grid: Grid, workers: int, console: Console) -> bool:
         return _run_missing(grid, workers, console)
 
 
+def _missing(grid: Grid) -> list[Cell]:
+    return [cell for cell in grid.cells if not is_finished(cell)]
+
+
 def _run_missing(grid: Grid, workers: int, console: Console) -> bool:
-    missing = [cell for cell in grid.cells if not is_finished(cell)]
+    missing = _missing(grid)
     done = len(grid.cells) - len(missing)
     counts = f"{len(grid.cells)} cells, {done} finished, in {grid.output_dir / 'cells'}"
     console.print(counts, soft_wrap=True, markup=False, highlight=False)
@@ -97,7 +101,7 @@ def _check_folder(folder: Path) -> None:
 
 def _check_data(grid: Grid) -> None:
     """One line instead of one per cell; what is finished needs no data."""
-    for name in dict.fromkeys(cell.config.data.dataset_name for cell in grid.cells if not is_finished(cell)):
+    for name in dict.fromkeys(cell.config.data.dataset_name for cell in _missing(grid)):
         refuse_missing_file(name)
 
 
