@@ -87,6 +87,7 @@ def an_update(
         counts=counts,
         tokens=11,
         num_examples=40,
+        trained_examples=9,
         steps=5,
         loss=1.25,
     )
@@ -124,4 +125,4 @@ def assert_usable(update: ClientUpdate, plan: RoundPlan) -> None:
     for layer in update.counts.tolist():
         assert all(0 <= count <= update.tokens for count in layer)
         assert sum(layer) <= update.tokens * plan.active_experts
-    assert update.num_examples >= 1
+    assert 1 <= update.trained_examples <= min(update.num_examples, update.tokens)

@@ -49,6 +49,7 @@ def an_update(
     """Random values; about a third of the counts are zero, and deltas of a trained half are nowhere zero."""
     tokens = int(torch.randint(1, 100_000, (), generator=generator))
     counts = (torch.rand(LAYERS, EXPERTS, generator=generator) * 1.5 - 0.5).clamp(min=0.0).mul(tokens).long()
+    rows = int(torch.randint(1, 1000, (), generator=generator))
     return ClientUpdate(
         round=1,
         client=client,
@@ -57,7 +58,8 @@ def an_update(
         rescaler_values=1 + torch.rand(LAYERS, generator=generator),
         counts=counts,
         tokens=tokens,
-        num_examples=int(torch.randint(1, 1000, (), generator=generator)),
+        num_examples=rows,
+        trained_examples=1 + client * 7919 % rows,
         steps=5,
         loss=1.0,
         trainable=trainable,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedflame.budgets import training_flops_per_token
 from fedflame.client import MASS_BATCHES, fine_tune, measure_mass, token_losses
-from fedflame.data.batches import Batch, EncodedRow, collate
+from fedflame.data.batches import Batch, EncodedRow, collate, training_batches
 from fedflame.errors import UserError
 from fedflame.messages import ClientUpdate, RoundPlan, half_of, validate_update
 from fedflame.model_shape import read_model_shape
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.seeds import derive_seed
 from fedflame.wire.codec import encode_update
 
 
@@ -169,11 +171,24 @@ def test_the_update_says_who_trained_what_on_how_much() -> None:
     plan = plan_for(adapted, max_steps=6)
     update = fine_tune(adapted, examples, plan, PAD, steps.append)
     assert (update.round, update.client, update.active_experts) == (3, 5, 2)
-    assert (update.num_examples, update.steps) == (10, 6)
+    assert (update.num_examples, update.trained_examples, update.steps) == (10, 10, 6)
     tokens = sum(len(row.ids) for row in examples)
     assert sum(steps[:3]) == sum(steps[3:]) == tokens
     assert update.tokens == 2 * tokens
     assert update.counts.sum(1).tolist() == [update.tokens * 2] * LAYERS
+    validate_update(update, plan)
+
+
+@pytest.mark.parametrize(("max_steps", "tokens_per_step"), [(1, 0), (2, 0), (3, 0), (7, 0), (2, 30), (9, 30)])
+def test_every_row_that_was_trained_on_counts_once(max_steps: int, tokens_per_step: int) -> None:
+    adapted, examples = tiny_adapted(), rows(10)
+    plan = plan_for(adapted, max_steps=max_steps, tokens_per_step=tokens_per_step)
+    update = fine_tune(adapted, examples, plan, PAD)
+    seed = derive_seed(plan.seed, "batches", plan.round, plan.client)
+    batches = training_batches(examples, plan.batch_size, PAD, seed, tokens_per_step)
+    seen = {tuple(ids) for batch in islice(batches, max_steps) for ids in batch.input_ids.tolist()}
+    distinct = {tuple(token for token in ids if token != PAD) for ids in seen}
+    assert update.trained_examples == len(distinct) <= len(examples)
     validate_update(update, plan)
 
 

@@ -298,6 +298,7 @@ OTHER_VALUES = {
     "tier_affinity": "1",
     "k_rotation": "none",
     "learning_rate_exponent": "0.5",
+    "counted_rows": "held",
     "active_experts": "2",
     "rank": "2",
     "rank_decay": "0.5",

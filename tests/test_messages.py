@@ -179,6 +179,21 @@ REFUSED: list[tuple[str, Callable[[ClientUpdate], ClientUpdate], str]] = [
     ("loss NaN", with_fields(loss=math.nan), "update has loss nan; it must be finite"),
     ("loss inf", with_fields(loss=math.inf), "update has loss inf; it must be finite"),
     ("no rows", with_fields(num_examples=0), "update has 0 examples and 5 steps; both must be >= 1"),
+    (
+        "no row trained on",
+        with_fields(trained_examples=0),
+        "update claims to have trained on 0 rows; 1 to 11 are possible",
+    ),
+    (
+        "more rows trained on than tokens",
+        with_fields(trained_examples=12),
+        "update claims to have trained on 12 rows; 1 to 11 are possible",
+    ),
+    (
+        "more rows trained on than held",
+        with_fields(num_examples=8),
+        "update claims to have trained on 9 rows; 1 to 8 are possible",
+    ),
     ("no steps", with_fields(steps=0), "update has 40 examples and 0 steps; both must be >= 1"),
 ]
 
@@ -192,6 +207,14 @@ def test_an_unusable_update_is_refused_with_its_reason(
     with pytest.raises(InvalidMessage) as refusal:
         validate_update(change(valid_update()), a_plan())
     assert str(refusal.value) == reason
+
+
+def test_more_rows_trained_on_than_the_steps_hold_are_refused() -> None:
+    """Five steps of four rows, unless a step is measured in tokens."""
+    plan, update = replace(a_plan(), tokens_per_step=0), replace(valid_update(), trained_examples=20)
+    validate_update(update, plan)
+    with pytest.raises(InvalidMessage, match="trained on 21 rows; 1 to 20 are possible"):
+        validate_update(replace(update, trained_examples=21), plan)
 
 
 def test_an_update_at_the_limits_is_accepted() -> None:

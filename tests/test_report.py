@@ -51,6 +51,7 @@ def client_round(at: int, client: int) -> dict[str, Any]:
         "tokens": tokens,
         "steps": 5,
         "num_examples": 30,
+        "trained_examples": 20,
         "seconds": 2.0 * at,
         "training_flops": 1.5e9,
         "bytes_up": 1_050_000,
@@ -217,11 +218,21 @@ def test_categories_partition_cost_and_rounds(run: Path) -> None:
     assert rounds[2] == ["2", "3", "30.0 s", "2.000", "Client 2 (k = 2): update has a &lt;NaN&gt; in 0.A1"]
 
 
-def test_rescaler_is_the_row_weighted_mean_of_a_tier(tmp_path: Path) -> None:
-    first, second = client_round(1, 1), client_round(1, 3) | {"active_experts": 4, "num_examples": 90}
-    html = report(write_run(tmp_path / "run", [first, second]))
-    # (30 * 1.1 + 90 * 1.3) / 120
-    assert "k = 4, layer 1: 1.250" in part(html, "Rescaler")
+@pytest.mark.parametrize(
+    ("counted", "mean"),
+    [("held", (30 * 1.1 + 90 * 1.3) / 120), ("trained", (20 * 1.1 + 5 * 1.3) / 25)],
+)
+def test_rescaler_is_the_mean_of_a_tier_weighted_by_the_rows_that_count(
+    tmp_path: Path, counted: str, mean: float
+) -> None:
+    rows = {"num_examples": 90, "trained_examples": 5}
+    folder = write_run(
+        tmp_path / "run", [client_round(1, 1), client_round(1, 3) | {"active_experts": 4} | rows]
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["strategy"]["counted_rows"] = counted
+    (folder / "config.json").write_text(json.dumps(config))
+    assert f"k = 4, layer 1: {mean:.3f}" in part(report(folder), "Rescaler")
 
 
 def test_flat_rescaler_is_one_sentence(tmp_path: Path) -> None:

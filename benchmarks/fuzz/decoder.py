@@ -73,7 +73,7 @@ def samples() -> tuple[dict[str, RoundPlan], dict[str, bytes]]:
     counts = torch.tensor([[3, 0, 11, 0, 1], [0, 0, 5, 11, 0]])
     update = ClientUpdate(
         round=3, client=1, active_experts=2, delta=adapter(), rescaler_values=torch.ones(LAYERS),
-        counts=counts, tokens=11, num_examples=4, steps=9, loss=1.5,
+        counts=counts, tokens=11, num_examples=4, trained_examples=3, steps=9, loss=1.5,
     )  # fmt: skip
     plans = {dtype: replace(plan, update_dtype=dtype) for dtype in get_args(UpdateDtype)}
     sent = {dtype: encode_update(update, asked) for dtype, asked in plans.items()}

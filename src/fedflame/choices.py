@@ -12,5 +12,7 @@ Trainable = Literal["both", "A", "B"]
 """The half of every product B A that a client trains; a frozen half keeps its bits."""
 UpdateDtype = Literal["float32", "bfloat16", "int8"]
 """How the values of an update travel; see `wire.values`."""
+CountedRows = Literal["trained", "held"]
+"""The rows of a client that count in a mean: those it trained on in the round, each once, or all it holds."""
 Checkpointed = Literal["none", "experts", "layers"]
 """What is not kept for the backward; see `moe.gradient_checkpointing`."""

@@ -55,10 +55,11 @@ def fine_tune(
     adapted.counts.reset()
     optimizer = _optimizer(adapted, plan)
     scaler = GradScaler("cpu", LOSS_SCALE, enabled=adapted.dtype == "float16")
-    tokens, losses = 0, []
+    rows, tokens, losses = 0, 0, []
     with adapted.training(plan.active_experts):
         for batch in itertools.islice(_batches(examples, plan, pad_token_id), plan.max_steps):
             losses.append(_train_step(adapted, optimizer, scaler, batch, plan))
+            rows += len(batch.input_ids)
             tokens += batch.tokens
             on_step(batch.tokens)
     del optimizer  # its moments are twice the adapter, and the delta is as large
@@ -71,6 +72,7 @@ def fine_tune(
         counts=adapted.counts.total.clone(),
         tokens=tokens,
         num_examples=len(examples),
+        trained_examples=min(rows, len(examples)),  # epoch by epoch: none comes twice before all came once
         steps=len(losses),
         loss=sum(losses) / len(losses),
         trainable=plan.trainable,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from fedflame.choices import Checkpointed, Trainable, UpdateDtype
+from fedflame.choices import Checkpointed, CountedRows, Trainable, UpdateDtype
 from fedflame.errors import UserError
 from fedflame.k_rotation import KRotation, experts_of_round
 from fedflame.settings import Section, read_toml, refuse_unknown_keys, validated
@@ -130,7 +130,7 @@ MERGING_METHODS = ("flora", "fedex_lora")
 """Each round adds the ranks of its clients to the factors that are merged into the base."""
 TRAINED_HALVES: dict[str, tuple[Trainable, ...]] = {"ffa_lora": ("B",), "rolora": ("B", "A")}
 """Of methods whose clients train and send one half of the adapter, in turn where there are two."""
-_ALIKE = {"active_experts", "rank"}
+_ALIKE = {"active_experts", "rank", "counted_rows"}
 METHOD_OPTIONS = {
     "flame": {
         "temperature",
@@ -139,14 +139,15 @@ METHOD_OPTIONS = {
         "tier_affinity",
         "k_rotation",
         "learning_rate_exponent",
+        "counted_rows",
     },
     "fedavg": _ALIKE,
     "ffa_lora": _ALIKE,
     "rolora": _ALIKE,
     "fedex_lora": _ALIKE,
     "hetlora": {"rank_decay", "rank_penalty"},
-    "flexlora": set[str](),
-    "flora": set[str](),
+    "flexlora": {"counted_rows"},
+    "flora": {"counted_rows"},
 }
 """The options of `StrategyConfig` that each method reads; the others must be left at their defaults."""
 
@@ -184,7 +185,10 @@ class StrategyConfig(Section):
     rank: str = "full"
     """FedAvg, FFA-LoRA, RoLoRA, FedEx-LoRA: the LoRA rank of every client: `full` (adapter.r), `min` (the
     smallest client's) or a number."""
-
+    counted_rows: CountedRows = "trained"
+    """All but HetLoRA: a client's |D_i|, its weight in a mean: `held`, all its rows, as published, or
+    `trained`, those it trained on in the round, each once. They differ where `training.max_steps` do not go
+    over all rows: with `held` a client with many rows counts for more than it has done."""
     rank_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """HetLoRA: gamma of rank self-pruning, such as 0.9: a client whose last ranks, those after the first
     gamma r_i, shrank in a round goes on without them; 0 for none."""

@@ -192,6 +192,8 @@ class ClientUpdate:
     """Non-padding tokens trained on (T)."""
     num_examples: int
     """Rows the client holds (|D|)."""
+    trained_examples: int
+    """Those of them that it trained on in the round, each counted once."""
     steps: int
     """Optimizer steps taken."""
     loss: float
@@ -223,6 +225,12 @@ def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
     if update.num_examples < 1 or update.steps < 1:
         raise InvalidMessage(
             f"update has {update.num_examples} examples and {update.steps} steps; both must be >= 1"
+        )
+    # A weight of the mean: no client may count for more than it can have trained on.
+    most = min(update.num_examples, update.tokens if plan.tokens_per_step else update.steps * plan.batch_size)
+    if not 1 <= update.trained_examples <= most:
+        raise InvalidMessage(
+            f"update claims to have trained on {update.trained_examples} rows; 1 to {most} are possible"
         )
 
 

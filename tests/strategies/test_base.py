@@ -110,4 +110,4 @@ def test_rescalers_of_tiers_with_a_mean_are_replaced_and_others_kept() -> None:
 
 def an_update(client: int) -> ClientUpdate:
     counts = torch.zeros(2, EXPERTS, dtype=torch.int64)
-    return ClientUpdate(1, client, 1, Adapter({}, {}), torch.ones(2), counts, 1, 1, 1, 1.0)
+    return ClientUpdate(1, client, 1, Adapter({}, {}), torch.ones(2), counts, 1, 1, 1, 1, 1.0)

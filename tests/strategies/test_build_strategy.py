@@ -18,25 +18,32 @@ def built(*overrides: str) -> Strategy:
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
-        (("strategy.name=fedavg",), FedAvg(2, 9)),
-        (("strategy.name=fedavg", "strategy.active_experts=full"), FedAvg(6, 9)),
-        (("strategy.name=fedavg", "strategy.active_experts=5", "strategy.rank=4"), FedAvg(5, 4)),
-        (("strategy.name=fedavg", "strategy.active_experts=full", "strategy.rank=min"), FedAvg(6, 3)),
-        (("strategy.name=fedavg", "strategy.rank=min", "clients.ranks=7,8"), FedAvg(2, 7)),
-        (("strategy.name=fedex_lora", "strategy.rank=min"), FedExLoRA(2, 3)),
+        (("strategy.name=fedavg",), FedAvg(2, 9, "trained")),
+        (("strategy.name=fedavg", "strategy.counted_rows=held"), FedAvg(2, 9, "held")),
+        (("strategy.name=fedavg", "strategy.active_experts=full"), FedAvg(6, 9, "trained")),
+        (("strategy.name=fedavg", "strategy.active_experts=5", "strategy.rank=4"), FedAvg(5, 4, "trained")),
+        (
+            ("strategy.name=fedavg", "strategy.active_experts=full", "strategy.rank=min"),
+            FedAvg(6, 3, "trained"),
+        ),
+        (("strategy.name=fedavg", "strategy.rank=min", "clients.ranks=7,8"), FedAvg(2, 7, "trained")),
+        (("strategy.name=fedex_lora", "strategy.rank=min"), FedExLoRA(2, 3, "trained")),
+        (("strategy.name=fedex_lora", "strategy.counted_rows=held"), FedExLoRA(2, 9, "held")),
         (
             ("strategy.name=hetlora", "strategy.rank_decay=0.5", "strategy.rank_penalty=2"),
             HetLoRA(6, rank_decay=0.5, rank_penalty=2.0),
         ),
-        (("strategy.name=flexlora",), FlexLoRA(6)),
-        (("strategy.name=flora", "seed=5"), FLoRA(6, seed=5)),
+        (("strategy.name=flexlora",), FlexLoRA(6, counted="trained")),
+        (("strategy.name=flexlora", "strategy.counted_rows=held"), FlexLoRA(6, counted="held")),
+        (("strategy.name=flora", "seed=5"), FLoRA(6, counted="trained", seed=5)),
+        (("strategy.name=flora", "strategy.counted_rows=held"), FLoRA(6, counted="held")),
         (
             ("strategy.temperature=3.5", "strategy.rescaler=mass", "strategy.count_normalization=token"),
-            Flame(6, 3.5, "mass", "token", 0.7, 0.0),
+            Flame(6, 3.5, "mass", "token", 0.7, 0.0, "trained"),
         ),
         (
-            ("strategy.tier_affinity=1", "strategy.learning_rate_exponent=0.5"),
-            Flame(6, 1.0, "learned", "slot", 1.0, 0.5),
+            ("strategy.tier_affinity=1", "strategy.learning_rate_exponent=0.5", "strategy.counted_rows=held"),
+            Flame(6, 1.0, "learned", "slot", 1.0, 0.5, "held"),
         ),
     ],
 )

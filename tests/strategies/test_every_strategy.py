@@ -174,6 +174,18 @@ def test_which_client_has_which_number_does_not_matter(name: str) -> None:
     assert max(abs(value - moved[key]).max() for key, value in total_products(one).items()) > 0.05
 
 
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "hetlora"])
+def test_a_client_counts_by_the_rows_it_holds_or_by_those_it_trained_on(name: str) -> None:
+    """The one is the other where a client holds no more rows than it trained on."""
+    state, updates = a_round(name)
+    by_trained = replace(STRATEGIES[name], counted="trained")  # type: ignore[type-var]
+    no_more = [replace(update, num_examples=update.trained_examples) for update in updates]
+    got = by_trained.aggregate_train(state, updates)
+    assert_same_state(got, STRATEGIES[name].aggregate_train(state, no_more))
+    held = total_products(STRATEGIES[name].aggregate_train(state, updates))
+    assert max(abs(value - held[key]).max() for key, value in total_products(got).items()) > 0.01
+
+
 @every_strategy
 @pytest.mark.parametrize("clients", [1, 4])
 def test_where_all_clients_are_the_same_the_new_model_is_theirs(name: str, clients: int) -> None:

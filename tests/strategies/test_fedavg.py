@@ -33,6 +33,7 @@ def an_update(client: int, delta: Adapter, num_examples: int) -> ClientUpdate:
         counts=torch.tensor([[5 * client, 1]]),
         tokens=7,
         num_examples=num_examples,
+        trained_examples=num_examples,
         steps=2,
         loss=1.0,
     )
@@ -45,6 +46,16 @@ def test_every_value_is_the_mean_weighted_by_rows_by_hand() -> None:
     new = FedAvg(1).aggregate_train(state, iter(updates)).adapter
     assert torch.equal(new.experts["0.A1"], torch.tensor([6.0, 60.0])[:, None, None].expand(2, 2, 3))
     assert torch.equal(new.attention["q_proj.B"], torch.full((4, 1), 1.0 + (8 + 3 * 4) / 4))
+
+
+def test_or_by_the_rows_trained_on_by_hand() -> None:
+    """Weights 2/3 and 1/3: the bank's first expert goes from 2 to 2 + (2 * 1 + 5) / 3 = 13/3."""
+    state = FedAvg(1).initialize(an_adapter(2.0, 1.0), (1,), num_layers=1)
+    first, second = an_update(0, an_adapter(1.0, 8.0), 10), an_update(1, an_adapter(5.0, 4.0), 30)
+    updates = [replace(first, trained_examples=8), replace(second, trained_examples=4)]
+    new = FedAvg(1, counted="trained").aggregate_train(state, iter(updates)).adapter
+    torch.testing.assert_close(new.experts["0.A1"][0], torch.full((2, 3), 13 / 3))
+    torch.testing.assert_close(new.attention["q_proj.B"], torch.full((4, 1), 1.0 + (2 * 8 + 4) / 3))
 
 
 def test_counts_and_frequencies_do_not_matter() -> None:

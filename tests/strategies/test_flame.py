@@ -102,7 +102,8 @@ def test_a_client_that_spreads_its_tokens_evenly_weighs_as_much_per_slot_whateve
     wide.counts[:], narrow.counts[:] = 80, 40
     wide, narrow = replace(wide, tokens=100), replace(narrow, tokens=200)
     ratios = {
-        normalization: expert_weights(wide, 1.0, normalization) / expert_weights(narrow, 1.0, normalization)
+        normalization: expert_weights(wide, 10, 1.0, normalization)
+        / expert_weights(narrow, 10, 1.0, normalization)
         for normalization in ("token", "slot")
     }
     torch.testing.assert_close(ratios["token"], torch.full((LAYERS, EXPERTS), 4.0))
@@ -278,6 +279,7 @@ def zero_update(client: int, active_experts: int = 2) -> ClientUpdate:
         counts=torch.zeros(LAYERS, EXPERTS, dtype=torch.int64),
         tokens=8,
         num_examples=10,
+        trained_examples=4,
         steps=1,
         loss=1.0,
     )

@@ -28,7 +28,11 @@ Setting = tuple[tuple[str, str], ...]
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VALUE_IN_NAME = 24
 """Characters of a value that go into a folder's name."""
-_OFF = {"communication.update_dtype": "float32", "evaluation.evaluate_every": 1}
+_OFF = {
+    "communication.update_dtype": "float32",
+    "evaluation.evaluate_every": 1,
+    "strategy.counted_rows": "held",
+}
 """Options that came after results were kept, at the value that leaves a run what it was."""
 
 
@@ -171,7 +175,7 @@ def _identity(config: RunConfig) -> str:
     values["strategy"] = {key: value for key, value in values["strategy"].items() if key in read}
     for key, off in _OFF.items():
         section, _, name = key.partition(".")
-        if values[section][name] == off:
+        if values[section].get(name) == off:
             del values[section][name]
     return json.dumps({name: value for name, value in values.items() if value != {}}, sort_keys=True)
 

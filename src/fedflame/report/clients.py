@@ -95,11 +95,13 @@ def _rescaler_cell(values: list[float], low: float, high: float, colour: int, wh
 
 
 def _tier_rescalers(run: Run) -> dict[int, list[list[float]]]:
-    """By tier, round and layer: the mean over the tier's clients weighted by their rows."""
+    """By tier, round and layer: the mean over the tier's clients by the rows that the method counts."""
     groups: dict[int, dict[int, list[tuple[float, list[float]]]]] = defaultdict(lambda: defaultdict(list))
+    trained = run.setting("strategy", "counted_rows") == "trained"
     for update in run.updates:
         if update.rescaler:
-            groups[update.active_experts][update.round].append((update.num_examples, update.rescaler))
+            rows = update.trained_examples if trained else update.num_examples
+            groups[update.active_experts][update.round].append((rows, update.rescaler))
     return {
         tier: [_weighted_mean(groups[tier][at]) for at in sorted(groups[tier])]
         for tier in sorted(groups, reverse=True)

@@ -68,6 +68,8 @@ class ClientRound:
     """Optimizer steps."""
     num_examples: int
     """Rows the client holds."""
+    trained_examples: int
+    """Those of them that it trained on, each counted once."""
     seconds: float
     training_flops: float
     """Of the whole round, forward and backward."""

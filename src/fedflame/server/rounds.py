@@ -156,6 +156,7 @@ class _Updates:
             tokens=update.tokens,
             steps=update.steps,
             num_examples=update.num_examples,
+            trained_examples=update.trained_examples,
             seconds=round(seconds, 3),
             training_flops=update.tokens * server.training_flops(k, rank),
             bytes_up=bytes_up,

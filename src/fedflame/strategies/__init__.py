@@ -50,13 +50,14 @@ def build_strategy(config: RunConfig, num_experts_per_tok: int) -> Strategy:
             options.count_normalization,
             options.tier_affinity,
             options.learning_rate_exponent,
+            options.counted_rows,
         )
     if options.name == "hetlora":
         return HetLoRA(full, rank_decay=options.rank_decay, rank_penalty=options.rank_penalty)
     if options.name == "flexlora":
-        return FlexLoRA(full)
+        return FlexLoRA(full, counted=options.counted_rows)
     if options.name == "flora":
-        return FLoRA(full, seed=config.seed)
+        return FLoRA(full, counted=options.counted_rows, seed=config.seed)
     alike = {"fedavg": FedAvg, "ffa_lora": FFALoRA, "rolora": RoLoRA, "fedex_lora": FedExLoRA}
     k, rank = config.trained_experts(full, 1)[0], config.trained_ranks(full)[0]
     if k > full:
@@ -64,4 +65,4 @@ def build_strategy(config: RunConfig, num_experts_per_tok: int) -> Strategy:
             f"strategy.active_experts {k}: must be 'min', 'full' or between 1 and {full} "
             "(the model's num_experts_per_tok)"
         )
-    return alike[options.name](k, rank)
+    return alike[options.name](k, rank, options.counted_rows)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedflame.choices import RescalerMode, Trainable
+from fedflame.choices import CountedRows, RescalerMode, Trainable
 from fedflame.messages import NOTHING, Adapter, ClientUpdate
 
 
@@ -87,6 +87,11 @@ class Strategy(Protocol):
         """The next state, from a stream of valid updates in rising client order."""
 
 
+def counted_rows(update: ClientUpdate, rows: CountedRows) -> int:
+    """What the client counts for in a mean: |D_i|, or the part of it that it trained on in the round."""
+    return update.num_examples if rows == "held" else update.trained_examples
+
+
 def in_client_order(updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
     """Pass the stream on, refusing one whose order would change the sums' last bits."""
     last = -1
@@ -143,15 +148,17 @@ def weighted(adapter: Adapter, weight: float) -> Adapter:
     return Adapter.from_factors({name: (weight * b, a) for name, (b, a) in adapter.factors().items()})
 
 
-def stacked(state: ServerState, updates: Iterable[ClientUpdate]) -> Adapter:
-    """Factors whose product is sum_i p_i B_i A_i, p_i = |D_i| / |D|, one client's ranks after another's.
+def stacked(state: ServerState, updates: Iterable[ClientUpdate], counted: CountedRows) -> Adapter:
+    """Factors whose product is sum_i p_i B_i A_i, one client's ranks after another's.
+
+    p_i is the client's share of the rows that are counted.
 
     It holds the values of all clients. `NOTHING` without updates.
     """
     clients, rows = [], []
     for update in in_client_order(updates):
         clients.append(client_values(state, update))
-        rows.append(update.num_examples)
+        rows.append(counted_rows(update, counted))
     parts = [weighted(values, count / sum(rows)) for values, count in zip(clients, rows, strict=True)]
     return NOTHING.concatenate(*parts)
 

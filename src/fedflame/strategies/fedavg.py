@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fedflame.choices import CountedRows
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies.base import (
     ClientProfile,
@@ -25,6 +26,7 @@ from fedflame.strategies.base import (
     TrainInstructions,
     WeightedMean,
     apply_delta,
+    counted_rows,
     in_client_order,
 )
 
@@ -37,6 +39,8 @@ class FedAvg:
     """Experts per token on every client (k)."""
     rank: int | None = None
     """LoRA rank on every client; None for what each affords. Ranks that nobody trains stay as they are."""
+    counted: CountedRows = "held"
+    """What |D_i| is: all rows of a client, or those it trained on in the round."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
         return ServerState(adapter, {k: torch.ones(num_layers) for k in {*tiers, self.active_experts}})
@@ -50,7 +54,7 @@ class FedAvg:
         means = WeightedMean()
         for update in in_client_order(updates):
             for name, delta in update.delta.with_rank(state.adapter.rank).tensors().items():
-                means.add(name, delta, update.num_examples)
+                means.add(name, delta, counted_rows(update, self.counted))
         if not means.names():
             return state
         mean = Adapter.from_tensors({name: means.mean(name) for name in means.names()})

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedflame.messages import Adapter, ClientUpdate
-from fedflame.strategies.base import ServerState, weighted
+from fedflame.strategies.base import ServerState, counted_rows, weighted
 from fedflame.strategies.fedavg import FedAvg
 
 
@@ -33,8 +33,11 @@ class FedExLoRA(FedAvg):
         if averaged is state:
             return state
         mean = averaged.adapter.combine(state.adapter, torch.sub)
-        rows = sum(update.num_examples for update in received)
-        residue = [weighted(_less(update.delta, mean), update.num_examples / rows) for update in received]
+        rows = [counted_rows(update, self.counted) for update in received]
+        residue = [
+            weighted(_less(update.delta, mean), count / sum(rows))
+            for update, count in zip(received, rows, strict=True)
+        ]
         return replace(averaged, merged=state.merged.concatenate(*residue))
 
 

@@ -5,7 +5,7 @@ gamma_i[l,j] = (c_i[l,j] / T_i)^t * |D_i|, with c the activation counts, T the t
 |D| the rows; attention LoRA is weighed by |D_i|. Adapts the compute: k_i experts per token; bytes and
 memory of the adapter are those of the full rank, but experts without a token are not sent.
 
-Three things here are ours; the defaults of `Flame` are the paper's, those of the configuration are what we
+Four things here are ours; the defaults of `Flame` are the paper's, those of the configuration are what we
 found best (benchmarks/). Frequencies c / T of a client sum to k_i over the experts of a layer, so that
 clients with large k have more weight by construction; with `slot` the frequency is that among routed
 slots, c / (T k_i), and sums to one for every client.
@@ -16,6 +16,9 @@ that of k with its weights times beta^|log2 k - log2 k_i|: nearer tiers count mo
 for all, as in the paper; with beta = 0 tiers learn nothing from one another. What travels is the same.
 
 With few experts per token a larger learning rate is best: it may grow with a power of K/k_i.
+
+|D_i| may be the rows that the client trained on in the round instead of all it holds. Where a round does
+not go over all rows, clients with many would decide alone, with no more work in it than the others.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedflame.choices import RescalerMode
+from fedflame.choices import CountedRows, RescalerMode
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies.base import (
     ClientProfile,
@@ -36,6 +39,7 @@ from fedflame.strategies.base import (
     TrainInstructions,
     WeightedMean,
     apply_delta,
+    counted_rows,
     in_client_order,
     mean_rescalers,
 )
@@ -56,6 +60,8 @@ class Flame:
     """beta, from 0 to 1; 1 is one adapter for all tiers (the paper's)."""
     learning_rate_exponent: float = 0.0
     """The learning rate at k is that of K times (K/k) to this power; 0 is the paper's."""
+    counted: CountedRows = "held"
+    """What |D_i| is: all rows of a client (the paper's), or those it trained on in the round."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
         """`adapter` is the largest tier's, and that of every k without an adapter of its own."""
@@ -81,11 +87,12 @@ class Flame:
         means = {k: _AdapterMean() for k in (max(state.rescalers), *state.tier_adapters)}
         rescalers = WeightedMean()
         for update in in_client_order(updates):
-            weights = expert_weights(update, self.temperature, self.count_normalization)
+            rows = counted_rows(update, self.counted)
+            weights = expert_weights(update, rows, self.temperature, self.count_normalization)
             for k, mean in means.items():
-                mean.add(update, weights, self._affinity(k, update.active_experts))
+                mean.add(update, weights, rows, self._affinity(k, update.active_experts))
             if self.rescaler in ("learned", "mass"):  # a mean of equal values may differ in its last bit
-                rescalers.add(str(update.active_experts), update.rescaler_values, update.num_examples)
+                rescalers.add(str(update.active_experts), update.rescaler_values, rows)
         adapters = {k: mean.applied(state.adapter_at(k)) for k, mean in means.items()}
         if all(adapter is state.adapter_at(k) for k, adapter in adapters.items()):
             return state
@@ -107,14 +114,14 @@ class _AdapterMean:
     def __init__(self) -> None:
         self._experts, self._attention = WeightedMean(), WeightedMean()
 
-    def add(self, update: ClientUpdate, weights: Tensor, affinity: float) -> None:
-        """Take a delta in, its experts with `weights` [L,E], all of it times `affinity`."""
+    def add(self, update: ClientUpdate, weights: Tensor, rows: int, affinity: float) -> None:
+        """Take a delta in: experts with `weights` [L,E], attention with `rows`, all times `affinity`."""
         if not affinity:
             return
         for name, delta in update.delta.experts.items():
             self._experts.add(name, delta, weights[int(name.split(".")[0])] * affinity)
         for name, delta in update.delta.attention.items():
-            self._attention.add(name, delta, update.num_examples * affinity)
+            self._attention.add(name, delta, rows * affinity)
 
     def applied(self, adapter: Adapter) -> Adapter:
         """The adapter plus the mean; itself without a delta."""
@@ -126,9 +133,9 @@ class _AdapterMean:
 
 
 def expert_weights(
-    update: ClientUpdate, temperature: float, count_normalization: Literal["token", "slot"] = "token"
+    update: ClientUpdate, rows: int, temperature: float, count_normalization: Literal["token", "slot"]
 ) -> Tensor:
     """gamma_i [L,E] = f^t * |D_i|, f = c / T the activation frequency (the paper's), or c / (T k_i)."""
     slots = update.active_experts if count_normalization == "slot" else 1
     frequency = update.counts.to(torch.float32) / (update.tokens * slots)
-    return frequency**temperature * update.num_examples
+    return frequency**temperature * rows
