@@ -53,7 +53,7 @@ def test_or_by_the_rows_trained_on_by_hand() -> None:
     state = FedAvg(1).initialize(an_adapter(2.0, 1.0), (1,), num_layers=1)
     first, second = an_update(0, an_adapter(1.0, 8.0), 10), an_update(1, an_adapter(5.0, 4.0), 30)
     updates = [replace(first, trained_examples=8), replace(second, trained_examples=4)]
-    new = FedAvg(1, counted="trained").aggregate_train(state, iter(updates)).adapter
+    new = FedAvg(1, counted_rows="trained").aggregate_train(state, iter(updates)).adapter
     torch.testing.assert_close(new.experts["0.A1"][0], torch.full((2, 3), 13 / 3))
     torch.testing.assert_close(new.attention["q_proj.B"], torch.full((4, 1), 1.0 + (2 * 8 + 4) / 3))
 

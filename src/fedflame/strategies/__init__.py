@@ -55,9 +55,9 @@ def build_strategy(config: RunConfig, num_experts_per_tok: int) -> Strategy:
     if options.name == "hetlora":
         return HetLoRA(full, rank_decay=options.rank_decay, rank_penalty=options.rank_penalty)
     if options.name == "flexlora":
-        return FlexLoRA(full, counted=options.counted_rows)
+        return FlexLoRA(full, counted_rows=options.counted_rows)
     if options.name == "flora":
-        return FLoRA(full, counted=options.counted_rows, seed=config.seed)
+        return FLoRA(full, counted_rows=options.counted_rows, seed=config.seed)
     alike = {"fedavg": FedAvg, "ffa_lora": FFALoRA, "rolora": RoLoRA, "fedex_lora": FedExLoRA}
     k, rank = config.trained_experts(full, 1)[0], config.trained_ranks(full)[0]
     if k > full:

@@ -87,9 +87,9 @@ class Strategy(Protocol):
         """The next state, from a stream of valid updates in rising client order."""
 
 
-def counted_rows(update: ClientUpdate, rows: CountedRows) -> int:
+def client_weight(update: ClientUpdate, counted_rows: CountedRows) -> int:
     """What the client counts for in a mean: |D_i|, or the part of it that it trained on in the round."""
-    return update.num_examples if rows == "held" else update.trained_examples
+    return update.num_examples if counted_rows == "held" else update.trained_examples
 
 
 def in_client_order(updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
@@ -148,7 +148,7 @@ def weighted(adapter: Adapter, weight: float) -> Adapter:
     return Adapter.from_factors({name: (weight * b, a) for name, (b, a) in adapter.factors().items()})
 
 
-def stacked(state: ServerState, updates: Iterable[ClientUpdate], counted: CountedRows) -> Adapter:
+def stacked(state: ServerState, updates: Iterable[ClientUpdate], counted_rows: CountedRows) -> Adapter:
     """Factors whose product is sum_i p_i B_i A_i, one client's ranks after another's.
 
     p_i is the client's share of the rows that are counted.
@@ -158,7 +158,7 @@ def stacked(state: ServerState, updates: Iterable[ClientUpdate], counted: Counte
     clients, rows = [], []
     for update in in_client_order(updates):
         clients.append(client_values(state, update))
-        rows.append(counted_rows(update, counted))
+        rows.append(client_weight(update, counted_rows))
     parts = [weighted(values, count / sum(rows)) for values, count in zip(clients, rows, strict=True)]
     return NOTHING.concatenate(*parts)
 

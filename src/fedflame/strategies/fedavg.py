@@ -26,7 +26,7 @@ from fedflame.strategies.base import (
     TrainInstructions,
     WeightedMean,
     apply_delta,
-    counted_rows,
+    client_weight,
     in_client_order,
 )
 
@@ -39,7 +39,7 @@ class FedAvg:
     """Experts per token on every client (k)."""
     rank: int | None = None
     """LoRA rank on every client; None for what each affords. Ranks that nobody trains stay as they are."""
-    counted: CountedRows = "held"
+    counted_rows: CountedRows = "held"
     """What |D_i| is: all rows of a client, or those it trained on in the round."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
@@ -54,7 +54,7 @@ class FedAvg:
         means = WeightedMean()
         for update in in_client_order(updates):
             for name, delta in update.delta.with_rank(state.adapter.rank).tensors().items():
-                means.add(name, delta, counted_rows(update, self.counted))
+                means.add(name, delta, client_weight(update, self.counted_rows))
         if not means.names():
             return state
         mean = Adapter.from_tensors({name: means.mean(name) for name in means.names()})

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedflame.messages import Adapter, ClientUpdate
-from fedflame.strategies.base import ServerState, counted_rows, weighted
+from fedflame.strategies.base import ServerState, client_weight, weighted
 from fedflame.strategies.fedavg import FedAvg
 
 
@@ -33,7 +33,7 @@ class FedExLoRA(FedAvg):
         if averaged is state:
             return state
         mean = averaged.adapter.combine(state.adapter, torch.sub)
-        rows = [counted_rows(update, self.counted) for update in received]
+        rows = [client_weight(update, self.counted_rows) for update in received]
         residue = [
             weighted(_less(update.delta, mean), count / sum(rows))
             for update, count in zip(received, rows, strict=True)

@@ -39,7 +39,7 @@ from fedflame.strategies.base import (
     TrainInstructions,
     WeightedMean,
     apply_delta,
-    counted_rows,
+    client_weight,
     in_client_order,
     mean_rescalers,
 )
@@ -60,7 +60,7 @@ class Flame:
     """beta, from 0 to 1; 1 is one adapter for all tiers (the paper's)."""
     learning_rate_exponent: float = 0.0
     """The learning rate at k is that of K times (K/k) to this power; 0 is the paper's."""
-    counted: CountedRows = "held"
+    counted_rows: CountedRows = "held"
     """What |D_i| is: all rows of a client (the paper's), or those it trained on in the round."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
@@ -87,7 +87,7 @@ class Flame:
         means = {k: _AdapterMean() for k in (max(state.rescalers), *state.tier_adapters)}
         rescalers = WeightedMean()
         for update in in_client_order(updates):
-            rows = counted_rows(update, self.counted)
+            rows = client_weight(update, self.counted_rows)
             weights = expert_weights(update, rows, self.temperature, self.count_normalization)
             for k, mean in means.items():
                 mean.add(update, weights, rows, self._affinity(k, update.active_experts))

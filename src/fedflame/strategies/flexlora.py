@@ -32,7 +32,7 @@ class FlexLoRA(FedAvg):
     """Mean of the products, redistributed by SVD."""
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        stack = stacked(state, updates, self.counted)
+        stack = stacked(state, updates, self.counted_rows)
         if not stack.rank:
             return state
         # Adds nothing to the product, but directions for A where the clients have fewer than r.

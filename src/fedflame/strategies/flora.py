@@ -38,7 +38,7 @@ class FLoRA(FedAvg):
         return replace(state, adapter=_drawn_anew(adapter, self.seed, adapter.rank), merged=adapter)
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        stack = stacked(state, updates, self.counted)
+        stack = stacked(state, updates, self.counted_rows)
         if not stack.rank:
             return state
         merged = state.merged.concatenate(stack)
