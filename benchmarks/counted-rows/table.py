@@ -2,8 +2,8 @@
 
     python benchmarks/counted-rows/table.py
 
-It reads the finished cells of main-table/alpagasus.toml, which are by the rows trained on, and of
-alpagasus.toml here, by the rows held, and pairs those of the same method, setting and seed.
+It reads the finished cells of the grids of main-table, which are by the rows trained on, and of those of the
+same name here, by the rows held, and pairs those of the same method, setting and seed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fedflame.compare.tables import Entry, ResultTable, markdown, setting_name
 from fedflame.report.results import tier_name
 
 BENCHMARKS = Path(__file__).parents[1]
+GRIDS = "alpagasus", "dolly"
 
 
 def finished(benchmark: str, grid: str) -> Comparison:
@@ -40,22 +41,25 @@ def difference(trained: dict[int, CellResult], held: dict[int, CellResult], k: i
     return Entry(f"{found.mean:+.3f}", detail=interval + lower)
 
 
-def table(trained: Comparison, held: Comparison, setting: Setting) -> ResultTable:
-    """Of one setting, by method and k."""
+def table(grid: str, trained: Comparison, held: Comparison, setting: Setting) -> ResultTable:
+    """Of one setting of a grid, by method and k."""
     tiers = held.tiers(setting)
     rows = []
     for method in held.methods(setting):
         seeds = trained.seeds(setting, method), held.seeds(setting, method)
         rows.append([Entry(method), *(difference(*seeds, k) for k in tiers)])
-    return ResultTable(
-        f"Trained minus held, {setting_name(setting)}", ["method", *map(tier_name, tiers)], rows
-    )
+    return ResultTable(f"{grid}, {setting_name(setting)}", ["method", *map(tier_name, tiers)], rows)
+
+
+def tables(grid: str) -> list[ResultTable]:
+    """Of each setting of a grid that was measured by the rows held."""
+    trained, held = finished("main-table", grid), finished("counted-rows", grid)
+    return [table(grid, trained, held, setting) for setting in held.settings()]
 
 
 def main() -> None:
-    """Print a table for each setting that was measured by the rows held."""
-    trained, held = finished("main-table", "alpagasus"), finished("counted-rows", "alpagasus")
-    print(markdown(table(trained, held, setting) for setting in held.settings()))
+    """Print the tables of all grids."""
+    print(markdown(found for grid in GRIDS for found in tables(grid)))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_another_base_shares_no_folder(tmp_path: Path, change: tuple[str, str]) 
 def test_what_was_measured_before_an_option_came_is_found_again_where_the_option_is_off(
     tmp_path: Path,
 ) -> None:
-    dolly = ROOT / "benchmarks" / "main-table"
+    dolly = ROOT / "benchmarks" / "counted-rows"
     kept = {folder.name for folder in (dolly / "results" / "dolly" / "cells").iterdir() if folder.is_dir()}
     cells = {cell.name for cell in read_grid(dolly / "dolly.toml", [], None).cells}
     assert kept and kept <= cells
