@@ -3,7 +3,7 @@
     python benchmarks/cost/table.py benchmarks/main-table/results/dolly
 
 FLOPs are those of the cost model (docs/flops.md), for the tokens that were trained on; bytes are those that
-travelled. All are means over clients, rounds and seeds.
+travelled. All are means over clients, rounds, seeds and settings.
 """
 
 from __future__ import annotations
