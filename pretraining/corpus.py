@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from recipes import VOCABULARY_SIZE, Recipe
 from skills_text import DENSE_WRITERS, HARD_WRITERS, dense_documents, documents
 
-VOCABULARY_SIZE = 4096
 PAD, END = "<|padding|>", "<|endoftext|>"
 # Dolly is the federated task and the Alpaca family is CC BY-NC: neither may be listed here.
 OPEN_FILES = {
@@ -23,12 +23,8 @@ OPEN_FILES = {
     "books-cc0.jsonl.gz": ("text",),
     "tldr-commands.jsonl.gz": ("instruction", "input", "output"),
 }
-DENSE_FROM_STEP = 4000
-"""Before this step the skills text is `documents`, from it on `documents` and `dense_documents`."""
-HARD_FROM_STEP = 12_800
-"""From this step on `dense_documents` are by `HARD_WRITERS`."""
-SKILLS_SHARE, DENSE_SHARE = 0.4, 0.6
-"""Share of the training tokens that are skills text, before and from `DENSE_FROM_STEP`."""
+ENCODED_AT_ONCE = 1024
+"""Documents that the tokenizer's threads share."""
 
 
 def read_open_text(folder: Path) -> list[str]:
@@ -68,21 +64,19 @@ def train_tokenizer(texts: list[str], seed: int) -> Tokenizer:
     return tokenizer
 
 
-def token_stream(tokenizer: Tokenizer, texts: list[str], seed: int) -> Iterator[int]:
-    """Endless token ids for the first steps: open text and statements in `SKILLS_SHARE`."""
-    return _mix(tokenizer, _epochs(texts, seed), documents(seed + 1), SKILLS_SHARE)
-
-
-def dense_token_stream(tokenizer: Tokenizer, texts: list[str], seed: int) -> Iterator[int]:
-    """Endless token ids from `DENSE_FROM_STEP` on: open text and dense paragraphs in `DENSE_SHARE`."""
-    skills = _dense_and_single(dense_documents(seed, DENSE_WRITERS), documents(seed + 11))
-    return _mix(tokenizer, _epochs(texts, seed + 10), skills, DENSE_SHARE)
-
-
-def hard_token_stream(tokenizer: Tokenizer, texts: list[str], seed: int) -> Iterator[int]:
-    """Endless token ids from `HARD_FROM_STEP` on: the same by `HARD_WRITERS`."""
-    skills = _dense_and_single(dense_documents(seed + 20, HARD_WRITERS), documents(seed + 21))
-    return _mix(tokenizer, _epochs(texts, seed + 20), skills, DENSE_SHARE)
+def token_stream(tokenizer: Tokenizer, texts: list[str], recipe: Recipe, seed: int) -> Iterator[int]:
+    """Token ids of all steps: open text, and skills text in the recipe's three phases."""
+    single = documents(seed + 1)
+    dense = _dense_and_single(dense_documents(seed, DENSE_WRITERS), documents(seed + 11))
+    hard = _dense_and_single(dense_documents(seed + 20, HARD_WRITERS), documents(seed + 21))
+    phases = (
+        (0, recipe.dense_from_step, single, recipe.skills_share),
+        (10, recipe.hard_from_step - recipe.dense_from_step, dense, recipe.dense_share),
+        (20, recipe.steps - recipe.hard_from_step, hard, recipe.dense_share),
+    )
+    for offset, steps, skills, share in phases:
+        mixed = _mix(tokenizer, _epochs(texts, seed + offset), skills, share)
+        yield from itertools.islice(mixed, steps * recipe.tokens_per_step)
 
 
 def _dense_and_single(dense: Iterator[str], single: Iterator[str]) -> Iterator[str]:
@@ -91,15 +85,24 @@ def _dense_and_single(dense: Iterator[str], single: Iterator[str]) -> Iterator[s
 
 
 def _mix(tokenizer: Tokenizer, general: Iterator[str], skills: Iterator[str], share: float) -> Iterator[int]:
-    end = tokenizer.token_to_id(END)
-    assert end is not None, "the trainer was given END as a special token"
+    """Endless token ids, of which `share` are of skills text."""
+    of_general, of_skills = _encoded(tokenizer, general), _encoded(tokenizer, skills)
     skills_tokens = total_tokens = 0
     while True:
         is_skills = skills_tokens <= share * total_tokens
-        ids = [*tokenizer.encode(next(skills) if is_skills else next(general)).ids, end]
+        ids = next(of_skills if is_skills else of_general)
         skills_tokens += len(ids) * is_skills
         total_tokens += len(ids)
         yield from ids
+
+
+def _encoded(tokenizer: Tokenizer, texts: Iterator[str]) -> Iterator[list[int]]:
+    """Token ids of one endless text after the other, each with its end."""
+    end = tokenizer.token_to_id(END)
+    assert end is not None, "the trainer was given END as a special token"
+    while True:
+        for encoding in tokenizer.encode_batch(list(itertools.islice(texts, ENCODED_AT_ONCE))):
+            yield [*encoding.ids, end]
 
 
 def _epochs(texts: list[str], seed: int) -> Iterator[str]:

@@ -1,13 +1,14 @@
-"""Write the model card of the embedded model from what train.py measured.
+"""Write the model card of a model from what train.py measured.
 
-    python pretraining/model_card.py
+    python pretraining/model_card.py olmoe-tiny
 
-Reads pretraining/results.json, writes src/fedflame/assets/olmoe-tiny/README.md, and refuses results
+Reads the model's file in pretraining/results/, writes README.md into the model's folder, and refuses results
 that a demonstration of partial activation cannot use.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import textwrap
 from itertools import pairwise
@@ -17,32 +18,13 @@ from typing import Any
 import torch
 from transformers import OlmoeForCausalLM
 
-from corpus import (
-    DENSE_FROM_STEP,
-    DENSE_SHARE,
-    HARD_FROM_STEP,
-    OPEN_FILES,
-    SKILLS_SHARE,
-    VOCABULARY_SIZE,
-)
-from train import (
-    CONFIG,
-    CONTEXT,
-    DECAY_SHARE,
-    PEAK_LEARNING_RATE,
-    SECOND_PEAK_LEARNING_RATE,
-    SEED,
-    SEQUENCES_PER_STEP,
-    WARMUP_STEPS,
-)
+from corpus import OPEN_FILES
+from recipes import CONTEXT, RECIPES, VOCABULARY_SIZE, Recipe
+from train import DECAY_SHARE, SEED, WARMUP_STEPS
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
-CARD = HERE.parent / "src" / "fedflame" / "assets" / "olmoe-tiny" / "README.md"
 SETS = ("text", "skills", "dense skills")
 CURVE_POINTS = 12
 LINE_WIDTH = 110
-TOKENS_PER_STEP = SEQUENCES_PER_STEP * CONTEXT
 SOURCES = {
     "p3-open-slice.jsonl.gz": (
         "yizhongw/self-instruct, data/finetuning/t0_train_50k: P3 (T0) prompts on adversarial_qa, "
@@ -67,20 +49,29 @@ SOURCES = {
 """Per file of `corpus.OPEN_FILES`: where it comes from, and its licence."""
 
 
-def write_card(results_path: Path, card_path: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=RECIPES)
+    recipe = RECIPES[parser.parse_args().model]
+    write_card(recipe, recipe.results, recipe.folder / "README.md")
+
+
+def write_card(recipe: Recipe, results_path: Path, card_path: Path) -> None:
     """The card of these results, into the folder that holds the model."""
     if not results_path.is_file():
         raise SystemExit(f"{results_path}: no such file; pretraining/train.py writes it at its end")
     if not card_path.parent.is_dir():
-        raise SystemExit(f"{card_path.parent}: no such folder; pretraining/train.py --out writes it")
+        raise SystemExit(f"{card_path.parent}: no such folder; pretraining/train.py writes the model into it")
     results = json.loads(results_path.read_text(encoding="utf-8"))
-    require_usable(results)
-    card_path.write_text(card(results), encoding="utf-8")
+    require_usable(recipe, results)
+    card_path.write_text(card(recipe, results), encoding="utf-8")
 
 
-def require_usable(results: dict[str, Any]) -> None:
+def require_usable(recipe: Recipe, results: dict[str, Any]) -> None:
     """Refuse a model with an unused expert, or one whose loss does not rise as k falls."""
-    layers, experts = CONFIG.num_hidden_layers, CONFIG.num_experts
+    layers, experts = recipe.config.num_hidden_layers, recipe.config.num_experts
     if [len(load) for load in results["expert_load"]] != [experts] * layers:
         raise SystemExit(f"expert_load: not {layers} layers of {experts} experts")
     for layer, load in enumerate(results["expert_load"]):
@@ -100,25 +91,26 @@ def losses_by_k(results: dict[str, Any], name: str) -> list[tuple[int, float]]:
     return sorted(losses.items(), reverse=True)
 
 
-def parameters(active_experts: int) -> int:
+def parameters(recipe: Recipe, active_experts: int) -> int:
     """Parameters that a token meets with so many active experts; the tied embedding counts once."""
+    config = recipe.config
     with torch.device("meta"):
-        model = OlmoeForCausalLM(CONFIG)
-    idle = CONFIG.num_experts - active_experts
-    expert = 3 * CONFIG.hidden_size * CONFIG.intermediate_size
-    return sum(value.numel() for value in model.parameters()) - CONFIG.num_hidden_layers * idle * expert
+        model = OlmoeForCausalLM(config)
+    idle = config.num_experts - active_experts
+    expert: int = 3 * config.hidden_size * config.intermediate_size
+    return sum(value.numel() for value in model.parameters()) - config.num_hidden_layers * idle * expert
 
 
-def card(results: dict[str, Any]) -> str:
+def card(recipe: Recipe, results: dict[str, Any]) -> str:
     parts = (
         FRONT_MATTER,
-        description(),
-        corpus_section(),
-        training_section(results),
-        curve_section(results["curve"]),
-        active_experts_section(results),
-        routing_section(results["expert_load"]),
-        "Written by `python pretraining/model_card.py` from `pretraining/results.json`.",
+        description(recipe),
+        corpus_section(recipe),
+        training_section(recipe, results),
+        curve_section(recipe, results["curve"]),
+        active_experts_section(recipe, results),
+        routing_section(recipe, results["expert_load"]),
+        f"Written by `python pretraining/model_card.py {recipe.name}` from `pretraining/results/`.",
     )
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -136,29 +128,30 @@ tags:
 """
 
 
-def description() -> str:
+def description(recipe: Recipe) -> str:
+    config = recipe.config
+    k = config.num_experts_per_tok
     return f"""
-# olmoe-tiny
+# {recipe.name}
 
 A small OLMoE, trained from scratch on English text.
 
 | | |
 | --- | ---: |
-| parameters | {parameters(CONFIG.num_experts):,} |
-| of these met by one token at k = {CONFIG.num_experts_per_tok} | {parameters(CONFIG.num_experts_per_tok):,} |
+| parameters | {parameters(recipe, config.num_experts):,} |
+| of these met by one token at k = {k} | {parameters(recipe, k):,} |
 | vocabulary, byte-level BPE with single digits | {VOCABULARY_SIZE} |
-| hidden size | {CONFIG.hidden_size} |
-| layers, each with a mixture of experts | {CONFIG.num_hidden_layers} |
-| attention heads | {CONFIG.num_attention_heads} |
-| experts per layer | {CONFIG.num_experts} |
-| width of an expert | {CONFIG.intermediate_size} |
-| active experts per token (top-k) | {CONFIG.num_experts_per_tok} |
-| `norm_topk_prob` | {str(CONFIG.norm_topk_prob).lower()} |
+| hidden size | {config.hidden_size} |
+| layers, each with a mixture of experts | {config.num_hidden_layers} |
+| attention heads | {config.num_attention_heads} |
+| experts per layer | {config.num_experts} |
+| width of an expert | {config.intermediate_size} |
+| active experts per token (top-k) | {k} |
+| `norm_topk_prob` | {str(config.norm_topk_prob).lower()} |
 | context, tokens | {CONTEXT} |
 | dtype of the weights | bfloat16 |
 
-**For:** demonstrations and tests of federated fine-tuning of sparse mixtures of experts, without a download.
-It is the base model of `fedflame run`.
+**For:** {recipe.purpose}
 
 **Not for:** use as an assistant or as a source of facts. It is a base model without instruction tuning or
 alignment. Its text is often wrong, is English only, and may repeat what stands in its training text. What
@@ -166,7 +159,7 @@ holds for it need not hold for large models.
 """
 
 
-def corpus_section() -> str:
+def corpus_section(recipe: Recipe) -> str:
     rows = "\n".join(f"| {name} | {SOURCES[name][0]} | {SOURCES[name][1]} |" for name in OPEN_FILES)
     paragraphs = wrapped(f"""
 The texts themselves are not part of this folder. Fields of a row are joined by line breaks. Dolly was not
@@ -174,10 +167,11 @@ used, because it serves as a federated task; files under CC BY-NC (Alpaca, AlpaG
 used either. One hundredth of the documents is held back for validation.
 
 The rest is skills text: statements that `pretraining/skills_text.py` generates, with the ingredients of
-fedflame's skills tasks in other words than the tasks use. For the first {DENSE_FROM_STEP} steps it is single
-statements and {SKILLS_SHARE:.0%} of the tokens. From then on it is {DENSE_SHARE:.0%} of the tokens: denser
-paragraphs that say several things about the same facts, and for one document in six single statements. From
-step {HARD_FROM_STEP} on the paragraphs have more of sums, sorted numbers, prices and words.
+fedflame's skills tasks in other words than the tasks use. For the first {recipe.dense_from_step} steps it is
+single statements and {recipe.skills_share:.0%} of the tokens. From then on it is {recipe.dense_share:.0%} of
+the tokens: denser paragraphs that say several things about the same facts, and for one document in six single
+statements. From step {recipe.hard_from_step} on the paragraphs have more of sums, sorted numbers, prices and
+words.
 
 Held-out problems of the skills tasks are left out of the skills text, except facts about words (first and
 last letters, plurals, past tenses, opposites), which cannot be worked out from other facts. The mirror image
@@ -187,19 +181,24 @@ a date written the other way round. The open texts are not filtered, and GSM8K h
     return f"## Text\n\n| file | source | licence |\n| --- | --- | --- |\n{rows}\n\n{paragraphs}"
 
 
-def training_section(results: dict[str, Any]) -> str:
-    cpu, wall = (f"{results[key] / 3600:.1f}" for key in ("cpu_seconds", "wall_seconds"))
+def training_section(recipe: Recipe, results: dict[str, Any]) -> str:
+    cpu, wall = span(results["cpu_seconds"]), span(results["wall_seconds"])
     tokens = results["curve"][-1]["tokens"]
     paragraph = wrapped(f"""
-`python pretraining/train.py` on 2 cores of an AMD EPYC with AVX-512 bf16: {cpu} CPU-hours, {wall} hours by
-the clock. {results["step"]:,} steps of {SEQUENCES_PER_STEP} sequences of {CONTEXT} tokens, {tokens:,} tokens
-in all, seed {SEED}, bf16 autocast over fp32 weights. AdamW with betas 0.9 and 0.95 and weight decay 0.05,
-gradient norm clipped to 1. The learning rate rises over {WARMUP_STEPS} steps to {PEAK_LEARNING_RATE}, stays
-there, and falls linearly to zero over the last {DECAY_SHARE:.0%} of the first {HARD_FROM_STEP} steps; from
-there it rises once more, to {SECOND_PEAK_LEARNING_RATE}, and falls linearly to zero. Load-balancing loss with
-coefficient {CONFIG.router_aux_loss_coef}.
+`python pretraining/train.py {recipe.name}` on {recipe.machine}: {cpu} of CPU time, {wall} by the clock.
+{results["step"]:,} steps of {recipe.sequences_per_step} sequences of {CONTEXT} tokens, {tokens:,} tokens in
+all, seed {SEED}, bf16 autocast over fp32 weights. AdamW with betas 0.9 and 0.95 and weight decay 0.05,
+gradient norm clipped to 1. The learning rate rises over {WARMUP_STEPS} steps to {recipe.peak_learning_rate},
+stays there, and falls linearly to zero over the last {DECAY_SHARE:.0%} of the first {recipe.hard_from_step}
+steps; from there it rises once more, to {recipe.second_peak_learning_rate}, and falls linearly to zero.
+Load-balancing loss with coefficient {recipe.config.router_aux_loss_coef}.
 """)
     return f"## Training\n\n{paragraph}"
+
+
+def span(seconds: float) -> str:
+    """Hours, or minutes below one."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def wrapped(text: str) -> str:
@@ -208,28 +207,29 @@ def wrapped(text: str) -> str:
     return "\n\n".join(textwrap.fill(part, LINE_WIDTH, break_on_hyphens=False) for part in paragraphs)
 
 
-def curve_section(curve: list[dict[str, float]]) -> str:
+def curve_section(recipe: Recipe, curve: list[dict[str, float]]) -> str:
     rows = "\n".join(
         f"| {point['tokens'] / 1e6:.1f} | {point['training']:.3f} | "
         + " | ".join(f"{point[name]:.3f}" if name in point else "-" for name in SETS)
         + " |"
-        for point in thinned(curve)
+        for point in thinned(recipe, curve)
     )
     paragraph = wrapped(f"""
 In nats per token. `training` is the mean over the steps since the measurement before, without the
 load-balancing loss; the others are on 64 sequences each: open text that was held back, and skills text of
-other seeds. The denser paragraphs begin after {DENSE_FROM_STEP * TOKENS_PER_STEP / 1e6:.1f} M tokens; the
-loss on such paragraphs is measured from then on.
+other seeds; `-` was not measured. P3 asks several questions of one passage, so that documents held back share
+passages with those trained on, and a model that has learned these by heart gains on `text`. The denser
+paragraphs begin after {recipe.dense_from_step * recipe.tokens_per_step / 1e6:.1f} M tokens.
 """)
     head = f"| M tokens | training | {' | '.join(SETS)} |\n| ---: | ---: | ---: | ---: | ---: |"
     return f"## Loss\n\n{paragraph}\n\n{head}\n{rows}"
 
 
-def thinned(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+def thinned(recipe: Recipe, curve: list[dict[str, float]]) -> list[dict[str, float]]:
     """About `CURVE_POINTS` points, evenly spaced, with first, last, and the end of the first phase."""
     last = len(curve) - 1
     chosen = {round(last * number / (CURVE_POINTS - 1)) for number in range(CURVE_POINTS)}
-    end_of_first_phase = DENSE_FROM_STEP * TOKENS_PER_STEP
+    end_of_first_phase = recipe.dense_from_step * recipe.tokens_per_step
     return [
         point
         for number, point in enumerate(curve)
@@ -237,7 +237,7 @@ def thinned(curve: list[dict[str, float]]) -> list[dict[str, float]]:
     ]
 
 
-def active_experts_section(results: dict[str, Any]) -> str:
+def active_experts_section(recipe: Recipe, results: dict[str, Any]) -> str:
     columns = {name: losses_by_k(results, name) for name in SETS}
     rows = []
     for number, (k, _) in enumerate(columns[SETS[0]]):
@@ -246,7 +246,7 @@ def active_experts_section(results: dict[str, Any]) -> str:
             loss = columns[name][number][1]
             step = f"{loss - columns[name][number - 1][1]:+.3f}" if number else "-"
             cells += [f"{loss:.3f}", step]
-        rows.append(f"| {k} | {parameters(k):,} | " + " | ".join(cells) + " |")
+        rows.append(f"| {k} | {parameters(recipe, k):,} | " + " | ".join(cells) + " |")
     paragraph = wrapped("""
 The finished model in bfloat16, on the same sequences, with k active experts and nothing else changed. `step`
 is the difference to the row above.
@@ -256,19 +256,19 @@ is the difference to the row above.
     return "\n".join(["## Loss with fewer active experts", "", paragraph, "", head, rule, *rows])
 
 
-def routing_section(expert_load: list[list[float]]) -> str:
+def routing_section(recipe: Recipe, expert_load: list[list[float]]) -> str:
     rows = "\n".join(
         f"| {layer} | {sum(share > 0 for share in load)} of {len(load)} | "
         f"{min(load) * len(load):.2f} | {max(load) * len(load):.2f} |"
         for layer, load in enumerate(expert_load)
     )
     paragraph = wrapped(f"""
-Load of an expert: its share of the routed slots at k = {CONFIG.num_experts_per_tok}, on 8 sequences of each
-set; 1 is the uniform load.
+Load of an expert: its share of the routed slots at k = {recipe.config.num_experts_per_tok}, on 8
+sequences of each set; 1 is the uniform load.
 """)
     head = "| layer | experts used | least load | greatest load |\n| ---: | ---: | ---: | ---: |"
     return f"## Routing\n\n{paragraph}\n\n{head}\n{rows}"
 
 
 if __name__ == "__main__":
-    write_card(RESULTS, CARD)
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import safe_open
 
 import corpus
 import model_card
+from recipes import RECIPES, SMALL, TINY, Recipe
 
 LAYERS, EXPERTS = 4, 32
 PER_POINT = 500 * 8 * 256
@@ -38,14 +40,14 @@ def made_up() -> dict[str, Any]:
 def write(folder: Path, results: dict[str, Any]) -> str:
     path, card = folder / "results.json", folder / "README.md"
     path.write_text(json.dumps(results))
-    model_card.write_card(path, card)
+    model_card.write_card(TINY, path, card)
     return card.read_text()
 
 
 def test_figures_are_those_of_the_results(tmp_path: Path) -> None:
     text = write(tmp_path, made_up())
     prose = " ".join(text.split())
-    assert "2.5 CPU-hours, 1.5 hours by the clock" in prose
+    assert "2.5 hours of CPU time, 1.5 hours by the clock" in prose
     assert "13,000 steps of 8 sequences of 256 tokens, 26,624,000 tokens" in prose
     assert "| 8.2 | 5.200 | 5.000 | 2.000 | - |" in text, "the end of the first phase is always there"
     assert "| 26.6 | 3.400 | 5.000 | 2.000 | 1.260 |" in text
@@ -65,24 +67,31 @@ def test_the_card_starts_with_hugging_face_front_matter(tmp_path: Path) -> None:
 
 def test_every_file_of_the_corpus_is_attributed_and_no_other() -> None:
     assert model_card.SOURCES.keys() == corpus.OPEN_FILES.keys()
-    rows = [line for line in model_card.corpus_section().splitlines() if ".jsonl.gz |" in line]
+    rows = [line for line in model_card.corpus_section(TINY).splitlines() if ".jsonl.gz |" in line]
     assert len(rows) == len(corpus.OPEN_FILES)
 
 
 def test_the_curve_is_thinned_to_about_twelve_points_with_both_ends() -> None:
     curve = made_up()["curve"]
-    points = model_card.thinned(curve)
+    points = model_card.thinned(TINY, curve)
     assert points[0] is curve[0] and points[-1] is curve[-1] and curve[7] in points
     assert 12 <= len(points) <= 13
     assert points == sorted(points, key=lambda point: point["tokens"])
-    assert model_card.thinned(curve[:3]) == curve[:3]
+    assert model_card.thinned(TINY, curve[:3]) == curve[:3]
 
 
-def test_parameters_by_hand() -> None:
+@pytest.mark.parametrize(("recipe", "hidden", "width"), [(TINY, 128, 48), (SMALL, 256, 64)])
+def test_parameters_by_hand(recipe: Recipe, hidden: int, width: int) -> None:
     """Tied embedding; per layer 4 projections, 4 norms, router and k experts; and the last norm."""
-    layer = 4 * 128 * 128 + 4 * 128 + 32 * 128
+    layer = 4 * hidden * hidden + 4 * hidden + 32 * hidden
     for k in (32, 8, 1):
-        assert model_card.parameters(k) == 4096 * 128 + 4 * (layer + k * 3 * 128 * 48) + 128
+        by_hand = 4096 * hidden + 4 * (layer + k * 3 * hidden * width) + hidden
+        assert model_card.parameters(recipe, k) == by_hand
+
+
+def test_spans() -> None:
+    assert model_card.span(9_000.0) == "2.5 hours"
+    assert model_card.span(90.0) == "1.5 minutes"
 
 
 def test_training_settings_that_the_card_spells_out_are_those_of_the_code() -> None:
@@ -131,10 +140,10 @@ def refusal(folder: Path, results: dict[str, Any]) -> str:
 
 def test_without_results_or_model_folder_it_says_what_writes_them(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"nothing\.json: no such file; pretraining/train\.py"):
-        model_card.write_card(tmp_path / "nothing.json", tmp_path / "README.md")
+        model_card.write_card(TINY, tmp_path / "nothing.json", tmp_path / "README.md")
     (tmp_path / "results.json").write_text(json.dumps(made_up()))
     with pytest.raises(SystemExit, match=r"absent: no such folder; pretraining/train\.py"):
-        model_card.write_card(tmp_path / "results.json", tmp_path / "absent" / "README.md")
+        model_card.write_card(TINY, tmp_path / "results.json", tmp_path / "absent" / "README.md")
 
 
 def test_the_order_of_k_in_the_file_does_not_matter(tmp_path: Path) -> None:
@@ -147,36 +156,34 @@ def test_the_order_of_k_in_the_file_does_not_matter(tmp_path: Path) -> None:
 # The real results
 
 
-@pytest.fixture
-def results() -> dict[str, Any]:
-    if not model_card.RESULTS.is_file():
-        pytest.skip(f"{model_card.RESULTS.name} is not there: the embedded model is not trained")
-    loaded: dict[str, Any] = json.loads(model_card.RESULTS.read_text())
+@pytest.fixture(params=RECIPES.values(), ids=list(RECIPES))
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    kept: Recipe = request.param
+    return kept
+
+
+def results_of(recipe: Recipe) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(recipe.results.read_text())
     return loaded
 
 
-def test_the_card_in_the_package_is_the_one_that_the_results_give(results: dict[str, Any]) -> None:
-    model_card.require_usable(results)
-    assert model_card.CARD.read_text() == model_card.card(results)
+def test_the_card_beside_the_weights_is_the_one_that_the_results_give(recipe: Recipe) -> None:
+    results = results_of(recipe)
+    model_card.require_usable(recipe, results)
+    assert (recipe.folder / "README.md").read_text() == model_card.card(recipe, results)
 
 
-def test_the_weights_in_the_package_have_the_parameters_that_the_card_says(results: dict[str, Any]) -> None:
-    sizes = []
-    for path in model_card.CARD.parent.glob("*.safetensors"):
-        with safe_open(path, "pt") as weights:
-            sizes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+def test_the_weights_have_the_parameters_that_the_card_says(recipe: Recipe) -> None:
     total = 0
-    for shape in sizes:
-        product = 1
-        for size in shape:
-            product *= size
-        total += product
-    assert total == model_card.parameters(EXPERTS)
+    for path in recipe.folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    assert total == model_card.parameters(recipe, EXPERTS)
 
 
-def test_the_readme_of_the_folder_quotes_the_curve(results: dict[str, Any]) -> None:
-    readme = (model_card.HERE / "README.md").read_text()
-    points = {point["tokens"]: point for point in results["curve"]}
+def test_the_readme_of_the_folder_quotes_the_curve() -> None:
+    readme = (Path(model_card.__file__).parent / "README.md").read_text()
+    points = {point["tokens"]: point for point in results_of(TINY)["curve"]}
     quoted = [(4, "skills"), (8, "skills"), (11, "dense skills"), (12, "dense skills")]
     for number, name in quoted:
         point = points[number * 1_024_000]
