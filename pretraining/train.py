@@ -118,9 +118,8 @@ def every_expert(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor)
     count, hidden_size, _ = experts.down_proj.shape
     routing = torch.zeros(len(hidden), count, dtype=weights.dtype, device=hidden.device)
     routing = routing.scatter(1, indices, weights)
-    gate, up = (
-        functional.linear(hidden, experts.gate_up_proj.flatten(0, 1)).unflatten(1, (count, -1)).chunk(2, 2)
-    )
+    projected = functional.linear(hidden, experts.gate_up_proj.flatten(0, 1)).unflatten(1, (count, -1))
+    gate, up = projected.chunk(2, dim=2)
     activated = experts.act_fn(gate) * up * routing.unsqueeze(2).to(gate.dtype)
     return functional.linear(activated.flatten(1), experts.down_proj.transpose(0, 1).reshape(hidden_size, -1))
 
