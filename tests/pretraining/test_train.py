@@ -6,17 +6,21 @@ import dataclasses
 import gzip
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, OlmoeForCausalLM
 
 import corpus
 import recipes
 import train
 from skills_text import DENSE_WRITERS, HARD_WRITERS, dense_documents, documents
+
+TOKENIZER = recipes.TINY.folder / "tokenizer.json"
 
 
 def small(folder: Path) -> recipes.Recipe:
@@ -61,7 +65,7 @@ def test_the_stream_is_the_phases_one_after_another(tmp_path: Path) -> None:
     """Each phase by itself: documents in turn, so that the share of skills text is held, token by token."""
     write_open_text(tmp_path)
     texts = corpus.read_open_text(tmp_path)
-    tokenizer = corpus.train_tokenizer(texts, 0)
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
     recipe = small(tmp_path)
     stream = list(corpus.token_stream(tokenizer, texts, recipe, 0))
 
@@ -114,6 +118,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
         recipe = small(tmp_path / name)
         monkeypatch.setattr(recipes, "HERE", tmp_path / name)
         (tmp_path / name / "results").mkdir(parents=True)
+        shutil.copy(TOKENIZER, tmp_path / name)  # to train it takes longer than all the rest
         monkeypatch.setitem(train.RECIPES, "olmoe-micro", recipe)
         arguments = ["olmoe-micro", "--data", str(tmp_path), "--work", str(tmp_path / name), "--threads", "1"]
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
