@@ -174,8 +174,9 @@ def initial_adapter(model: OlmoeForCausalLM, seed: int) -> Adapter:
 
 def main(model_name: str = "olmoe-tiny", rounds: int = 3, steps: int = 6) -> None:
     """Four clients with k = K, K/2, K/4, 1 and skills of their own; prints the held-out loss per round."""
-    from fedflame.base_model import load_base_model
-    from fedflame.data.batches import collate, encode, pad_token, training_batches
+    from fedflame.base.loading import load_base_model
+    from fedflame.data.batches import collate, training_batches
+    from fedflame.data.encoding import encode, pad_token
     from fedflame.data.skills import instructions
 
     loaded, tokenizer = load_base_model(model_name, "float32")

@@ -106,7 +106,7 @@ class Loopback:
 
     def start_trainer(self, site: str, place: Path) -> None:
         """The resident trainer of a site whose file is in `place`."""
-        command = [*FEDFLAME, "trainer", "--site", str(place / "site.toml"), "--once"]
+        command = [*FEDFLAME, "trainer", "--site", str(place / "site.toml")]
         self.services[f"{site} trainer"] = Service("trainer", command, place, {})
 
     def stop(self) -> None:

@@ -13,7 +13,7 @@ from fedflame.trainer.ask import answer_pieces
 from fedflame.trainer.server import serve
 from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import Site, load_site
-from fedflame.wire.unix_socket import listening
+from fedflame.trainer.unix_socket import listening
 
 Deliver = Callable[[str, bytes], bytes]
 """From a site's name and a request to its answer."""

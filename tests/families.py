@@ -17,8 +17,8 @@ from transformers.integrations.moe import _default_apply_gate
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fedflame.cost.refused_families import REFUSED_FAMILIES
 from fedflame.moe.families import MoELayer, find_moe_layers
-from fedflame.refused_families import REFUSED_FAMILIES
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 6, 3, 24, 20, 94
 

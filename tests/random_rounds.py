@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedflame.choices import Trainable
+from fedflame.config.words import Trainable
 from fedflame.messages import Adapter, ClientUpdate, is_trained
 
 LAYERS, EXPERTS, RANK, HIDDEN, WIDTH = 2, 5, 3, 8, 4

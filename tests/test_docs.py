@@ -17,10 +17,10 @@ from typer.main import get_command
 
 import fedflame
 from fedflame.cli import app
-from fedflame.config import RunConfig
+from fedflame.config.run_config import RunConfig
+from fedflame.config.settings import keys_of
 from fedflame.engines.hub import Hub
 from fedflame.messages import ClientUpdate
-from fedflame.settings import keys_of
 from fedflame.strategies import FedAvg
 from fedflame.strategies.base import ServerState, Strategy
 from fedflame.trainer.site import Site

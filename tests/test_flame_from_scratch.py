@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 import flame_from_scratch as scratch
-from fedflame.client import fine_tune
-from fedflame.data.batches import EncodedRow, collate, training_batches
+from fedflame.data.batches import collate, training_batches
+from fedflame.data.encoding import EncodedRow
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.seeds import derive_seed
 from fedflame.strategies import Flame
 from fedflame.strategies.base import ClientProfile, ServerState
+from fedflame.training.fine_tune import fine_tune
 
 HIDDEN, WIDTH, EXPERTS, K, LAYERS, VOCABULARY = 24, 20, 6, 4, 2, 50
 RANK, ALPHA, TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY = 3, 5.0, 2.0, 3e-3, 0.5

@@ -24,7 +24,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from fedflame.config import AdapterConfig, ModelConfig, RunConfig
+from fedflame.config.run_config import RunConfig
+from fedflame.config.sections import AdapterConfig, ModelConfig
 from fedflame.messages import Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ServerState

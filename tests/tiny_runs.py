@@ -16,8 +16,11 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from fedflame.cli import app
-from fedflame.commands.run import Existing, execute
-from fedflame.config import RunConfig, load_config
+from fedflame.commands.run import print_run
+from fedflame.config.load import load_config
+from fedflame.config.run_config import RunConfig
+from fedflame.experiment.prepare import prepare
+from fedflame.experiment.run_folder import Existing
 from fedflame.wire.buffer import pack, unpack
 
 SETTINGS = (
@@ -57,7 +60,7 @@ def tiny_config(model: Path, run: Path, *overrides: str) -> RunConfig:
 def tiny_run(model: Path, run: Path, *overrides: str, existing: Existing = "refuse") -> str:
     """Run in process and return what the console showed."""
     shown = io.StringIO()
-    execute(tiny_config(model, run, *overrides), "", existing, Console(file=shown, width=100))
+    print_run(prepare(tiny_config(model, run, *overrides), existing), "", Console(file=shown, width=100))
     return shown.getvalue()
 
 

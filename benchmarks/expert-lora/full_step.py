@@ -25,18 +25,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, OlmoeForCausalLM
 
 from fedflame.bench.block import sharing_copy
 from fedflame.bench.measurement import one_thread, peak_bytes, seconds
-from fedflame.budgets import training_flops_per_token
-from fedflame.client import token_losses
-from fedflame.commands.environment import environment
-from fedflame.config import AdapterConfig, parse_tiers
+from fedflame.config.sections import AdapterConfig, parse_integers
+from fedflame.cost.flops import training_flops_per_token
+from fedflame.cost.model_shape import read_model_shape
 from fedflame.data.batches import IGNORE_INDEX, Batch
-from fedflame.model_shape import read_model_shape
+from fedflame.experiment.environment import environment
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
+from fedflame.training.token_loss import token_losses
 
 CONFIG = Path(__file__).parents[2] / "configs" / "models" / "OLMoE-1B-7B-0924"
 ADAPTER = AdapterConfig(r=16)
-TARGETS = ADAPTER.attention_modules()
+TARGETS = ADAPTER.target_modules
 CEILING_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -45,8 +45,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tokens", type=parse_tiers, default=[512])
-    parser.add_argument("--active-experts", type=parse_tiers, default=[8, 4, 2, 1])
+    parser.add_argument("--tokens", type=parse_integers, default=[512])
+    parser.add_argument("--active-experts", type=parse_integers, default=[8, 4, 2, 1])
     parser.add_argument("--routing", choices=("balanced", "collapsed"), default="balanced")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()

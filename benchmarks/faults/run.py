@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from fedflame.commands.environment import environment
+from fedflame.experiment.environment import environment
 from loopback import FEDFLAME, SITES, Federate, Loopback, descendants, fedflame, loopback, must
 from loopback_flower import loopback_flower
 

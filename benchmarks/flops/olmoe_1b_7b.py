@@ -8,13 +8,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from fedflame.budgets import (
-    FlopTerms,
-    ModelShape,
-    forward_flops_per_token,
-    read_model_shape,
-    training_flops_per_token,
-)
+from fedflame.cost.flops import FlopTerms, forward_flops_per_token, training_flops_per_token
+from fedflame.cost.model_shape import ModelShape, read_model_shape
 
 CONFIG = Path(__file__).parents[2] / "configs" / "models" / "OLMoE-1B-7B-0924"
 TIERS = (8, 4, 2, 1)

@@ -30,18 +30,18 @@ from typing import Any, get_args
 import torch
 
 from fedflame import messages
-from fedflame.choices import UpdateDtype
+from fedflame.config.words import UpdateDtype
 from fedflame.errors import InvalidMessage
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan, validate_update
 from fedflame.wire import buffer, codec, frame, planes, values
 from fedflame.wire.codec import decode_plan, decode_update, encode_plan, encode_update
 from fedflame.wire.frame import seal, unseal
-from fedflame.wire.planes import squeeze, unsqueeze
+from fedflame.wire.planes import compress, decompress
 
 LAYERS, EXPERTS, RANK, HIDDEN, WIDTH = 2, 5, 3, 7, 4
 ALLOWED_GROWTH = 256 << 20
 """Bytes of peak memory above that of the first inputs; no message here is longer than a few thousand."""
-MUTATIONS = ("damaged", "body", "header", "number", "truncated", "spliced", "squeezed", "garbage")
+MUTATIONS = ("damaged", "body", "header", "number", "truncated", "spliced", "compressed", "garbage")
 
 
 def samples() -> tuple[dict[str, RoundPlan], dict[str, bytes]]:
@@ -111,8 +111,8 @@ def require_usable(update: ClientUpdate, plan: RoundPlan) -> None:
 
 
 def mutate(message: bytes, mutation: str, rng: random.Random, others: list[bytes]) -> bytes:
-    """Another message, sealed anew unless it is `damaged` or `garbage`; `squeezed` changes what is below the
-    seal, the others the safetensors buffer of a plan or, below its squeezing, of an update.
+    """Another message, sealed anew unless it is `damaged` or `garbage`; `compressed` changes what is under
+    the seal, the others the safetensors buffer of a plan or, below its squeezing, of an update.
     """
     if mutation == "garbage":
         return rng.randbytes(rng.randrange(400))
@@ -120,7 +120,7 @@ def mutate(message: bytes, mutation: str, rng: random.Random, others: list[bytes
         changed = bytearray(message)
         changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
         return bytes(changed)
-    if mutation == "squeezed":
+    if mutation == "compressed":
         return seal(changed_bytes(unseal(message), 0, len(unseal(message)), rng))
     body, sealed = body_of(message), partial(seal_like, message)
     header = 8 + int.from_bytes(body[:8], "little")
@@ -147,11 +147,11 @@ def changed_bytes(body: bytes, begin: int, end: int, rng: random.Random) -> byte
 def body_of(message: bytes) -> bytes:
     """The safetensors buffer."""
     body = unseal(message)
-    return bytes(body) if is_plan(message) else unsqueeze(body, 1 << 20)
+    return bytes(body) if is_plan(message) else decompress(body, 1 << 20)
 
 
 def seal_like(message: bytes, body: bytes) -> bytes:
-    return seal(body if is_plan(message) else squeeze(body))
+    return seal(body if is_plan(message) else compress(body))
 
 
 def is_plan(message: bytes) -> bool:

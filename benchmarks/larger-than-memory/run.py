@@ -23,7 +23,7 @@ from typing import Any
 from memory_group import MemoryGroup, memory_group
 from write_model import drop_from_cache, write_model
 
-from fedflame.commands.environment import environment
+from fedflame.experiment.environment import environment
 
 TRAIN = Path(__file__).with_name("train.py")
 GIB = 2**30

@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from fedflame.choices import Checkpointed
-from fedflame.client import fine_tune
-from fedflame.config import AdapterConfig
-from fedflame.data.batches import EncodedRow
-from fedflame.mapped_base import load_mapped
+from fedflame.base.mapped import load_mapped
+from fedflame.config.sections import AdapterConfig
+from fedflame.config.words import Checkpointed
+from fedflame.data.encoding import EncodedRow
 from fedflame.messages import Adapter, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.read_ahead import read_ahead
+from fedflame.training.fine_tune import fine_tune
 
 ADAPTER = AdapterConfig(r=16)
 TOKENS = 512
@@ -65,7 +65,7 @@ def train(folder: Path, k: int, steps: int, gradient_checkpointing: Checkpointed
 def adapted_model(folder: Path, gradient_checkpointing: Checkpointed = "none") -> AdaptedModel:
     config = AutoConfig.from_pretrained(folder)
     model, _ = load_mapped(folder / WEIGHTS, config, torch.bfloat16)
-    targets = ADAPTER.attention_modules()
+    targets = ADAPTER.target_modules
     return AdaptedModel(model.eval(), ADAPTER.r, ADAPTER.lora_alpha, targets, gradient_checkpointing)
 
 

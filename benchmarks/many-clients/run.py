@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedflame.commands.environment import environment
+from fedflame.experiment.environment import environment
 
 FEW, MANY = 40, 400
 SETTINGS = (

@@ -37,13 +37,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from fedflame.commands.environment import environment
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.engine import Engine
 from fedflame.engines.flower.engine import FlowerEngine
 from fedflame.engines.hub import HubRounds, load_hub
+from fedflame.engines.jobs import segments
 from fedflame.engines.nvflare.engine import NvflareEngine
-from fedflame.engines.segment import segments
+from fedflame.experiment.environment import environment
 from fedflame.wire.buffer import pack
 from fedflame.wire.frame import seal
 from loopback import Loopback, Service, descendants, federation

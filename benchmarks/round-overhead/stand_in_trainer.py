@@ -12,8 +12,8 @@ from typing import cast
 
 from fedflame.trainer.server import serve
 from fedflame.trainer.service import TrainerService
+from fedflame.trainer.unix_socket import listening
 from fedflame.wire.envelope import Envelope
-from fedflame.wire.unix_socket import listening
 
 
 class StandIn:

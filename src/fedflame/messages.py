@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedflame.choices import RescalerMode, Trainable, UpdateDtype
+from fedflame.config.words import RescalerMode, Trainable, UpdateDtype
 from fedflame.errors import InvalidMessage
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -15,4 +17,6 @@ def derive_seed(*parts: int | str) -> int:
 
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by `derive_seed`."""
+    import torch  # here: partitions and samples need a seed, and a plan must not wait for torch
+
     return torch.Generator().manual_seed(derive_seed(*parts))

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from tests.tiny_runs import SETTINGS, adapter_bytes, invoke, start_cli
 
-from fedflame.commands.cell_processes import run_cells
+from fedflame.base.mapped import CACHE_VARIABLE
 from fedflame.commands.compare import LOG_TAIL_BYTES, _last_line
+from fedflame.compare.cell_processes import run_cells
 from fedflame.compare.grid import Cell, read_grid
-from fedflame.mapped_base import CACHE_VARIABLE
 from loopback import alive, descendants
 
 METHODS = '[methods.flame]\nstrategy.temperature = 2\n[methods.fedavg]\nstrategy.name = "fedavg"\n'

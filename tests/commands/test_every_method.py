@@ -12,13 +12,13 @@ from tests.tiny_models import TOP_K
 from tests.tiny_runs import adapter_bytes, arguments, events, invoke, tiny_run
 from transformers import AutoModelForCausalLM
 
-from fedflame.client import fine_tune
-from fedflame.commands.run import Existing, saved_config
 from fedflame.compare.grid import Cell
 from fedflame.compare.results import CellResult, read_cell, write_cell
-from fedflame.config import METHOD_OPTIONS, RANK_METHODS
+from fedflame.config.methods import METHODS, NAMED_METHODS
+from fedflame.experiment.run_folder import Existing, saved_config
 from fedflame.report.records import read_run
 from fedflame.server.checkpoint import read_checkpoint, write_checkpoint
+from fedflame.training.fine_tune import fine_tune
 
 
 def a_run(name: str, model: Path, run: Path, *overrides: str, existing: Existing = "refuse") -> str:
@@ -39,7 +39,7 @@ def losses(*command: str | Path) -> dict[str, float]:
     return {k: values["all"]["loss"] for k, values in json.loads(result.stdout).items()}
 
 
-@pytest.mark.parametrize("name", METHOD_OPTIONS)
+@pytest.mark.parametrize("name", NAMED_METHODS)
 def test_every_method_runs_from_the_command_line_and_learns(
     name: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -53,7 +53,7 @@ def test_every_method_runs_from_the_command_line_and_learns(
         [(2, 3), (2, 3), (1, 3)]  # every k in turn, up to what each affords
         if name == "flame"
         else [(4, 3), (4, 1), (4, 1)]
-        if name in RANK_METHODS
+        if METHODS[name].ranks == "afforded"
         else [(1, 3), (1, 3), (1, 3)]
     )
     first, last = ([e["loss"] for e in events(run, "client") if e["round"] == n] for n in (1, 2))
@@ -125,7 +125,7 @@ def test_a_cell_says_what_each_device_deploys(
 
 def test_planned_bytes_are_those_of_whole_runs(tiny_folder: Path, tmp_path: Path) -> None:
     """Up to the headers, and up at most, since experts without a token are not sent."""
-    for name in METHOD_OPTIONS:
+    for name in NAMED_METHODS:
         run = tmp_path / name
         a_run(name, tiny_folder, run, "adapter.r=16", "clients.ranks=16,7,2")
         plan = json.loads((run / "plan.json").read_text())
@@ -154,7 +154,7 @@ def killed_and_resumed(
     a_run(name, model, run, *overrides, existing="resume")
 
 
-@pytest.mark.parametrize("name", METHOD_OPTIONS)
+@pytest.mark.parametrize("name", NAMED_METHODS)
 def test_a_run_that_was_killed_resumes_to_the_same_bytes(
     name: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
 ) -> None:

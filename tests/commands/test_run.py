@@ -28,11 +28,12 @@ from tests.tiny_runs import (
     tiny_run,
 )
 
-from fedflame.client import fine_tune
 from fedflame.errors import UserError
-from fedflame.export import export_adapter
+from fedflame.experiment.adapter_folder import trained_run
+from fedflame.exports import export_adapter
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
 from fedflame.server.checkpoint import read_checkpoint
+from fedflame.training.fine_tune import fine_tune
 
 Misbehave = Callable[[RoundPlan, ClientUpdate], ClientUpdate]
 
@@ -151,7 +152,7 @@ def test_the_exported_adapter_is_the_last_checkpoint(
 ) -> None:
     config = tiny_config(tiny_folder, finished)
     checkpoint = read_checkpoint(finished)
-    export_adapter(checkpoint.state, config, tiny_olmoe(), tmp_path / "again", checkpoint.round)
+    export_adapter(checkpoint.state, trained_run(config, checkpoint.round), tiny_olmoe(), tmp_path / "again")
     assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == adapter_bytes(finished)
     assert checkpoint.round == 3
     assert any(bool(bank.abs().max() > 0) for bank in checkpoint.state.adapter.experts.values())

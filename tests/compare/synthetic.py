@@ -8,7 +8,7 @@ from fedflame.compare.comparison import Comparison
 from fedflame.compare.devices import ClientWork, Devices
 from fedflame.compare.grid import Cell, Grid, Setting
 from fedflame.compare.results import CellResult, Deployed
-from fedflame.config import load_config
+from fedflame.config.load import load_config
 from fedflame.report.records import Evaluation
 
 BUDGETS = (4, 1)

@@ -9,7 +9,7 @@ import pytest
 
 from fedflame.compare.devices import Devices
 from fedflame.compare.grid import Cell, Grid, read_grid
-from fedflame.config import load_config
+from fedflame.config.load import load_config
 from fedflame.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_every_combination_is_a_cell_in_the_order_of_the_file(tmp_path: Path) ->
 def test_a_cell_is_an_ordinary_run_over_one_mapped_base(tmp_path: Path) -> None:
     cell = grid(tmp_path).cells[0]
     settings = ["data.max_rows=40", "training.max_steps=3", "strategy.temperature=2.0", "data.alpha=0.5"]
-    expected = load_config(None, [*settings, "model.memory_map=true", f"output_dir={cell.run}"])
+    expected = load_config(None, [*settings, f"output_dir={cell.run}"])
     assert cell.config == expected
     assert cell.run == Path("runs/some") / "cells" / cell.name / "run"
     assert cell.name.startswith("flame-alpha-0.5-seed-0-")
@@ -107,7 +107,7 @@ def test_a_point_of_an_axis_may_set_several_keys(tmp_path: Path) -> None:
     points = '[{num_clients = 2, active_experts = "8,1"}, {num_clients = 3, active_experts = "4,2,1"}]'
     found = grid(tmp_path, GRID.replace('"data.alpha" = [0.5, 5.0]', f"clients = {points}"))
     assert len(found.cells) == 12
-    assert {(tuple(cell.config.tiers()), cell.setting) for cell in found.cells} == {
+    assert {(tuple(cell.config.afforded_experts()), cell.setting) for cell in found.cells} == {
         ((8, 1), (("clients.num_clients", "2"), ("clients.active_experts", "8,1"))),
         ((4, 2, 1), (("clients.num_clients", "3"), ("clients.active_experts", "4,2,1"))),
     }

@@ -12,21 +12,11 @@ from tests.tiny_models import END, PAD, character_tokenizer, random_adapter, tin
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from fedflame.client import token_losses
-from fedflame.data.batches import (
-    BATCHES_PER_WINDOW,
-    IGNORE_INDEX,
-    Batch,
-    EncodedRow,
-    collate,
-    encode,
-    encode_prompt,
-    format_prompt,
-    pad_token,
-    training_batches,
-)
+from fedflame.data.batches import BATCHES_PER_WINDOW, IGNORE_INDEX, Batch, collate, training_batches
+from fedflame.data.encoding import EncodedRow, encode, encode_prompt, format_prompt, pad_token
 from fedflame.data.instructions import Instruction
 from fedflame.errors import UserError
+from fedflame.training.token_loss import token_losses
 
 TOKENIZER = character_tokenizer()
 MARKER = "\nResponse:"

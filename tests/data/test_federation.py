@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedflame.config import load_config
+from fedflame.config.load import load_config
 from fedflame.data.federation import Federation, load_federation
 from fedflame.data.instructions import Instruction
 from fedflame.data.skills import CATEGORIES

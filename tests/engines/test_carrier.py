@@ -26,11 +26,11 @@ from fedflame.engines.flower.grid_engine import GridEngine
 from fedflame.engines.flower.nodes import AskedNodes, RegisteredNodes
 from fedflame.engines.flower.payload import from_content, from_name, to_content, to_name
 from fedflame.engines.hub import FlowerHub, Hub, HubRounds
-from fedflame.engines.segment import segments
+from fedflame.engines.jobs import segments
 from fedflame.errors import UserError
 from fedflame.trainer.ask import SOCKET_VARIABLE
+from fedflame.trainer.unix_socket import listening
 from fedflame.wire.envelope import Envelope, receive, send_pieces
-from fedflame.wire.unix_socket import listening
 
 NODES = {"north": 101, "south": 102, "west": 103}
 SUPERLINK = 1

@@ -16,12 +16,12 @@ import pytest
 from tests.engines_here import Deliver, ThreadEngine
 from tests.message_samples import a_plan
 
+from fedflame.clients.answers import Answer
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.hub import HubRounds
+from fedflame.engines.jobs import segments
 from fedflame.engines.link import HubLink
-from fedflame.engines.segment import segments
 from fedflame.errors import UserError
-from fedflame.server.local_clients import Answer
 from fedflame.wire.addition import decode_addition, encode_addition, plan_digest
 from fedflame.wire.codec import encode_plan
 from fedflame.wire.envelope import Envelope, receive

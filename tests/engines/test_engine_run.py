@@ -11,10 +11,12 @@ from rich.console import Console
 from tests.engines_here import ThreadEngine, asking, trainers, write_site
 from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, state_bytes, tiny_config, tiny_run
 
-from fedflame.commands.run import Existing, execute
-from fedflame.commands.sites import Sites
+from fedflame.commands.run import print_run
 from fedflame.engines.hub import Hub, HubRounds
 from fedflame.errors import UserError
+from fedflame.experiment.prepare import prepare
+from fedflame.experiment.run_folder import Existing
+from fedflame.experiment.sites import Sites
 
 NAMES = ("north", "south", "west")
 KS = (4, 2, 1)
@@ -49,7 +51,7 @@ def run_over(
 ) -> str:
     shown = io.StringIO()
     config = tiny_config(model, run, *overrides)
-    execute(config, "", existing, Console(file=shown, width=200), sites=Sites(hub, engine))
+    print_run(prepare(config, existing, Sites(hub, engine)), "", Console(file=shown, width=200))
     return shown.getvalue()
 
 

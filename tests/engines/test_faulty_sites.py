@@ -16,17 +16,20 @@ from tests.engines_here import Deliver, ThreadEngine, asking, trainers, write_si
 from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, state_bytes, tiny_config, tiny_run
 from torch import Tensor
 
-from fedflame.commands.run import Existing, execute
-from fedflame.commands.sites import Sites
+from fedflame.clients.answers import Answer, OnStep
+from fedflame.clients.local import LocalClients
+from fedflame.commands.run import print_run
 from fedflame.engines.hub import Hub, HubRounds
 from fedflame.engines.link import HubLink
 from fedflame.errors import UserError
-from fedflame.server.local_clients import Answer, LocalClients, OnStep
+from fedflame.experiment.prepare import prepare
+from fedflame.experiment.run_folder import Existing
+from fedflame.experiment.sites import Sites
 from fedflame.wire.buffer import pack, unpack
 from fedflame.wire.codec import decode_plan
 from fedflame.wire.envelope import Envelope
 from fedflame.wire.frame import seal, unseal
-from fedflame.wire.planes import squeeze, unsqueeze
+from fedflame.wire.planes import compress, decompress
 
 Which = tuple[int, int]
 """Round and client."""
@@ -80,7 +83,7 @@ def run_over(
     hub = Hub(sites=",".join(sorted(engine.reachable)), rounds=HubRounds(rejoin_timeout=0, round_timeout=60))
     shown = io.StringIO()
     console = Console(file=shown, width=200)
-    execute(tiny_config(model, run, *overrides), "", existing, console, sites=Sites(hub, engine))
+    print_run(prepare(tiny_config(model, run, *overrides), existing, Sites(hub, engine)), "", console)
     return shown.getvalue()
 
 
@@ -187,9 +190,9 @@ def test_with_thirty_percent_failing_at_random_fifty_rounds_equal_those_that_ski
 
 def altered(update: bytes, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> bytes:
     """The sealed update with other values or fields, under a seal that is right."""
-    tensors, header = unpack(unsqueeze(unseal(update), 1 << 30))
+    tensors, header = unpack(decompress(unseal(update), 1 << 30))
     change(tensors, header)
-    return seal(squeeze(pack(tensors, header)))
+    return seal(compress(pack(tensors, header)))
 
 
 def of_client_0(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:

@@ -14,9 +14,9 @@ from tests.tiny_models import (
 )
 from torch import Tensor
 
-from fedflame.client import token_losses
 from fedflame.data.batches import Batch
 from fedflame.moe.activation_counts import ActivationCounts
+from fedflame.training.token_loss import token_losses
 
 
 def hand_count(batch: Batch, k: int) -> list[list[int]]:

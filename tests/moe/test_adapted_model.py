@@ -26,12 +26,12 @@ from tests.tiny_models import (
 )
 from torch import Tensor
 
-from fedflame.client import token_losses
 from fedflame.errors import UserError
 from fedflame.messages import NOTHING, Adapter, half_of
 from fedflame.moe import merged_base
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import MoELayer
+from fedflame.training.token_loss import token_losses
 
 
 def assert_near(actual: Tensor, expected: Tensor, relative: float = 2e-5) -> None:

@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fedflame.budgets import adapter_parameters, read_model_shape
-from fedflame.choices import Checkpointed
-from fedflame.client import fine_tune, token_losses
-from fedflame.data.batches import Batch, EncodedRow
+from fedflame.config.words import Checkpointed
+from fedflame.cost.adapter_size import adapter_parameters
+from fedflame.cost.model_shape import read_model_shape
+from fedflame.cost.refused_families import REFUSED_FAMILIES
+from fedflame.data.batches import Batch
+from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
 from fedflame.messages import Adapter, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import MoELayer, find_moe_layers
 from fedflame.moe.merged_base import merge_into
-from fedflame.refused_families import REFUSED_FAMILIES
+from fedflame.training.fine_tune import fine_tune
+from fedflame.training.token_loss import token_losses
 
 R, ALPHA = 2, 3.0
 S = torch.tensor([0.7, 1.3])

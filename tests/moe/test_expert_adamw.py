@@ -7,10 +7,10 @@ import torch
 from tests.tiny_models import EXPERTS, LAYERS, random_adapter, random_batch, tiny_adapted
 from torch import Tensor, nn
 
-from fedflame.client import token_losses
 from fedflame.data.batches import Batch
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
+from fedflame.training.token_loss import token_losses
 
 LEARNING_RATE, WEIGHT_DECAY = 0.01, 0.3
 

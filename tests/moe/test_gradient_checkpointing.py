@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from fedflame.bench.measurement import saved_bytes
 from fedflame.bench.methods import Pass
-from fedflame.choices import Checkpointed
-from fedflame.client import fine_tune, token_losses
-from fedflame.data.batches import IGNORE_INDEX, EncodedRow
+from fedflame.config.words import Checkpointed
+from fedflame.data.batches import IGNORE_INDEX
+from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.gradient_checkpointing import layers_checkpointed
+from fedflame.training.fine_tune import fine_tune
+from fedflame.training.token_loss import token_losses
 
 
 def adapted_model(checkpointing: Checkpointed) -> AdaptedModel:

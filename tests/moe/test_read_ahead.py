@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import save_file
 from tests.tiny_models import ALPHA, ATTENTION, PAD, RANK, TOP_K, random_batch, tiny_olmoe
 
-from fedflame.choices import Checkpointed
-from fedflame.client import fine_tune, token_losses
-from fedflame.data.batches import EncodedRow
-from fedflame.mapped_base import load_mapped
+from fedflame.base.mapped import load_mapped
+from fedflame.config.words import Checkpointed
+from fedflame.data.encoding import EncodedRow
 from fedflame.messages import RoundPlan
 from fedflame.moe import read_ahead as module
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import MoELayer
 from fedflame.moe.read_ahead import read_ahead
+from fedflame.training.fine_tune import fine_tune
+from fedflame.training.token_loss import token_losses
 from fedflame.wire.codec import encode_update
 
 LAYERS = 3

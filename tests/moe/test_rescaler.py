@@ -15,8 +15,8 @@ from tests.tiny_models import (
 )
 from torch import Tensor
 
-from fedflame.client import token_losses
 from fedflame.moe.rescaler import mass_ratio, rescale
+from fedflame.training.token_loss import token_losses
 
 
 def routed_output(s: float | Tensor) -> Tensor:

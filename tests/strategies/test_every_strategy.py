@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -27,7 +26,9 @@ from tests.random_rounds import (
 )
 from torch import Tensor
 
-from fedflame.config import METHOD_OPTIONS, StrategyConfig, load_config
+from fedflame.config.load import load_config
+from fedflame.config.methods import METHODS, NAMED_METHODS
+from fedflame.config.sections import StrategyConfig
 from fedflame.messages import NOTHING, Adapter, ClientUpdate
 from fedflame.strategies import (
     FedAvg,
@@ -89,18 +90,19 @@ def assert_same_state(got: ServerState, wanted: ServerState) -> None:
 
 
 def test_every_method_of_the_configuration_is_built_is_tested_here_and_has_its_options() -> None:
-    names = get_args(StrategyConfig.model_fields["name"].annotation)
-    assert set(names) == set(STRATEGIES) == set(METHOD_OPTIONS)
-    for name in names:
+    assert set(STRATEGIES) == set(NAMED_METHODS)
+    for name in NAMED_METHODS:
         strategy = build_strategy(load_config(None, [f"strategy.name={name}"]), K)
         assert type(strategy) is type(STRATEGIES[name])
-    assert set().union(*METHOD_OPTIONS.values()) == set(StrategyConfig.model_fields) - {"name"}
+    assert set().union(*(method.options for method in METHODS.values())) == set(
+        StrategyConfig.model_fields
+    ) - {"name"}
 
 
 def test_the_table_of_strategies_has_every_method_once() -> None:
     document = Path(__file__).parents[2] / "docs" / "strategies.md"
     rows = [line for line in document.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == list(METHOD_OPTIONS)
+    assert [row.split("`")[1] for row in rows] == list(NAMED_METHODS)
 
 
 # The stream
@@ -174,7 +176,7 @@ def test_which_client_has_which_number_does_not_matter(name: str) -> None:
     assert max(abs(value - moved[key]).max() for key, value in total_products(one).items()) > 0.05
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if "counted_rows" in METHOD_OPTIONS[name]])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if "counted_rows" in METHODS[name].options])
 def test_a_client_counts_by_the_rows_it_holds_or_by_those_it_trained_on(name: str) -> None:
     """The one is the other where a client holds no more rows than it trained on."""
     state, updates = a_round(name)

@@ -24,19 +24,12 @@ from tests.tiny_models import (
 )
 from torch import Tensor
 
-from fedflame.client import fine_tune
-from fedflame.data.batches import EncodedRow
-from fedflame.messages import (
-    NOTHING,
-    Adapter,
-    ClientUpdate,
-    RoundPlan,
-    half_of,
-    validate_update,
-)
+from fedflame.data.encoding import EncodedRow
+from fedflame.messages import NOTHING, Adapter, ClientUpdate, RoundPlan, half_of, validate_update
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies import FedAvg, FedExLoRA, FFALoRA, FLoRA, RoLoRA
 from fedflame.strategies.base import ClientProfile, ServerState, Strategy
+from fedflame.training.fine_tune import fine_tune
 from fedflame.wire.codec import decode_plan, decode_update, encode_plan, encode_update
 
 K = 2

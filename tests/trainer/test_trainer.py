@@ -16,23 +16,23 @@ import torch
 from tests.engines_here import write_site
 from tests.tiny_models import TOP_K
 
-from fedflame.base_model import model_digest
-from fedflame.client import fine_tune
-from fedflame.config import RunConfig
-from fedflame.data.batches import encode, pad_token
+from fedflame.base.adapted import load_adapted_model
+from fedflame.base.files import model_digest
+from fedflame.config.run_config import RunConfig
+from fedflame.data.encoding import encode, pad_token
 from fedflame.data.instructions import load_instructions
 from fedflame.errors import UserError
 from fedflame.messages import RoundPlan
-from fedflame.server.local_clients import load_adapted_model
 from fedflame.trainer.ask import answer_pieces, ask
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.server import serve, sole_trainer
 from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import load_site
+from fedflame.trainer.unix_socket import listening
+from fedflame.training.fine_tune import fine_tune
 from fedflame.wire.addition import encode_addition, plan_digest
 from fedflame.wire.codec import encode_plan, encode_update
 from fedflame.wire.envelope import Envelope, receive
-from fedflame.wire.unix_socket import listening
 
 RUN = "ab" * 16
 MODEL = "the-model"

@@ -29,34 +29,28 @@ from tests.message_samples import (
 )
 from torch import Tensor
 
-from fedflame.choices import UpdateDtype
+from fedflame.config.words import UpdateDtype
 from fedflame.errors import InvalidMessage
-from fedflame.messages import (
-    Adapter,
-    ClientUpdate,
-    RoundPlan,
-    half_of,
-    validate_update,
-)
+from fedflame.messages import Adapter, ClientUpdate, RoundPlan, half_of, validate_update
 from fedflame.wire.codec import decode_plan, decode_update, encode_plan, encode_update, update_limit
 from fedflame.wire.frame import seal, unseal
-from fedflame.wire.planes import squeeze, unsqueeze
+from fedflame.wire.planes import compress, decompress
 
 
 def body_of(message: bytes) -> bytes:
-    """The safetensors buffer of a plan or, squeezed, of an update."""
+    """The safetensors buffer of a plan or, compressed, of an update."""
     body = unseal(message)
-    return bytes(body) if is_plan(message) else unsqueeze(body, 1 << 20)
+    return bytes(body) if is_plan(message) else decompress(body, 1 << 20)
 
 
 def is_plan(message: bytes) -> bool:
-    """By the start of a safetensors header; in a squeezed body these are of a length, none as large here."""
+    """By the start of a safetensors header; a compressed body has a length there, never as large."""
     return unseal(message)[8:10] == b'{"'
 
 
 def with_body(message: bytes, body: bytes) -> bytes:
     """Sealed as a message of the same kind."""
-    return seal(body if is_plan(message) else squeeze(body))
+    return seal(body if is_plan(message) else compress(body))
 
 
 def header_of(message: bytes) -> dict[str, Any]:
@@ -355,7 +349,7 @@ def test_a_buffer_with_a_byte_too_many_is_refused(kind: str) -> None:
 
 
 def test_the_other_kind_is_refused() -> None:
-    with pytest.raises(InvalidMessage, match=r"not a fedflame update: .* no squeezed body"):
+    with pytest.raises(InvalidMessage, match=r"not a fedflame update: .* no compressed body"):
         read_update(DECODERS["plan"][1])
     with pytest.raises(InvalidMessage, match="not a fedflame plan"):
         decode_plan(UPDATE)

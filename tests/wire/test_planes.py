@@ -1,4 +1,4 @@
-"""Squeezed bytes: they come back, are few where there is something to win, and are read in bounded memory."""
+"""Compressed bytes: they come back, are few where it pays, and are read in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedflame.wire.planes import squeeze, unsqueeze
+from fedflame.wire.planes import compress, decompress
 
 HEAD = struct.Struct("<5Q")
 
@@ -36,9 +36,9 @@ few_numbers = st.integers(0, 2000).map(lambda count: bytes(range(7)) * count)
 @settings(deadline=None)
 @given(st.binary(max_size=60) | few_numbers)
 def test_any_bytes_come_back(body: bytes) -> None:
-    message = squeeze(body)
+    message = compress(body)
     assert len(message) <= len(body) + HEAD.size
-    assert unsqueeze(message, len(body)) == by_hand(message) == body
+    assert decompress(message, len(body)) == by_hand(message) == body
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,12 @@ def test_numbers_around_zero_take_fewer_bytes(dtype: torch.dtype, most: float) -
         20 if dtype == torch.int8 else 0.02
     )
     body = bytes(values.to(dtype).view(torch.uint8).tolist())
-    assert len(squeeze(body)) < most * len(body)
+    assert len(compress(body)) < most * len(body)
 
 
 def test_of_bytes_without_a_pattern_none_is_lost_or_won() -> None:
     body = bytes(torch.randint(0, 256, (9_999,), generator=torch.Generator().manual_seed(0)).tolist())
-    assert len(squeeze(body)) == len(body) + HEAD.size
+    assert len(compress(body)) == len(body) + HEAD.size
 
 
 @settings(max_examples=300, deadline=None)
@@ -62,12 +62,12 @@ def test_of_bytes_without_a_pattern_none_is_lost_or_won() -> None:
 def test_changed_bytes_are_refused_or_other_bytes_of_the_size_that_is_claimed(
     body: bytes, data: st.DataObject
 ) -> None:
-    message = bytearray(squeeze(body))
+    message = bytearray(compress(body))
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, HEAD.size) | st.integers(0, len(message)))
         message[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     try:
-        got = unsqueeze(bytes(message), 100_000)
+        got = decompress(bytes(message), 100_000)
     except ValueError as reason:
         assert str(reason)
     else:
@@ -96,9 +96,9 @@ def deflated(plane: bytes) -> bytes:
 def test_what_is_claimed_or_blown_up_takes_no_memory(message: bytes) -> None:
     tracemalloc.start()
     with pytest.raises(
-        ValueError, match=r"at most 4,000,000 are allowed|that is not 1,000,000 bytes|no squeezed"
+        ValueError, match=r"at most 4,000,000 are allowed|that is not 1,000,000 bytes|no compressed"
     ):
-        unsqueeze(message, 4_000_000)
+        decompress(message, 4_000_000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8_000_000
@@ -117,10 +117,10 @@ def test_what_is_claimed_or_blown_up_takes_no_memory(message: bytes) -> None:
 def test_a_code_of_other_bytes_than_its_place_has_is_refused(planes: tuple[bytes, ...]) -> None:
     whole = tuple(bytes(100) if plane == b"x" else plane for plane in planes)
     with pytest.raises(ValueError, match=r"a place of numbers that"):
-        unsqueeze(claiming(400, *whole), 400)
+        decompress(claiming(400, *whole), 400)
 
 
 @pytest.mark.parametrize("length", range(HEAD.size))
 def test_less_than_a_head_is_refused(length: int) -> None:
-    with pytest.raises(ValueError, match="that are no squeezed body"):
-        unsqueeze(squeeze(b"x")[:length], 10)
+    with pytest.raises(ValueError, match="that are no compressed body"):
+        decompress(compress(b"x")[:length], 10)

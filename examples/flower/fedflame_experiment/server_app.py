@@ -9,11 +9,12 @@ from flwr.serverapp import Grid, ServerApp
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from fedflame.commands.run import Existing, execute
-from fedflame.commands.sites import Sites
-from fedflame.config import load_config
+from fedflame.commands.run import Existing, print_run
+from fedflame.config.load import load_config
 from fedflame.engines.flower.grid_engine import GridEngine
 from fedflame.engines.hub import load_hub
+from fedflame.experiment.prepare import prepare
+from fedflame.experiment.sites import Sites
 
 FOLDER = Path(__file__).parents[1]
 app = ServerApp()
@@ -26,4 +27,5 @@ def main(grid: Grid, context: Context) -> None:
     experiment, hub = FOLDER / given["experiment"], load_hub(FOLDER / given["hub"])
     config = load_config(experiment, [f"output_dir={given['output-dir']}"])
     existing: Existing = TypeAdapter(Existing).validate_python(given["existing"])
-    execute(config, experiment.read_text(), existing, Console(), sites=Sites(hub, GridEngine(grid, hub)))
+    prepared = prepare(config, existing, Sites(hub, GridEngine(grid, hub)))
+    print_run(prepared, experiment.read_text(), Console())

@@ -20,7 +20,7 @@ from transformers import OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedflame.bench.block import Geometry, random_rows, sharing_copy
-from fedflame.choices import Checkpointed
+from fedflame.config.words import Checkpointed
 from fedflame.messages import Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.rescaler import rescale

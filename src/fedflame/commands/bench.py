@@ -14,10 +14,10 @@ from rich.console import Console
 from fedflame.bench.block import Geometry, frozen_model
 from fedflame.bench.measurement import measure, one_thread, require_equal
 from fedflame.bench.methods import METHODS
-from fedflame.commands.environment import environment
 from fedflame.commands.tables import bench_table
-from fedflame.config import parse_tiers
+from fedflame.config.sections import parse_integers
 from fedflame.errors import UserError
+from fedflame.experiment.environment import environment
 
 
 def print_bench(
@@ -115,6 +115,6 @@ def _active(active_experts: str, geometry: Geometry) -> list[int]:
 
 def _numbers(option: str, text: str) -> list[int]:
     try:
-        return parse_tiers(text)
+        return list(parse_integers(text))
     except ValueError as error:
         raise UserError(f"{option} {text!r}: {error}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedflame.atomic_file import write_missing
-from fedflame.base_model import model_digest
+from fedflame.base.files import model_digest
 from fedflame.commands.check import (
     Finding,
     after_each_other,
@@ -22,7 +22,7 @@ from fedflame.commands.check import (
     read_admin,
 )
 from fedflame.commands.service_units import service_unit
-from fedflame.config import RunConfig
+from fedflame.config.run_config import RunConfig
 from fedflame.engines.flower.engine import FlowerEngine
 from fedflame.engines.hub import Hub, load_hub
 from fedflame.engines.nvflare.engine import NvflareEngine, nvflare_command

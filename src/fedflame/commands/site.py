@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from fedflame.atomic_file import write_missing
-from fedflame.base_model import model_digest
+from fedflame.base.files import model_digest
 from fedflame.commands.check import (
     Finding,
     after_each_other,
@@ -106,7 +106,7 @@ def init_site(folder: Path, new: NewSite, engine: SiteEngine, console: Console) 
     """
     folder = folder.absolute()
     site_file = folder / "site.toml"
-    trainer = f"{sys.executable} -m fedflame trainer --site {site_file} --once"
+    trainer = f"{sys.executable} -m fedflame trainer --site {site_file}"
     socket = {SOCKET_VARIABLE: str(folder / "trainer.sock")}
     files = {
         site_file: _site_file(new, engine),

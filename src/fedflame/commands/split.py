@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedflame.atomic_file import write_atomically
-from fedflame.config import RunConfig
+from fedflame.config.run_config import RunConfig
 from fedflame.data.federation import load_federation
 from fedflame.data.instructions import Instruction
 from fedflame.errors import UserError
@@ -27,7 +27,7 @@ def split(config: RunConfig, folder: Path, console: Console) -> None:
         path = folder / f"client-{client}.jsonl"
         lines = [_line(federation.training[index]) for index in part]
         write_atomically(path, "".join(lines).encode())
-        console.print(f"{path}: {len(part):,} rows, k = {config.tiers()[client]}", soft_wrap=True)
+        console.print(f"{path}: {len(part):,} rows, k = {config.afforded_experts()[client]}", soft_wrap=True)
 
 
 def _line(row: Instruction) -> str:

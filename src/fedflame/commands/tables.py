@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedflame.compare.tables import ResultTable
-from fedflame.cost import ClientCost, RunCost
+from fedflame.cost.run_cost import ClientCost, RunCost
 from fedflame.report.numbers import decimal, percent, si
 from fedflame.report.records import Run
 from fedflame.report.results import SCORE_LABELS, score_format

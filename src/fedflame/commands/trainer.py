@@ -1,44 +1,38 @@
-"""The resident trainer of a site, from its file."""
+"""`fedflame trainer`: the resident trainer of a site. systemd starts it again after a crash."""
 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
-from fedflame.tracking import LineReporter
+from fedflame.commands.progress import say_line
+from fedflame.commands.quiet import no_bars
 from fedflame.trainer.site import load_site
-from fedflame.trainer.supervisor import supervise
 
 SKIPPED_ROWS_SHOWN = 5
 
 
-def run_trainer(site_file: Path, once: bool, console: Console) -> None:
+def run_trainer(site_file: Path, console: Console) -> None:
     """Serve the site until this process is told to end.
 
     Args:
         site_file: the site's file.
-        once: in this process; without it, in one that is started again when it crashes.
         console: where lines go.
 
     Raises:
-        UserError: the file or the data cannot be used, another trainer serves the site, or it crashes
-            again and again.
+        UserError: the file or the data cannot be used, or another trainer serves the site.
     """
-    say = LineReporter(console).message
     site = load_site(site_file)
-    if not once:
-        signal.signal(signal.SIGTERM, _interrupt)
-        command = [sys.executable, "-m", "fedflame", "trainer", "--site", str(site_file), "--once"]
-        supervise(command, say)
-        return
+    no_bars()
     from fedflame.trainer.server import serve, sole_trainer
     from fedflame.trainer.service import TrainerService
-    from fedflame.wire.unix_socket import listening
+    from fedflame.trainer.unix_socket import listening
+
+    def say(text: str) -> None:
+        say_line(console, text)
 
     with sole_trainer(site):
         service = TrainerService(site, say)
@@ -57,7 +51,3 @@ def _wait_for_the_end() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: end.set())
     end.wait()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -18,9 +18,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from fedflame.compare.devices import Devices
-from fedflame.config import METHOD_OPTIONS, RunConfig, load_config
+from fedflame.config.load import load_config
+from fedflame.config.run_config import SCHEMA_VERSION, RunConfig
+from fedflame.config.settings import flat, read_toml, refuse_unknown_key, validated
 from fedflame.errors import UserError
-from fedflame.settings import flat, read_toml, refuse_unknown_key, validated
 
 Setting = tuple[tuple[str, str], ...]
 """The value on each axis but the seed's, as (key, value)."""
@@ -28,12 +29,6 @@ Setting = tuple[tuple[str, str], ...]
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VALUE_IN_NAME = 24
 """Characters of a value that go into a folder's name."""
-_OFF = {
-    "communication.update_dtype": "float32",
-    "evaluation.evaluate_every": 1,
-    "strategy.counted_rows": "held",
-}
-"""Options that came after results were kept, at the value that leaves a run what it was."""
 
 
 class _GridFile(BaseModel):
@@ -143,9 +138,7 @@ def _cell(
 ) -> Cell:
     if both := sorted(given.keys() & point.keys()):
         raise UserError(f"grid: {both[0]} is an axis of [grid]; neither [base] nor a method may set it")
-    # First, so that a grid may say otherwise: all processes share the pages of one mapped base.
-    settings = {"model.memory_map": True, **given, **point}
-    lines = [*(f"{key}={value}" for key, value in settings.items()), *overrides]
+    lines = [*(f"{key}={value}" for key, value in {**given, **point}.items()), *overrides]
     if any(line.partition("=")[0].strip() == "output_dir" for line in lines):
         raise UserError("grid: output_dir is set once, at the top of the file or by --output-dir")
     try:
@@ -168,16 +161,16 @@ def _name(method: str, setting: Setting, config: RunConfig) -> str:
 
 
 def _identity(config: RunConfig) -> str:
-    """All that the run reads: options of other methods, and options that are off, may come and go."""
-    values = config.model_dump(exclude={"output_dir"})
-    values["strategy"]["k_rotation"] = config.k_rotation()
-    read = {"name", *METHOD_OPTIONS[config.strategy.name]}
-    values["strategy"] = {key: value for key, value in values["strategy"].items() if key in read}
-    for key, off in _OFF.items():
-        section, _, name = key.partition(".")
-        if values[section].get(name) == off:
-            del values[section][name]
-    return json.dumps({name: value for name, value in values.items() if value != {}}, sort_keys=True)
+    """The schema version, and what differs from its defaults: options that are off may come and go."""
+    values, defaults = _flat_settings(config), _flat_settings(RunConfig())
+    if config.method.experts == "in_turn":
+        values["strategy.k_rotation"] = config.k_rotation()
+    chosen = {key: value for key, value in values.items() if value != defaults[key]}
+    return json.dumps([SCHEMA_VERSION, chosen], sort_keys=True)
+
+
+def _flat_settings(config: RunConfig) -> dict[str, Any]:
+    return flat(config.model_dump(exclude={"output_dir"}))
 
 
 def _refuse_duplicates(cells: Sequence[Cell]) -> None:

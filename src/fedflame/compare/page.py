@@ -18,12 +18,12 @@ from fedflame.compare.tables import (
     summary_table,
     total_table,
 )
+from fedflame.config.settings import flat
 from fedflame.report.charts import LINE_COLOURS, ROUNDS, Series, XAxis, legend, line_chart
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
 from fedflame.report.page import document, fold, header
-from fedflame.report.results import tier_name
-from fedflame.settings import flat
+from fedflame.report.results import tier_label
 
 _AXES = (
     ("round", ROUNDS),
@@ -180,7 +180,7 @@ def _chart(
         if measured
         else note("None.")
     )
-    return element("figure", element("figcaption", tier_name(tier)), drawn)
+    return element("figure", element("figcaption", tier_label(tier)), drawn)
 
 
 def _series(method: str, colour: int, points: Iterable[Point], spent: str, measure: Measure) -> Series:

@@ -136,7 +136,7 @@ def write_cell(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> Non
 
 
 def _client_work(cell: Cell, run: Run) -> Iterator[ClientWork]:
-    budgets = cell.config.tiers()
+    budgets = cell.config.afforded_experts()
     for update in run.updates:
         yield ClientWork(
             update.round,
@@ -153,7 +153,7 @@ def _client_work(cell: Cell, run: Run) -> Iterator[ClientWork]:
 
 def _deployed(cell: Cell, run: Run, full: int) -> Iterator[Deployed]:
     """By budget; `full`: the model's own K."""
-    places = dict(zip(cell.config.tiers(), cell.config.deployed(full), strict=True))
+    places = dict(zip(cell.config.afforded_experts(), cell.config.deployed(full), strict=True))
     whole = run.forward_flops_at(full, cell.config.adapter.r)
     cut = cell.config.cut_deployments(full)
     for budget, (k, rank) in sorted(places.items(), reverse=True):

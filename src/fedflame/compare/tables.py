@@ -10,7 +10,7 @@ from fedflame.compare.grid import Setting
 from fedflame.compare.intervals import CONFIDENCE, Difference, Summary
 from fedflame.compare.results import CellResult
 from fedflame.report.numbers import MISSING, decimal, duration, percent, si
-from fedflame.report.results import SCORE_LABELS, tier_name
+from fedflame.report.results import SCORE_LABELS, tier_label
 
 DIGITS = 3
 START = "before training"
@@ -95,7 +95,7 @@ def summary_table(comparison: Comparison, setting: Setting, measure: Measure) ->
         rows.append([Entry(method), *cells])
     counts = sorted({len(comparison.seeds(setting, method)) for method in methods})
     over = "one seed" if counts == [1] else f"mean ± standard deviation over {_range(counts)} seeds"
-    return ResultTable(f"{measure.label}, {over}", ["method", *map(tier_name, tiers)], rows)
+    return ResultTable(f"{measure.label}, {over}", ["method", *map(tier_label, tiers)], rows)
 
 
 def _best(summaries: Sequence[Summary | None], rising: bool) -> float | None:
@@ -120,7 +120,7 @@ def difference_table(comparison: Comparison, setting: Setting, measure: Measure)
     """Each method minus the baseline at each k, seed by seed: mean, interval and what it says."""
     tiers = comparison.tiers(setting)
     rows = _differences(comparison, setting, measure, tiers, CellResult.last)
-    return ResultTable(_difference_title(comparison, measure), ["method", *map(tier_name, tiers)], rows)
+    return ResultTable(_difference_title(comparison, measure), ["method", *map(tier_label, tiers)], rows)
 
 
 def _difference_title(comparison: Comparison, measure: Measure) -> str:
@@ -145,7 +145,7 @@ def deployment_tables(comparison: Comparison, setting: Setting, measure: Measure
     budgets, methods = comparison.budgets(setting), comparison.methods(setting)
     if not budgets:
         return
-    headers = ["method", *(f"affords {tier_name(budget)}" for budget in budgets)]
+    headers = ["method", *(f"affords {tier_label(budget)}" for budget in budgets)]
     rows = [[Entry(m), *[_deployed(comparison, setting, m, measure, b) for b in budgets]] for m in methods]
     title = f"{measure.label} of what each device deploys, and its forward cost (100 % is all K experts)"
     yield ResultTable(title, headers, rows)
@@ -160,7 +160,7 @@ def _deployed(comparison: Comparison, setting: Setting, method: str, measure: Me
     if summary is None or deployed is None:
         return Entry(MISSING)
     entry = _entry(summary, measure, seeds=len(comparison.seeds(setting, method)))
-    place = f"{tier_name(deployed.active_experts)}, r = {deployed.rank}: {percent(deployed.relative_flops)}"
+    place = f"{tier_label(deployed.active_experts)}, r = {deployed.rank}: {percent(deployed.relative_flops)}"
     return replace(entry, detail=", ".join(filter(None, (place, entry.detail))))
 
 
@@ -212,7 +212,7 @@ def device_table(comparison: Comparison, setting: Setting) -> ResultTable:
             rows.append(
                 [
                     Entry(method),
-                    Entry(tier_name(device.budget)),
+                    Entry(tier_label(device.budget)),
                     Entry(f"{round(device.clients, 1):g}"),
                     Entry(f"k = {device.active_experts}"),
                     Entry(si(device.tokens)),

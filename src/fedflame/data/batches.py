@@ -1,4 +1,4 @@
-"""Prompt template, tokenisation with response-only labels, and padded batches of similar length."""
+"""Encoded rows as padded batches of similar length."""
 
 from __future__ import annotations
 
@@ -8,25 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from fedflame.data.instructions import Instruction
-from fedflame.errors import UserError
+from fedflame.data.encoding import EncodedRow
 
-RESPONSE_MARKER = "\nResponse:"
 IGNORE_INDEX = -100
 """Label of positions without loss, as in torch's cross entropy."""
 BATCHES_PER_WINDOW = 8
 """Rows are sorted by length within windows of about so many batches: little padding, still shuffled."""
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """Token ids of prompt and response; the loss starts at `prompt_length`, in tokens."""
-
-    ids: list[int]
-    prompt_length: int
-    truncated: bool
 
 
 @dataclass(frozen=True)
@@ -41,36 +29,6 @@ class Batch:
     def tokens(self) -> int:
         """Tokens that are not padding."""
         return int(self.attention_mask.sum())
-
-
-def format_prompt(row: Instruction) -> str:
-    """The prompt without the response marker; the response follows `RESPONSE_MARKER` and a space."""
-    context = f"\nInput: {row.context}" if row.context else ""
-    return f"Instruction: {row.instruction}{context}"
-
-
-def encode(row: Instruction, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedRow:
-    """Tokenise one row into at most `max_length` tokens.
-
-    A row that is too long loses the end of its response beyond half of `max_length`, then the end of
-    its prompt (the context comes last there); the marker always stays.
-    """
-    marker = _ids(tokenizer, RESPONSE_MARKER)
-    response = [*_ids(tokenizer, f" {row.response}"), _end_token(tokenizer)]
-    prompt = _ids(tokenizer, format_prompt(row))
-    total = len(prompt) + len(marker) + len(response)
-    if total > max_length:
-        room = max(max_length - len(prompt) - len(marker), max_length // 2)
-        response = response[: min(room, max_length - len(marker))]
-        prompt = prompt[: max(0, max_length - len(marker) - len(response))]
-    ids = prompt + marker + response
-    return EncodedRow(ids, len(prompt) + len(marker), total > max_length)
-
-
-def encode_prompt(row: Instruction, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-    """The prompt with its marker, as generation starts from it; cut to `max_length`, the marker stays."""
-    marker = _ids(tokenizer, RESPONSE_MARKER)
-    return _ids(tokenizer, format_prompt(row))[: max(0, max_length - len(marker))] + marker
 
 
 def collate(rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:
@@ -127,18 +85,3 @@ def _cut(alike: Sequence[int], lengths: Sequence[int], capacity: Callable[[float
             batches.append([])
         batches[-1].append(index)
     return batches
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding id; models without one are padded by their end token, which the mask hides."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _end_token(tokenizer)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos_token; responses need one to end")
-    return int(tokenizer.eos_token_id)

@@ -1,4 +1,4 @@
-"""From the data configuration to clients: load, hold out, partition, tokenise."""
+"""From the data configuration to clients: load, hold out, partition, tokenise. No torch."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from fedflame.config import SKILLS, RunConfig
+from fedflame.config.run_config import RunConfig
+from fedflame.config.sections import SKILLS, DataConfig
 from fedflame.data import skills
-from fedflame.data.batches import EncodedRow, encode
+from fedflame.data.encoding import EncodedRow, encode
+from fedflame.data.given import GivenRows
 from fedflame.data.instructions import (
     Instruction,
     SkippedRow,
-    load_instructions,
+    read_instructions,
     sample_rows,
     split_held_out,
     validation_rows,
 )
 from fedflame.data.partition import partition, partition_statistics
+from fedflame.data.sources import open_source
 from fedflame.errors import UserError
 from fedflame.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SKILLS_ROWS = 12000
 """Rows of generated skills where `data.max_rows` says nothing."""
@@ -78,14 +82,21 @@ class EncodedFederation:
         return labelled / sum(len(row.ids) for row in rows)
 
 
-def load_federation(config: RunConfig) -> Federation:
+def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federation:
     """Rows split over the clients as configured; the same configuration gives the same split.
 
+    Args:
+        config: names the data, what is held out of them, and the partition.
+        given: rows that stand for those of `data.dataset_name`; those that come by client need no partition.
+
     Raises:
-        UserError: see `load_instructions`, `validation_instructions` and `partition`; or no rows to hold out.
+        UserError: see `read_instructions`, `validation_rows` and `partition`; or no rows to hold out, or none
+            that are left for a client.
     """
-    load = _generated if config.data.dataset_name == SKILLS else _loaded
-    training, held_out, skipped = load(config)
+    if given is not None and given.per_client:
+        return _of_clients(config, given)
+    load = _generated if given is None and config.data.dataset_name == SKILLS else _loaded
+    training, held_out, skipped = load(config, given)
     labels = [row.category for row in training]
     seed = derive_seed(config.seed, "partition")
     parts = partition(labels, config.clients.num_clients, config.data.partition, config.data.alpha, seed)
@@ -96,7 +107,7 @@ _Rows = tuple[list[Instruction], list[Instruction], list[SkippedRow]]
 """To train on, held out, and skipped."""
 
 
-def _generated(config: RunConfig) -> _Rows:
+def _generated(config: RunConfig, _: GivenRows | None) -> _Rows:
     count = config.evaluation.rows_per_category * len(skills.CATEGORIES)
     training = skills.instructions(config.data.max_rows or SKILLS_ROWS, config.seed, "train")
     if config.evaluation.split == "validation":
@@ -104,32 +115,53 @@ def _generated(config: RunConfig) -> _Rows:
     return training, skills.instructions(count, config.seed, "held_out"), []
 
 
-def _loaded(config: RunConfig) -> _Rows:
-    data, seed = config.data, config.seed
-    loaded = load_instructions(
-        dataset_name=data.dataset_name,
-        split=data.split,
-        dataset_config_name=data.dataset_config_name,
-        instruction_field=data.instruction_field,
-        context_field=data.context_field,
-        response_field=data.response_field,
-        category_field=data.category_field,
+def _loaded(config: RunConfig, given: GivenRows | None) -> _Rows:
+    data = config.data
+    source = (
+        given.sources[0] if given else open_source(data.dataset_name, data.dataset_config_name, data.split)
     )
-    sample = sample_rows(loaded.rows, data.max_rows, seed)
+    loaded = read_instructions(source, _columns(data))
+    training, held_out = _held_out(config, loaded.rows)
+    return training, held_out, loaded.skipped
+
+
+def _of_clients(config: RunConfig, given: GivenRows) -> Federation:
+    """Held out of all clients' rows together; each client keeps what is left of its own."""
+    loaded = [read_instructions(source, _columns(config.data)) for source in given.sources]
+    owners = {id(row): client for client, of in enumerate(loaded) for row in of.rows}
+    training, held_out = _held_out(config, [row for of in loaded for row in of.rows])
+    parts: list[list[int]] = [[] for _ in loaded]
+    for index, row in enumerate(training):
+        parts[owners[id(row)]].append(index)
+    if not all(parts):
+        source = given.sources[parts.index([])].name
+        raise UserError(f"{source}: no row is left to train on after rows for evaluation were held out")
+    return Federation(training, parts, held_out, [row for of in loaded for row in of.skipped])
+
+
+def _columns(data: DataConfig) -> dict[str, str]:
+    roles = ("instruction", "context", "response", "category")
+    return {role: getattr(data, f"{role}_field") for role in roles}
+
+
+def _held_out(config: RunConfig, rows: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
+    """Those to train on, and those of `evaluation.split`; the same objects."""
+    data, seed = config.data, config.seed
+    sample = sample_rows(rows, data.max_rows, seed)
     training, test = split_held_out(sample, config.evaluation.rows_per_category, seed)
     if not test:
         raise UserError(
             f"{data.dataset_name}: {len(training)} usable rows; too few to hold some out for evaluation"
         )
     if config.evaluation.split == "test":
-        return training, test, loaded.skipped
-    validation = validation_rows(loaded.rows, sample, test, seed)
+        return training, test
+    validation = validation_rows(rows, sample, test, seed)
     if not validation:
         raise UserError(
-            f"{data.dataset_name}: {len(loaded.rows)} usable rows; data.max_rows = {data.max_rows} "
+            f"{data.dataset_name}: {len(rows)} usable rows; data.max_rows = {data.max_rows} "
             "must leave some of them for evaluation.split = 'validation'"
         )
-    return training, validation, loaded.skipped
+    return training, validation
 
 
 def encode_federation(

@@ -10,7 +10,7 @@ import difflib
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedflame.data.sources import Source, open_source
@@ -87,13 +87,26 @@ def load_instructions(
         "response": response_field,
         "category": category_field,
     }
-    source = open_source(dataset_name, dataset_config_name, split)
-    columns = _resolve_columns(source, given)
+    return read_instructions(open_source(dataset_name, dataset_config_name, split), given)
+
+
+def read_instructions(source: Source, columns: Mapping[str, str]) -> LoadedInstructions:
+    """The instruction rows of a source.
+
+    Args:
+        source: where the rows are.
+        columns: the user's name for the column of each role (instruction, context, response, category); an
+            empty name is recognised.
+
+    Raises:
+        UserError: the source cannot be read, its columns are not known, or no row is usable.
+    """
+    chosen = _resolve_columns(source, columns)
     rows: list[Instruction] = []
     skipped: list[SkippedRow] = []
-    for where, fields in source.rows(sorted(set(columns.values()))):
+    for where, fields in source.rows(sorted(set(chosen.values()))):
         try:
-            rows.append(_instruction(fields, columns))
+            rows.append(_instruction(fields, chosen))
         except _BrokenRowError as error:
             skipped.append(SkippedRow(where, str(error)))
     if not rows:
@@ -199,7 +212,7 @@ def _text(fields: dict[str, object], column: str) -> str:
     return text
 
 
-def _resolve_columns(source: Source, given: dict[str, str]) -> dict[str, str]:
+def _resolve_columns(source: Source, given: Mapping[str, str]) -> dict[str, str]:
     """The column of each role, those named by the user first; context and category may have none."""
     chosen = {role: column for role, column in given.items() if column}
     if not source.columns:  # nothing to match: the rows, if there are any, tell what is wrong

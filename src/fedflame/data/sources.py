@@ -21,6 +21,8 @@ from fedflame.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 HUB_TIMEOUT_SECONDS = 10.0
+IN_MEMORY = "in-memory"
+"""What `data.dataset_name` is for rows that a program handed over: they lie in no file."""
 
 RawRow = tuple[str, dict[str, object] | str]
 """A row as read: its place, and its fields or the reason why it has none."""
@@ -48,6 +50,11 @@ def open_source(dataset_name: str, dataset_config_name: str, split: str) -> Sour
     Raises:
         UserError: the source cannot be read; a file may say so only when its rows are read.
     """
+    if dataset_name == IN_MEMORY:
+        raise UserError(
+            f"data.dataset_name = {IN_MEMORY!r}: a program handed these rows over; it must do so again, or "
+            "data.dataset_name must name a file or a hub id"
+        )
     refuse_missing_file(dataset_name)
     if _is_file(dataset_name):
         return _open_file(dataset_name)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedflame.clients.answers import Answer, OnStep
 from fedflame.engines.engine import Engine
 from fedflame.engines.hub import HubRounds
-from fedflame.engines.segment import POLL_SECONDS, SegmentEnded, Segments
+from fedflame.engines.jobs import POLL_SECONDS, EngineJobEnded, EngineJobs
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.server.local_clients import Answer, OnStep
 from fedflame.wire.addition import encode_addition, plan_digest
 from fedflame.wire.envelope import Bytes, Envelope
 
@@ -90,7 +90,7 @@ class EngineClients:
     """All clients of a run, one per site, in the order of `sites`."""
 
     engine: Engine
-    segments: Segments
+    engine_jobs: EngineJobs
     run: str
     """32 hexadecimal digits, the same after a resumption."""
     job: Mapping[str, Any]
@@ -164,16 +164,16 @@ class EngineClients:
                 _fail(open_requests, reason)
                 break
             try:
-                if self.segments.current is None:
-                    self._start_segment(open_requests)
+                if self.engine_jobs.current is None:
+                    self._start_job(open_requests)
                 for request in open_requests:
                     self._send(request)
-                event = self.segments.event(POLL_SECONDS)
+                event = self.engine_jobs.event(POLL_SECONDS)
                 if event is not None:
                     self._take(event, requests)
                 else:
                     self._rejoin(open_requests)
-            except SegmentEnded as error:
+            except EngineJobEnded as error:
                 self._count(str(error))
         for request in requests:
             request.addition_path.unlink(missing_ok=True)
@@ -193,7 +193,7 @@ class EngineClients:
             "addition": request.addition,
         }
         content = Envelope(header, request.content).pieces()
-        self.segments.carry(request.ticket, request.site, *content)
+        self.engine_jobs.carry(request.ticket, request.site, *content)
         request.sent = True
         request.bytes_down += sum(map(len, content))
 
@@ -206,13 +206,13 @@ class EngineClients:
             return f"no answer within {grace:.0f} s of the others (rounds.straggler_grace)"
         return ""
 
-    def _start_segment(self, open_requests: Iterable[_Request]) -> None:
+    def _start_job(self, open_requests: Iterable[_Request]) -> None:
         if self._failures > self.rounds.max_resubmissions:
             raise UserError(
                 f"{self._failures} jobs ended one after another without an answer (see above); what is "
                 "finished is kept, and --resume goes on"
             )
-        self.segments.start(self.rounds.start_timeout)
+        self.engine_jobs.start(self.rounds.start_timeout)
         for request in open_requests:
             request.gone, request.sent = "", False
 
@@ -224,8 +224,8 @@ class EngineClients:
     def _take(self, event: Envelope, requests: Sequence[_Request]) -> None:
         """Settle the request that this word of the job is about."""
         kind = event.header.get("kind")
-        if kind == "sites" and self.segments.current is not None:
-            self.segments.current.sites = set(event.header.get("sites") or ())
+        if kind == "sites" and self.engine_jobs.current is not None:
+            self.engine_jobs.current.sites = set(event.header.get("sites") or ())
             return
         found = [request for request in requests if request.ticket == event.header.get("ticket")]
         if not found or found[0].settled:
@@ -273,7 +273,7 @@ class EngineClients:
         if returned:
             for request in returned:
                 request.returns += 1
-            self.segments.stop()
+            self.engine_jobs.stop()
             return
         for request in gone:
             if request.site in self._absent or time.monotonic() - request.start > self.rounds.rejoin_timeout:
@@ -283,12 +283,12 @@ class EngineClients:
 
     def _readmit(self, requests: Sequence[_Request]) -> None:
         """A new job where the one that runs lacks a site that is back."""
-        segment = self.segments.current
-        lacking = {request.site for request in requests} - (segment.sites if segment else set())
-        if segment is None or not segment.sites or not lacking:
+        job = self.engine_jobs.current
+        lacking = {request.site for request in requests} - (job.sites if job else set())
+        if job is None or not job.sites or not lacking:
             return
         if lacking & (self.engine.connected() or set()):
-            self.segments.stop()
+            self.engine_jobs.stop()
 
 
 def _mapped(path: Path) -> memoryview:

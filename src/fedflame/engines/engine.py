@@ -8,10 +8,10 @@ from typing import Protocol
 
 
 class Engine(Protocol):
-    """Runs one job per segment; its process on the hub connects to the driver's socket as a `HubLink`."""
+    """Runs jobs; the process of a job on the hub connects to the driver's socket as a `HubLink`."""
 
-    def submit(self, hub_socket: Path, segment: str) -> str:
-        """Start a job that serves this segment; its id. Raises OSError where the engine does not take it."""
+    def submit(self, hub_socket: Path, job_key: str) -> str:
+        """Start a job that shows this key to the driver; its id. Raises OSError where it is not taken."""
 
     def ended(self, job: str) -> str | None:
         """Why the job is over, in the engine's words; None while it is not."""

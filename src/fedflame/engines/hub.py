@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from fedflame.settings import Section, SettingsFile, load_file
+from fedflame.config.settings import Section, SettingsFile, load_file
 
 
 class HubRounds(Section):

@@ -20,12 +20,12 @@ Request = tuple[str, str, Bytes]
 class HubLink:
     """A connection to the driver; answers may be sent from several threads."""
 
-    def __init__(self, path: Path, segment: str) -> None:
-        """Connect and say which segment this is.
+    def __init__(self, path: Path, job_key: str) -> None:
+        """Connect and say which job this is.
 
         Args:
             path: the driver's socket.
-            segment: what the driver called this segment when it submitted it.
+            job_key: what the driver drew for this job when it submitted it.
 
         Raises:
             OSError: no driver is there.
@@ -33,10 +33,10 @@ class HubLink:
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connection.connect(str(path))
         self._sending = threading.Lock()
-        self._send({"kind": "hello", "segment": segment})
+        self._send({"kind": "hello", "job_key": job_key})
 
     def next_request(self) -> Request | None:
-        """The next request to carry; None at the end of the segment."""
+        """The next request to carry; None at the end of the job."""
         try:
             message = receive(self._connection)
         except (EOFError, OSError, InvalidMessage):
@@ -66,7 +66,7 @@ class HubLink:
         self._send({"kind": "failed", "ticket": ticket, "site": site, "reason": reason})
 
     def sites(self, names: Iterable[str]) -> None:
-        """Tell the driver which sites this segment reaches."""
+        """Tell the driver which sites this job reaches."""
         self._send({"kind": "sites", "sites": sorted(names)})
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedflame.choices import Checkpointed, Dtype, Trainable
+from fedflame.config.words import Checkpointed, Dtype, Trainable
 from fedflame.errors import UserError
 from fedflame.messages import NOTHING, Adapter, is_trained, rank_dim
 from fedflame.moe.activation_counts import ActivationCounts

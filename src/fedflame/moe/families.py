@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedflame.cost.refused_families import refusal
 from fedflame.errors import UserError
 from fedflame.moe.fused_experts import FrozenExperts, Gate
-from fedflame.refused_families import refusal
 
 CONFIGURED_ROUTERS = {"Gemma4TextRouter": "top_k_experts"}
 """Routers without a `top_k`: they read k from this key of their config, in every forward."""

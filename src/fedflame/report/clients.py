@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from fedflame.report.charts import (
-    CATEGORY_COLOURS,
-    heat_legend,
-    heat_map,
-    legend,
-    sparkline,
-    stacked_bar,
-)
+from fedflame.report.charts import CATEGORY_COLOURS, heat_legend, heat_map, legend, sparkline, stacked_bar
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import MISSING, decimal, duration, plural, si
 from fedflame.report.records import Run
-from fedflame.report.results import tier_colours, tier_name
+from fedflame.report.results import tier_colours, tier_label
 
 # A page with more cells than this is slow to open.
 _MAX_HEAT_CELLS = 20_000
@@ -42,7 +35,7 @@ def activation(run: Run) -> Markup:
 
 
 def _client_map(client: int, k: int, frequencies: list[list[float]], tokens: int) -> Markup:
-    title = f"Client {client} · {tier_name(k)}"
+    title = f"Client {client} · {tier_label(k)}"
     if not frequencies:
         return element("figure", element("figcaption", title), note("Has not trained."))
     never = sum(frequency == 0 for row in frequencies for frequency in row)
@@ -77,7 +70,7 @@ def rescaler(run: Run) -> Markup:
         [f"Layer {layer}"]
         + [
             _rescaler_cell(
-                [s[layer] for s in rounds], low, high, colours[tier], f"{tier_name(tier)}, layer {layer}"
+                [s[layer] for s in rounds], low, high, colours[tier], f"{tier_label(tier)}, layer {layer}"
             )
             for tier, rounds in values.items()
         ]
@@ -86,7 +79,7 @@ def rescaler(run: Run) -> Markup:
     text = "Factor on the routed output of each layer, round by round: the mean over the tier's clients, "
     text += f"weighted by rows. The lines share one scale, from {low:.3f} to {high:.3f}; the number is the "
     text += "last round's."
-    return section("Rescaler", table(["", *map(tier_name, values)], rows, "rescaler"), note(text))
+    return section("Rescaler", table(["", *map(tier_label, values)], rows, "rescaler"), note(text))
 
 
 def _rescaler_cell(values: list[float], low: float, high: float, colour: int, where: str) -> Markup:
@@ -129,7 +122,7 @@ def partition(run: Run) -> Markup:
         for name, count in client["per_category"].items():
             held[name if name in held else "other"] += count
         parts = [(name, i, count) for i, (name, count) in enumerate(held.items())]
-        label = join([f"Client {client['client']} ", element("small", tier_name(k[client["client"]]))])
+        label = join([f"Client {client['client']} ", element("small", tier_label(k[client["client"]]))])
         bar = element("td", stacked_bar(parts, full), class_="wide")
         rows.append([label, bar, f"{client['rows']} rows"])
     entries = [(f"p{i}", name) for i, name in enumerate(names)]
@@ -214,7 +207,7 @@ def _round_row(run: Run, number: int) -> list[object]:
     tokens = sum(update.tokens for update in updates)
     loss = sum(update.loss * update.tokens for update in updates) / tokens if tokens else None
     excluded = [
-        element("div", f"Client {event.client} ({tier_name(event.active_experts)}): {event.reason}")
+        element("div", f"Client {event.client} ({tier_label(event.active_experts)}): {event.reason}")
         for event in run.exclusions
         if event.round == number
     ]

@@ -7,12 +7,13 @@ from datetime import datetime
 from importlib import resources
 from typing import Any
 
-from fedflame.config import METHOD_OPTIONS, StrategyConfig
+from fedflame.config.methods import METHODS
+from fedflame.config.sections import StrategyConfig
+from fedflame.config.settings import flat
 from fedflame.report import clients, results
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
 from fedflame.report.records import Run
-from fedflame.settings import flat
 
 _SECTIONS = (
     results.headline,
@@ -68,7 +69,7 @@ def _strategy(run: Run) -> str:
     """The method, and its options that are not at their defaults."""
     strategy: dict[str, Any] = run.config["strategy"]
     name = str(strategy.get("name"))
-    options = METHOD_OPTIONS.get(name, set())
+    options = METHODS[name].options if name in METHODS else frozenset()
     chosen = {key: value for key, value in strategy.items() if key in options}
     details = [
         f"{key.replace('_', ' ')} {value}"

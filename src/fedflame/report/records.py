@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedflame.config import SKILLS
+from fedflame.config.methods import METHODS
+from fedflame.config.sections import SKILLS
 from fedflame.errors import UserError
 
 ScoreName = Literal["exact_match", "rouge_l"]
@@ -156,8 +157,9 @@ class Run:
         budgets = {c["client"]: c["active_experts"] for c in self.partition.get("clients", [])}
         trained = {event.client: event.active_experts for event in self.exclusions}
         trained |= {event.client: event.active_experts for event in self.updates}
-        takes_turns = self.setting("strategy", "name") == "flame"
-        return dict(sorted(((trained | budgets) if takes_turns else (budgets | trained)).items()))
+        method = METHODS.get(str(self.setting("strategy", "name")))
+        by_budget = method is not None and method.experts in ("in_turn", "afforded")
+        return dict(sorted(((trained | budgets) if by_budget else (budgets | trained)).items()))
 
     def tiers(self) -> list[int]:
         """Every k that trained or was evaluated, largest first."""

@@ -47,7 +47,7 @@ def _headline_row(run: Run, tier: int, score: ScoreName | None, flops: dict[int,
     if score:
         score_cell = _change(run.before_after(score, tier), score_format(score), rising=True)
     return [
-        tier_name(tier),
+        tier_label(tier),
         sum(k == tier for k in run.clients().values()),
         _change(run.before_after("loss", tier), decimal, rising=False),
         score_cell,
@@ -82,7 +82,7 @@ def _deployment_row(run: Run, k: int, rank: int, score: ScoreName | None) -> lis
     if score:
         score_cell = _change(run.deployed(score, k, rank), score_format(score), rising=True)
     return [
-        f"{tier_name(k)}, {rank} of {run.setting('adapter', 'r')} ranks",
+        f"{tier_label(k)}, {rank} of {run.setting('adapter', 'r')} ranks",
         trained.count(rank),
         _change(run.deployed("loss", k, rank), decimal, rising=False),
         score_cell,
@@ -91,7 +91,7 @@ def _deployment_row(run: Run, k: int, rank: int, score: ScoreName | None) -> lis
     ]
 
 
-def tier_name(tier: int) -> str:
+def tier_label(tier: int) -> str:
     """`k = 8`."""
     return f"k = {tier}"
 
@@ -135,7 +135,7 @@ def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
     colours = tier_colours(run)
     series = [
         Series(
-            tier_name(tier), colours[tier], [(at, factor * value) for at, value in run.history(name, tier)]
+            tier_label(tier), colours[tier], [(at, factor * value) for at, value in run.history(name, tier)]
         )
         for tier in run.tiers()
     ]
@@ -184,4 +184,4 @@ def _category_table(
 
     rows = [[name, *[cell(name, tier) for tier in tiers]] for name in names]
     caption = element("figcaption", title)
-    return element("figure", caption, table(["Category", *map(tier_name, tiers)], rows))
+    return element("figure", caption, table(["Category", *map(tier_label, tiers)], rows))

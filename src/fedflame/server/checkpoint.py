@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from fedflame.atomic_file import write_atomically
-from fedflame.choices import Trainable
+from fedflame.config.words import Trainable
 from fedflame.errors import UserError
 from fedflame.messages import MERGED_PREFIX, Adapter
 from fedflame.strategies.base import ServerState

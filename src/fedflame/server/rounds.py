@@ -9,22 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedflame.config import RunConfig
-from fedflame.cost import local_steps
+from fedflame.clients.answers import Answer, Clients
+from fedflame.config.run_config import RunConfig
+from fedflame.cost.run_cost import local_steps
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.evaluation import HeldOut, Scores, evaluate, total
-from fedflame.messages import (
-    Adapter,
-    ClientUpdate,
-    RoundPlan,
-    validate_update,
-)
+from fedflame.messages import Adapter, ClientUpdate, RoundPlan, validate_update
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
-from fedflame.server.local_clients import Answer, Clients
+from fedflame.server.metrics import MetricsFile
+from fedflame.server.progress import Reporter
 from fedflame.strategies.base import ClientProfile, ServerState, Strategy
-from fedflame.tracking import MetricsFile, Reporter
+from fedflame.training.evaluation import HeldOut, Scores, evaluate, total
 from fedflame.wire.codec import decode_update, encode_plan
 
 
@@ -257,15 +253,7 @@ def _in_words(scores: Scores) -> str:
 
 
 def _log_scores(metrics: MetricsFile, event: str, scores: Scores, **what: int | str | None) -> None:
-    metrics.log(
-        event,
-        **what,
-        loss=scores.loss,
-        exact_match=scores.exact_match,
-        rouge_l=scores.rouge_l,
-        rows=scores.rows,
-        response_tokens=scores.response_tokens,
-    )
+    metrics.log(event, **what, **scores.to_json())
 
 
 def _keep(server: Server, round_number: int, state: ServerState) -> Checkpoint:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedflame.choices import CountedRows, RescalerMode, Trainable
+from fedflame.config.words import CountedRows, RescalerMode, Trainable
 from fedflame.messages import NOTHING, Adapter, ClientUpdate
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedflame.choices import CountedRows
+from fedflame.config.words import CountedRows
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies.base import (
     ClientProfile,

@@ -26,12 +26,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedflame.choices import CountedRows, RescalerMode
+from fedflame.config.words import CountedRows, CountNormalization, RescalerMode, RescalerRule
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies.base import (
     ClientProfile,
@@ -52,10 +51,8 @@ class Flame:
     num_experts_per_tok: int
     """K of the model: at k = K the rescaler is 1 and fixed."""
     temperature: float = 1.0
-    rescaler: Literal["learned", "none", "static", "mass"] = "learned"
-    """`learned` (the paper's), `none` (s = 1), `static` (s = K/k) or `mass` (`moe.rescaler.mass_ratio`)."""
-    count_normalization: Literal["token", "slot"] = "token"
-    """Counts over tokens (the paper's), or over routed slots, k_i for each token."""
+    rescaler: RescalerRule = "learned"
+    count_normalization: CountNormalization = "token"
     tier_affinity: float = 1.0
     """beta, from 0 to 1; 1 is one adapter for all tiers (the paper's)."""
     learning_rate_exponent: float = 0.0
@@ -133,7 +130,7 @@ class _AdapterMean:
 
 
 def expert_weights(
-    update: ClientUpdate, rows: int, temperature: float, count_normalization: Literal["token", "slot"]
+    update: ClientUpdate, rows: int, temperature: float, count_normalization: CountNormalization
 ) -> Tensor:
     """gamma_i [L,E] = f^t * |D_i|, f = c / T the activation frequency (the paper's), or c / (T k_i)."""
     slots = update.active_experts if count_normalization == "slot" else 1

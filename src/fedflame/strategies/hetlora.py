@@ -43,7 +43,7 @@ class HetLoRA(FedAvg):
 
     rank_decay: float = 0.0
     """gamma; 0 for no self-pruning."""
-    rank_penalty: float = 0.0
+    rank_penalty: float = 0.01
     """lambda."""
 
     def configure_train(self, state: ServerState, client: ClientProfile) -> TrainInstructions:

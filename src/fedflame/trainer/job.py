@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedflame.choices import Dtype
-from fedflame.config import RunConfig
+from fedflame.config.sections import AdapterConfig
+from fedflame.config.words import Dtype
 from fedflame.errors import InvalidMessage
 
 
@@ -19,28 +19,21 @@ class TrainingJob(BaseModel):
     model_name_or_path: str
     """As the hub calls it; a site says in its file what it has under this name."""
     model_digest: str
-    """Of `base_model.model_digest`."""
+    """Of `base.files.model_digest`."""
     dtype: Dtype
     r: Annotated[int, Field(ge=1)]
     lora_alpha: Annotated[float, Field(gt=0)]
     target_modules: str
+    """Attention projections, comma-separated."""
     max_length: Annotated[int, Field(ge=8)]
     """Tokens per row."""
     num_server_rounds: Annotated[int, Field(ge=1)]
 
-    @classmethod
-    def of_run(cls, config: RunConfig, dtype: Dtype, digest: str) -> TrainingJob:
-        """That of a run with its base in this dtype."""
-        return cls(
-            model_name_or_path=config.model.model_name_or_path,
-            model_digest=digest,
-            dtype=dtype,
-            r=config.adapter.r,
-            lora_alpha=config.adapter.lora_alpha,
-            target_modules=config.adapter.target_modules,
-            max_length=config.data.max_length,
-            num_server_rounds=config.server.num_server_rounds,
-        )
+    @property
+    def adapter(self) -> AdapterConfig:
+        """Rank, scale and attention projections of the adapter."""
+        modules = tuple(name for name in self.target_modules.split(",") if name)
+        return AdapterConfig(r=self.r, lora_alpha=self.lora_alpha, target_modules=modules)
 
     @classmethod
     def from_request(cls, value: Any) -> TrainingJob:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import Site
+from fedflame.trainer.unix_socket import same_user
 from fedflame.wire.envelope import receive, send
-from fedflame.wire.unix_socket import same_user
 
 
 @contextmanager

@@ -21,19 +21,20 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fedflame.atomic_file import write_atomically
-from fedflame.base_model import model_config_path, model_digest
-from fedflame.budgets import read_model_shape, training_flops_per_token
-from fedflame.client import fine_tune
-from fedflame.config import AdapterConfig, ModelConfig, RunConfig, TrainingConfig
-from fedflame.data.batches import EncodedRow, encode, pad_token
+from fedflame.base.adapted import load_adapted_model
+from fedflame.base.files import model_config_path, model_digest
+from fedflame.clients.local import reason
+from fedflame.cost.flops import training_flops_per_token
+from fedflame.cost.model_shape import read_model_shape
+from fedflame.data.encoding import EncodedRow, encode, pad_token
 from fedflame.data.instructions import Instruction, SkippedRow, load_instructions
-from fedflame.error_feedback import Residuals, encode_with_feedback
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.server.local_clients import load_adapted_model, reason
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.site import Site
+from fedflame.training.error_feedback import Residuals, encode_with_feedback
+from fedflame.training.fine_tune import fine_tune
 from fedflame.wire.addition import decode_addition, plan_digest
 from fedflame.wire.codec import decode_plan, decode_update
 from fedflame.wire.envelope import Envelope
@@ -170,19 +171,12 @@ class TrainerService:
         if self._ready is None or self._ready.job != job:
             self._ready = None  # before the next is loaded: two may not fit
             self._say(f"loading {job.model_name_or_path} in {job.dtype}")
-            adapted, tokenizer = load_adapted_model(self._config(job), job.dtype)
+            path = self._site.models[job.model_name_or_path]
+            checkpointing = self._site.trainer.gradient_checkpointing
+            adapted, tokenizer = load_adapted_model(path, job.dtype, job.adapter, checkpointing)
             rows = [encode(row, tokenizer, job.max_length) for row in self._rows]
             self._ready = _Ready(job, adapted, tokenizer, rows)
         return self._ready
-
-    def _config(self, job: TrainingJob) -> RunConfig:
-        """The job on this site's terms."""
-        trainer, path = self._site.trainer, self._site.models[job.model_name_or_path]
-        return RunConfig(
-            model=ModelConfig(model_name_or_path=path, memory_map=trainer.memory_map),
-            adapter=AdapterConfig(r=job.r, lora_alpha=job.lora_alpha, target_modules=job.target_modules),
-            training=TrainingConfig(gradient_checkpointing=trainer.gradient_checkpointing),
-        )
 
     def _require_allowed(self, job: TrainingJob, plan: RoundPlan) -> None:
         """Refuse what the site's file does not allow, before anything is loaded."""
@@ -218,9 +212,8 @@ class TrainerService:
 
     def _flops_per_token(self, job: TrainingJob, plan: RoundPlan) -> float:
         shape = read_model_shape(model_config_path(self._site.models[job.model_name_or_path]))
-        targets = AdapterConfig(target_modules=job.target_modules).attention_modules()
-        rank = plan.adapter.rank
-        return training_flops_per_token(shape, plan.active_experts, rank, targets, job.max_length).total
+        setting = (plan.adapter.rank, job.adapter.target_modules, job.max_length)
+        return training_flops_per_token(shape, plan.active_experts, *setting).total
 
 
 def _load_rows(site: Site) -> tuple[list[Instruction], list[SkippedRow]]:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from fedflame.choices import Checkpointed
-from fedflame.config import EMBEDDED_MODEL
-from fedflame.settings import Section, SettingsFile, load_file
+from fedflame.config.sections import EMBEDDED_MODEL
+from fedflame.config.settings import Section, SettingsFile, load_file
+from fedflame.config.words import Checkpointed
 
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -45,8 +45,6 @@ class SiteTrainer(Section):
     """What must survive a crash: the last answers, and what rounding took from them."""
     kept_runs: Annotated[int, Field(ge=1)] = 10
     """Runs of which that is kept: when another begins, the one that was asked for longest ago goes."""
-    memory_map: bool = False
-    """Map the frozen base from files instead of holding it."""
     gradient_checkpointing: Checkpointed = "none"
     """Keep less for the backward, with the same result."""
 

@@ -2,7 +2,7 @@
 
 Of an update only the experts that the client activated are written, and only the half that it trained.
 That is lossless: what had no activation or was frozen did not move, so its delta is zero. What is written is
-squeezed (`planes`), without loss, too; plans are not, because they are compared with what clients hold.
+compressed (`planes`), without loss, too; plans are not, because they are compared with what clients hold.
 """
 
 from __future__ import annotations
@@ -15,18 +15,11 @@ import torch
 from torch import Tensor
 
 from fedflame.errors import InvalidMessage
-from fedflame.messages import (
-    MERGED_PREFIX,
-    Adapter,
-    ClientUpdate,
-    RoundPlan,
-    is_trained,
-    rank_dim,
-)
+from fedflame.messages import MERGED_PREFIX, Adapter, ClientUpdate, RoundPlan, is_trained, rank_dim
 from fedflame.wire.buffer import pack, unpack
 from fedflame.wire.envelope import Bytes
 from fedflame.wire.frame import seal, unseal
-from fedflame.wire.planes import squeeze, unsqueeze
+from fedflame.wire.planes import compress, decompress
 from fedflame.wire.values import layout, restored, rounded
 
 _NAMES_AND_SCALARS = 1 << 20
@@ -58,7 +51,7 @@ def encode_update(update: ClientUpdate, plan: RoundPlan) -> bytes:
     experts = {name: delta[_moved_experts(name, update)] for name, delta in update.delta.experts.items()}
     values = rounded(Adapter(experts, attention).tensors(), plan.update_dtype)
     tensors = values | {"rescaler_values": update.rescaler_values, "counts": update.counts}
-    return seal(squeeze(_packed("update", update, tensors)))
+    return seal(compress(_packed("update", update, tensors)))
 
 
 def decode_update(message: Bytes, plan: RoundPlan) -> ClientUpdate:
@@ -74,7 +67,7 @@ def decode_update(message: Bytes, plan: RoundPlan) -> ClientUpdate:
     if len(message) > limit:
         raise InvalidMessage(f"update of {len(message):,} bytes; an answer has at most {limit:,}")
     try:
-        body = unsqueeze(unseal(message), limit)
+        body = decompress(unseal(message), limit)
     except ValueError as error:
         raise InvalidMessage(f"not a fedflame update: {error}") from error
     tensors, header = _unpack("update", body)

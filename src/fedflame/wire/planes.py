@@ -22,24 +22,24 @@ _WORTH_BITS = 7.8
 _RAW_DEFLATE = -15
 
 
-def squeeze(body: bytes) -> bytes:
-    """The inverse of `unsqueeze`; at most 40 bytes longer than `body`."""
+def compress(body: bytes) -> bytes:
+    """The inverse of `decompress`; at most 40 bytes longer than `body`."""
     values = np.frombuffer(body, np.uint8)
     written = [_shorter(values[place::_PLACES]) for place in range(_PLACES)]
     return b"".join((_HEAD.pack(len(body), *map(len, written)), *written))
 
 
-def unsqueeze(message: Bytes, longest: int) -> bytes:
+def decompress(message: Bytes, longest: int) -> bytes:
     """The body, in memory that follows `longest`, whatever the message claims.
 
     Raises:
         ValueError: it is none, claims more than `longest` bytes, or has a byte too few or too many.
     """
     if len(message) < _HEAD.size:
-        raise ValueError(f"{len(message)} bytes that are no squeezed body")
+        raise ValueError(f"{len(message)} bytes that are no compressed body")
     size, *lengths = _HEAD.unpack_from(message)
     if sum(lengths) != len(message) - _HEAD.size:
-        raise ValueError(f"{len(message):,} bytes that are no squeezed body")
+        raise ValueError(f"{len(message):,} bytes that are no compressed body")
     if size > longest:
         raise ValueError(f"a body of {size:,} bytes; at most {longest:,} are allowed")
     values, start = np.empty(size, np.uint8), _HEAD.size

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedflame.choices import UpdateDtype
+from fedflame.config.words import UpdateDtype
 
 _STEPS = 127
 _SCALES = "scales."

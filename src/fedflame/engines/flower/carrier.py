@@ -1,4 +1,4 @@
-"""The traffic of one segment: requests from the driver out to nodes, their replies back."""
+"""The traffic of one job: requests from the driver out to nodes, their replies back."""
 
 from __future__ import annotations
 

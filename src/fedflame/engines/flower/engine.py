@@ -45,11 +45,11 @@ class FlowerEngine:
         check_nodes(hub)
         self._connection = _connection(hub)
 
-    def submit(self, hub_socket: Path, segment: str) -> str:
+    def submit(self, hub_socket: Path, job_key: str) -> str:
         """See `Engine.submit`."""
         hub = self._hub
         seconds = message_seconds(hub)
-        assignment = Assignment(hub_socket, segment, seconds, hub.site_names(), hub.flower.nodes)
+        assignment = Assignment(hub_socket, job_key, seconds, hub.site_names(), hub.flower.nodes)
         with tempfile.TemporaryDirectory(prefix="fedflame-run-") as folder:
             app, run_config = write_job(Path(folder), assignment)
             run = str(self._ask("run", str(app), _CONNECTION, "--run-config", str(run_config))["run-id"])

@@ -21,14 +21,14 @@ _END_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class _Segment:
+class _Carried:
     link: HubLink
     carrier: Carrier
     thread: threading.Thread
 
 
 class GridEngine:
-    """A segment is a thread."""
+    """A job is a thread."""
 
     def __init__(self, grid: Grid, hub: Hub) -> None:
         """From the grid that Flower hands a ServerApp.
@@ -43,34 +43,34 @@ class GridEngine:
         check_nodes(hub)
         self._grid, self._hub = grid, hub
         self._nodes = nodes_of(hub.site_names(), hub.flower.nodes)
-        self._segments: dict[str, _Segment] = {}
+        self._jobs: dict[str, _Carried] = {}
 
-    def submit(self, hub_socket: Path, segment: str) -> str:
+    def submit(self, hub_socket: Path, job_key: str) -> str:
         """See `Engine.submit`."""
-        link = HubLink(hub_socket, segment)
+        link = HubLink(hub_socket, job_key)
         carrier = Carrier(self._grid, link, self._nodes, message_seconds(self._hub))
         thread = threading.Thread(target=_carry, args=(carrier, link), daemon=True)
-        self._segments[segment] = _Segment(link, carrier, thread)
+        self._jobs[job_key] = _Carried(link, carrier, thread)
         thread.start()
-        return segment
+        return job_key
 
     def ended(self, job: str) -> str | None:
         """See `Engine.ended`; why a thread ended, it has said on stderr."""
-        segment = self._segments.get(job)
-        if segment is None or segment.thread.is_alive():
+        carried = self._jobs.get(job)
+        if carried is None or carried.thread.is_alive():
             return None
         return "its connection to the SuperLink ended"
 
     def stop(self, job: str) -> None:
         """See `Engine.stop`."""
-        segment = self._segments.pop(job, None)
-        if segment is not None:
-            segment.link.close()
-            segment.thread.join(_END_SECONDS)
+        carried = self._jobs.pop(job, None)
+        if carried is not None:
+            carried.link.close()
+            carried.thread.join(_END_SECONDS)
 
     def connected(self) -> set[str] | None:
-        """See `Engine.connected`: what the segment that runs has seen last."""
-        reached = [set(segment.carrier.reached) for segment in self._segments.values()]
+        """See `Engine.connected`: what the job that runs has seen last."""
+        reached = [set(carried.carrier.reached) for carried in self._jobs.values()]
         return reached[-1] if reached else None
 
 

@@ -27,7 +27,7 @@ clientapp = "fedflame.engines.flower.client_app:app"
 
 [tool.flwr.app.config]
 hub-socket = ""
-segment = ""
+job-key = ""
 message-seconds = 0.0
 sites = ""
 nodes = ""
@@ -44,8 +44,8 @@ class Assignment:
 
     hub_socket: Path
     """Where the driver listens."""
-    segment: str
-    """What it called this segment."""
+    job_key: str
+    """What it drew for this job."""
     message_seconds: float
     """After which the SuperLink may drop a message or its reply."""
     sites: Sequence[str]
@@ -56,7 +56,7 @@ class Assignment:
         """The inverse of `from_run_config`."""
         return {
             "hub-socket": str(self.hub_socket),
-            "segment": self.segment,
+            "job-key": self.job_key,
             "message-seconds": self.message_seconds,
             "sites": ",".join(self.sites),
             "nodes": ",".join(f"{site}={node}" for site, node in self.nodes.items()),
@@ -68,7 +68,7 @@ class Assignment:
         pairs = (pair.rpartition("=") for pair in str(values["nodes"]).split(",") if pair)
         return cls(
             Path(str(values["hub-socket"])),
-            str(values["segment"]),
+            str(values["job-key"]),
             float(str(values["message-seconds"])),
             str(values["sites"]).split(","),
             {site: int(node) for site, _, node in pairs},
@@ -76,7 +76,7 @@ class Assignment:
 
 
 def write_job(folder: Path, assignment: Assignment) -> tuple[Path, Path]:
-    """Write the app's folder and, beside it, the run config of one segment; the paths of both."""
+    """Write the app's folder and, beside it, the run config of one job; the paths of both."""
     app, run_config = folder / "app", folder / "run.toml"
     app.mkdir()
     (app / "pyproject.toml").write_text(PROJECT)

@@ -17,7 +17,7 @@ app = ServerApp()
 def carry(grid: Grid, context: Context) -> None:
     """Flower calls this once. Raises OSError where no driver is at the socket."""
     given = Assignment.from_run_config(context.run_config)
-    link = HubLink(given.hub_socket, given.segment)
+    link = HubLink(given.hub_socket, given.job_key)
     try:
         Carrier(grid, link, nodes_of(given.sites, given.nodes), given.message_seconds).run()
     finally:

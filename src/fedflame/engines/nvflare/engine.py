@@ -47,11 +47,11 @@ class NvflareEngine:
             )
         self._watch = JobWatch()
 
-    def submit(self, hub_socket: Path, segment: str) -> str:
+    def submit(self, hub_socket: Path, job_key: str) -> str:
         """See `Engine.submit`."""
         started = self._status()["server_start_time"]
         with tempfile.TemporaryDirectory(prefix="fedflame-job-") as folder:
-            write_job(Path(folder) / "job", hub_socket, segment)
+            write_job(Path(folder) / "job", hub_socket, job_key)
             job = str(self._ask("job", "submit", "-j", f"{folder}/job")["job_id"])
         self._watch.begin(job, partial(self._over, job, started))
         return job

@@ -9,9 +9,9 @@ _APP = "app"
 _NAME = "fedflame"
 
 
-def write_job(folder: Path, hub_socket: Path, segment: str) -> None:
-    """Write the job of one segment into a folder that is not there yet."""
-    relay = {"hub_socket": str(hub_socket), "segment": segment}
+def write_job(folder: Path, hub_socket: Path, job_key: str) -> None:
+    """Write a job into a folder that is not there yet."""
+    relay = {"hub_socket": str(hub_socket), "job_key": job_key}
     server = {
         "format_version": 2,
         # The whole floor of a round; nvflare's default is 2 seconds.

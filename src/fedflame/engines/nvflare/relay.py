@@ -31,15 +31,15 @@ the process of the job."""
 class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
     """Ends when the driver closes its connection, or when the job is aborted."""
 
-    def __init__(self, hub_socket: str, segment: str) -> None:
+    def __init__(self, hub_socket: str, job_key: str) -> None:
         """From the job's configuration.
 
         Args:
             hub_socket: where the driver listens.
-            segment: what it called this segment.
+            job_key: what it drew for this job.
         """
         super().__init__(task_check_period=_POLL_SECONDS)
-        self._hub_socket, self._segment = Path(hub_socket), segment
+        self._hub_socket, self._job_key = Path(hub_socket), job_key
         self._link: HubLink | None = None
         self._open: dict[str, str] = {}
         """Ticket -> site, of requests without an answer."""
@@ -62,7 +62,7 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Connect to the driver; without one there is nothing to do."""
         try:
-            self._link = HubLink(self._hub_socket, self._segment)
+            self._link = HubLink(self._hub_socket, self._job_key)
         except OSError as error:
             self.system_panic(f"no fedflame driver at {self._hub_socket}: {error}", fl_ctx)
             return

@@ -1,0 +1,47 @@
+"""The frozen base with its adapter attached, as every process that trains or evaluates holds it."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from fedflame.base.files import model_config_path
+from fedflame.base.loading import load_base_model
+from fedflame.base.memory_limit import is_short_of_memory
+from fedflame.config.sections import AdapterConfig
+from fedflame.config.words import Checkpointed, Dtype
+from fedflame.cost.memory import base_bytes
+from fedflame.cost.model_shape import read_model_shape
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.read_ahead import read_ahead
+
+
+def load_adapted_model(
+    name_or_path: str,
+    dtype: Dtype,
+    adapter: AdapterConfig,
+    gradient_checkpointing: Checkpointed = "none",
+    processes: int = 1,
+) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
+    """The base model in this dtype with an adapter attached, and its tokenizer.
+
+    Where memory is short, the base is mapped from files instead of held; the results are the same.
+
+    Args:
+        name_or_path: of the base model.
+        dtype: of the base's weights.
+        adapter: rank, scale and attention projections.
+        gradient_checkpointing: what the backward computes again.
+        processes: of this machine that hold the same base.
+
+    Raises:
+        UserError: see `load_base_model` and `AdaptedModel`.
+    """
+    held = processes * base_bytes(read_model_shape(model_config_path(name_or_path)), dtype)
+    mapped = is_short_of_memory(held)
+    model, tokenizer = load_base_model(name_or_path, dtype, mapped)
+    adapted = AdaptedModel(
+        model, adapter.r, adapter.lora_alpha, adapter.target_modules, gradient_checkpointing
+    )
+    if mapped:
+        read_ahead(adapted.layers)
+    return adapted, tokenizer

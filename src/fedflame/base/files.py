@@ -1,0 +1,110 @@
+"""The files of a base model: where they are, whether they are complete, what identifies them. No torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+
+import huggingface_hub
+
+from fedflame.config.sections import EMBEDDED_MODEL
+from fedflame.errors import UserError
+
+HUB_TIMEOUT_SECONDS = 10.0
+
+
+def resolve_model(name_or_path: str) -> str:
+    """The folder of the embedded model for its name; every other name is returned as it is."""
+    if name_or_path == EMBEDDED_MODEL:
+        return str(files("fedflame") / "assets" / EMBEDDED_MODEL)
+    return name_or_path
+
+
+def model_config_path(name_or_path: str) -> Path:
+    """The model's config.json, or a folder with it, without its weights.
+
+    Raises:
+        UserError: a hub id that cannot be reached.
+    """
+    source = resolve_model(name_or_path)
+    if Path(source).exists() or source.endswith(".json"):
+        return Path(source)
+    try:
+        return Path(huggingface_hub.hf_hub_download(source, "config.json", local_files_only=is_local(source)))
+    except (OSError, ValueError) as error:
+        raise UserError(load_error(name_or_path, error)) from error
+
+
+def model_digest(name_or_path: str) -> str:
+    """BLAKE2b of all that decides what a model computes: weights, configuration and tokenizer, in hex.
+
+    Raises:
+        UserError: a hub id that cannot be reached, or a file that cannot be read.
+    """
+    source = resolve_model(name_or_path)
+    folder = Path(source) if Path(source).is_dir() else Path(downloaded(source))
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "blake2b").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def hub_answers(name: str) -> bool:
+    """Whether the hub has this id; transformers alone would retry for a minute before it took the cache."""
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception:  # the HTTP library, and so its errors, differ between versions
+        return False
+    return True
+
+
+def is_local(source: str) -> bool:
+    """Whether the model's files are taken from this machine alone: it is a folder, or no hub answers."""
+    return Path(source).is_dir() or not hub_answers(source)
+
+
+def downloaded(name: str) -> str:
+    """The folder of a hub id on this machine, downloaded if need be."""
+    patterns = ["*.json", "*.safetensors"]
+    return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=is_local(name))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of its message, or its class where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def require_folder_complete(source: str) -> None:
+    """Raises UserError where `source` is a folder without configuration, weights or tokenizer."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {source}: the folder has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model {source}: the folder has no .safetensors weights")
+    if not has_tokenizer(folder):
+        raise UserError(f"model {source}: the folder has no tokenizer (tokenizer.json)")
+
+
+def load_error(name_or_path: str, error: Exception) -> str:
+    """What a user is told where a model could not be loaded."""
+    if Path(name_or_path).is_dir():
+        return f"model {name_or_path}: cannot be loaded: {first_line(error)}"
+    return (
+        f"model {name_or_path!r}: no such folder, and not loadable from the hub (offline, or no such id); "
+        f"use {EMBEDDED_MODEL!r}, a folder, or a hub id"
+    )

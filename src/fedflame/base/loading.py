@@ -1,0 +1,69 @@
+"""Load the frozen base and its tokenizer: the embedded model, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedflame.base.files import (
+    downloaded,
+    is_local,
+    load_error,
+    model_config_path,
+    require_folder_complete,
+    resolve_model,
+)
+from fedflame.base.mapped import map_base
+from fedflame.cost.model_shape import read_model_shape
+from fedflame.errors import UserError
+
+_LOADING = threading.Lock()
+"""transformers replaces methods of its classes and torch's default dtype while it loads a model: of two
+threads at once, the one that ends last would leave them replaced, and tied weights untied ever after."""
+
+
+def load_base_model(
+    name_or_path: str, dtype: str, memory_map: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in evaluation mode and tokenizer.
+
+    Args:
+        name_or_path: `olmoe-tiny`, a folder in Hugging Face layout, or a hub id.
+        dtype: one of `DTYPES`.
+        memory_map: map the weights from files instead of holding them; see `mapped_base`.
+
+    Raises:
+        UserError: the model is dense, the folder is missing or incomplete, or the hub cannot be reached.
+    """
+    source = resolve_model(name_or_path)
+    read_model_shape(model_config_path(name_or_path))  # refuses what is no mixture of experts at once
+    try:
+        require_folder_complete(source)
+        with _LOADING:
+            model, loading = _from_pretrained(source, getattr(torch, dtype), memory_map)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=is_local(source))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(load_error(name_or_path, error)) from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"model {name_or_path}: {len(missing)} weights are missing, the first is {missing[0]}"
+        )
+    return model.eval(), tokenizer
+
+
+def _from_pretrained(
+    source: str, dtype: torch.dtype, memory_map: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    if memory_map:
+        folder = source if Path(source).is_dir() else downloaded(source)
+        return map_base(Path(folder), dtype)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, local_files_only=is_local(source)
+    )
+    return loaded[0], loaded[1]

@@ -1,0 +1,39 @@
+"""The tokenizer of a model folder for counting tokens, without torch where the folder allows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedflame.base.files import first_line
+from fedflame.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    transformers loads torch to find a tokenizer's class. A tokenizer.json says all about splitting text by
+    itself, so that a class that every such file fits is enough to count tokens.
+
+    Raises:
+        UserError: it is broken.
+    """
+    try:
+        tokenizer: Any = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"model {folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    if (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer

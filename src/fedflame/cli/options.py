@@ -1,0 +1,70 @@
+"""Options that several commands have, and how a command ends where the user can mend something."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedflame.commands.quiet import quiet_libraries
+from fedflame.config.load import load_config
+from fedflame.config.run_config import RunConfig
+from fedflame.errors import USER_ERROR, UserError
+
+INTERRUPTED = 130
+CELL_FAILED = 1
+CHECK_FAILED = 1
+
+ConfigFile = Annotated[
+    Path | None, typer.Argument(help="TOML file; without it, the embedded model and data.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value, over the file; may be repeated.")
+]
+Data = Annotated[
+    str | None, typer.Option("--data", help="`skills`, a data file or a hub id (data.dataset_name).")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", help="`olmoe-tiny`, a folder or a hub id (model.model_name_or_path).")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def config_of(
+    config_file: Path | None,
+    overrides: list[str] | None,
+    data: str | None,
+    model: str | None,
+    output_dir: str | None = None,
+) -> RunConfig:
+    """The configuration of a command's file and options."""
+    return load_config(config_file, flags(overrides, data, model, output_dir))
+
+
+def flags(
+    overrides: list[str] | None, data: str | None, model: str | None, output_dir: str | None = None
+) -> list[str]:
+    """The short flags as overrides; they come last and win."""
+    short = {"data.dataset_name": data, "model.model_name_or_path": model, "output_dir": output_dir}
+    return [*(overrides or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
+
+
+@contextmanager
+def user_errors(debug: bool) -> Iterator[None]:
+    """The body of a command: one line on stderr for what the user can mend, and quiet libraries."""
+    quiet_libraries()
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        print(f"fedflame: {error}", file=sys.stderr)
+        raise typer.Exit(USER_ERROR) from error
+    except KeyboardInterrupt as error:
+        print(f"fedflame: interrupted{str(error) and '; '}{error}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from error

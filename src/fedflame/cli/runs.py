@@ -1,0 +1,198 @@
+"""The commands of one experiment and of comparisons. Each imports its work when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from fedflame.cli.options import (
+    CELL_FAILED,
+    AsJson,
+    ConfigFile,
+    Data,
+    Debug,
+    Model,
+    Overrides,
+    config_of,
+    flags,
+    user_errors,
+)
+from fedflame.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command()
+def run(
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    output_dir: Annotated[str | None, typer.Option(help="The run folder (output_dir).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in the run folder.")
+    ] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that train clients side by side, with the same result.")
+    ] = 1,
+    engine: Annotated[
+        Literal["nvflare", "flower"] | None, typer.Option(help="Train at sites behind this engine, not here.")
+    ] = None,
+    hub: Annotated[Path | None, typer.Option(help="TOML file of the hub: its sites and the engine.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune one model across unequal clients; leaves adapter, metrics and report in a run folder."""
+    with user_errors(debug):
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite exclude each other; give one")
+        if (engine is None) != (hub is None) or (engine and workers > 1):
+            raise UserError("--engine and --hub go together, and without --workers: the sites train")
+        config = config_of(config_file, overrides, data, model, output_dir)
+        sites = None
+        if engine is not None and hub is not None:
+            from fedflame.engines.hub import load_hub
+            from fedflame.experiment.sites import open_sites
+
+            sites = open_sites(engine, load_hub(hub))
+        from fedflame.experiment.prepare import prepare
+
+        prepared = prepare(config, "resume" if resume else "overwrite" if overwrite else "refuse", sites)
+        from fedflame.commands.run import print_run  # from here on with torch
+
+        text = config_file.read_text(encoding="utf-8") if config_file else ""
+        print_run(prepared, text, Console(), workers)
+
+
+@app.command()
+def plan(
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="FLOPs for rows of so many tokens, head at each, whatever the data."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print partition, tiers, FLOPs, bytes and memory of a run without loading weights."""
+    with user_errors(debug):
+        config = config_of(config_file, overrides, data, model)
+        from fedflame.commands.plan import print_plan
+
+        print_plan(config, sequence_length, as_json, Console())
+
+
+@app.command()
+def compare(
+    grid_file: Annotated[Path, typer.Argument(help="TOML grid of methods, seeds and settings.")],
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the comparison (output_dir).")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Method that differences are to (baseline).")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cells that run side by side, one thread each.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells and which are finished.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run what is missing of a grid, a process per cell; leaves tables, curves and differences."""
+    console = Console()
+    with user_errors(debug):
+        from fedflame.commands.compare import list_cells, print_comparison
+        from fedflame.compare.grid import read_grid
+
+        grid = read_grid(grid_file, flags(overrides, data, model), output_dir, baseline)
+        if dry_run:
+            list_cells(grid, console)
+            return
+        if not print_comparison(grid, workers, console):
+            raise typer.Exit(CELL_FAILED)
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A run folder, an adapter folder or a base model.")],
+    active_experts: Annotated[str | None, typer.Option(help="k to evaluate at, such as 8,4,2,1.")] = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Score a run, an adapter or a base model on held-out rows at any k."""
+    with user_errors(debug):
+        from fedflame.commands.evaluate import print_scores
+
+        given = flags(overrides, data, model)
+        print_scores(source, active_experts, given, as_json, Console())
+
+
+@app.command()
+def bench(
+    tokens: Annotated[str, typer.Option(help="Tokens in a batch, comma-separated.")] = "512,2048",
+    active_experts: Annotated[str, typer.Option(help="k to measure at, comma-separated.")] = "8,1",
+    hidden_size: Annotated[int, typer.Option(min=1, help="H; the defaults are OLMoE-1B-7B's.")] = 2048,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="Width of one expert.")] = 1024,
+    num_experts: Annotated[int, typer.Option(min=1, help="Experts of the block.")] = 64,
+    r: Annotated[int, typer.Option("--r", min=1, help="LoRA rank.")] = 16,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    methods: Annotated[
+        str, typer.Option(help="Of ours, ours-checkpointed, frozen, gemm, composed and peft.")
+    ] = "ours,ours-checkpointed,frozen,gemm,composed,peft",
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved; the median counts.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, on one thread, or cuda.")] = "cpu",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Time one MoE block with expert LoRA beside its bare products, the frozen block and PEFT."""
+    with user_errors(debug):
+        from fedflame.bench.block import Geometry
+        from fedflame.commands.bench import print_bench
+
+        geometry = Geometry(hidden_size, intermediate_size, num_experts, r, dtype, device)
+        print_bench(geometry, tokens, active_experts, methods, repeats, as_json, Console())
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    debug: Debug = False,
+) -> None:
+    """Write report.html of a run folder anew."""
+    with user_errors(debug):
+        from fedflame.report import write_report
+
+        Console().print(f"report: {write_report(run_folder)}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="A stock checkpoint instead of an adapter.")] = False,
+    active_experts: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --merge: the k whose rescaler is folded in; default the model's."),
+    ] = None,
+    layout: Annotated[
+        Literal["per-expert", "fused"] | None,
+        typer.Option(
+            help="Of the adapter: PEFT's target_modules or target_parameters; default per-expert where PEFT "
+            "reads it for the model family, else fused."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's adapter for PEFT, or merge it into a stock checkpoint."""
+    with user_errors(debug):
+        from fedflame.commands.export import print_export
+
+        print_export(run_folder, to, merge, active_experts, layout, overwrite, Console())

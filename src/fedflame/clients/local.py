@@ -1,0 +1,51 @@
+"""Clients of this process: they train one after another with one resident base model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fedflame.clients.answers import Answer, OnStep
+from fedflame.data.encoding import EncodedRow
+from fedflame.errors import InvalidMessage, UserError
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.training.error_feedback import Residuals, encode_with_feedback
+from fedflame.training.fine_tune import fine_tune
+from fedflame.wire.codec import decode_plan
+
+
+@dataclass(frozen=True)
+class LocalClients:
+    """All clients in this process, sharing one resident base model."""
+
+    adapted: AdaptedModel
+    rows: Sequence[Sequence[EncodedRow]]
+    pad_token_id: int
+    residuals: Residuals
+
+    def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
+        for _, plan in plans:
+            yield self.answer(plan, on_step)
+
+    def num_examples(self) -> list[int]:
+        return [len(rows) for rows in self.rows]
+
+    def name(self, client: int) -> str:
+        return f"client {client}"
+
+    def answer(self, plan: bytes, on_step: OnStep) -> Answer:
+        """Train the plan's client. Whatever goes wrong in a client, the round goes on without it."""
+        start = time.monotonic()
+        try:
+            request = decode_plan(plan)
+            update = fine_tune(self.adapted, self.rows[request.client], request, self.pad_token_id, on_step)
+            message = encode_with_feedback(update, request, self.residuals)
+            return Answer(message, "", time.monotonic() - start)
+        except Exception as error:
+            return Answer(b"", reason(error), time.monotonic() - start)
+
+
+def reason(error: Exception) -> str:
+    """One line for the log."""
+    return str(error) if isinstance(error, InvalidMessage | UserError) else f"{type(error).__name__}: {error}"

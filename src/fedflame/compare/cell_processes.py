@@ -1,0 +1,150 @@
+"""The cells of a comparison as runs in processes of their own, some of them side by side.
+
+A process per cell: what one does, its end included, cannot touch another. They are forked from a
+server that has imported everything and computed nothing, so a start costs milliseconds, and they all
+map the same base. Each ends when this process does; a run may be killed at any instant and goes on
+from its last round.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+from fedflame.atomic_file import write_atomically
+from fedflame.base.files import model_config_path
+from fedflame.compare.grid import Cell
+from fedflame.compare.results import is_finished, write_cell
+from fedflame.cost.model_shape import read_model_shape
+from fedflame.cost.run_cost import training_flops
+from fedflame.errors import UserError
+from fedflame.server.progress import LineReporter, Reporter
+
+POLL_SECONDS = 0.5
+STOP_SECONDS = 10.0
+
+
+class Progress(Protocol):
+    """Told what becomes of the cells."""
+
+    def working(self, cells: Sequence[Cell]) -> None:
+        """These cells are running; told twice a second."""
+
+    def ended(self, cell: Cell, failure: str | None) -> None:
+        """A cell has ended, finished or with this line."""
+
+
+def run_cells(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[str, str]:
+    """Run the cells, `workers` at a time, each to its end whatever becomes of the others.
+
+    Returns why it failed for each cell that did, by name. Where this is left by an exception, the
+    processes are stopped; their cells go on from their last round when they are run again.
+    """
+    waiting, running = deque(cells), dict[Any, tuple[BaseProcess, Cell]]()
+    failures: dict[str, str] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                process = _start(cell := waiting.popleft())
+                running[process.sentinel] = process, cell
+            progress.working([cell for _, cell in running.values()])
+            for sentinel in wait(list(running), POLL_SECONDS):
+                process, cell = running.pop(sentinel)
+                process.join()
+                if failure := _failure(cell, process):
+                    failures[cell.name] = failure
+                progress.ended(cell, failure)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.join(STOP_SECONDS)
+    return failures
+
+
+def failure_kept(cell: Cell) -> str | None:
+    """Why the cell failed when it was last run, or None."""
+    path = cell.folder / "error.txt"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def _failure(cell: Cell, process: BaseProcess) -> str | None:
+    if is_finished(cell):
+        return None
+    return failure_kept(cell) or f"its process ended with exit code {process.exitcode}"
+
+
+def _start(cell: Cell) -> BaseProcess:
+    # Forking where the frameworks of macOS are loaded is not safe.
+    context: Any = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
+    context.set_forkserver_preload([__name__, "fedflame.experiment.run"])
+    (cell.folder / "error.txt").unlink(missing_ok=True)
+    process: BaseProcess = context.Process(target=_run_cell, args=(cell,), daemon=True)
+    process.start()
+    return process
+
+
+def _run_cell(cell: Cell) -> None:
+    """The life of a cell's process: its run, or the rest of it, and then cell.json or error.txt."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with (cell.folder / "log.txt").open("ab") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    try:
+        _go_on(cell)
+    except Exception as error:
+        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        write_atomically(cell.folder / "error.txt", f"{line.partition(chr(10))[0]}\n".encode())
+        raise
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _go_on(cell: Cell) -> None:
+    # Imported here: the main process lists and reports cells without loading torch.
+    import torch
+    from transformers.utils import logging
+
+    from fedflame.experiment.prepare import prepare
+    from fedflame.experiment.run import Begun, run_experiment
+    from fedflame.report.records import read_run
+
+    def watch(begun: Begun) -> AbstractContextManager[Reporter]:
+        return nullcontext(LineReporter(lambda text: print(text, flush=True)))
+
+    torch.set_num_threads(1)  # whatever runs beside it, so that the bytes do not depend on it
+    logging.disable_progress_bar()
+    begun = (cell.run / "config.json").exists()
+    if not begun:
+        shutil.rmtree(cell.run, ignore_errors=True)  # killed before it was a run folder
+    run_experiment(prepare(cell.config, "resume" if begun else "refuse"), watch=watch)
+    run = read_run(cell.run)
+    write_cell(cell, run, _training_flops(cell, run.plan))
+
+
+def _training_flops(cell: Cell, plan: dict[str, Any]) -> dict[int, float]:
+    """FLOPs per trained token at every client's budget and at the model's own K."""
+    config = cell.config
+    shape = read_model_shape(model_config_path(config.model.model_name_or_path))
+    row = plan["sequence_length"], plan["labelled_share"]
+    return {
+        k: training_flops(config, shape, k, config.adapter.r, *row)
+        for k in sorted({*config.afforded_experts(), shape.num_experts_per_tok}, reverse=True)
+    }

@@ -1,0 +1,71 @@
+"""Run what is missing of a grid, alone in its folder, and lay the methods side by side."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedflame.compare.cell_processes import Progress, run_cells
+from fedflame.compare.comparison import Comparison
+from fedflame.compare.files import read_comparison, write_comparison
+from fedflame.compare.grid import Cell, Grid
+from fedflame.compare.results import is_finished
+from fedflame.data.sources import refuse_missing_file
+from fedflame.errors import UserError
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What running a grid gave."""
+
+    comparison: Comparison
+    written: list[Path]
+    """The files of the comparison; none where no cell is finished."""
+
+
+def missing_cells(grid: Grid) -> list[Cell]:
+    """The cells without results, in the order of the grid."""
+    return [cell for cell in grid.cells if not is_finished(cell)]
+
+
+def run_grid(grid: Grid, workers: int, progress: Progress) -> Compared:
+    """Run the grid's unfinished cells, `workers` at a time, and write the comparison.
+
+    Raises:
+        UserError: the folder holds something else, another comparison is at work there, or what a
+            cell would train on is a file that is missing.
+    """
+    _check_folder(grid.output_dir)
+    _check_data(grid)
+    with _alone(grid.output_dir):
+        failures = run_cells(missing_cells(grid), workers, progress)
+        comparison = read_comparison(grid, failures)
+        return Compared(comparison, write_comparison(comparison) if comparison.results else [])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two at work on the same cells would spoil them; the lock ends with the process."""
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    with (folder / "cells" / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder}: another `fedflame compare` is at work there") from error
+        yield
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not (
+        folder.is_dir() and ((folder / "cells").is_dir() or not any(folder.iterdir()))
+    ):
+        raise UserError(f"{folder}: exists and is no comparison (it has no cells/); it is left as it is")
+
+
+def _check_data(grid: Grid) -> None:
+    """One line instead of one per cell; what is finished needs no data."""
+    for name in dict.fromkeys(cell.config.data.dataset_name for cell in missing_cells(grid)):
+        refuse_missing_file(name)

@@ -1,0 +1,227 @@
+"""Every key of a run's configuration, by section; the docstring of a field is its help.
+
+A list may be written as a list or as text: `[8, 4, 2, 1]` and `"8,4,2,1"` are the same value.
+docs/configuration.md is made from this file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from fedflame.config.k_rotation import KRotation
+from fedflame.config.methods import METHODS, NAMED_METHODS
+from fedflame.config.settings import Section
+from fedflame.config.words import Checkpointed, CountedRows, Dtype, RescalerRule, UpdateDtype
+
+EMBEDDED_MODEL = "olmoe-tiny"
+SKILLS = "skills"
+
+
+def parse_integers(value: object) -> tuple[int, ...]:
+    """`"8,4,2,1"`, `[8, 4, 2, 1]` and, for one of them, `8`; ValueError on anything but positive integers."""
+    parts = _parts(value)
+    numbers = [int(part) for part in parts if _is_integer(part)]
+    if not parts or len(numbers) < len(parts) or min(numbers) < 1:
+        raise ValueError('must be integers of at least 1, such as [8, 4, 2, 1] or "8,4,2,1"')
+    return tuple(numbers)
+
+
+def _is_integer(part: Any) -> bool:
+    return type(part) is int or (
+        isinstance(part, str) and part.isascii() and part.isdecimal() and len(part) < 10
+    )
+
+
+def _parts(value: object) -> list[Any]:
+    if isinstance(value, str):
+        text = value.strip().removeprefix("[").removesuffix("]")
+        return [part.strip().strip("\"'") for part in text.split(",")] if text.strip() else []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _integers_or_none(value: object) -> tuple[int, ...]:
+    return parse_integers(value) if _parts(value) else ()
+
+
+def _min_full_or_number(value: object) -> str:
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not (text in ("min", "full") or (_is_integer(text) and int(text) >= 1)):
+        raise ValueError("must be 'min', 'full' or an integer of at least 1")
+    return text
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        known = ", ".join(map(repr, NAMED_METHODS))
+        raise ValueError(f"must be one of {known}")
+    return name
+
+
+Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers)]
+IntegersOrNone = Annotated[tuple[int, ...], BeforeValidator(_integers_or_none)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
+MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
+
+
+class ModelConfig(Section):
+    model_name_or_path: str = EMBEDDED_MODEL
+    """The base model: `olmoe-tiny` (inside the package), a folder in Hugging Face layout, or a hub id."""
+    adapter_name_or_path: str = ""
+    """The folder of a LoRA adapter, written by fedflame or by PEFT, that the run goes on from. Empty: the run
+    starts a new adapter."""
+    dtype: Literal["auto"] | Dtype = "auto"
+    """The number format of the frozen base. `auto` takes bfloat16 or float16 only where this machine
+    multiplies in it at least 1.5 times faster. With float16 the loss is scaled, and a step whose gradients
+    overflow is skipped."""
+
+
+class AdapterConfig(Section):
+    r: Annotated[int, Field(ge=1)] = 8
+    """The LoRA rank of every projection. Some methods give a client a smaller one."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The low-rank product is multiplied by lora_alpha / r. The factor is the same for a client that trains a
+    smaller rank."""
+    target_modules: Names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """The attention projections that carry LoRA. Empty: only the experts carry it."""
+
+
+class DataConfig(Section):
+    dataset_name: str = SKILLS
+    """The rows: `skills` (generated tasks with exact answers), a .jsonl, .jsonl.gz, .parquet or .csv file, or
+    a hub id."""
+    split: str = "train"
+    """The split of a hub data set."""
+    dataset_config_name: str = ""
+    """The configuration of a hub data set that has several, such as `main`."""
+    instruction_field: str = ""
+    """The column of the instruction. Empty: the names of Alpaca, Dolly, question/answer and prompt/completion
+    data are recognised."""
+    context_field: str = ""
+    """The column of the context or input."""
+    response_field: str = ""
+    """The column of the response."""
+    category_field: str = ""
+    """The column of a label. The partition uses it, and scores are given for each label."""
+    max_rows: Annotated[int, Field(ge=0)] = 0
+    """A seeded sample of at most this many rows is used; 0: all rows. For `skills`: the rows to generate."""
+    max_length: Annotated[int, Field(ge=8)] = 256
+    """The most tokens in a row, prompt and response together. Longer rows are truncated and counted."""
+    partition: Literal["iid", "dirichlet", "by_label"] = "dirichlet"
+    """How the rows are split over the clients: evenly at random, by a Dirichlet draw for each label, or by
+    label."""
+    alpha: Annotated[float, Field(gt=0)] = 5.0
+    """The concentration of the Dirichlet partition. The smaller it is, the more the clients differ."""
+
+
+class ClientsConfig(Section):
+    num_clients: Annotated[int, Field(ge=1)] = 4
+    """The number of clients."""
+    active_experts: Integers = (8, 4, 2, 1)
+    """The experts per token that each client affords. With fewer entries than clients, they are repeated."""
+    ranks: IntegersOrNone = ()
+    """The LoRA ranks that the clients afford, under a method that adapts the rank (hetlora, flexlora, flora).
+    With fewer entries than clients, they are repeated. Empty: the share of adapter.r that is the client's
+    share of the model's K experts."""
+
+
+class TrainingConfig(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    """The learning rate of AdamW in round 1. It is constant within a round."""
+    lr_scheduler_type: Literal["constant", "cosine"] = "cosine"
+    """How the learning rate changes from round to round. `cosine`: it falls towards zero after the last."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """The weight decay of AdamW. It applies to experts that saw a token in the step."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
+    """The rows of an optimizer step, unless `tokens_per_step` is set."""
+    tokens_per_step: IntegersOrNone = ()
+    """The tokens of an optimizer step. A batch then has as many rows of similar length as fit, padding
+    counted, and at least one. One number for all clients, or several that are repeated over the clients, such
+    as `[1024, 2048]`: more where fewer experts run. Empty: `per_device_train_batch_size` rows."""
+    max_steps: Annotated[int, Field(ge=1)] = 80
+    """The optimizer steps of each client in each round."""
+    budget: Literal["steps", "compute"] = "steps"
+    """`steps`: every client takes `max_steps`, as in the paper. `compute`: every client spends the FLOPs that
+    `max_steps` cost with the experts that it affords and rank adapter.r. A method that runs more experts then
+    takes fewer steps, and one that runs fewer takes more."""
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx (arXiv 1812.06127), with any method: a client's objective has mu/2 times the squared distance
+    from the adapter that it was given added to it. 0: nothing is added."""
+    gradient_checkpointing: Checkpointed = "none"
+    """What the backward pass computes again instead of keeping it: less memory, more time, the same result.
+    `experts`: the activations inside the experts, which are the largest part. `layers`: everything but the
+    input of each layer."""
+
+
+class StrategyConfig(Section):
+    name: Annotated[str, AfterValidator(_known_method)] = "flame"
+    """The federated method: flame, fedavg, ffa_lora, rolora, fedex_lora, hetlora, flexlora or flora.
+    docs/strategies.md compares them."""
+    temperature: Annotated[float, Field(ge=0, le=8)] = 1.0
+    """FLAME: the exponent t on the activation frequency. 0 gives the weights of FedAvg; the paper finds 2 to
+    4 good. The larger t is, the more the clients with a large k decide. Above 8 the weights of rarely used
+    experts would vanish in fp32."""
+    rescaler: RescalerRule = "learned"
+    """FLAME: how clients with k < K rescale the routed output. `learned` is the paper's; `none` leaves it,
+    `static` multiplies by K/k, `mass` by a measured ratio of routing weights."""
+    count_normalization: Literal["token", "slot"] = "slot"
+    """FLAME: what activation counts are divided by. `token`: the tokens, as in the paper, which gives a
+    client with a large k more weight. `slot`: the routed slots, k for each token."""
+    tier_affinity: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """FLAME: the server keeps an adapter for every k of the clients. An update that was trained with k'
+    counts in the adapter of k with this number to the power of the doublings between k and k': 1, 0.7, 0.49
+    and so on. 1: there is one adapter for all, as in the paper. 0: every k learns from its own clients only."""
+    k_rotation: Literal["auto"] | KRotation = "auto"
+    """FLAME: the k that a client trains with. `none`: what it affords, as in the paper. `smaller`: in every
+    second round what it affords, and between them the smaller k of other clients in turn. `all`: also the
+    larger ones, with fewer steps, so that a round costs no more. `auto`: `all` if training.budget is compute,
+    otherwise `smaller`."""
+    learning_rate_exponent: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """FLAME: a client that trains with k experts has the learning rate times (K/k) to this power. 0: the same
+    rate for every k."""
+    active_experts: MinFullOrNumber = "min"
+    """fedavg, ffa_lora, rolora, fedex_lora: the k of every client. `min`: what the smallest client affords
+    (the paper's baseline); `full`: the model's K; or a number."""
+    rank: MinFullOrNumber = "full"
+    """fedavg, ffa_lora, rolora, fedex_lora: the LoRA rank of every client. `full`: adapter.r; `min`: what the
+    smallest client affords; or a number."""
+    counted_rows: CountedRows = "trained"
+    """All methods but hetlora: which rows are a client's weight |D_i| in a mean. `held`: all its rows, as
+    published. `trained`: the rows that it trained on in the round, each counted once. They differ where
+    `training.max_steps` do not reach all rows: with `held`, a client with many rows then counts for more than
+    it has done."""
+    rank_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """HetLoRA: gamma of rank self-pruning, such as 0.9. A client whose last ranks, those after the first
+    gamma r_i, shrank in a round goes on without them. 0: no pruning."""
+
+
+class ServerConfig(Section):
+    num_server_rounds: Annotated[int, Field(ge=1)] = 10
+    """The number of federated rounds."""
+    fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the clients that is sampled in each round."""
+    min_clients: Annotated[int, Field(ge=1)] = 1
+    """The usable updates that a round needs. With fewer the run stops and keeps its checkpoint."""
+
+
+class CommunicationConfig(Section):
+    update_dtype: UpdateDtype = "float32"
+    """How the values of an update travel. `float32`: unchanged. `bfloat16`: rounded. `int8`: rounded, with
+    one scale for each expert and matrix. The client remembers the rounding error of an update and adds it to
+    its next update."""
+
+
+class EvaluationConfig(Section):
+    split: Literal["test", "validation"] = "test"
+    """Which held-out rows are scored. `validation`: rows for choosing settings. The training rows are the
+    same, and no row is in both. In a file or a hub data set they come from what data.max_rows leaves out."""
+    rows_per_category: Annotated[int, Field(ge=1)] = 20
+    """The held-out rows of each category."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 1
+    """The rounds from one evaluation to the next. 0: only before and after the run."""
+    generate_every: Annotated[int, Field(ge=0)] = 3
+    """The rounds from one score of generated answers to the next. Only rounds that are evaluated have one.
+    0: only before and after the run."""
+    max_new_tokens: Annotated[int, Field(ge=0)] = 24
+    """The most tokens of a generated answer. 0: no answers are generated, the loss is the only score."""

@@ -1,0 +1,22 @@
+"""The words that configuration, messages and costs share, where a choice has few values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Of the frozen base, under its name in the configuration."""
+RescalerMode = Literal["learned", "fixed", "mass"]
+"""How a client treats s: train it, keep it, or measure it on its rows and keep that."""
+RescalerRule = Literal["learned", "none", "static", "mass"]
+"""How FLAME rescales at k < K: learned (the paper's), s = 1, s = K/k, or `moe.rescaler.mass_ratio`."""
+CountNormalization = Literal["token", "slot"]
+"""What FLAME divides activation counts by: tokens (the paper's), or routed slots, k_i for each token."""
+Trainable = Literal["both", "A", "B"]
+"""The half of every product B A that a client trains; a frozen half keeps its bits."""
+UpdateDtype = Literal["float32", "bfloat16", "int8"]
+"""How the values of an update travel; see `wire.values`."""
+CountedRows = Literal["trained", "held"]
+"""The rows of a client that count in a mean: those it trained on in the round, each once, or all it holds."""
+Checkpointed = Literal["none", "experts", "layers"]
+"""What is not kept for the backward; see `moe.gradient_checkpointing`."""

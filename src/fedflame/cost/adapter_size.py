@@ -1,0 +1,61 @@
+"""The values of an adapter, and the bytes of one client's round."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from fedflame.config.words import Trainable, UpdateDtype
+from fedflame.cost.model_shape import ModelShape, require_targets
+
+_VALUE_BYTES: dict[UpdateDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """Values of one adapter and bytes of one client's round, file headers left out."""
+
+    experts: int
+    attention: int
+    rescalers: int
+    counts: int
+    matrices: int
+    """A and B of each module; gate and up of an expert are one module."""
+
+    @property
+    def total(self) -> int:
+        """LoRA parameters; the rescalers come on top."""
+        return self.experts + self.attention
+
+    @property
+    def bytes_down(self) -> int:
+        """The whole adapter and the rescalers in fp32."""
+        return 4 * (self.total + self.rescalers)
+
+    def bytes_up(self, update_dtype: UpdateDtype) -> int:
+        """An upper bound, since experts without a token are not sent; with the int64 counts."""
+        scales = 4 * self.matrices if update_dtype == "int8" else 0
+        return _VALUE_BYTES[update_dtype] * self.total + scales + 4 * self.rescalers + 8 * self.counts
+
+
+def adapter_parameters(
+    shape: ModelShape, r: int, target_modules: Collection[str], half: Trainable = "both"
+) -> AdapterSize:
+    """Sizes of banks A1, B1, A2, B2 and of A [R,in], B [out,R] (`messages.Adapter`), or of a half of them."""
+    targets, inner = require_targets(shape, target_modules), shape.expert_matrices - 1
+    pairs = [(shape.expert_hidden_size, shape.expert_size)] * inner
+    expert = _low_rank([*pairs, (shape.expert_size, shape.expert_hidden_size)], r, half)
+    attention = _low_rank([(p.fan_in, p.fan_out) for p in shape.attention if p.name in targets], r, half)
+    return AdapterSize(
+        experts=shape.moe_layers * shape.num_experts * expert,
+        attention=len(shape.sparse_layers) * attention,
+        rescalers=shape.moe_layers,
+        counts=shape.moe_layers * shape.num_experts,
+        matrices=(2 if half == "both" else 1)
+        * (2 * shape.moe_layers * shape.num_experts + len(shape.sparse_layers) * len(targets)),
+    )
+
+
+def _low_rank(projections: Sequence[tuple[int, int]], r: int, half: Trainable) -> int:
+    """Values of the LoRA on projections (in, out)."""
+    return sum(r * (fan_in * (half != "B") + fan_out * (half != "A")) for fan_in, fan_out in projections)

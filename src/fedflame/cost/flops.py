@@ -1,0 +1,158 @@
+"""FLOPs of a forward and of a training step, from the model's shape alone.
+
+A multiply-add is 2 FLOPs. Matrix products are counted; element-wise work (norms, softmax, activation,
+rotation, rescaler) and recomputation (gradient checkpointing) are not. Attention scores are whole [S,S]
+products, no causal half and no sliding window: `torch.utils.flop_counter` counts them so, too.
+
+Shape legend: H hidden size, I expert width, E experts per layer, k active experts, R LoRA rank,
+S sequence length, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, dataclass
+
+from fedflame.cost.model_shape import ModelShape, Projection, require_targets
+
+
+@dataclass(frozen=True)
+class FlopTerms:
+    """FLOPs per token, term by term."""
+
+    attention_projections: float = 0.0
+    attention_scores: float = 0.0
+    router: float = 0.0
+    experts: float = 0.0
+    expert_lora: float = 0.0
+    attention_lora: float = 0.0
+    shared_experts: float = 0.0
+    dense_layers: float = 0.0
+    head: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return float(sum(astuple(self)))
+
+
+def forward_flops_per_token(
+    shape: ModelShape,
+    active_experts: int,
+    r: int,
+    target_modules: Collection[str],
+    sequence_length: int,
+    labelled_share: float = 1.0,
+    head: bool = True,
+) -> FlopTerms:
+    """FLOPs of one forward pass per token of a sequence of S tokens.
+
+    r is the rank of the expert LoRA and of the attention LoRA on `target_modules`; 0 for the base model.
+    The head runs at labelled positions only: `labelled_share` of the tokens.
+    """
+    targets = require_targets(shape, target_modules)
+    layers = [
+        _layer_forward(shape, active_experts, r, targets, sequence_length, sparse)
+        for sparse in shape.sparse_layers
+    ]
+    return _sum([*layers, FlopTerms(head=_head(shape, labelled_share) if head else 0.0)])
+
+
+def training_flops_per_token(
+    shape: ModelShape,
+    active_experts: int,
+    r: int,
+    target_modules: Collection[str],
+    sequence_length: int,
+    labelled_share: float = 1.0,
+) -> FlopTerms:
+    """FLOPs of forward and backward per token, with base and routers frozen.
+
+    Backward is what autograd must do and no more: a frozen matrix gives its input gradient (as much as
+    its forward), a LoRA pair also its weight gradients (twice its forward in all), the two score products
+    a gradient to each of q, k, v and the softmax (twice their forward). Nothing flows to the embeddings:
+    what reads the input of the first trained layer gives no input gradient, and a frozen branch below
+    the lowest LoRA has no backward at all. The optimizer is not counted.
+    """
+    targets = require_targets(shape, target_modules)
+    terms = [
+        forward_flops_per_token(shape, active_experts, r, targets, sequence_length, labelled_share),
+        FlopTerms(head=_head(shape, labelled_share)),
+    ]
+    flows = False
+    for sparse in shape.sparse_layers:
+        terms.append(_attention_backward(shape, r, targets, sequence_length, flows))
+        flows = flows or bool(targets)
+        terms.append(_mlp_backward(shape, active_experts, r, sparse, flows))
+        flows = flows or sparse
+    return _sum(terms)
+
+
+def _sum(terms: Sequence[FlopTerms]) -> FlopTerms:
+    return FlopTerms(*(sum(column) for column in zip(*map(astuple, terms), strict=True)))
+
+
+def _head(shape: ModelShape, labelled_share: float) -> float:
+    return 2 * shape.hidden_size * shape.vocab_size * labelled_share
+
+
+def _lora(p: Projection, r: int) -> int:
+    return 2 * r * (p.fan_in + p.fan_out)
+
+
+def _expert_lora(shape: ModelShape, r: int) -> int:
+    return 2 * shape.expert_matrices * r * (shape.expert_hidden_size + shape.expert_size)
+
+
+def _layer_forward(
+    shape: ModelShape, k: int, r: int, targets: frozenset[str], sequence_length: int, sparse: bool
+) -> FlopTerms:
+    h = shape.hidden_size
+    expert = shape.expert_matrices * shape.expert_hidden_size * shape.expert_size
+    score_width = shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim)
+    return FlopTerms(
+        attention_projections=sum(2 * p.fan_in * p.fan_out for p in shape.attention),
+        attention_scores=2 * sequence_length * score_width,
+        router=2 * h * shape.num_experts * sparse,
+        experts=2 * k * expert * sparse,
+        expert_lora=k * _expert_lora(shape, r) * sparse,
+        attention_lora=sum(_lora(p, r) for p in shape.attention if p.name in targets),
+        shared_experts=(6 * h * shape.shared_size + 2 * h * shape.shared_gate) * sparse,
+        dense_layers=6 * h * shape.dense_size * (not sparse),
+    )
+
+
+def _attention_backward(
+    shape: ModelShape, r: int, targets: frozenset[str], sequence_length: int, flows: bool
+) -> FlopTerms:
+    """`flows`: the layer's input needs a gradient. Only q, k or v that carry one pass it on."""
+    projections = lora = 0
+    live = set("qkv") if flows else set()
+    for p in shape.attention:
+        input_needs_gradient = bool(live & set(p.path))
+        if input_needs_gradient:
+            projections += 2 * p.fan_in * p.fan_out
+        if p.name in targets:
+            # Both weight gradients, the gradient between B and A, and that of A's input if it is needed.
+            lora += _lora(p, r) + 2 * r * p.fan_out + 2 * r * p.fan_in * input_needs_gradient
+            if p is not shape.attention[-1]:
+                live |= set(p.path)
+    product = 2 * sequence_length * shape.num_attention_heads
+    scores = product * shape.qk_head_dim * (("q" in live) + ("k" in live))
+    scores += product * shape.v_head_dim * (bool(live & {"q", "k"}) + ("v" in live))
+    return FlopTerms(attention_projections=projections, attention_scores=scores, attention_lora=lora)
+
+
+def _mlp_backward(shape: ModelShape, k: int, r: int, sparse: bool, flows: bool) -> FlopTerms:
+    """`flows`: the MLP's input needs a gradient; without it only the experts' insides have a backward."""
+    h, lora = shape.hidden_size, _expert_lora(shape, r)
+    if not sparse:
+        return FlopTerms(dense_layers=6 * h * shape.dense_size * flows)
+    width, first = shape.expert_hidden_size, shape.expert_matrices - 1
+    matrix = 2 * width * shape.expert_size
+    return FlopTerms(
+        router=2 * h * shape.num_experts * flows,
+        experts=k * (matrix + first * matrix * flows),
+        # Weight gradients, then input gradients; those of A1, gate and up, reach the MLP's input.
+        expert_lora=k * (lora + lora - 2 * first * r * width * (not flows)),
+        shared_experts=(6 * h * shape.shared_size + 2 * h * shape.shared_gate) * flows,
+    )

@@ -1,0 +1,253 @@
+"""The sizes of a sparse-mixture-of-experts model that decide its cost, read from its config.json alone.
+
+Neither torch nor transformers is imported, so that `fedflame plan` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedflame.cost.refused_families import refusal
+from fedflame.errors import UserError
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_UNGATED = ("nemotron_h",)
+_LATENT_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One attention matrix [fan_out, fan_in]; `path` spells which of q, k and v pass through it."""
+
+    name: str
+    fan_in: int
+    fan_out: int
+    path: str
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes in units of values; one attention and one expert shape for all layers."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_attention_heads: int
+    qk_head_dim: int
+    v_head_dim: int
+    attention: tuple[Projection, ...]
+    """In forward order, the output projection last."""
+    attention_vectors: int
+    """Norm weights and biases inside one attention, in parameters."""
+    sparse_layers: tuple[bool, ...]
+    """Per layer: experts (True) or a dense MLP (False)."""
+    num_experts: int
+    num_experts_per_tok: int
+    expert_size: int
+    """Inner width of one expert (I)."""
+    expert_hidden_size: int
+    """Width of what the experts read and write; below hidden_size where projections surround them."""
+    expert_matrices: int
+    """Matrices of one expert: gate, up and down, or up and down."""
+    shared_size: int
+    """Inner width of a layer's shared experts together; 0 for none."""
+    shared_gate: bool
+    """Whether a [1,H] gate scales the shared expert (qwen2_moe)."""
+    dense_size: int
+    """Inner width of a dense layer's MLP; 0 where no layer is dense."""
+    tie_word_embeddings: bool
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers with experts (L)."""
+        return sum(self.sparse_layers)
+
+
+def read_model_shape(path: Path) -> ModelShape:
+    """The shape of a model folder in Hugging Face layout, or of a config.json file; reads no weights.
+
+    Raises UserError where there is no such file, no JSON, a dense model or a missing key.
+    """
+    config = _read_config(path)
+    refused = refusal(config.get("model_type", ""))
+    if refused:
+        raise UserError(f"model {path}: {refused}")
+    if not any(config.get(key) for key in _EXPERT_KEYS):
+        raise UserError(
+            f"model {path}: {config.get('model_type', 'config.json')} is no sparse mixture of experts: "
+            f"it has no {', '.join(_EXPERT_KEYS[:-1])} or {_EXPERT_KEYS[-1]}"
+        )
+    _check_sizes(path, config)
+    sparse = _sparse_layers(config)
+    if not any(sparse):
+        raise UserError(
+            f"model {path}: no sparse mixture of experts: mlp_only_layers and the like leave none"
+        )
+    if not all(sparse):
+        _require(path, config, ("intermediate_size",))
+    expert_size = config.get("moe_intermediate_size") or config["intermediate_size"]
+    shared_size = config.get("shared_expert_intermediate_size")
+    projections, qk_head_dim, v_head_dim = _attention(config)
+    return ModelShape(
+        model_type=str(config.get("model_type", "")),
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        num_attention_heads=config["num_attention_heads"],
+        qk_head_dim=qk_head_dim,
+        v_head_dim=v_head_dim,
+        attention=projections,
+        attention_vectors=_attention_vectors(config, projections, qk_head_dim),
+        sparse_layers=sparse,
+        num_experts=config[_key(config, _EXPERT_KEYS)],
+        num_experts_per_tok=config[_key(config, _TOP_K_KEYS)],
+        expert_size=expert_size,
+        expert_hidden_size=config.get("moe_latent_size") or config["hidden_size"],
+        expert_matrices=2 if config.get("model_type") in _UNGATED else 3,
+        shared_size=shared_size or (config.get(_key(config, _SHARED_KEYS)) or 0) * expert_size,
+        shared_gate=bool(shared_size),
+        dense_size=0 if all(sparse) else config["intermediate_size"],
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def base_parameters(shape: ModelShape) -> int:
+    """Parameters of the frozen base model.
+
+    Exact for olmoe, mixtral, qwen2_moe, qwen3_moe and deepseek_v3. Elsewhere an estimate: every layer's
+    token mixer counts as attention, and what only that family has (norms, biases, projections around the
+    experts, an MLP beside them) is left out. The experts themselves are exact everywhere.
+    """
+    h = shape.hidden_size
+    attention = sum(p.fan_in * p.fan_out for p in shape.attention) + shape.attention_vectors
+    shared = 3 * h * shape.shared_size + h * shape.shared_gate
+    expert = shape.expert_matrices * shape.expert_hidden_size * shape.expert_size
+    sparse = shape.num_experts * (expert + h) + shared
+    dense = 3 * h * shape.dense_size
+    layers = len(shape.sparse_layers)
+    embeddings = shape.vocab_size * h * (1 if shape.tie_word_embeddings else 2)
+    blocks = shape.moe_layers * sparse + (layers - shape.moe_layers) * dense
+    return layers * (attention + 2 * h) + blocks + h + embeddings
+
+
+def require_targets(shape: ModelShape, target_modules: Collection[str]) -> frozenset[str]:
+    """The names as a set. Raises UserError for one that is no attention projection of the model."""
+    names = [p.name for p in shape.attention]
+    for module in target_modules:
+        if module not in names:
+            raise UserError(
+                f"target_modules {module!r}: must be attention projections of {shape.model_type}: "
+                f"{', '.join(names)}"
+            )
+    return frozenset(target_modules)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"model {path}: no such file or folder")
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"model {path}: the folder has no config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"model {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"model {path}: {file.name} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"model {path}: {file.name} is not a JSON object")
+    text = config.get("text_config")
+    config = config | text if isinstance(text, dict) else config
+    if isinstance(config.get("layers_block_type"), list):
+        config["num_hidden_layers"] = len(config["layers_block_type"])
+    return config
+
+
+def _require(path: Path, config: dict[str, Any], keys: tuple[str, ...]) -> None:
+    missing = [key for key in keys if config.get(key) is None]
+    if missing:
+        raise UserError(f"model {path}: config.json lacks {', '.join(missing)}")
+    for key in keys:
+        if type(config[key]) is not int or config[key] < 1:
+            raise UserError(f"model {path}: config.json: {key} = {config[key]!r}: must be a positive integer")
+
+
+def _check_sizes(path: Path, config: dict[str, Any]) -> None:
+    width = "intermediate_size" if config.get("moe_intermediate_size") is None else "moe_intermediate_size"
+    counts = (_key(config, _EXPERT_KEYS), _key(config, _TOP_K_KEYS))
+    latent = _LATENT_KEYS if config.get("kv_lora_rank") else ()
+    _require(path, config, (*_REQUIRED_KEYS, *counts, width, *latent))
+
+
+def _key(config: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The one of the names that this config has; the first where it has none."""
+    return next((name for name in names if config.get(name)), names[0])
+
+
+def _sparse_layers(config: dict[str, Any]) -> tuple[bool, ...]:
+    """A list of layer types, or the rules of Qwen, Ernie, DeepSeek, LFM2 and Jamba."""
+    if "moe" in (config.get("layers_block_type") or []):
+        return tuple(kind == "moe" for kind in config["layers_block_type"])
+    if config.get("mlp_layer_types"):
+        return tuple(kind != "dense" for kind in config["mlp_layer_types"])
+    step = config.get(_key(config, ("decoder_sparse_step", "moe_layer_interval"))) or 1
+    only = config.get("mlp_only_layers") or []
+    first = (
+        config.get(_key(config, ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"))) or 0
+    )
+    period, offset = config.get("expert_layer_period") or 1, config.get("expert_layer_offset") or 0
+    layers = range(config["num_hidden_layers"])
+    return tuple(
+        i >= first and i not in only and (i + 1) % step == 0 and i % period == offset for i in layers
+    )
+
+
+def _attention(config: dict[str, Any]) -> tuple[tuple[Projection, ...], int, int]:
+    """Projections, and the head widths of queries and keys and of values."""
+    if config.get("kv_lora_rank"):
+        return _latent_attention(config)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    width = config.get("head_dim") or hidden // heads
+    values = (config.get("num_key_value_heads") or heads) * width
+    projections = (
+        Projection("q_proj", hidden, heads * width, "q"),
+        Projection("k_proj", hidden, values, "k"),
+        Projection("v_proj", hidden, values, "v"),
+        Projection("o_proj", heads * width, hidden, "qkv"),
+    )
+    return projections, width, width
+
+
+def _latent_attention(config: dict[str, Any]) -> tuple[tuple[Projection, ...], int, int]:
+    """DeepSeek's multi-head latent attention: queries and key-values through low-rank bottlenecks."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    plain, rotary, values = (config[key] for key in _LATENT_KEYS)
+    q_rank, kv_rank = config.get("q_lora_rank"), config["kv_lora_rank"]
+    queries = heads * (plain + rotary)
+    query = [Projection("q_proj", hidden, queries, "q")]
+    if q_rank:
+        query = [Projection("q_a_proj", hidden, q_rank, "q"), Projection("q_b_proj", q_rank, queries, "q")]
+    projections = (
+        *query,
+        Projection("kv_a_proj_with_mqa", hidden, kv_rank + rotary, "kv"),
+        Projection("kv_b_proj", kv_rank, heads * (plain + values), "kv"),
+        Projection("o_proj", heads * values, hidden, "qkv"),
+    )
+    return projections, plain + rotary, values
+
+
+def _attention_vectors(config: dict[str, Any], projections: tuple[Projection, ...], head_dim: int) -> int:
+    family = config.get("model_type")
+    outputs = [p.fan_out for p in projections]
+    if config.get("kv_lora_rank"):
+        return (config.get("q_lora_rank") or 0) + int(config["kv_lora_rank"])
+    norms = {"olmoe": sum(outputs[:2]), "qwen3_moe": 2 * head_dim}.get(str(family), 0)
+    if config.get("qkv_bias", family == "qwen2_moe"):
+        return norms + sum(outputs[:3])
+    return norms + (sum(outputs) if config.get("attention_bias") else 0)

@@ -1,0 +1,85 @@
+"""What the clients of one tier pay: FLOPs for a token, bytes for a round."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from fedflame.config.words import Trainable, UpdateDtype
+from fedflame.cost.adapter_size import adapter_parameters
+from fedflame.cost.flops import forward_flops_per_token, training_flops_per_token
+from fedflame.cost.model_shape import ModelShape
+from fedflame.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tier:
+    """The clients that train with the same number of active experts and the same rank."""
+
+    active_experts: int
+    rank: int
+    clients: int
+
+
+@dataclass(frozen=True)
+class TierCost:
+    """What each client of a tier pays: FLOPs per token, bytes per round."""
+
+    active_experts: int
+    rank: int
+    """Of the LoRA that is trained, down and up."""
+    clients: int
+    forward_flops_per_token: float
+    relative_to_full: float
+    """Forward FLOPs over those at the model's own num_experts_per_tok and the run's rank."""
+    training_flops_per_token: float
+    bytes_down: int
+    bytes_up: int
+
+
+def require_possible(experts: Iterable[int], shape: ModelShape) -> None:
+    """Raises UserError for a number of active experts that the model cannot run."""
+    full = shape.num_experts_per_tok
+    for k in experts:
+        if not 1 <= k <= full:
+            raise UserError(
+                f"active_experts {k}: must be between 1 and {full} (the model's num_experts_per_tok)"
+            )
+
+
+def tier_costs(
+    shape: ModelShape,
+    tiers: Sequence[Tier],
+    r: int,
+    target_modules: Collection[str],
+    sequence_length: int,
+    labelled_share: float = 1.0,
+    halves: Sequence[Trainable] = ("both",),
+    update_dtype: UpdateDtype = "float32",
+) -> list[TierCost]:
+    """One row per tier, in the order given.
+
+    r is the rank of the run, which `relative_to_full` is taken to. A method trains and sends `halves` in
+    turn, as `update_dtype`: the largest of them counts. FLOPs are those of both halves.
+    """
+    require_possible([tier.active_experts for tier in tiers], shape)
+    setting = (target_modules, sequence_length, labelled_share)
+    full = forward_flops_per_token(shape, shape.num_experts_per_tok, r, *setting).total
+    costs = []
+    for tier in tiers:
+        sizes = [adapter_parameters(shape, tier.rank, target_modules, half) for half in halves]
+        forward = forward_flops_per_token(shape, tier.active_experts, tier.rank, *setting).total
+        training = training_flops_per_token(shape, tier.active_experts, tier.rank, *setting).total
+        costs.append(
+            TierCost(
+                active_experts=tier.active_experts,
+                rank=tier.rank,
+                clients=tier.clients,
+                forward_flops_per_token=forward,
+                relative_to_full=forward / full,
+                training_flops_per_token=training,
+                bytes_down=adapter_parameters(shape, tier.rank, target_modules).bytes_down,
+                bytes_up=max(size.bytes_up(update_dtype) for size in sizes),
+            )
+        )
+    return costs

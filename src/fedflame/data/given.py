@@ -1,0 +1,66 @@
+"""Rows that a program hands over instead of a file: one collection, or one for each client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedflame.data.sources import RawRow, Source
+from fedflame.errors import UserError
+
+_ALLOWED = "a datasets.Dataset, a list of dicts, or a list with one of these for each client"
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """The rows as sources, which are read as a file's rows are."""
+
+    sources: tuple[Source, ...]
+    per_client: bool
+    """Whether each source is the rows of one client, in client order; otherwise there is one source."""
+
+
+def given_rows(data: Any) -> GivenRows:
+    """The rows as sources.
+
+    Args:
+        data: a `datasets.Dataset`, a list of dicts, or a list with one of these for each client.
+
+    Raises:
+        UserError: it is none of these, or holds nothing.
+    """
+    if _is_table(data) or _is_list_of_dicts(data):
+        return GivenRows((_source("data", data),), per_client=False)
+    if not isinstance(data, Sequence) or isinstance(data, str | bytes):
+        raise UserError(f"data: got {type(data).__name__}; it must be {_ALLOWED}")
+    if not data:
+        raise UserError(f"data: got an empty list; it must be {_ALLOWED}")
+    for client, rows in enumerate(data):
+        if not (_is_table(rows) or _is_list_of_dicts(rows)):
+            got = "an empty list" if isinstance(rows, list) and not rows else type(rows).__name__
+            raise UserError(f"data[{client}]: got {got}; it must be a datasets.Dataset or a list of dicts")
+    return GivenRows(
+        tuple(_source(f"data[{client}]", rows) for client, rows in enumerate(data)), per_client=True
+    )
+
+
+def _is_table(data: Any) -> bool:
+    """A `datasets.Dataset`, which is not imported for this."""
+    return hasattr(data, "column_names") and isinstance(data, Iterable)
+
+
+def _is_list_of_dicts(data: Any) -> bool:
+    listed = isinstance(data, Sequence) and not isinstance(data, str | bytes)
+    return listed and len(data) > 0 and isinstance(data[0], Mapping)
+
+
+def _source(name: str, rows: Any) -> Source:
+    def read(columns: Sequence[str]) -> Iterator[RawRow]:
+        for number, row in enumerate(rows, start=1):
+            yield f"{name}:row {number}", dict(row) if isinstance(row, Mapping) else "not a dict"
+
+    if _is_table(rows):
+        return Source(name, list(rows.column_names), read)
+    keys = {str(key): None for row in rows if isinstance(row, Mapping) for key in row}
+    return Source(name, list(keys), read)

@@ -1,0 +1,128 @@
+"""Adapter folders at both ends of a run: the one it goes on from, and the one it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from fedflame.config.run_config import RunConfig
+from fedflame.errors import UserError
+from fedflame.exports import (
+    Layout,
+    NoPeftLayoutError,
+    TrainedRun,
+    export_adapter,
+    load_adapter,
+    load_rescalers,
+    load_tier_adapters,
+    read_settings,
+)
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.server.checkpoint import Checkpoint
+from fedflame.strategies.base import ClientProfile, ServerState, Strategy
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of the adapter folder of a finished run."""
+
+    run: Path
+    """The run folder."""
+    adapter: Path | None
+    """None where PEFT has no layout for this model family, so that the run can only be merged."""
+    note: str = ""
+    """What the user should know of it, or empty."""
+
+
+def starting_adapter(config: RunConfig) -> str:
+    """Before a model is loaded: the adapter that the run goes on from, in words; empty for none.
+
+    Raises:
+        UserError: no adapter folder, or r, lora_alpha or attention modules that differ from the run's.
+    """
+    name, wanted = config.model.adapter_name_or_path, config.adapter
+    if not name:
+        return ""
+    settings = read_settings(Path(name))
+    got = settings.adapter
+    if (got.r, got.lora_alpha) != (wanted.r, wanted.lora_alpha):
+        raise UserError(
+            f"adapter.r = {wanted.r}, adapter.lora_alpha = {wanted.lora_alpha:g}: the adapter in {name} has "
+            f"r = {got.r}, lora_alpha = {got.lora_alpha:g}; a run that goes on from it must have the same"
+        )
+    if lacking := [module for module in got.target_modules if module not in wanted.target_modules]:
+        raise UserError(
+            f"adapter.target_modules = {','.join(wanted.target_modules)!r} lacks {','.join(lacking)}, which "
+            f"the adapter in {name} has"
+        )
+    return f"{name}, trained on {settings.base_model}"
+
+
+def initial_state(
+    config: RunConfig, adapted: AdaptedModel, strategy: Strategy, profiles: Sequence[ClientProfile]
+) -> ServerState:
+    """The state before round 1: new, or from the adapter folder that the configuration names.
+
+    The folder's rescalers start the tiers whose s the method learns; a method that fixes s keeps its own.
+    Adapters of one k start those of a method that keeps some; another goes on from that of its largest k.
+
+    Raises:
+        UserError: see `load_adapter` and `load_rescalers`.
+    """
+    folder = Path(config.model.adapter_name_or_path)
+    tiers = config.evaluated_experts(adapted.num_experts_per_tok)
+    if not config.model.adapter_name_or_path:
+        return strategy.initialize(adapted.initial_adapter(config.seed), tiers, len(adapted.layers))
+    adapter, saved = load_adapter(folder, adapted, config.seed), load_rescalers(folder, adapted)
+    of_tier = load_tier_adapters(folder, adapted, config.seed)
+    state = strategy.initialize(of_tier.get(max(tiers), adapter), tiers, len(adapted.layers))
+    plans = [strategy.configure_train(state, profile) for profile in profiles]
+    learned = {plan.active_experts for plan in plans if plan.rescaler != "fixed"}
+    rescalers = {k: saved.get(k, s) if k in learned else s for k, s in state.rescalers.items()}
+    tier_adapters = {k: of_tier.get(k, its) for k, its in state.tier_adapters.items()}
+    return replace(state, rescalers=rescalers, tier_adapters=tier_adapters)
+
+
+def write_adapter(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    model: PreTrainedModel,
+    to: Path,
+    layout: Layout | None,
+    overwrite: bool,
+) -> str:
+    """`export_adapter`; a note where PEFT needs the fused layout for this family, or empty."""
+    trained = trained_run(config, checkpoint.round)
+    written = export_adapter(checkpoint.state, trained, model, to, overwrite, layout)
+    if layout is None and written == "fused":
+        return f"adapter in the fused layout: PEFT reads none per expert for {model.config.model_type} models"
+    return ""
+
+
+def write_run_adapter(
+    checkpoint: Checkpoint, config: RunConfig, model: PreTrainedModel, run: Path
+) -> Written:
+    """The adapter folder in a finished run's folder, or the reason why the run can only be merged."""
+    try:
+        note = write_adapter(checkpoint, config, model, run / "adapter", None, True)
+    except NoPeftLayoutError as error:
+        return Written(run, None, f"no adapter folder: {error}")
+    return Written(run, run / "adapter", note)
+
+
+def trained_run(config: RunConfig, rounds: int) -> TrainedRun:
+    """What an export says of a run with this configuration after so many rounds."""
+    return TrainedRun(
+        base_model=config.model.model_name_or_path,
+        adapter=config.adapter,
+        method=config.method.title,
+        strategy=config.strategy.model_dump(),
+        num_clients=config.clients.num_clients,
+        active_experts=config.clients.active_experts,
+        max_steps=config.training.max_steps,
+        learning_rate=config.training.learning_rate,
+        rounds=rounds,
+    )

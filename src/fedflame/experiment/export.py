@@ -1,0 +1,57 @@
+"""What a run's last checkpoint holds, as an adapter folder or a stock checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fedflame.base.files import model_config_path
+from fedflame.cost.model_shape import read_model_shape
+from fedflame.errors import UserError
+from fedflame.experiment.adapter_folder import trained_run, write_adapter
+from fedflame.experiment.run_folder import saved_config
+from fedflame.exports import Layout, merge_checkpoint
+from fedflame.server.checkpoint import read_checkpoint
+
+
+def export_run(
+    run: Path,
+    to: Path,
+    merge: bool = False,
+    active_experts: int | None = None,
+    layout: Layout | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write what the run's last checkpoint holds into a folder.
+
+    Args:
+        run: the run folder.
+        to: the folder to make.
+        merge: a stock checkpoint instead of an adapter.
+        active_experts: with `merge`, the k whose rescaler is folded in; None for the model's own K.
+        layout: of the adapter; None for the one that PEFT reads for the model family.
+        overwrite: replace an earlier export.
+
+    Returns:
+        What the user should know of the export, or nothing.
+
+    Raises:
+        UserError: `run` is no run folder or has no checkpoint; see `export_adapter`, `merge_checkpoint`.
+    """
+    if active_experts is not None and not merge:
+        raise UserError("--active-experts needs --merge; an adapter serves every k")
+    if layout is not None and merge:
+        raise UserError("--layout is of an adapter; with --merge there is none")
+    config = saved_config(run)
+    checkpoint = read_checkpoint(run)
+    path = model_config_path(config.model.model_name_or_path)
+    if merge:
+        k = read_model_shape(path).num_experts_per_tok if active_experts is None else active_experts
+        merge_checkpoint(checkpoint.state, trained_run(config, checkpoint.round), k, to, overwrite)
+        return ""
+    with torch.device("meta"):
+        structure: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    return write_adapter(checkpoint, config, structure, to, layout, overwrite)

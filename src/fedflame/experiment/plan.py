@@ -1,0 +1,72 @@
+"""What a run will do and cost, without loading weights or torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedflame.base.dtype import DtypeChoice, choose_dtype
+from fedflame.base.files import has_tokenizer, model_config_path
+from fedflame.base.tokenizer import read_tokenizer
+from fedflame.config.run_config import RunConfig
+from fedflame.cost.model_shape import read_model_shape
+from fedflame.cost.run_cost import RunCost, run_cost
+from fedflame.cost.tiers import require_possible
+from fedflame.data.federation import describe, encode_federation, load_federation
+from fedflame.data.given import GivenRows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The partition of the data, and what each client and tier will do and cost."""
+
+    config: RunConfig
+    clients: list[dict[str, Any]]
+    """By client: `client`, `active_experts` (k), `rows`, and `per_category`, its rows by label."""
+    cost: RunCost
+    """FLOPs, bytes and memory by tier, and each client's optimizer steps."""
+    dtype: DtypeChoice
+    """The number format that the memory is for, with the reason."""
+    truncated_rows: int
+    """Rows that are longer than `data.max_length` tokens."""
+    skipped_rows: int
+    """Rows that cannot be used."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `fedflame plan --json` prints them."""
+        costs = self.cost.to_json()
+        costs["clients"] = [self.clients[cost["client"]] | cost for cost in costs["clients"]]
+        return {
+            "truncated_rows": self.truncated_rows,
+            "skipped_rows": self.skipped_rows,
+            "clients_per_round": self.config.clients_per_round(),
+            **costs,
+        }
+
+
+def plan_run(config: RunConfig, sequence_length: int | None = None, given: GivenRows | None = None) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: the run.
+        sequence_length: FLOPs are for rows of so many tokens, with the head at each of them. None: for the
+            rows of the data, or for `data.max_length` where the model folder has no tokenizer.
+        given: rows that a program hands over, instead of `data.dataset_name`.
+
+    Raises:
+        UserError: data or model cannot be used, or the model cannot run a client's k.
+    """
+    path = model_config_path(config.model.model_name_or_path)
+    shape = read_model_shape(path)
+    require_possible(config.evaluated_experts(shape.num_experts_per_tok), shape)
+    federation = load_federation(config, given)
+    length, share, truncated = sequence_length or config.data.max_length, 1.0, 0
+    folder: Path = path if path.is_dir() else path.parent
+    if sequence_length is None and has_tokenizer(folder):
+        encoded = encode_federation(federation, read_tokenizer(folder), config.data.max_length)
+        length, share, truncated = encoded.mean_length, encoded.labelled_share, encoded.truncated
+    dtype = choose_dtype(config.model.dtype, shape)
+    cost = run_cost(config, shape, dtype.name, length, share)
+    clients = describe(federation, config.afforded_experts())
+    return Plan(config, clients, cost, dtype, truncated, len(federation.skipped))

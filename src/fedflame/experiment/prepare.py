@@ -1,0 +1,79 @@
+"""What can be refused before weights or torch are loaded: settings, run folder, sites, model files, data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedflame.base.files import model_config_path, require_folder_complete, resolve_model
+from fedflame.config.run_config import RunConfig
+from fedflame.cost.model_shape import ModelShape, read_model_shape
+from fedflame.cost.tiers import require_possible
+from fedflame.data.federation import Federation, load_federation
+from fedflame.data.given import GivenRows
+from fedflame.errors import UserError
+from fedflame.experiment.run_folder import Existing, check_run_folder
+from fedflame.experiment.sites import Sites, check_sites
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that nothing known beforehand speaks against."""
+
+    config: RunConfig
+    existing: Existing
+    """What to do with a run folder that is there."""
+    shape: ModelShape
+    federation: Federation
+    sites: Sites | None = None
+    """The clients, where they are sites behind an engine; None for clients of this machine."""
+
+
+def prepare(
+    config: RunConfig,
+    existing: Existing = "refuse",
+    sites: Sites | None = None,
+    given: GivenRows | None = None,
+) -> Prepared:
+    """Check what a run is to be, and read its rows.
+
+    Args:
+        config: the checked configuration.
+        existing: what to do with a run folder that is there.
+        sites: the clients, where they are sites behind an engine.
+        given: rows that a program hands over, instead of `data.dataset_name`.
+
+    Raises:
+        UserError: the run cannot start as it is configured; nothing was changed.
+    """
+    check_run_folder(Path(config.output_dir), config, existing)
+    if sites is not None:
+        check_sites(config, sites)
+    shape = require_runnable(config)
+    return Prepared(config, existing, shape, load_federation(config, given), sites)
+
+
+def require_runnable(config: RunConfig) -> ModelShape:
+    """The shape of the configured model.
+
+    Raises:
+        UserError: the model's files are not complete, it cannot run a k of the configuration, or the tokens
+            of an answer do not fit into `data.max_length`.
+    """
+    name = config.model.model_name_or_path
+    shape = read_model_shape(model_config_path(name))
+    require_folder_complete(resolve_model(name))
+    full = shape.num_experts_per_tok
+    chosen = config.strategy.active_experts
+    if config.method.experts == "chosen" and chosen.isdecimal() and int(chosen) > full:
+        raise UserError(
+            f"strategy.active_experts {chosen}: must be 'min', 'full' or between 1 and {full} "
+            "(the model's num_experts_per_tok)"
+        )
+    require_possible(config.evaluated_experts(full), shape)
+    if config.evaluation.max_new_tokens >= config.data.max_length:
+        raise UserError(
+            f"evaluation.max_new_tokens = {config.evaluation.max_new_tokens}: must be below "
+            f"data.max_length = {config.data.max_length}, which prompt and answer share"
+        )
+    return shape

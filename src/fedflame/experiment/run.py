@@ -1,0 +1,211 @@
+"""One run from its configuration to its report: assemble, go through the rounds, write it down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedflame.clients.answers import Clients
+from fedflame.clients.local import LocalClients
+from fedflame.clients.workers import WorkerClients, WorkerSetup
+from fedflame.cost.run_cost import training_flops
+from fedflame.data.encoding import pad_token
+from fedflame.errors import UserError
+from fedflame.experiment.adapter_folder import Written, initial_state, starting_adapter, write_run_adapter
+from fedflame.experiment.assemble import Experiment, assemble
+from fedflame.experiment.environment import environment
+from fedflame.experiment.method import build_strategy
+from fedflame.experiment.prepare import Prepared
+from fedflame.experiment.run_folder import remove_run, require_same_data, saved_dtype, write_run_files
+from fedflame.experiment.site_clients import site_clients
+from fedflame.experiment.sites import Sites
+from fedflame.report import write_report
+from fedflame.server.checkpoint import FILE_NAME as CHECKPOINT_FILE
+from fedflame.server.checkpoint import Checkpoint, read_checkpoint
+from fedflame.server.metrics import MetricsFile, OnEvent
+from fedflame.server.progress import Reporter, Silent
+from fedflame.server.rounds import Server, run_rounds, sample_clients
+from fedflame.strategies.base import Strategy
+from fedflame.training.error_feedback import Residuals
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What is known when a run begins or goes on, before its first step."""
+
+    experiment: Experiment
+    starting_adapter: str
+    """The adapter folder that it goes on from and what that was trained on, in words; empty for none."""
+    remaining_steps: int
+    """Optimizer steps of all clients that the rounds to come will sample."""
+    sites: tuple[str, ...]
+    """Names of the clients, where these are sites."""
+
+
+Watch = Callable[[Begun], AbstractContextManager[Reporter]]
+"""Told what begins; its reporter is told what happens until the block ends."""
+
+
+def unwatched(begun: Begun) -> AbstractContextManager[Reporter]:
+    """Nobody looks on."""
+    return nullcontext(Silent())
+
+
+def run_experiment(
+    prepared: Prepared,
+    *,
+    config_text: str = "",
+    workers: int = 1,
+    strategy: Strategy | None = None,
+    on_event: OnEvent | None = None,
+    watch: Watch = unwatched,
+) -> Written:
+    """Run a prepared experiment to its end.
+
+    Args:
+        prepared: configuration, rows and sites, checked; see `prepare`.
+        config_text: the TOML file as given, kept beside the results; empty for none.
+        workers: processes that train clients; with 1 this process does. The adapter's bytes depend on
+            the threads of each process, not on their number.
+        strategy: a method that a program hands over, instead of `strategy.name`.
+        on_event: sees each object that goes into metrics.jsonl, as it happens.
+        watch: shows what happens.
+
+    Returns:
+        The adapter folder that was written, or why there is none.
+
+    Raises:
+        UserError: whatever the user can mend, with the run folder as it was before where the run
+            could not start, and with the last checkpoint where it could.
+    """
+    config, resumed, sites = prepared.config, prepared.existing == "resume", prepared.sites
+    run = Path(config.output_dir)
+    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, usable_cores() // workers))
+    start = "" if resumed else starting_adapter(config)
+    method = strategy or build_strategy(config, prepared.shape.num_experts_per_tok)
+    held = workers + 1 if workers > 1 else 1
+    experiment = assemble(config, prepared.federation, saved_dtype(run) if resumed else None, held)
+    checkpoint = _starting_point(run, experiment, method, resumed, sites is not None)
+    if prepared.existing == "overwrite" and run.exists():
+        remove_run(run)
+    if checkpoint.round == 0 and checkpoint.metrics_bytes == 0:
+        write_run_files(run, experiment, config_text, environment())
+    names = tuple(sites.hub.site_names()) if sites is not None else ()
+    begun = Begun(experiment, start, _remaining_steps(experiment, checkpoint.round), names)
+    metrics = MetricsFile(run / "metrics.jsonl", checkpoint.metrics_bytes, on_event)
+    try:
+        with watch(begun) as reporter, _clients(experiment, run, workers, sites, reporter) as clients:
+            server = _server(experiment, method, run, clients, metrics, reporter)
+            checkpoint = run_rounds(server, checkpoint)
+    except KeyboardInterrupt as error:
+        hint = f"the same command with --resume goes on after round {_rounds_kept(run)}"
+        raise KeyboardInterrupt(hint) from error
+    finally:
+        metrics.close()
+        with suppress(UserError):  # a full disk has been reported already
+            write_report(run)
+    return write_run_adapter(checkpoint, config, experiment.adapted.model, run)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _starting_point(
+    run: Path, experiment: Experiment, strategy: Strategy, resumed: bool, at_sites: bool
+) -> Checkpoint:
+    """The run's checkpoint, or round 0 where there is none to go on from."""
+    if resumed and (run / CHECKPOINT_FILE).exists():
+        require_same_data(run, experiment, at_sites)
+        return read_checkpoint(run)
+    state = initial_state(experiment.config, experiment.adapted, strategy, experiment.profiles)
+    return Checkpoint(0, 0, state)
+
+
+def _remaining_steps(experiment: Experiment, last_round: int) -> int:
+    """Optimizer steps of all clients that the rounds after `last_round` will sample."""
+    config, k = experiment.config, experiment.adapted.num_experts_per_tok
+    steps = {(cost.client, cost.trained_experts): cost.steps for cost in experiment.cost.clients}
+    return sum(
+        steps[profile.client, config.trained_experts(k, number)[profile.client]]
+        for number in range(last_round + 1, config.server.num_server_rounds + 1)
+        for profile in sample_clients(experiment.profiles, config.clients_per_round(), config.seed, number)
+    )
+
+
+def _rounds_kept(run: Path) -> int:
+    return read_checkpoint(run).round if (run / CHECKPOINT_FILE).exists() else 0
+
+
+@contextmanager
+def _clients(
+    experiment: Experiment, run: Path, workers: int, sites: Sites | None, reporter: Reporter
+) -> Iterator[Clients]:
+    config, adapted = experiment.config, experiment.adapted
+    if sites is not None:
+        with site_clients(
+            sites, config, adapted.dtype, adapted.num_experts_per_tok, run, reporter.message
+        ) as at_sites:
+            yield at_sites
+        return
+    rows, pad_token_id = experiment.encoded.clients, pad_token(experiment.tokenizer)
+    residuals = Residuals(run / "residuals")
+    if workers == 1:
+        yield LocalClients(adapted, rows, pad_token_id, residuals)
+        return
+    setup = WorkerSetup(
+        config.model.model_name_or_path,
+        adapted.dtype,
+        config.adapter,
+        config.training.gradient_checkpointing,
+        rows,
+        pad_token_id,
+        residuals,
+        torch.get_num_threads(),
+        1 + workers,
+    )
+    with WorkerClients(setup, workers) as clients:
+        yield clients
+
+
+def _server(
+    experiment: Experiment,
+    strategy: Strategy,
+    run: Path,
+    clients: Clients,
+    metrics: MetricsFile,
+    reporter: Reporter,
+) -> Server:
+    config, k = experiment.config, experiment.adapted.num_experts_per_tok
+    return Server(
+        config=config,
+        run=run,
+        strategy=strategy,
+        profiles=[
+            replace(profile, num_examples=rows)
+            for profile, rows in zip(experiment.profiles, clients.num_examples(), strict=True)
+        ],
+        tiers=config.evaluated_experts(k),
+        deployments=config.cut_deployments(k),
+        training_flops=partial(_training_flops, experiment),
+        clients=clients,
+        adapted=experiment.adapted,
+        held_out=experiment.held_out,
+        metrics=metrics,
+        reporter=reporter,
+    )
+
+
+def _training_flops(experiment: Experiment, k: int, rank: int) -> float:
+    cost = experiment.cost
+    setting: tuple[Any, ...] = (cost.sequence_length, cost.labelled_share)
+    return training_flops(experiment.config, experiment.shape, k, rank, *setting)

@@ -1,0 +1,109 @@
+"""Score a run, an adapter or a base model on held-out rows at any k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fedflame.base.files import model_config_path
+from fedflame.config.load import load_config
+from fedflame.config.run_config import RunConfig
+from fedflame.cost.model_shape import read_model_shape
+from fedflame.data.federation import load_federation
+from fedflame.data.given import GivenRows
+from fedflame.errors import UserError
+from fedflame.experiment.assemble import Experiment, assemble
+from fedflame.experiment.prepare import require_runnable
+from fedflame.experiment.run_folder import is_run, saved_config, saved_dtype
+from fedflame.exports import (
+    load_adapter,
+    load_rescalers,
+    load_tier_adapters,
+    read_settings,
+    rescaler_tiers,
+)
+from fedflame.server.checkpoint import read_checkpoint
+from fedflame.strategies.base import ServerState
+from fedflame.training.evaluation import Scores, evaluate
+
+
+def score_source(
+    source: str,
+    active_experts: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    given: GivenRows | None = None,
+) -> dict[int, dict[str, Scores]]:
+    """Scores by k and category.
+
+    Args:
+        source: a run folder, an adapter folder, or a base model by folder or name.
+        active_experts: the k to evaluate at; empty for those of the source.
+        overrides: `section.key=value` over the run's own configuration, or over the defaults.
+        given: rows that a program hands over, instead of `data.dataset_name`.
+
+    Raises:
+        UserError: a source that is none of these, or a k that the model does not have.
+    """
+    place = Path(source)
+    config = _source_config(source, list(active_experts), list(overrides))
+    require_runnable(config)
+    dtype = saved_dtype(place) if is_run(place) else None
+    experiment = assemble(config, load_federation(config, given), dtype)
+    state = _source_state(place, experiment)
+    ones = torch.ones(len(experiment.adapted.layers))
+    held_out = experiment.held_out
+    return {
+        k: evaluate(
+            experiment.adapted,
+            held_out,
+            state.adapter_at(k),
+            k,
+            state.rescalers.get(k, ones),
+            generate=True,
+            merged=state.merged,
+        )
+        for k in active_experts or config.evaluated_experts(experiment.adapted.num_experts_per_tok)
+    }
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, of ours or of PEFT."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def _source_config(source: str, wanted: list[int], overrides: list[str]) -> RunConfig:
+    """The run's configuration, or the defaults with the source's model, adapter and tiers."""
+    place = Path(source)
+    if is_run(place):
+        return load_config(saved_config(place), overrides)
+    name, adapter, tiers = source, RunConfig().adapter, wanted
+    if is_adapter(place):
+        settings = read_settings(place)
+        name, adapter = _base_of(source, settings.base_model), settings.adapter
+        tiers = wanted or rescaler_tiers(place)
+    shape = read_model_shape(model_config_path(name))
+    tiers = tiers or [shape.num_experts_per_tok]
+    given = [f"model.model_name_or_path={name}", f"clients.num_clients={len(tiers)}"]
+    given.append(f"clients.active_experts={','.join(map(str, tiers))}")
+    return load_config(RunConfig(adapter=adapter), [*given, *overrides])
+
+
+def _base_of(source: str, base_model: str | None) -> str:
+    if not base_model:
+        raise UserError(f"{source}: adapter_config.json names no base model")
+    return base_model
+
+
+def _source_state(source: Path, experiment: Experiment) -> ServerState:
+    adapted, seed = experiment.adapted, experiment.config.seed
+    if is_run(source):
+        return read_checkpoint(source).state
+    if is_adapter(source):
+        return ServerState(
+            load_adapter(source, adapted, seed),
+            load_rescalers(source, adapted),
+            tier_adapters=load_tier_adapters(source, adapted, seed),
+        )
+    return ServerState(adapted.initial_adapter(seed), {})

@@ -1,0 +1,140 @@
+"""What an exported folder says of itself: `fedflame.json`, and the model card that the hub shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedflame import __version__
+from fedflame.config.sections import EMBEDDED_MODEL, AdapterConfig
+from fedflame.moe.families import MoELayer
+from fedflame.strategies.base import ServerState
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What an export has to know of the run behind it."""
+
+    base_model: str
+    """Name, hub id or folder."""
+    adapter: AdapterConfig
+    """r and lora_alpha of the run; merged factors add ranks to it."""
+    method: str
+    """In words, with its paper."""
+    strategy: Mapping[str, Any]
+    """The section `strategy` of the configuration."""
+    num_clients: int
+    active_experts: Sequence[int]
+    """What the clients afford, as configured."""
+    max_steps: int
+    """Of each client in each round."""
+    learning_rate: float
+    rounds: int
+    """Federated rounds that led to the state."""
+
+
+def run_facts(state: ServerState, run: TrainedRun, layers: Sequence[MoELayer]) -> dict[str, Any]:
+    """The content of `fedflame.json`."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "fedflame_version": __version__,
+        "base_model": run.base_model,
+        "strategy": dict(run.strategy),
+        "rounds": run.rounds,
+        "num_experts_per_tok": layers[0].num_experts_per_tok,
+        "tiers": sorted(state.rescalers, reverse=True),
+    }
+
+
+def adapter_card(state: ServerState, run: TrainedRun, full_k: int) -> str:
+    """How the adapter was trained, its tiers, and how to load it."""
+    line, base = _base_expression(run)
+    tiers = "\n".join(
+        f"| {k} | {float(s.mean()):.4f} | {float(s.min()):.4f} to {float(s.max()):.4f} |"
+        for k, s in sorted(state.rescalers.items(), reverse=True)
+    )
+    return f"""{_front_matter(run, "peft", "lora")}
+
+# LoRA adapter for {run.base_model}, trained with fedflame
+
+{_training(run)}
+
+```python
+{line}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "path/to/this/folder")
+```
+
+This runs all {full_k} experts per token of the base model. With fewer, the routed output of each MoE layer
+is multiplied by a rescaler s, one per layer and number of experts k. PEFT has no place for it: it matters
+only at k < {full_k}, and `rescalers.safetensors` holds it ("k1" for k = 1). `fedflame evaluate` applies it;
+`fedflame export --merge` writes a plain checkpoint for one k with s inside.{_own_folders(state)}
+
+| k | s, mean over layers | range |
+|---|---|---|
+{tiers}
+"""
+
+
+def _own_folders(state: ServerState) -> str:
+    """Where the adapters of single k are, if there are any."""
+    if not state.tier_adapters:
+        return ""
+    folders = ", ".join(f"`k{k}`" for k in sorted(state.tier_adapters, reverse=True))
+    return (
+        f"\n\nThe folders {folders} below this one hold the adapters to use with that many experts per token."
+    )
+
+
+def merged_card(run: TrainedRun, k: int, full_k: int) -> str:
+    """How the merged model was trained, its k, and how to load it."""
+    return f"""{_front_matter(run, "transformers")}
+
+# {run.base_model}, fine-tuned with fedflame, {k} of {full_k} experts per token
+
+{_training(run)}
+
+The LoRA adapter and the rescalers of k = {k} are merged into the weights; it loads as any checkpoint:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def _front_matter(run: TrainedRun, library: str, *tags: str) -> str:
+    base = run.base_model
+    # The hub refuses a card whose base_model is a path.
+    lines = [] if Path(base).is_dir() else [f"base_model: {base}"]
+    lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
+    return "\n".join(
+        ["---", *lines, *(f"- {tag}" for tag in ("fedflame", "federated-learning", "moe", *tags)), "---"]
+    )
+
+
+def _training(run: TrainedRun) -> str:
+    # The data set is not named: a card is made to be shared, the data stays with its owners.
+    lora, rounds = run.adapter, run.rounds
+    attention = f" and on {','.join(lora.target_modules)}" if lora.target_modules else ""
+    return (
+        f"Trained with fedflame {__version__}, strategy {run.method}: {rounds} federated "
+        f"{'round' if rounds == 1 else 'rounds'} over {run.num_clients} clients that afford "
+        f"{','.join(map(str, run.active_experts))} experts per token, at most {run.max_steps} steps per "
+        f"client and round, learning rate {run.learning_rate:g}. "
+        f"LoRA r = {lora.r}, lora_alpha = {lora.lora_alpha:g} on every expert{attention}."
+    )
+
+
+def _base_expression(run: TrainedRun) -> tuple[str, str]:
+    """An import line and the Python expression of the base model's place."""
+    name = run.base_model
+    if name == EMBEDDED_MODEL:
+        return "from fedflame.base.files import resolve_model\n", f"resolve_model({name!r})"
+    return "", repr(name)

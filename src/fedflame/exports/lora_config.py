@@ -1,0 +1,160 @@
+"""PEFT's `adapter_config.json`: the part of it that says which products there are, and at which scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from transformers import PreTrainedModel
+
+from fedflame.errors import UserError
+from fedflame.exports.description import TrainedRun
+from fedflame.exports.layouts import (
+    DOWN,
+    EXPERT_NAMES,
+    FUSED_PARAMETERS,
+    GATE_UP,
+    ExpertNames,
+    Layout,
+    wrappers,
+)
+from fedflame.moe.families import MoELayer
+
+CONFIG_FILE = "adapter_config.json"
+
+_OTHER_METHODS = (
+    "use_rslora use_dora use_qalora use_bdlora lora_bias modules_to_save trainable_token_indices "
+    "layer_replication alora_invocation_tokens arrow_config kasa_config velora_config monteclora_config"
+).split()
+_INITS_THAT_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
+
+
+class LoraSettings(BaseModel):
+    """LoRA as W + (alpha/r) B A, with r and alpha of any module or parameter."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None = None
+    r: Annotated[int, Field(ge=1)]
+    lora_alpha: Annotated[float, Field(gt=0)]
+    target_modules: list[str] = []
+    target_parameters: list[str] = []
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+
+    @field_validator("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: Any, info: ValidationInfo) -> Any:
+        return cls.model_fields[info.field_name or ""].default if value is None else value
+
+    @property
+    def expert_names(self) -> ExpertNames | None:
+        """The per-expert names among the target modules; None in the fused layout or without experts."""
+        targets = set(self.target_modules)
+        found = (names for names in EXPERT_NAMES if targets.issuperset(names.projections))
+        return None if self.target_parameters else next(found, None)
+
+    @property
+    def attention_modules(self) -> list[str]:
+        """The target modules beside the experts'."""
+        experts = self.expert_names.projections if self.expert_names else ()
+        return [name for name in self.target_modules if name not in experts]
+
+    def wraps(self, experts: str) -> dict[str, str]:
+        """PEFT's wrappers of one experts module -> the parameter of it that each adapts."""
+        targeted = [
+            name for name in FUSED_PARAMETERS if is_target(f"{experts}.{name}", self.target_parameters)
+        ]
+        return wrappers(experts, targeted)
+
+    def parameter(self, module: str) -> str:
+        """What rank_pattern and alpha_pattern are matched with for a module's LoRA: a wrapper's parameter."""
+        experts = module.removesuffix(".base_layer")
+        wrapped = self.wraps(experts).get(module)
+        return f"{experts}.{wrapped}" if wrapped else module
+
+    def rank(self, module: str) -> int:
+        """The rank of one module's LoRA."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), self.parameter(module)), self.r)
+
+    def scaling(self, module: str) -> float:
+        """What one module's product B A is multiplied by, alpha / r."""
+        key = get_pattern_key(list(self.alpha_pattern), self.parameter(module))
+        return self.alpha_pattern.get(key, self.lora_alpha) / self.rank(module)
+
+
+def is_target(name: str, targets: Iterable[str]) -> bool:
+    """Whether a list of PEFT targets names this module or parameter: in full, or by its last parts."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def parse_lora_config(path: Path, values: dict[str, Any]) -> LoraSettings:
+    """The settings in the content of `path`'s adapter_config.json.
+
+    Raises:
+        UserError: no LoRA, a value that LoRA cannot have, or a variant other than W + (alpha/r) B A.
+    """
+    if values.get("peft_type") != "LORA":
+        raise UserError(f"{path}: no LoRA adapter: peft_type = {values.get('peft_type')!r}")
+    variants = [key for key in _OTHER_METHODS if values.get(key)]
+    start = values.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in _INITS_THAT_KEEP_THE_BASE:
+        variants.append(f"init_lora_weights = {start!r}")
+    if variants:
+        raise UserError(f"{path}: LoRA with {', '.join(variants)} is not supported")
+    try:
+        settings = LoraSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise UserError(f"{path}: {key} = {values.get(key)!r} in {CONFIG_FILE}: {first['msg']}") from error
+    if settings.expert_names and (settings.rank_pattern or settings.alpha_pattern):
+        raise UserError(f"{path}: rank_pattern or alpha_pattern is not supported in the per-expert layout")
+    return settings
+
+
+def expert_names_of(model: PreTrainedModel) -> ExpertNames | None:
+    """Ask PEFT itself which per-expert names it turns into this family's fused experts; None for none."""
+    for names in EXPERT_NAMES:
+        probe = LoraConfig(target_modules=list(names.projections))
+        convert_peft_config_for_transformers(probe, model, conversions=None)
+        if set(probe.target_parameters or ()) == {*FUSED_PARAMETERS}:
+            return names
+    return None
+
+
+def lora_config(
+    run: TrainedRun, r: int, layers: Sequence[MoELayer], layout: Layout, names: ExpertNames | None
+) -> dict[str, Any]:
+    """The content of `adapter_config.json` for an adapter of rank r that is scaled as the run's.
+
+    Written by hand: PEFT's own writer puts target_modules in an order that differs between processes.
+    In the fused layout gate and up have twice the rank and twice the alpha, under the patterns that PEFT
+    itself writes when it saves a per-expert adapter again.
+    """
+    alpha = run.adapter.lora_alpha * (r / run.adapter.r)
+    targets: dict[str, Any] = {"target_modules": list(run.adapter.target_modules)}
+    if layout == "per-expert" and names:
+        targets["target_modules"] += names.projections
+    else:
+        blocks = sorted({layer.name.rpartition(".")[2] for layer in layers})
+        pattern = rf".*\.{GATE_UP}"
+        targets["target_parameters"] = [f"{b}.experts.{name}" for b in blocks for name in (DOWN, GATE_UP)]
+        targets |= {"rank_pattern": {pattern: 2 * r}, "alpha_pattern": {pattern: 2 * alpha}}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": run.base_model,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        **targets,
+        "inference_mode": True,
+    }

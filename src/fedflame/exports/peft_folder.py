@@ -1,0 +1,128 @@
+"""A finished run as a PEFT adapter folder.
+
+`layouts` has the names and the shapes, `lora_config` the settings. PEFT has no place for the rescaler s:
+it stands beside the adapter in a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fedflame.exports.description import TrainedRun, adapter_card, run_facts
+from fedflame.exports.fit import require_fit
+from fedflame.exports.layouts import (
+    ExpertNames,
+    Factors,
+    Layout,
+    attention_pairs,
+    fused_pairs,
+    per_expert_pairs,
+)
+from fedflame.exports.lora_config import CONFIG_FILE, expert_names_of, lora_config
+from fedflame.exports.new_folder import RUN_FILE, new_folder, write_json
+from fedflame.exports.peft_names import (
+    RESCALERS_FILE,
+    WEIGHTS_FILE,
+    NoPeftLayoutError,
+    module_names,
+    require_known_weights,
+    tier_key,
+)
+from fedflame.messages import Adapter
+from fedflame.moe.families import MoELayer, find_moe_layers
+from fedflame.strategies.base import ServerState
+
+
+def export_adapter(
+    state: ServerState,
+    run: TrainedRun,
+    model: PreTrainedModel,
+    to: Path,
+    overwrite: bool = False,
+    layout: Layout | None = None,
+) -> Layout:
+    """Write the folder that `PeftModel.from_pretrained(base, to)` loads; outputs equal ours at k = K.
+
+    Merged factors are further ranks of the adapter, with lora_alpha / r as it was. Beside PEFT's two files:
+    `rescalers.safetensors` ("k4": [L] for the tier k = 4), `fedflame.json`, and the model card README.md.
+    An adapter that the method keeps for one k has PEFT's two files in a folder below, such as `k4`.
+
+    Args:
+        state: adapter, rescalers and merged factors of the run.
+        run: rank and scale, the base model's name, and what the model card says.
+        model: the base model, plain or adapted. Only its structure is read: the meta device will do.
+        to: the folder to make.
+        overwrite: replace an earlier export; no other folder is ever replaced.
+        layout: None for per-expert where PEFT reads it for this model family, else fused.
+
+    Returns:
+        The layout written.
+
+    Raises:
+        UserError: `to` holds something, the disk is full, the model is not the run's, or PEFT cannot read
+            this layout for this model family.
+    """
+    layers = find_moe_layers(model)
+    r = run.adapter.r + state.merged.rank
+    full_k = layers[0].num_experts_per_tok
+    total = state.total_at(full_k)
+    require_fit(total, model, layers, r)
+    require_known_weights(layers)
+    names = _readable_names(model, total, layout)
+    written: Layout = layout or ("per-expert" if names else "fused")
+    settings = lora_config(run, r, layers, written, names)
+    separate = names if written == "per-expert" else None
+    with new_folder(to, overwrite) as folder:
+        _write_peft(folder, total, settings, layers, separate)
+        for k in state.tier_adapters:
+            (folder / tier_key(k)).mkdir()
+            _write_peft(folder / tier_key(k), state.total_at(k), settings, layers, separate)
+        _write_tensors(folder / RESCALERS_FILE, ((tier_key(k), s) for k, s in state.rescalers.items()))
+        write_json(folder / RUN_FILE, run_facts(state, run, layers))
+        (folder / "README.md").write_text(adapter_card(state, run, full_k), encoding="utf-8")
+    return written
+
+
+def _write_peft(
+    folder: Path,
+    adapter: Adapter,
+    settings: Mapping[str, Any],
+    layers: Sequence[MoELayer],
+    names: ExpertNames | None,
+) -> None:
+    """PEFT's two files; per expert under these names, fused without."""
+    experts = per_expert_pairs(adapter, layers, names) if names else fused_pairs(adapter, layers)
+    _write_tensors(folder / WEIGHTS_FILE, _named_tensors(chain(experts, attention_pairs(adapter))))
+    write_json(folder / CONFIG_FILE, settings)
+
+
+def _named_tensors(pairs: Iterable[tuple[str, Factors]]) -> Iterator[tuple[str, Tensor]]:
+    for module, factors in pairs:
+        yield from zip(module_names(module), (factors.a, factors.b), strict=True)
+
+
+def _readable_names(model: PreTrainedModel, adapter: Adapter, layout: Layout | None) -> ExpertNames | None:
+    """The per-expert names that PEFT reads for this family; NoPeftLayoutError if not this layout."""
+    kind, names = model.config.model_type, expert_names_of(model)
+    if layout == "per-expert" and names is None:
+        raise NoPeftLayoutError(f"PEFT reads no per-expert adapter for {kind} models; use --layout fused")
+    for module, _ in attention_pairs(adapter):
+        if names and module.rpartition(".")[2] in names.projections:
+            raise NoPeftLayoutError(
+                f"PEFT reads no adapter with {module} beside the experts' own; use --merge"
+            )
+    return names
+
+
+def _write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    # Copies: safetensors refuses tensors that share memory.
+    copies = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors}
+    save_file(copies, path, metadata={"format": "pt"})

@@ -1,0 +1,226 @@
+"""An adapter folder of anyone, in either layout, as banks of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedflame.config.sections import AdapterConfig
+from fedflame.errors import UserError
+from fedflame.exports.layouts import (
+    GATE_UP,
+    Factors,
+    attention_pairs,
+    expert_factors,
+    is_separate,
+    per_expert_pairs,
+    split,
+    unpack,
+)
+from fedflame.exports.lora_config import CONFIG_FILE, LoraSettings, is_target, parse_lora_config
+from fedflame.exports.peft_names import (
+    PREFIX,
+    RESCALERS_FILE,
+    WEIGHTS_FILE,
+    module_names,
+    require_known_weights,
+    tier_of,
+)
+from fedflame.messages import Adapter
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.families import MoELayer
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What has to be known of an adapter folder before its model can be prepared."""
+
+    base_model: str | None
+    """As the folder names it; it may have been moved since."""
+    adapter: AdapterConfig
+    """r, lora_alpha and the attention projections in target_modules."""
+
+
+def read_settings(path: Path) -> AdapterSettings:
+    """Base model, r, lora_alpha and attention projections of an adapter folder, of ours or of others.
+
+    r is the largest that a projection needs: where PEFT's fused form of a per-expert adapter gives gate and
+    up a rank of their own each, half of their common one.
+
+    Raises:
+        UserError: no adapter folder, or a LoRA variant other than W + (alpha/r) B A.
+    """
+    lora, tensors = _read_folder(path)
+    return AdapterSettings(lora.base_model_name_or_path, _adapter_config(lora, tensors))
+
+
+def load_adapter(path: Path, adapted: AdaptedModel, seed: int) -> Adapter:
+    """The adapter of a folder in either layout as banks for `adapted`; bit for bit where we wrote it.
+
+    Products of another scale have it in their B; a rank that gate and up share becomes one rank of each.
+    What the folder has no LoRA on, and ranks beyond those of a product, are as at the start of a run: B is
+    zero, A drawn from the seed.
+
+    Raises:
+        UserError: no adapter folder, r or scaling differ from `adapted`'s, or the tensors are not exactly
+            those that the folder's settings promise for this model.
+    """
+    require_known_weights(adapted.layers)
+    lora, tensors = _read_folder(path)
+    _require_same_scaling(path, _adapter_config(lora, tensors), adapted)
+    adapter = adapted.initial_adapter(seed)
+    slots = list(_slots(lora, adapter, adapted.layers))
+    _require_tensors(path, tensors, [name for slot in slots for name in module_names(slot.module)])
+    separate = _gate_and_up_are_separate(lora, tensors)
+    for slot in slots:
+        packed = Factors(*(tensors[name] for name in module_names(slot.module)))
+        _require_values(path, slot, packed, lora.rank(slot.module))
+        factors = unpack(packed, slot.experts) if slot.experts else packed
+        parts = split(factors, separate) if len(slot.views) == 2 else (factors,)
+        for view, part in zip(slot.views, parts, strict=True):
+            view.fill(part, lora.scaling(slot.module) / adapted.loras[0].scaling)
+    return adapter
+
+
+def load_tier_adapters(path: Path, adapted: AdaptedModel, seed: int) -> dict[int, Adapter]:
+    """Tier k -> its adapter, of those that an exported folder has beside its own; see `load_adapter`."""
+    folders = {tier_of(folder.name): folder for folder in sorted(path.iterdir()) if folder.is_dir()}
+    return {k: load_adapter(folder, adapted, seed) for k, folder in folders.items() if k}
+
+
+def rescaler_tiers(path: Path) -> list[int]:
+    """The k that an exported adapter has rescalers for, largest first; none for an adapter of others."""
+    if not (path / RESCALERS_FILE).exists():
+        return []
+    tiers = map(tier_of, _read_tensors(path / RESCALERS_FILE))
+    return sorted(filter(None, tiers), reverse=True)
+
+
+def load_rescalers(path: Path, adapted: AdaptedModel) -> dict[int, Tensor]:
+    """Tier k -> s [L] of an exported adapter; none for an adapter of others.
+
+    Raises:
+        UserError: the file is broken, or does not hold one finite s per MoE layer.
+    """
+    file, rescalers = path / RESCALERS_FILE, {}
+    for name, values in (_read_tensors(file) if file.exists() else {}).items():
+        k = tier_of(name)
+        if not k or values.shape != (len(adapted.layers),) or not bool(values.isfinite().all()):
+            shape = tuple(values.shape)
+            raise UserError(
+                f"{file}: {name} {shape} is no finite s for each of {len(adapted.layers)} MoE layers"
+            )
+        rescalers[k] = values
+    return rescalers
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A LoRA module of a folder, and the views of our banks that it fills."""
+
+    module: str
+    views: tuple[Factors, ...]
+    """One, or gate and up, which the fused layout has in one module."""
+    experts: int = 0
+    """E of a fused module; 0 of a linear one."""
+
+
+def _slots(lora: LoraSettings, adapter: Adapter, layers: Sequence[MoELayer]) -> Iterator[_Slot]:
+    for module, view in attention_pairs(adapter):
+        if is_target(module, lora.attention_modules):
+            yield _Slot(module, (view,))
+    if lora.expert_names:
+        for module, view in per_expert_pairs(adapter, layers, lora.expert_names):
+            yield _Slot(module, (view,))
+        return
+    for index, layer in enumerate(layers):
+        gate, up, down = expert_factors(adapter, index)
+        for wrapper, parameter in lora.wraps(f"{layer.name}.experts").items():
+            yield _Slot(wrapper, (gate, up) if parameter == GATE_UP else (down,), layer.num_experts)
+
+
+def _adapter_config(lora: LoraSettings, tensors: Mapping[str, Tensor]) -> AdapterConfig:
+    separate = _gate_and_up_are_separate(lora, tensors)
+    ranks = [
+        lora.rank(module) // (2 if separate and lora.parameter(module).endswith(f".{GATE_UP}") else 1)
+        for module in _modules(tensors)
+    ]
+    r = max(ranks, default=lora.r)
+    return AdapterConfig(
+        r=r, lora_alpha=lora.lora_alpha * (r / lora.r), target_modules=tuple(lora.attention_modules)
+    )
+
+
+def _gate_and_up_are_separate(lora: LoraSettings, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether gate and up have twice the rank of down and share none of it, as we and PEFT fuse them."""
+    fused = [module for module in _modules(tensors) if lora.parameter(module).endswith(f".{GATE_UP}")]
+    for module in fused:
+        rank, b = lora.rank(module), tensors[module_names(module)[1]]
+        down = module.removesuffix(".base_layer")
+        if down == module or rank != 2 * lora.rank(down) or not is_separate(b, rank):
+            return False
+    return bool(fused)
+
+
+def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The modules that have both A and B."""
+    ends = (name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in tensors)
+    return [module for module in ends if tensors.keys() >= {*module_names(module)}]
+
+
+def _require_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Sequence[str]) -> None:
+    for name in sorted(tensors.keys() ^ set(wanted)):
+        reason = "has, unlike the model," if name in tensors else "lacks"
+        raise UserError(f"{path}: {WEIGHTS_FILE} {reason} {name}")
+
+
+def _require_values(path: Path, slot: _Slot, packed: Factors, rank: int) -> None:
+    rows, out = rank * (slot.experts or 1), sum(view.b.shape[-2] for view in slot.views)
+    shapes = (rows, slot.views[0].a.shape[-1]), (out, rows)
+    for name, value, shape in zip(module_names(slot.module), (packed.a, packed.b), shapes, strict=True):
+        if value.shape != shape:
+            raise UserError(f"{path}: {name} is {tuple(value.shape)}; the model needs {shape}")
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{path}: {name} has a value that is not finite")
+
+
+def _read_folder(path: Path) -> tuple[LoraSettings, dict[str, Tensor]]:
+    return parse_lora_config(path, _read_json(path / CONFIG_FILE)), _read_tensors(path / WEIGHTS_FILE)
+
+
+def _require_same_scaling(path: Path, settings: AdapterConfig, adapted: AdaptedModel) -> None:
+    scaling = adapted.loras[0].scaling
+    if settings.r != adapted.r:
+        raise UserError(f"{path}: r = {settings.r}; the model is prepared for r = {adapted.r}")
+    if settings.lora_alpha / settings.r != scaling:
+        raise UserError(
+            f"{path}: lora_alpha / r = {settings.lora_alpha / settings.r}; the model has {scaling}"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; no adapter folder") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: truncated or no safetensors file: {error}") from error

@@ -1,0 +1,54 @@
+"""metrics.jsonl: what happens in a run, one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedflame.errors import UserError
+
+OnEvent = Callable[[dict[str, Any]], None]
+"""Told each object that goes into metrics.jsonl, once it is written."""
+
+
+class MetricsFile:
+    """Append-only metrics.jsonl, one JSON object per line; `size` goes into the checkpoint."""
+
+    def __init__(self, path: Path, size: int = 0, on_event: OnEvent | None = None) -> None:
+        """Open for appending after the first `size` bytes; what follows them is cut off."""
+        self._path, self._on_event = path, on_event
+        try:
+            self._file = path.open("r+b" if size else "wb", buffering=0)
+            self._file.truncate(size)
+            self._file.seek(size)
+        except OSError as error:
+            raise UserError(f"{path}: cannot open: {error.strerror}") from error
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one object, and tell whoever wants to know."""
+        record = {"event": event, **values}
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write: {error.strerror}") from error
+        if self._on_event is not None:
+            self._on_event(record)
+
+    def sync(self) -> int:
+        """Force the lines to disk and return `size`."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write: {error.strerror}") from error
+        return self.size
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,168 @@
+"""The global model on held-out rows at one k: response loss, exact match, ROUGE-L by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedflame.data.batches import IGNORE_INDEX, collate
+from fedflame.data.encoding import EncodedRow, encode_prompt, pad_token
+from fedflame.data.instructions import Instruction
+from fedflame.messages import NOTHING, Adapter
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.training.token_loss import token_losses
+
+BATCH_ROWS, BATCH_TOKENS = 50, 16_384
+"""What a batch holds at most: long rows share it with fewer others, so that memory has a bound."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over rows; `+` merges, the properties are the means."""
+
+    rows: int
+    loss_sum: float
+    """Nats, over all response tokens."""
+    response_tokens: int
+    exact_matches: int | None = None
+    """Rows answered exactly; None where nothing was generated."""
+    rouge_l_sum: float | None = None
+    """Of the rows' ROUGE-L F-measures, each between 0 and 1; None where nothing was generated."""
+
+    def __add__(self, other: Scores) -> Scores:
+        return Scores(
+            self.rows + other.rows,
+            self.loss_sum + other.loss_sum,
+            self.response_tokens + other.response_tokens,
+            None if self.exact_matches is None else self.exact_matches + (other.exact_matches or 0),
+            None if self.rouge_l_sum is None else self.rouge_l_sum + (other.rouge_l_sum or 0.0),
+        )
+
+    @property
+    def loss(self) -> float:
+        """Nats per response token."""
+        return self.loss_sum / self.response_tokens
+
+    @property
+    def exact_match(self) -> float | None:
+        """Share of rows answered exactly, between 0 and 1."""
+        return None if self.exact_matches is None else self.exact_matches / self.rows
+
+    @property
+    def rouge_l(self) -> float | None:
+        """Mean ROUGE-L F-measure (Lin 2004), between 0 and 1."""
+        return None if self.rouge_l_sum is None else self.rouge_l_sum / self.rows
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The means and what they are over, as plain values."""
+        return {
+            "loss": self.loss,
+            "exact_match": self.exact_match,
+            "rouge_l": self.rouge_l,
+            "rows": self.rows,
+            "response_tokens": self.response_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows with their encodings, and how answers are generated and scored."""
+
+    rows: Sequence[Instruction]
+    encoded: Sequence[EncodedRow]
+    """In the order of `rows`."""
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    """Tokens of prompt and answer together."""
+    max_new_tokens: int
+    """Tokens generated per row; 0 for loss alone."""
+    batch_rows: int = BATCH_ROWS
+    """At most, in a batch; the scores do not depend on it."""
+
+
+def evaluate(
+    adapted: AdaptedModel,
+    held_out: HeldOut,
+    adapter: Adapter,
+    k: int,
+    rescaler_values: Tensor,
+    generate: bool,
+    merged: Adapter = NOTHING,
+) -> dict[str, Scores]:
+    """Scores by category of the adapter with k active experts, that tier's s [L] and `merged` in the base."""
+    adapted.load(adapter, rescaler_values, merged)
+    # Rows of similar length share a batch; the scores do not depend on it.
+    order = sorted(range(len(held_out.rows)), key=lambda index: len(held_out.encoded[index].ids))
+    scores: dict[str, Scores] = {}
+    with torch.no_grad(), adapted.active_experts(k):
+        for batch in _batches(order, held_out):
+            for index, row_scores in zip(batch, _score_rows(adapted, held_out, batch, generate), strict=True):
+                category = held_out.rows[index].category
+                scores[category] = scores[category] + row_scores if category in scores else row_scores
+    return dict(sorted(scores.items()))
+
+
+def _batches(rising: Sequence[int], held_out: HeldOut) -> Iterator[list[int]]:
+    """Row indices of rising length, in batches that stay below `BATCH_TOKENS` with padding and answers."""
+    batch: list[int] = []
+    for index in rising:
+        width = len(held_out.encoded[index].ids) + held_out.max_new_tokens
+        if batch and (len(batch) == held_out.batch_rows or (len(batch) + 1) * width > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def total(scores: dict[str, Scores]) -> Scores:
+    """All categories together."""
+    first, *rest = scores.values()
+    return sum(rest, first)
+
+
+def _score_rows(adapted: AdaptedModel, held_out: HeldOut, indices: list[int], generate: bool) -> list[Scores]:
+    batch = collate([held_out.encoded[index] for index in indices], pad_token(held_out.tokenizer))
+    lengths = (batch.labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()
+    losses = [float(row.sum()) for row in token_losses(adapted, batch).split(lengths)]
+    if not generate or held_out.max_new_tokens == 0:
+        return [Scores(1, loss, tokens) for loss, tokens in zip(losses, lengths, strict=True)]
+    rows = [held_out.rows[index] for index in indices]
+    answers = generate_responses(adapted, held_out, rows)
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return [
+        Scores(
+            1,
+            loss,
+            tokens,
+            int(row.response.strip() == answer),
+            scorer.score(row.response, answer)["rougeL"].fmeasure,
+        )
+        for row, answer, loss, tokens in zip(rows, answers, losses, lengths, strict=True)
+    ]
+
+
+def generate_responses(adapted: AdaptedModel, held_out: HeldOut, rows: Sequence[Instruction]) -> list[str]:
+    """Greedy answers by transformers' `generate`, prompts padded on the left, as text without blanks."""
+    pad, room = pad_token(held_out.tokenizer), held_out.max_length - held_out.max_new_tokens
+    prompts = [encode_prompt(row, held_out.tokenizer, room) for row in rows]
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    model: Any = adapted.model
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        do_sample=False,
+        max_new_tokens=held_out.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=held_out.tokenizer.eos_token_id,
+    )
+    texts = held_out.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [text.strip() for text in texts]

@@ -1,0 +1,168 @@
+"""The client: train the adapter on local rows with k_i experts per token, and say what was used."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from fedflame.data.batches import Batch, training_batches
+from fedflame.data.encoding import EncodedRow
+from fedflame.errors import UserError
+from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.expert_adamw import ExpertAdamW
+from fedflame.moe.rescaler import mass_ratio
+from fedflame.seeds import derive_seed
+from fedflame.training.regularizers import regularizer
+from fedflame.training.token_loss import token_losses
+
+MASS_BATCHES = 4
+"""Batches on which `mass` measures the routers: enough for a mean over a thousand tokens or so."""
+
+LOSS_SCALE = 2.0**12
+"""At the start of a round in float16. Every step skipped is lost to a short round, and torch's 2^16 costs
+the embedded model two of its first four; the gradients that 2^12 still loses are below 1e-11."""
+
+
+def fine_tune(
+    adapted: AdaptedModel,
+    examples: Sequence[EncodedRow],
+    plan: RoundPlan,
+    pad_token_id: int,
+    on_step: Callable[[int], None] = lambda tokens: None,
+) -> ClientUpdate:
+    """Train one client for one round and return what it learned as a delta.
+
+    Args:
+        adapted: the resident model; its adapter, rescalers and merged factors become the plan's.
+        examples: the client's rows.
+        plan: what to train; the same plan and examples give the same bytes.
+        pad_token_id: fills batches on the right, hidden from attention, loss and counts.
+        on_step: called after each optimizer step with the step's tokens.
+
+    Raises:
+        UserError: the plan asks for a k that the model does not have, or for values that do not fit it,
+            or activations overflow in float16.
+    """
+    adapted.load(plan.adapter, plan.rescaler_values, plan.merged)
+    if plan.rescaler == "mass":
+        measured = measure_mass(adapted, _batches(examples, plan, pad_token_id), plan.active_experts)
+        adapted.load(plan.adapter, measured, plan.merged)
+    adapted.counts.reset()
+    optimizer = _optimizer(adapted, plan)
+    scaler = GradScaler("cpu", LOSS_SCALE, enabled=adapted.dtype == "float16")
+    rows, tokens, losses = 0, 0, []
+    with adapted.training(plan.active_experts):
+        for batch in itertools.islice(_batches(examples, plan, pad_token_id), plan.max_steps):
+            losses.append(_train_step(adapted, optimizer, scaler, batch, plan))
+            rows += len(batch.input_ids)
+            tokens += batch.tokens
+            on_step(batch.tokens)
+    del optimizer  # its moments are twice the adapter, and the delta is as large
+    return ClientUpdate(
+        round=plan.round,
+        client=plan.client,
+        active_experts=plan.active_experts,
+        delta=adapted.learned_since(plan.adapter),
+        rescaler_values=adapted.rescaler_values(),
+        counts=adapted.counts.total.clone(),
+        tokens=tokens,
+        num_examples=len(examples),
+        trained_examples=min(rows, len(examples)),  # epoch by epoch: none comes twice before all came once
+        steps=len(losses),
+        loss=sum(losses) / len(losses),
+        trainable=plan.trainable,
+    )
+
+
+@torch.no_grad()
+def measure_mass(adapted: AdaptedModel, batches: Iterator[Batch], k: int) -> Tensor:
+    """[L] routing mass at the model's K over that at k, from the first `MASS_BATCHES` batches."""
+    measured = list(itertools.islice(batches, MASS_BATCHES))
+    at_full_k = _routing_mass(adapted, measured, adapted.num_experts_per_tok)
+    return mass_ratio(at_full_k, _routing_mass(adapted, measured, k))
+
+
+def _routing_mass(adapted: AdaptedModel, batches: Sequence[Batch], k: int) -> Tensor:
+    """[L] summed routing weight over the tokens that are not padding, with k active experts."""
+    mass = torch.zeros(len(adapted.layers))
+    mask = torch.empty(0, dtype=torch.bool)
+
+    def hook(index: int) -> Callable[..., None]:
+        def add(module: nn.Module, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            mass[index] += output[1][mask].float().sum().cpu()
+
+        return add
+
+    handles = [layer.router.register_forward_hook(hook(index)) for index, layer in enumerate(adapted.layers)]
+    try:
+        with adapted.active_experts(k):
+            for batch in batches:
+                mask = batch.attention_mask.reshape(-1).bool()
+                adapted.model.get_decoder()(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+                )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return mass
+
+
+def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
+    learned = plan.rescaler == "learned"
+    scalars = [lora.s for lora in adapted.loras]
+    for s in scalars:
+        s.requires_grad_(learned)
+    adapted.set_trainable(plan.trainable)
+    return ExpertAdamW(
+        adapted.loras,
+        [parameter for parameter in adapted.attention.values() if parameter.requires_grad],
+        plan.learning_rate,
+        plan.weight_decay,
+        unregularized=scalars if learned else [],
+    )
+
+
+def _train_step(
+    adapted: AdaptedModel, optimizer: ExpertAdamW, scaler: GradScaler, batch: Batch, plan: RoundPlan
+) -> float:
+    """One optimizer step; returns the batch's mean response loss, without `regularizers`.
+
+    A scaler that is enabled skips the update if a gradient is not finite, but not its counts.
+    """
+    adapted.counts.begin_step(batch.attention_mask)
+    try:
+        loss = token_losses(adapted, batch).mean()
+        objective = loss + regularizer(adapted.attached(), plan)
+        touched = adapted.counts.touched()
+        if scaler.is_enabled():
+            _scaled_step(optimizer, scaler, objective, touched)
+        else:
+            optimizer.backward(objective, touched)
+        adapted.counts.end_step()
+    finally:
+        # The rounds go on with this model: no half or skipped step may reach the next step or client.
+        adapted.counts.abandon_step()
+        adapted.model.zero_grad()
+    return float(loss.detach())
+
+
+def _scaled_step(optimizer: ExpertAdamW, scaler: GradScaler, loss: Tensor, touched: Tensor) -> None:
+    if not loss.isfinite():
+        raise UserError(
+            f"the loss is {loss.item()} in float16, whose largest number is 65504; "
+            "try model.dtype=bfloat16 or float32"
+        )
+    scaler.scale(loss).backward()
+    # Of an optimizer it uses `param_groups` and `step` alone.
+    scaler.step(optimizer, touched)  # type: ignore[arg-type]
+    scaler.update()
+
+
+def _batches(examples: Sequence[EncodedRow], plan: RoundPlan, pad_token_id: int) -> Iterator[Batch]:
+    seed = derive_seed(plan.seed, "batches", plan.round, plan.client)
+    return training_batches(examples, plan.batch_size, pad_token_id, seed, plan.tokens_per_step)

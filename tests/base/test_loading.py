@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.tiny_models import character_tokenizer, tiny_olmoe
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedflame.base import loading
+from fedflame.base.dtype import DTYPES, DtypeChoice, choose_dtype
+from fedflame.base.files import resolve_model
+from fedflame.base.loading import load_base_model
+from fedflame.cost.model_shape import read_model_shape
+from fedflame.errors import UserError
+from fedflame.moe.families import find_moe_layers
+
+SECONDS = 10.0
+"""What a refusal may take at most, without the import of the libraries."""
+NOT_LOADABLE = (
+    "model '{}': no such folder, and not loadable from the hub (offline, or no such id); "
+    "use 'olmoe-tiny', a folder, or a hub id"
+)
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A complete model folder of the test's own, to be spoilt."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def refusal(name_or_path: str | Path) -> str:
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load_base_model(str(name_or_path), "float32")
+    assert time.monotonic() - start < SECONDS
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def rewrite_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# What loads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_complete_folder_gives_its_model_in_the_dtype_asked_for(
+    tiny_folder: Path, dtype: torch.dtype
+) -> None:
+    model, tokenizer = load_base_model(str(tiny_folder), str(dtype).removeprefix("torch."))
+    assert not model.training and model.dtype == dtype
+    expected = tiny_olmoe().to(dtype).state_dict()
+    assert expected.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    text = "Response: x\n"
+    assert tokenizer.encode(text) == character_tokenizer().encode(text)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_threads_load_one_after_another(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, busy = loading._from_pretrained, threading.Lock()
+
+    def alone(*arguments: Any) -> Any:
+        assert busy.acquire(blocking=False), "two at once"
+        try:
+            time.sleep(0.05)  # so that the others would come, too
+            return load(*arguments)
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(loading, "_from_pretrained", alone)
+    with ThreadPoolExecutor(3) as threads:
+        models = list(threads.map(lambda _: load_base_model(str(tiny_folder), "float32")[0], range(3)))
+    assert len({id(model) for model in models}) == 3
+
+
+def test_a_dtype_that_is_asked_for_is_taken_unprobed(tiny_folder: Path) -> None:
+    shape = replace(read_model_shape(tiny_folder), hidden_size=2**20, expert_size=2**20)  # 4 TB to probe
+    assert choose_dtype("float16", shape) == DtypeChoice("float16", "as model.dtype asks")
+
+
+def test_auto_takes_one_of_the_dtypes_and_says_how_long_each_took(tiny_folder: Path) -> None:
+    shape = read_model_shape(tiny_folder)
+    assert choose_dtype("auto", shape) == DtypeChoice(
+        "float32", "experts below 256 gain nothing from another dtype"
+    )
+    choice = choose_dtype("auto", replace(shape, hidden_size=256, expert_size=264))
+    assert choice.name in DTYPES
+    assert re.match(r"one expert's products: \d+\.\d ms in float32, ", choice.reason)
+    assert all(dtype in choice.reason for dtype in DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),  # of float32, bfloat16 and float16; at full size, twice as long
+    [
+        ((2.0, 1.0, 1.0), "bfloat16"),
+        ((2.0, 1.3, 9.0), "bfloat16"),
+        ((2.0, 1.4, 1.4), "float32"),
+        ((2.0, 9.0, 9.0), "float32"),
+        ((3.0, 2.0, 1.0), "float16"),
+        ((3.0, 1.0, 0.7), "bfloat16"),  # no clear gain over bfloat16
+        ((3.0, 9.0, 1.0), "float16"),  # bfloat16 emulated, as on a GPU that lacks it
+        ((3.0, 2.5, 1.8), "float32"),  # clearly faster than float32 alone
+    ],
+)
+def test_auto_takes_a_dtype_only_where_it_is_clearly_faster_than_those_before(
+    seconds: tuple[float, ...], expected: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, timed = 0.0, set()
+
+    def products(hidden_size: int, expert_size: int, dtype: torch.dtype) -> None:
+        nonlocal now
+        name = str(dtype).removeprefix("torch.")
+        now += seconds[DTYPES.index(name)] * hidden_size / 256
+        timed.add((name, hidden_size, expert_size))
+
+    monkeypatch.setattr("fedflame.base.dtype._expert_products", products)
+    monkeypatch.setattr("fedflame.base.dtype.time.perf_counter", lambda: now)
+    shape = replace(read_model_shape(tiny_folder), hidden_size=512, expert_size=256)
+    choice = choose_dtype("auto", shape)
+    assert choice.name == expected
+    emulated = {name for name, time in zip(DTYPES, seconds, strict=True) if time > 4 * seconds[0]}
+    assert timed == {(name, 256, 256) for name in DTYPES} | {
+        (name, 512, 256) for name in DTYPES if name not in emulated
+    }
+    found = [
+        f"emulated in {name}" if name in emulated else f"{2e3 * time:.1f} ms in {name}"
+        for name, time in zip(DTYPES, seconds, strict=True)
+    ]
+    assert choice.reason == f"one expert's products: {', '.join(sorted(found, key=lambda f: f[0] == 'e'))}"
+
+
+def test_only_the_name_of_the_embedded_model_is_resolved() -> None:
+    folder = Path(resolve_model("olmoe-tiny"))
+    assert folder.parts[-3:] == ("fedflame", "assets", "olmoe-tiny")
+    assert resolve_model("allenai/OLMoE-1B-7B-0924") == "allenai/OLMoE-1B-7B-0924"
+    assert resolve_model("./olmoe-tiny") == "./olmoe-tiny"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "name", ["nope", "./no/such/folder", "/no/such/folder", "nobody/no-such-model", "a/b/c"]
+)
+def test_a_missing_folder_or_an_id_without_the_hub(name: str) -> None:
+    assert refusal(name) == NOT_LOADABLE.format(name)
+
+
+def test_a_folder_without_a_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert refusal(folder) == f"model {folder}: the folder has no config.json"
+
+
+def test_a_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == f"model {folder}: the folder has no .safetensors weights"
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    assert refusal(folder) == f"model {folder}: the folder has no tokenizer (tokenizer.json)"
+
+
+def test_a_config_that_is_no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{nope")
+    assert refusal(folder).startswith(f"model {folder}: config.json is not JSON: ")
+
+
+def test_a_missing_weight(folder: Path) -> None:
+    rewrite_weights(folder, lambda weights: weights.pop("model.norm.weight"))
+    assert refusal(folder) == f"model {folder}: 1 weights are missing, the first is model.norm.weight"
+
+
+def test_a_layer_without_its_experts(folder: Path) -> None:
+    def drop(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if ".1.mlp.experts." in name]:
+            del weights[name]
+
+    rewrite_weights(folder, drop)
+    first = "model.layers.1.mlp.experts.down_proj"
+    assert refusal(folder) == f"model {folder}: 2 weights are missing, the first is {first}"
+
+
+def test_one_missing_expert(folder: Path) -> None:
+    rewrite_weights(folder, lambda weights: weights.pop("model.layers.0.mlp.experts.1.down_proj.weight"))
+    assert refusal(folder).startswith(f"model {folder}: ")
+
+
+def test_a_weight_of_another_shape(folder: Path) -> None:
+    rewrite_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(5)}))
+    assert refusal(folder).startswith(f"model {folder}: ")
+
+
+@pytest.mark.parametrize("kept", [0, 3000])
+def test_weights_that_were_cut_off(folder: Path, kept: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    assert refusal(folder).startswith(f"model {folder}: cannot be loaded: ")
+
+
+def test_a_broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{nope")
+    assert refusal(folder).startswith(f"model {folder}: cannot be loaded: ")
+
+
+def test_an_unknown_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "nonesuch"}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refusal(folder)
+    assert message.startswith(f"model {folder}: cannot be loaded: ") and "nonesuch" in message
+
+
+def test_a_dense_model(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=94, hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    assert refusal(tmp_path) == (
+        f"model {tmp_path}: llama is no sparse mixture of experts: "
+        "it has no num_experts, num_local_experts, n_routed_experts or moe_num_experts"
+    )
+    with pytest.raises(UserError):
+        find_moe_layers(LlamaForCausalLM(config))
+
+
+# Without HF_HUB_OFFLINE
+
+CHILD = """
+import sys, time
+from fedflame.base.loading import load_base_model
+from fedflame.errors import UserError
+start = time.monotonic()
+try:
+    load_base_model("nobody/no-such-model", "float32")
+except UserError as error:
+    print(f"{time.monotonic() - start}|{error}")
+"""
+
+
+def test_a_hub_that_cannot_be_reached_is_refused_soon_and_in_one_line(tmp_path: Path) -> None:
+    # Nothing listens on port 9: the connection is refused, as without any network.
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "no_proxy": "*"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    seconds, _, message = done.stdout.strip().partition("|")
+    assert float(seconds) < SECONDS
+    assert message == NOT_LOADABLE.format("nobody/no-such-model")
+    assert "Retrying" not in done.stderr

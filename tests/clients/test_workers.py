@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_models import VOCABULARY
+from tests.tiny_runs import tiny_config
+
+from fedflame.base.adapted import load_adapted_model
+from fedflame.clients.local import LocalClients
+from fedflame.clients.workers import WorkerClients, WorkerSetup
+from fedflame.data.encoding import EncodedRow
+from fedflame.messages import RoundPlan
+from fedflame.training.error_feedback import Residuals
+from fedflame.wire.codec import encode_plan
+
+CLIENTS = 5
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_folder: Path) -> WorkerSetup:
+    """Five clients with rows of their own."""
+    generator = torch.Generator().manual_seed(4)
+    rows = []
+    for client in range(CLIENTS):
+        ids = torch.randint(3, VOCABULARY, (3 + client, 12), generator=generator).tolist()
+        rows.append([EncodedRow(row, 5, False) for row in ids])
+    config = tiny_config(tiny_folder, tiny_folder.parent / "no-run")
+    return WorkerSetup(config, "float32", rows, 0, Residuals(Path("never-written")), torch.get_num_threads())
+
+
+@pytest.fixture(scope="module")
+def local(setup: WorkerSetup) -> LocalClients:
+    adapted, _ = load_adapted_model(setup.config, setup.dtype)
+    return LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals)
+
+
+@pytest.fixture(scope="module")
+def workers(setup: WorkerSetup) -> Iterator[WorkerClients]:
+    with WorkerClients(setup, 2) as clients:
+        yield clients
+    assert multiprocessing.active_children() == []
+
+
+def plan(local: LocalClients, client: int, steps: int = 2) -> tuple[int, bytes]:
+    adapted = local.adapted
+    return client, encode_plan(
+        RoundPlan(
+            round=1,
+            client=client,
+            seed=0,
+            active_experts=1 + client % 3,
+            rescaler="learned",
+            rescaler_values=torch.ones(len(adapted.layers)),
+            adapter=adapted.initial_adapter(0),
+            learning_rate=0.01,
+            weight_decay=0.0,
+            batch_size=2,
+            max_steps=steps,
+        )
+    )
+
+
+@pytest.mark.timeout(120)
+def test_answers_have_the_bytes_of_one_process_and_the_order_of_the_plans(
+    local: LocalClients, workers: WorkerClients
+) -> None:
+    order = [3, 0, 4, 2, 1, 0]
+    tokens: list[int] = []
+    told: list[int] = []
+    expected = list(local.train([plan(local, client) for client in order], told.append))
+    answers = list(workers.train([plan(local, client) for client in order], tokens.append))
+    assert [answer.update for answer in answers] == [answer.update for answer in expected]
+    assert len({answer.update for answer in answers}) == CLIENTS
+    assert {answer.failure for answer in answers} == {""}
+    assert sorted(tokens) == sorted(told) and len(told) == 2 * len(order), "every step was told"
+
+
+@pytest.mark.timeout(120)
+def test_plans_are_taken_when_they_are_needed(local: LocalClients, workers: WorkerClients) -> None:
+    taken = []
+
+    def plans() -> Iterator[tuple[int, bytes]]:
+        for client in [0, 1, 2, 3, 4] * 3:
+            taken.append(client)
+            yield plan(local, client)
+
+    answers = workers.train(plans(), lambda _: None)
+    next(answers)
+    assert len(taken) <= 4, "twice the workers at most are out"
+    answers.close()
+
+
+@pytest.mark.timeout(120)
+def test_a_client_that_raises_is_a_failure_and_the_others_go_on(
+    local: LocalClients, workers: WorkerClients
+) -> None:
+    broken = [plan(local, 1), plan(local, CLIENTS), (0, b"nonsense"), plan(local, 2)]
+    answers = list(workers.train(broken, lambda _: None))
+    assert [bool(answer.update) for answer in answers] == [True, False, False, True]
+    assert answers[1].failure == "IndexError: list index out of range"
+    assert answers[2].failure == "8 bytes that are no fedflame message"
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_is_killed_is_a_failure_and_is_replaced(
+    local: LocalClients, workers: WorkerClients
+) -> None:
+    killed: list[int] = []
+
+    def kill_once(tokens: int) -> None:
+        if not killed:
+            killed.extend(child.pid or 0 for child in multiprocessing.active_children())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    answers = list(workers.train([plan(local, client, steps=200) for client in (0, 1)], kill_once))
+    assert [answer.update for answer in answers] == [b"", b""]
+    assert {answer.failure for answer in answers} == {"its worker process ended with exit code -9"}
+    (again,) = workers.train([plan(local, 3)], lambda _: None)
+    (expected,) = local.train([plan(local, 3)], lambda _: None)
+    assert again.update == expected.update

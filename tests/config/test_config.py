@@ -1,0 +1,389 @@
+"""The configuration: precedence, and one exact line for everything a user can get wrong."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fedflame.config.load import load_config
+from fedflame.config.methods import METHODS
+from fedflame.config.run_config import RunConfig
+from fedflame.config.sections import parse_integers
+from fedflame.config.settings import keys_of
+from fedflame.errors import UserError
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every value under its flat key."""
+    values: dict[str, Any] = {}
+    for name, value in config.model_dump().items():
+        values |= (
+            {f"{name}.{key}": inner for key, inner in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return values
+
+
+def message(*overrides: str, path: Path | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(path, list(overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# Values and precedence
+
+
+def test_without_file_and_overrides_every_value_is_the_default() -> None:
+    assert load_config(None, []) == RunConfig()
+
+
+def test_an_override_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
+    path = toml(tmp_path, "seed = 5\n[data]\nalpha = 0.25\nmax_rows = 100\n[clients]\nnum_clients = 3\n")
+    config = load_config(path, ["data.alpha=0.125", " clients.num_clients = 7 "])
+    wanted = flat(RunConfig()) | {
+        "seed": 5,
+        "data.alpha": 0.125,
+        "data.max_rows": 100,
+        "clients.num_clients": 7,
+    }
+    assert flat(config) == wanted
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert load_config(None, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_an_override_may_hold_equals_signs_and_be_empty() -> None:
+    config = load_config(None, ["model.model_name_or_path=a=b", "adapter.target_modules="])
+    assert (config.model.model_name_or_path, config.adapter.target_modules) == ("a=b", "")
+
+
+def test_overrides_of_a_configuration_leave_it_and_its_other_values_alone() -> None:
+    config = load_config(None, ["seed=5", "data.alpha=0.25"])
+    changed = load_config(config, ["data.alpha=0.125", "output_dir=elsewhere"])
+    assert flat(changed) == flat(config) | {"data.alpha": 0.125, "output_dir": "elsewhere"}
+    assert config.data.alpha == 0.25
+    with pytest.raises(UserError, match=r"nearest valid key is 'data\.alpha'"):
+        load_config(config, ["data.alhpa=1"])
+
+
+def test_every_field_is_a_flat_scalar_and_keys_of_names_it() -> None:
+    values = flat(RunConfig())
+    assert keys_of(RunConfig) == list(values)
+    assert {type(value) for value in values.values()} <= {str, int, float, bool}
+    assert {"seed", "output_dir", "data.alpha", "training.per_device_train_batch_size"} <= values.keys()
+
+
+@pytest.mark.parametrize("key", keys_of(RunConfig))
+def test_every_key_takes_its_default_as_an_override(key: str) -> None:
+    assert load_config(None, [f"{key}={flat(RunConfig())[key]}"]) == RunConfig()
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = load_config(None, [])
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        config.data.alpha = 1.0
+
+
+# Tiers
+
+
+@pytest.mark.parametrize(
+    ("num_clients", "active_experts", "tiers"),
+    [
+        (6, "4,2,1", [4, 2, 1, 4, 2, 1]),
+        (5, "8, 4", [8, 4, 8, 4, 8]),
+        (3, "2", [2, 2, 2]),
+        (1, "1", [1]),
+    ],
+)
+def test_tiers_are_repeated_in_turn_over_the_clients(
+    num_clients: int, active_experts: str, tiers: list[int]
+) -> None:
+    config = load_config(
+        None, [f"clients.num_clients={num_clients}", f"clients.active_experts={active_experts}"]
+    )
+    assert config.afforded_experts() == tiers
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("", [0] * 5), ("2048", [2048] * 5), ("512, 1024", [512, 1024, 512, 1024, 512])],
+)
+def test_tokens_per_step_are_repeated_in_turn_over_the_clients(text: str, tokens: list[int]) -> None:
+    config = load_config(None, ["clients.num_clients=5", f"training.tokens_per_step={text}"])
+    assert config.tokens_per_step() == tokens
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [
+        ((), [9, 4, 2, 1, 9]),
+        (("clients.ranks=5,1",), [5, 1, 5, 1, 5]),
+        (("adapter.r=2",), [2, 1, 1, 1, 2]),
+    ],
+)
+def test_ranks_are_given_or_the_share_of_the_experts_and_at_least_one(
+    overrides: tuple[str, ...], ranks: list[int]
+) -> None:
+    config = load_config(None, ["clients.num_clients=5", "adapter.r=9", *overrides])
+    assert config.afforded_ranks(8) == ranks
+
+
+@pytest.mark.parametrize(
+    ("overrides", "k", "ranks"),
+    [
+        (("strategy.name=flame",), [4, 1, 1], [8, 8, 8]),
+        (("strategy.name=flame", "training.budget=compute"), [4, 4, 1], [8, 8, 8]),
+        (("strategy.name=flame", "strategy.k_rotation=none"), [4, 2, 1], [8, 8, 8]),
+        (("strategy.name=fedavg",), [1, 1, 1], [8, 8, 8]),
+        (("strategy.name=fedavg", "strategy.active_experts=full", "strategy.rank=min"), [6, 6, 6], [1, 1, 1]),
+        (("strategy.name=rolora", "strategy.active_experts=3", "strategy.rank=5"), [3, 3, 3], [5, 5, 5]),
+        (("strategy.name=hetlora",), [6, 6, 6], [5, 2, 1]),
+        (("strategy.name=flora", "clients.ranks=7"), [6, 6, 6], [7, 7, 7]),
+    ],
+)
+def test_what_each_client_trains_with_on_a_model_of_six_experts_per_token(
+    overrides: tuple[str, ...], k: list[int], ranks: list[int]
+) -> None:
+    config = load_config(None, ["clients.num_clients=3", "clients.active_experts=4,2,1", *overrides])
+    assert (config.trained_experts(6, 1), config.trained_ranks(6)) == (k, ranks)
+    assert config.evaluated_experts(6) == sorted({4, 2, 1, *k}, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("hetlora", [(8, 4), (8, 1)]), ("flexlora", [(8, 4), (8, 1)]), ("flora", []), ("flame", [])],
+)
+def test_cut_ranks_are_deployed_where_a_method_cuts(name: str, wanted: list[tuple[int, int]]) -> None:
+    settings = (f"strategy.name={name}", "clients.num_clients=5", "clients.active_experts=8,4,1")
+    assert load_config(None, [*settings, "adapter.r=9"]).cut_deployments(8) == wanted
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 10**6), min_size=1))
+def test_a_list_of_tiers_is_read_with_and_without_blanks(tiers: list[int]) -> None:
+    assert parse_integers(",".join(map(str, tiers))) == tiers
+    assert parse_integers(" , ".join(map(str, tiers))) == tiers
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="0123456789,.-+ eE_²٣x\n", max_size=12))
+def test_any_text_is_a_list_of_positive_tiers_or_a_value_error(text: str) -> None:
+    try:
+        tiers = parse_integers(text)
+    except ValueError as error:
+        assert str(error) == 'must be integers of at least 1, comma-separated, such as "8,4,2,1"'
+    else:
+        assert tiers and all(k >= 1 for k in tiers)
+
+
+# What a user can get wrong
+
+CHOICE_ERROR = "Value error, must be 'min', 'full' or an integer of at least 1"
+LIST_ERROR = 'Value error, must be integers of at least 1, comma-separated, such as "8,4,2,1"'
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("data.alhpa=1", "config: unknown key 'data.alhpa'; the nearest valid key is 'data.alpha'"),
+        ("sed=1", "config: unknown key 'sed'; the nearest valid key is 'seed'"),
+        (
+            "training.lr=1",
+            "config: unknown key 'training.lr'; the nearest valid key is 'training.learning_rate'",
+        ),
+        (
+            "servers.min_clients=1",
+            "config: unknown key 'servers.min_clients'; the nearest valid key is 'server.min_clients'",
+        ),
+        ("seed.x=1", "config: unknown key 'seed.x'; the nearest valid key is 'seed'"),
+        ("data=1", "config: data is a section; write data.key=value"),
+        ("seed", "--set 'seed': must be section.key=value, such as data.alpha=0.1"),
+        ("", "--set '': must be section.key=value, such as data.alpha=0.1"),
+        (
+            "seed=many",
+            "config: seed = 'many': Input should be a valid integer, unable to parse string as an integer",
+        ),
+        ("seed=-1", "config: seed = '-1': Input should be greater than or equal to 0"),
+        (
+            "clients.num_clients=2.5",
+            "config: clients.num_clients = '2.5': Input should be a valid integer, "
+            "unable to parse string as an integer",
+        ),
+        (
+            "clients.num_clients=0",
+            "config: clients.num_clients = '0': Input should be greater than or equal to 1",
+        ),
+        (
+            "training.learning_rate=fast",
+            "config: training.learning_rate = 'fast': Input should be a valid number, "
+            "unable to parse string as a number",
+        ),
+        ("training.learning_rate=0", "config: training.learning_rate = '0': Input should be greater than 0"),
+        (
+            "server.fraction_train=1.5",
+            "config: server.fraction_train = '1.5': Input should be less than or equal to 1",
+        ),
+        (
+            "model.dtype=float8",
+            "config: model.dtype = 'float8': Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
+        ),
+        (
+            "strategy.name=fedprox",
+            "config: strategy.name = 'fedprox': Input should be 'flame', 'fedavg', 'ffa_lora', 'rolora', "
+            "'fedex_lora', 'hetlora', 'flexlora' or 'flora'",
+        ),
+        ("clients.ranks=8,x", f"config: clients.ranks = '8,x': {LIST_ERROR}"),
+        ("clients.ranks=8,9", "config: clients.ranks = '8,9': must be at most adapter.r = 8"),
+        (
+            "clients.ranks=1,1,1,1,1",
+            "config: clients.ranks has 5 entries for clients.num_clients = 4; it must have at most one per "
+            "client",
+        ),
+        ("strategy.rank=0", f"config: strategy.rank = '0': {CHOICE_ERROR}"),
+        (
+            "strategy.rank=min",
+            "config: strategy.rank = 'min': flame has no such option; fedavg, ffa_lora, rolora, fedex_lora "
+            "have it (leave it at 'full')",
+        ),
+        ("clients.active_experts=", f"config: clients.active_experts = '': {LIST_ERROR}"),
+        ("clients.active_experts=8,,4", f"config: clients.active_experts = '8,,4': {LIST_ERROR}"),
+        ("clients.active_experts=8,4,", f"config: clients.active_experts = '8,4,': {LIST_ERROR}"),
+        ("clients.active_experts=8,0", f"config: clients.active_experts = '8,0': {LIST_ERROR}"),
+        ("clients.active_experts=8,-2", f"config: clients.active_experts = '8,-2': {LIST_ERROR}"),
+        ("clients.active_experts=8;4", f"config: clients.active_experts = '8;4': {LIST_ERROR}"),
+        ("training.tokens_per_step=0", f"config: training.tokens_per_step = '0': {LIST_ERROR}"),
+        ("training.tokens_per_step=1k", f"config: training.tokens_per_step = '1k': {LIST_ERROR}"),
+        (
+            "training.gradient_checkpointing=true",
+            "config: training.gradient_checkpointing = 'true': Input should be 'none', 'experts' or 'layers'",
+        ),
+        (
+            "training.tokens_per_step=64,64,64,64,32",
+            "config: training.tokens_per_step has 5 entries for clients.num_clients = 4; "
+            "it must have at most one per client",
+        ),
+        (
+            "strategy.active_experts=max",
+            f"config: strategy.active_experts = 'max': {CHOICE_ERROR}",
+        ),
+        (
+            "strategy.active_experts=0",
+            f"config: strategy.active_experts = '0': {CHOICE_ERROR}",
+        ),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_says_what_is_allowed(override: str, wanted: str) -> None:
+    assert message(override) == wanted
+
+
+OTHER_VALUES = {
+    "temperature": "2",
+    "rescaler": "none",
+    "count_normalization": "token",
+    "tier_affinity": "1",
+    "k_rotation": "none",
+    "learning_rate_exponent": "0.5",
+    "counted_rows": "held",
+    "active_experts": "2",
+    "rank": "2",
+    "rank_decay": "0.5",
+    "rank_penalty": "0.5",
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("option", OTHER_VALUES)
+def test_an_option_is_for_the_methods_that_have_it(name: str, option: str) -> None:
+    overrides = (f"strategy.name={name}", f"strategy.{option}={OTHER_VALUES[option]}")
+    if option in METHODS[name].options:
+        load_config(None, list(overrides))
+    else:
+        assert f"{name} has no such option" in message(*overrides)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "key", [key for key, default in flat(RunConfig()).items() if isinstance(default, float)]
+)
+def test_a_number_that_is_not_finite_is_refused(key: str, value: str) -> None:
+    assert message(f"{key}={value}").startswith(f"config: {key} = '{value}': Input should be ")
+
+
+def test_a_deeper_key_under_a_value_is_a_user_error_wherever_the_value_came_from(tmp_path: Path) -> None:
+    path = toml(tmp_path, "seed = 3\n[data]\nalpha = 0.5\n")
+    assert "seed" in message("seed.x=1", path=path)
+    assert "data.alpha" in message("data.alpha.x=1", path=path)
+    assert "seed" in message("seed=1", "seed.x=1")
+    assert "data" in message("data=1", "data.alpha=0.5")
+    assert "data.alpha" in message("data.alpha.x=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("[data]\nalhpa = 1\n", "config: unknown key 'data.alhpa'; the nearest valid key is 'data.alpha'"),
+        ("data = 1\n", "config: data is a section; write data.key=value"),
+        ("[[data]]\nalpha = 1\n", "config: data is a section; write data.key=value"),
+        (
+            "[clients]\nactive_experts = [8, 4]\n",
+            "config: clients.active_experts = [8, 4]: Input should be a valid string",
+        ),
+        (
+            "seed = 1.5\n",
+            "config: seed = 1.5: Input should be a valid integer, got a number with a fractional part",
+        ),
+        ("[seed]\nx = 1\n", "config: unknown key 'seed.x'; the nearest valid key is 'seed'"),
+        ("output_dir = 7\n", "config: output_dir = 7: Input should be a valid string"),
+    ],
+)
+def test_a_wrong_value_in_the_file_is_one_line_that_says_what_is_allowed(
+    tmp_path: Path, text: str, wanted: str
+) -> None:
+    assert message(path=toml(tmp_path, text)) == wanted
+
+
+def test_a_missing_file_a_folder_and_no_toml_are_user_errors(tmp_path: Path) -> None:
+    missing = tmp_path / "none.toml"
+    assert message(path=missing) == f"config file {missing}: No such file or directory"
+    assert message(path=tmp_path) == f"config file {tmp_path}: Is a directory"
+    path = toml(tmp_path, "seed: 3\n")
+    assert message(path=path).startswith(f"config file {path}: not TOML: ")
+    path.write_bytes(b"seed = 3 # \xff\n")
+    assert message(path=path).startswith(f"config file {path}: not TOML: ")
+
+
+keys = st.sampled_from(
+    [*keys_of(RunConfig), "data", "seed.x", "data.alpha.x", "a.b.c", "", ".", "data.", ".data", "output"]
+)
+values = st.sampled_from(
+    ("1", "0", "-1", "0.5", "x", "", "8,4", "min", "nan", "1e400", "9" * 5000, "a\nb", "='")
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(keys, st.just("=") | st.just(""), values).map("".join), max_size=4))
+def test_any_overrides_give_a_configuration_or_one_line(overrides: list[str]) -> None:
+    try:
+        config = load_config(None, overrides)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(math.isfinite(value) for value in flat(config).values() if isinstance(value, float))
