@@ -171,7 +171,7 @@ class StrategyConfig(Section):
     tier_affinity: Annotated[float, Field(ge=0, le=1)] = 0.7
     """FLAME: the server keeps an adapter for every k of the clients. An update that was trained with k'
     counts in the adapter of k with this number to the power of the doublings between k and k': 1, 0.7, 0.49
-    and so on. 1: there is one adapter for all, as in the paper. 0: every k learns from its own clients only."""
+    and so on. 1: one adapter for all, as in the paper. 0: every k learns from its own clients only."""
     k_rotation: Literal["auto"] | KRotation = "auto"
     """FLAME: the k that a client trains with. `none`: what it affords, as in the paper. `smaller`: in every
     second round what it affords, and between them the smaller k of other clients in turn. `all`: also the

@@ -73,7 +73,7 @@ def assemble(
         processes: of this machine that will hold the base.
 
     Raises:
-        UserError: see `load_base_model`, `AdaptedModel` and `run_cost`; or rows that the model is too short for.
+        UserError: see `load_base_model`, `AdaptedModel` and `run_cost`; rows too long for the model.
     """
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
     choice = dtype or choose_dtype(config.model.dtype, shape)
