@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -114,9 +115,12 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def adapt(
-    folder: Path, r: int = R, alpha: float = ALPHA, targets: str = "q_proj,k_proj,v_proj,o_proj"
+    folder: Path,
+    r: int = R,
+    alpha: float = ALPHA,
+    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
 ) -> AdaptedModel:
-    return AdaptedModel(load(folder), r, alpha, [name for name in targets.split(",") if name])
+    return AdaptedModel(load(folder), r, alpha, targets)
 
 
 def random_state(adapted: AdaptedModel) -> ServerState:

@@ -105,7 +105,7 @@ def test_wrong_type(tiny_folder: Path, tmp_path: Path) -> None:
 def test_active_experts_below_one(tiers: str, tiny_folder: Path, tmp_path: Path) -> None:
     line = refuse(tiny_folder, tmp_path / "run", f"clients.active_experts={tiers}")
     assert line.startswith(f"config: clients.active_experts = {tiers!r}: ")
-    assert 'integers of at least 1, comma-separated, such as "8,4,2,1"' in line
+    assert 'integers of at least 1, such as [8, 4, 2, 1] or "8,4,2,1"' in line
 
 
 def test_active_experts_above_the_models(tiny_folder: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_the_number_of_threads_is_as_before() -> None:
         (("--active-experts", "7,1"), "--active-experts 7: must be between 1 and 6 (--num-experts)"),
         (
             ("--tokens", "0"),
-            "--tokens '0': must be integers of at least 1, comma-separated, such as \"8,4,2,1\"",
+            "--tokens '0': must be integers of at least 1, such as [8, 4, 2, 1] or \"8,4,2,1\"",
         ),
         (
             ("--methods", "ours,unsloth"),

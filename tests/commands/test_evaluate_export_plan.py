@@ -159,7 +159,7 @@ def test_merged_weights_are_finite(finished: Path, tmp_path: Path) -> None:
     [
         ("plan.print_plan", ("plan",)),
         ("evaluate.print_scores", ("evaluate", "run")),
-        ("export.export_run", ("export", "run", "--to", "out")),
+        ("export.print_export", ("export", "run", "--to", "out")),
     ],
 )
 def test_an_interrupt_is_one_line_and_exit_code_130(

@@ -148,7 +148,7 @@ def killed_and_resumed(
         return fine_tune(adapted, examples, plan, pad_token_id, on_step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fedflame.server.local_clients.fine_tune", killed)
+        patch.setattr("fedflame.clients.local.fine_tune", killed)
         a_run(name, model, run, *overrides)
     assert read_checkpoint(run).round == round_number - 1
     a_run(name, model, run, *overrides, existing="resume")

@@ -54,7 +54,7 @@ def misbehave(monkeypatch: pytest.MonkeyPatch) -> Callable[[Misbehave], None]:
         def changed(adapted, examples, plan, pad_token_id, on_step):  # type: ignore[no-untyped-def]
             return change(plan, fine_tune(adapted, examples, plan, pad_token_id, on_step))
 
-        monkeypatch.setattr("fedflame.server.local_clients.fine_tune", changed)
+        monkeypatch.setattr("fedflame.clients.local.fine_tune", changed)
 
     return install
 

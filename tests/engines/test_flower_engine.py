@@ -86,11 +86,11 @@ def test_a_run_is_an_app_without_code_and_nothing_of_the_users_own_configuration
     flwr: Flwr, address: str, tmp_path: Path
 ) -> None:
     engine = FlowerEngine(a_hub(tmp_path, address))
-    assert engine.submit(Path("/run/hub.sock"), "segment") == ID
+    assert engine.submit(Path("/run/hub.sock"), "the-key") == ID
     note = flwr.notes()[0]
     assert note["asked"][0] == "run" and note["asked"][2:4] == ["hub", "--run-config"]
     assert note["project"] == ["pyproject.toml"]
-    assert 'hub-socket = "/run/hub.sock"\nsegment = "segment"\n' in note["run config"]
+    assert 'hub-socket = "/run/hub.sock"\njob-key = "the-key"\n' in note["run config"]
     assert f'nodes = "a=7,b={ID}"' in note["run config"]
     assert "message-seconds = 1600.0" in note["run config"]
     assert note["config"] == (
@@ -104,7 +104,7 @@ def test_a_run_is_over_when_its_state_says_so_whatever_the_exit_code(
     flwr: Flwr, address: str, tmp_path: Path
 ) -> None:
     engine = FlowerEngine(a_hub(tmp_path, address))
-    job = engine.submit(Path("/run/hub.sock"), "segment")
+    job = engine.submit(Path("/run/hub.sock"), "the-key")
     flwr.says("list", {"success": False, "error-message": "Using SuperLink\n\nis unavailable"})
     time.sleep(0.3)
     assert engine.ended(job) is None, "a SuperLink that is away may come back"
@@ -121,10 +121,10 @@ def test_a_run_is_over_when_its_state_says_so_whatever_the_exit_code(
 def test_the_words_of_a_refusal_are_told(flwr: Flwr, address: str, tmp_path: Path) -> None:
     flwr.says("run", {"success": False, "error-message": "Using SuperLink: hub\n\nNo such\nfederation"})
     with pytest.raises(OSError, match=r"^flwr run: No such federation$"):
-        FlowerEngine(a_hub(tmp_path, address)).submit(Path("/run/hub.sock"), "segment")
+        FlowerEngine(a_hub(tmp_path, address)).submit(Path("/run/hub.sock"), "the-key")
     (tmp_path / "run").write_text("no JSON at all")
     with pytest.raises(OSError, match=r"^flwr run: no JSON at all$"):
-        FlowerEngine(a_hub(tmp_path, address)).submit(Path("/run/hub.sock"), "segment")
+        FlowerEngine(a_hub(tmp_path, address)).submit(Path("/run/hub.sock"), "the-key")
 
 
 def test_sites_are_connected_whose_nodes_are_online(flwr: Flwr, address: str, tmp_path: Path) -> None:

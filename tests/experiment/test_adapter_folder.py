@@ -95,7 +95,7 @@ def test_resumption_needs_no_adapter_folder(
         return fine_tune(adapted, examples, plan, pad_token_id, on_step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fedflame.server.local_clients.fine_tune", killed_in_round_2)
+        patch.setattr("fedflame.clients.local.fine_tune", killed_in_round_2)
         tiny_run(tiny_folder, tmp_path / "killed", going_on_from(folder))
     shutil.rmtree(folder)
     tiny_run(tiny_folder, tmp_path / "killed", going_on_from(folder), existing="resume")
@@ -222,7 +222,7 @@ def test_more_attention_projections_than_the_adapters(qwen_folder: Path, tmp_pat
     config = tiny_config(qwen_folder, tmp_path / "run")
     assert config.adapter.target_modules == tuple(ATTENTION)
     tiny_run(qwen_folder, tmp_path / "run", going_on_from(tmp_path / "a"), ONE_ROUND)
-    adapted, _ = load_adapted_model(config, "float32")
+    adapted, _ = load_adapted_model(str(qwen_folder), "float32", config.adapter)
     assert load_rescalers(tmp_path / "a", adapted) == {}
     attention = read_checkpoint(tmp_path / "run").state.adapter.attention
     assert {name for name in attention if name.endswith(".B") and attention[name].any()} == {

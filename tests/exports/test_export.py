@@ -402,7 +402,7 @@ def test_a_broken_or_foreign_adapter_is_one_line(reason: str, exported: Path, ad
 
 def test_an_adapter_for_other_attention_projections_is_refused(base: Path, exported: Path) -> None:
     with pytest.raises(UserError, match=r"has, unlike the model, .*layers\.0\.self_attn\.k_proj"):
-        load_adapter(exported, adapt(base, targets="q_proj"), seed=0)
+        load_adapter(exported, adapt(base, targets=["q_proj"]), seed=0)
 
 
 @pytest.mark.parametrize(

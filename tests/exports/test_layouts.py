@@ -136,10 +136,9 @@ def test_a_layout_that_peft_does_not_read_is_refused(exports: dict[str, Export],
     ):
         export_adapter(
             export.state,
-            run_config(export.base),
+            trained_run(run_config(export.base), 1),
             export.adapted.model,
             tmp_path / "a",
-            rounds=1,
             layout="per-expert",
         )
     assert not list(tmp_path.iterdir())
@@ -161,7 +160,7 @@ def test_experts_that_are_stored_another_way_have_no_adapter_folder(
     state = ServerState(adapted.initial_adapter(0), {1: torch.ones(len(adapted.layers))})
     config = load_config(None, ["adapter.r=4", "adapter.lora_alpha=8", "adapter.target_modules="])
     with pytest.raises(NoPeftLayoutError, match=f"which has {reason}; use --merge"):
-        export_adapter(state, config, adapted.model, tmp_path / "a", rounds=1, layout=layout)
+        export_adapter(state, trained_run(config, 1), adapted.model, tmp_path / "a", layout=layout)
     with pytest.raises(NoPeftLayoutError, match=f"which has {reason}; use --merge"):
         load_adapter(tmp_path / "a", adapted, seed=0)
     assert not list(tmp_path.iterdir())

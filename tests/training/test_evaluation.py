@@ -4,7 +4,6 @@ import itertools
 import random
 from dataclasses import replace
 
-import fedflame.evaluation as evaluation
 import pytest
 import torch
 from tests.tiny_models import (
@@ -21,6 +20,7 @@ from tests.tiny_models import (
 )
 from transformers import OlmoeForCausalLM
 
+import fedflame.training.evaluation as evaluation
 from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow, encode, encode_prompt
 from fedflame.data.instructions import Instruction

@@ -9,11 +9,12 @@ from flwr.serverapp import Grid, ServerApp
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from fedflame.commands.run import Existing, print_run
+from fedflame.commands.run import print_run
 from fedflame.config.load import load_config
 from fedflame.engines.flower.grid_engine import GridEngine
 from fedflame.engines.hub import load_hub
 from fedflame.experiment.prepare import prepare
+from fedflame.experiment.run_folder import Existing
 from fedflame.experiment.sites import Sites
 
 FOLDER = Path(__file__).parents[1]

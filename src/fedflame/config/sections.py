@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from fedflame.config.k_rotation import KRotation
 from fedflame.config.methods import METHODS, NAMED_METHODS
 from fedflame.config.settings import Section
-from fedflame.config.words import Checkpointed, CountedRows, Dtype, RescalerRule, UpdateDtype
+from fedflame.config.words import Checkpointed, CountedRows, CountNormalization, RescalerRule, UpdateDtype
 
 EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
@@ -71,7 +70,7 @@ class ModelConfig(Section):
     adapter_name_or_path: str = ""
     """The folder of a LoRA adapter, written by fedflame or by PEFT, that the run goes on from. Empty: the run
     starts a new adapter."""
-    dtype: Literal["auto"] | Dtype = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The number format of the frozen base. `auto` takes bfloat16 or float16 only where this machine
     multiplies in it at least 1.5 times faster. With float16 the loss is scaled, and a step whose gradients
     overflow is skipped."""
@@ -165,14 +164,14 @@ class StrategyConfig(Section):
     rescaler: RescalerRule = "learned"
     """FLAME: how clients with k < K rescale the routed output. `learned` is the paper's; `none` leaves it,
     `static` multiplies by K/k, `mass` by a measured ratio of routing weights."""
-    count_normalization: Literal["token", "slot"] = "slot"
+    count_normalization: CountNormalization = "slot"
     """FLAME: what activation counts are divided by. `token`: the tokens, as in the paper, which gives a
     client with a large k more weight. `slot`: the routed slots, k for each token."""
     tier_affinity: Annotated[float, Field(ge=0, le=1)] = 0.7
     """FLAME: the server keeps an adapter for every k of the clients. An update that was trained with k'
     counts in the adapter of k with this number to the power of the doublings between k and k': 1, 0.7, 0.49
     and so on. 1: one adapter for all, as in the paper. 0: every k learns from its own clients only."""
-    k_rotation: Literal["auto"] | KRotation = "auto"
+    k_rotation: Literal["auto", "none", "smaller", "all"] = "auto"
     """FLAME: the k that a client trains with. `none`: what it affords, as in the paper. `smaller`: in every
     second round what it affords, and between them the smaller k of other clients in turn. `all`: also the
     larger ones, with fewer steps, so that a round costs no more. `auto`: `all` if training.budget is compute,
