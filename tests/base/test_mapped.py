@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from fedflame.base import mapped
 from fedflame.base.loading import load_base_model
 from fedflame.base.mapped import COMPLETE, load_mapped, map_base
+from fedflame.base.memory_limit import SHARE, memory_limit
 from fedflame.errors import UserError
 from fedflame.server.checkpoint import read_checkpoint
 
@@ -161,12 +162,27 @@ def test_a_checkpoint_without_a_weight_is_refused_as_ever(
 
 
 def test_a_run_on_mapped_weights_has_the_adapter_of_one_without(
-    tiny_folder: Path, tmp_path: Path, cache: Path
+    tiny_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To rounding: a product's last bit may depend on the alignment of the weights in memory."""
-    tiny_run(tiny_folder, tmp_path / "held", "server.num_server_rounds=1")
-    tiny_run(tiny_folder, tmp_path / "mapped", "server.num_server_rounds=1", "model.memory_map=true")
+    base = sum(value.nbytes for value in load_file(tiny_folder / "model.safetensors").values())
+    for name, limit in (("held", SHARE * base), ("mapped", SHARE * base - 1)):
+        monkeypatch.setattr("fedflame.base.memory_limit.memory_limit", lambda limit=limit: limit)
+        tiny_run(tiny_folder, tmp_path / name, "server.num_server_rounds=1")
+        assert cache.exists() == (name == "mapped")
     held, mapped = (read_checkpoint(tmp_path / name).state for name in ("held", "mapped"))
     for name, value in held.adapter.tensors().items():
         torch.testing.assert_close(mapped.adapter.tensors()[name], value, rtol=0, atol=1e-7)
     assert len(list(cache.iterdir())) == 1
+
+
+def test_the_memory_is_what_a_container_is_given_of_the_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("fedflame.base.memory_limit.CGROUP_LIMIT", limit)
+    physical = memory_limit()  # no such file: no container
+    assert physical > 1 << 28
+    for text, wanted in (("max\n", physical), ("1000000\n", 1_000_000), (f"{physical * 2}\n", physical)):
+        limit.write_text(text)
+        assert memory_limit() == wanted

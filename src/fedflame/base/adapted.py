@@ -20,24 +20,22 @@ def load_adapted_model(
     dtype: Dtype,
     adapter: AdapterConfig,
     gradient_checkpointing: Checkpointed = "none",
-    processes: int = 1,
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     """The base model in this dtype with an adapter attached, and its tokenizer.
 
-    Where memory is short, the base is mapped from files instead of held; the results are the same.
+    Where memory is short, the base is mapped from files instead of held.
 
     Args:
         name_or_path: of the base model.
         dtype: of the base's weights.
         adapter: rank, scale and attention projections.
         gradient_checkpointing: what the backward computes again.
-        processes: of this machine that hold the same base.
 
     Raises:
         UserError: see `load_base_model` and `AdaptedModel`.
     """
-    held = processes * base_bytes(read_model_shape(model_config_path(name_or_path)), dtype)
-    mapped = is_short_of_memory(held)
+    shape = read_model_shape(model_config_path(name_or_path))
+    mapped = is_short_of_memory(base_bytes(shape, dtype))
     model, tokenizer = load_base_model(name_or_path, dtype, mapped)
     adapted = AdaptedModel(
         model, adapter.r, adapter.lora_alpha, adapter.target_modules, gradient_checkpointing

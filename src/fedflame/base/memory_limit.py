@@ -8,8 +8,10 @@ from pathlib import Path
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """The limit of a container, in bytes or `max`, where the system has control groups (version 2)."""
-HALF = 2
-"""What training needs beside the base (adapter, gradients, optimizer, activations) is left the other half."""
+SHARE = 4
+"""A base may take this part of the memory: worker processes hold one each, and training needs room beside
+it. The number of processes does not count, since it must not change the bytes of a run: a product's last bit
+may depend on where a weight lies."""
 
 
 def memory_limit() -> int:
@@ -21,5 +23,5 @@ def memory_limit() -> int:
 
 
 def is_short_of_memory(needed: int) -> bool:
-    """Whether so many bytes of frozen weights take more than half of the memory."""
-    return needed > memory_limit() // HALF
+    """Whether so many bytes of frozen weights take more than their part of the memory."""
+    return needed > memory_limit() // SHARE

@@ -44,8 +44,6 @@ class WorkerSetup:
     pad_token_id: int
     residuals: Residuals
     threads: int
-    processes: int
-    """Of this machine that hold the base."""
 
 
 @dataclass(eq=False)
@@ -155,7 +153,7 @@ def _serve(connection: Connection, setup: WorkerSetup) -> None:
     torch.set_num_threads(setup.threads)
     logging.disable_progress_bar()
     adapted, _ = load_adapted_model(
-        setup.model_name_or_path, setup.dtype, setup.adapter, setup.gradient_checkpointing, setup.processes
+        setup.model_name_or_path, setup.dtype, setup.adapter, setup.gradient_checkpointing
     )
     clients = LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals)
     while True:

@@ -62,7 +62,6 @@ def assemble(
     config: RunConfig,
     federation: Federation,
     dtype: DtypeChoice | None = None,
-    processes: int = 1,
 ) -> Experiment:
     """Load and check what the configuration names.
 
@@ -70,7 +69,6 @@ def assemble(
         config: what to load; see `require_runnable`.
         federation: the rows, by client.
         dtype: of the frozen base; None for what `model.dtype` says.
-        processes: of this machine that will hold the base.
 
     Raises:
         UserError: see `load_base_model`, `AdaptedModel` and `run_cost`; rows too long for the model.
@@ -82,7 +80,6 @@ def assemble(
         choice.name,
         config.adapter,
         config.training.gradient_checkpointing,
-        processes,
     )
     _require_context(config, adapted.model.config)
     encoded = encode_federation(federation, tokenizer, config.data.max_length)

@@ -91,8 +91,7 @@ def run_experiment(
         torch.set_num_threads(max(1, usable_cores() // workers))
     start = "" if resumed else starting_adapter(config)
     method = strategy or build_strategy(config, prepared.shape.num_experts_per_tok)
-    held = workers + 1 if workers > 1 else 1
-    experiment = assemble(config, prepared.federation, saved_dtype(run) if resumed else None, held)
+    experiment = assemble(config, prepared.federation, saved_dtype(run) if resumed else None)
     checkpoint = _starting_point(run, experiment, method, resumed, sites is not None)
     if prepared.existing == "overwrite" and run.exists():
         remove_run(run)
@@ -171,7 +170,6 @@ def _clients(
         pad_token_id,
         residuals,
         torch.get_num_threads(),
-        1 + workers,
     )
     with WorkerClients(setup, workers) as clients:
         yield clients
