@@ -51,7 +51,7 @@ class Cell:
     config: RunConfig
     """Resolved; its output_dir is the cell's run folder."""
     folder: Path
-    """Holds the run folder, error.txt if the run failed, and log.txt."""
+    """Holds the run folder, log.txt, error.txt if the run failed, and results until taken over."""
 
     @property
     def name(self) -> str:
