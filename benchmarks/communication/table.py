@@ -7,28 +7,27 @@ The loss is in the comparison's own table.md.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from typing import Any
+
+from fedflame.compare.results import RESULTS, CellResult, read_results
 
 
-def shares(cells: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+def shares(cells: Iterable[CellResult]) -> dict[str, dict[int, float]]:
     """By method and k: mean bytes of an update over bytes of a plan, which is the whole adapter in fp32."""
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
-        for update in cell["clients"]:
-            found[cell["method"]][update["active_experts"]].append(update["bytes_up"] / update["bytes_down"])
+        for update in cell.clients:
+            found[cell.method][update.active_experts].append(update.bytes_up / update.bytes_down)
     return {method: {k: mean(values) for k, values in by_k.items()} for method, by_k in found.items()}
 
 
 def main() -> None:
     """Print the table."""
-    paths = sorted(Path(sys.argv[1]).glob("cells/*/cell.json"))
-    cells = [json.loads(path.read_text()) for path in paths]
-    table = shares(cells)
+    table = shares(read_results(Path(sys.argv[1]) / RESULTS).values())
     tiers = sorted(next(iter(table.values())), reverse=True)
     print("| update | " + " | ".join(f"k = {k}" for k in tiers) + " |")
     print("| --- |" + " --- |" * len(tiers))

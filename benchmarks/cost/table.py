@@ -8,26 +8,27 @@ travelled. All are means over clients, rounds, seeds and settings.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from fedflame.compare.results import RESULTS, CellResult, read_results
 
 MEGABYTE = 1_000_000
 Key = tuple[str, int]
 """Method, and the k that the device affords."""
 
 
-def totals(cells: list[dict[str, Any]]) -> dict[Key, dict[str, float]]:
+def totals(cells: Iterable[CellResult]) -> dict[Key, dict[str, float]]:
     """Sums over the updates of each method and device."""
     found: dict[Key, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for cell in cells:
-        for update in cell["clients"]:
-            place = found[cell["method"], update["budget"]]
+        for update in cell.clients:
+            place = found[cell.method, update.budget]
             place["updates"] += 1
             for name in ("tokens", "training_flops", "bytes_up", "bytes_down"):
-                place[name] += update[name]
+                place[name] += getattr(update, name)
     return found
 
 
@@ -43,9 +44,8 @@ def table(found: dict[Key, dict[str, float]], amount: str, per: str, unit: float
 
 def main() -> None:
     """Print the tables."""
-    paths = sorted(Path(sys.argv[1]).glob("cells/*/cell.json"))
-    cells = [json.loads(path.read_text()) for path in paths]
-    found = totals([cell for cell in cells if cell["config"]["training"]["budget"] == "steps"])
+    cells = read_results(Path(sys.argv[1]) / RESULTS).values()
+    found = totals(cell for cell in cells if cell.config["training"]["budget"] == "steps")
     for title, *what in (
         ("MFLOP per token", "training_flops", "tokens", 1e6),
         ("MB of an update", "bytes_up", "updates", MEGABYTE),

@@ -16,7 +16,7 @@ from fedflame.compare.grid import Setting, read_grid
 from fedflame.compare.intervals import paired_difference
 from fedflame.compare.results import CellResult
 from fedflame.compare.tables import Entry, ResultTable, markdown, setting_name
-from fedflame.report.results import tier_name
+from fedflame.report.results import tier_label
 
 BENCHMARKS = Path(__file__).parents[1]
 GRIDS = "alpagasus", "dolly"
@@ -48,7 +48,7 @@ def table(grid: str, trained: Comparison, held: Comparison, setting: Setting) ->
     for method in held.methods(setting):
         seeds = trained.seeds(setting, method), held.seeds(setting, method)
         rows.append([Entry(method), *(difference(*seeds, k) for k in tiers)])
-    return ResultTable(f"{grid}, {setting_name(setting)}", ["method", *map(tier_name, tiers)], rows)
+    return ResultTable(f"{grid}, {setting_name(setting)}", ["method", *map(tier_label, tiers)], rows)
 
 
 def tables(grid: str) -> list[ResultTable]:

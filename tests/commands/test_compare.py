@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,14 @@ from tests.tiny_runs import SETTINGS, adapter_bytes, invoke, start_cli
 
 from fedflame.base.mapped import CACHE_VARIABLE
 from fedflame.commands.compare import LOG_TAIL_BYTES, _last_line
+from fedflame.compare import cell_processes
 from fedflame.compare.cell_processes import run_cells
 from fedflame.compare.grid import Cell, read_grid
+from fedflame.compare.results import RESULTS, CellResult, has_left_result, read_results
 from loopback import alive, descendants
 
-METHODS = '[methods.flame]\nstrategy.temperature = 2\n[methods.fedavg]\nstrategy.name = "fedavg"\n'
+FEDAVG = '[methods.fedavg]\nstrategy.name = "fedavg"\n'
+METHODS = f"[methods.flame]\nstrategy.temperature = 2\n{FEDAVG}"
 
 
 def write_grid(folder: Path, model: Path, methods: str = METHODS, seeds: str = "[0, 1]") -> Path:
@@ -56,11 +60,33 @@ def cells(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted((folder / "cells").iterdir()) if path.is_dir()}
 
 
-def outcome(cell: Path) -> dict[str, object]:
-    """cell.json without what a clock and the place wrote."""
-    record = json.loads((cell / "cell.json").read_text())
-    clients = [{k: v for k, v in cost.items() if k != "seconds"} for cost in record["clients"]]
-    return record | {"clients": clients, "environment": None, "config": record["config"] | {"output_dir": ""}}
+def kept(folder: Path) -> dict[str, CellResult]:
+    """The results file."""
+    return read_results(folder / RESULTS)
+
+
+def outcomes(folder: Path) -> dict[str, CellResult]:
+    """The results file without what a clock wrote."""
+    return {
+        name: replace(
+            result, environment={}, clients=[replace(client, seconds=0.0) for client in result.clients]
+        )
+        for name, result in kept(folder).items()
+    }
+
+
+class Told:
+    """What the cells came to."""
+
+    def __init__(self) -> None:
+        self.worked: set[str] = set()
+        self.outcomes: list[tuple[str, str | None]] = []
+
+    def working(self, cells: Sequence[Cell]) -> None:
+        self.worked |= {cell.name for cell in cells}
+
+    def ended(self, cell: Cell, failure: str | None) -> None:
+        self.outcomes.append((cell.method, failure))
 
 
 def losses_beyond(folder: Path, method: str) -> list[float]:
@@ -71,8 +97,12 @@ def losses_beyond(folder: Path, method: str) -> list[float]:
 
 
 def test_a_comparison_leaves_cells_table_results_and_page(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {"cells", "report.html", "results.json", "table.md"}
-    names = [name.rpartition("-")[0] for name in cells(finished)]
+    files = {"cells", "cells.jsonl", "report.html", "results.json", "table.md"}
+    assert {path.name for path in finished.iterdir()} == files
+    for cell in cells(finished).values():
+        assert {path.name for path in cell.iterdir()} == {"log.txt", "run"}
+    assert list(kept(finished)) == list(cells(finished))
+    names = [name.rpartition("-")[0] for name in kept(finished)]
     assert names == ["fedavg-seed-0", "fedavg-seed-1", "flame-seed-0", "flame-seed-1"]
     table = (finished / "table.md").read_text()
     assert "over 2 seeds" in table and "difference to fedavg at the same seed" in table
@@ -113,20 +143,15 @@ def test_interrupted_and_killed_and_resumed_it_ends_the_same(
         assert process.returncode == (130 if end == signal.SIGINT else -end)
         assert end == signal.SIGKILL or errors == "fedflame: interrupted; the same command goes on\n"
         wait_until_gone(children)
-    kept = {
-        name: path.stat().st_mtime_ns
-        for name, cell in cells(out).items()
-        if (path := cell / "cell.json").exists()
-    }
-    assert 0 < len(kept) < 4
+    before = kept(out)
+    assert 0 < len(before) < 4
     result = invoke("compare", grid, "--output-dir", out)
     assert result.exit_code == 0, result.output
     assert cells(out).keys() == cells(finished).keys()
+    assert outcomes(out) == outcomes(finished)
+    assert before.items() <= kept(out).items(), "a finished cell was run again"
     for name, cell in cells(out).items():
-        assert outcome(cell) == outcome(cells(finished)[name])
         assert adapter_bytes(cell / "run") == adapter_bytes(cells(finished)[name] / "run")
-        if name in kept:
-            assert (cell / "cell.json").stat().st_mtime_ns == kept[name], "a finished cell was run again"
     tables = [(folder / "table.md").read_text() for folder in (out, finished)]
     assert tables[0] == tables[1]
 
@@ -157,14 +182,12 @@ def test_a_failed_cell_is_reported_and_the_others_finish(
 def test_another_seed_runs_only_what_is_missing(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    before = {name: (cell / "cell.json").stat().st_mtime_ns for name, cell in cells(out).items()}
+    before = kept(out)
     grid = write_grid(tmp_path, tiny_folder, seeds="[0, 1, 2]")
     result = invoke("compare", grid, "--output-dir", out, "--workers", 2)
     assert result.exit_code == 0, result.output
     assert "6 cells, 4 finished" in result.stdout and "2 of 2: " in result.stdout
-    after = cells(out)
-    assert len(after) == 6
-    assert {name: (after[name] / "cell.json").stat().st_mtime_ns for name in before} == before
+    assert len(kept(out)) == 6 and before.items() <= kept(out).items()
     assert "over 3 seeds" in (out / "table.md").read_text()
 
 
@@ -185,20 +208,67 @@ def test_another_baseline_runs_nothing_and_turns_the_differences_round(
 
 def test_a_process_that_dies_loses_its_cell_only(tiny_folder: Path, tmp_path: Path) -> None:
     grid = read_grid(write_grid(tmp_path, tiny_folder, seeds="[0]"), [], str(tmp_path / "out"))
-    ended: list[tuple[str, str | None]] = []
 
-    class Kill:
+    class Kill(Told):
         def working(self, cells: Sequence[Cell]) -> None:
             if cells[0].method == "flame":
                 for process in multiprocessing.active_children():
                     process.kill()
 
-        def ended(self, cell: Cell, failure: str | None) -> None:
-            ended.append((cell.method, failure))
-
-    failures = run_cells(grid.cells, 1, Kill())
-    assert ended == [("flame", "its process ended with exit code -9"), ("fedavg", None)]
+    told = Kill()
+    failures = run_cells(grid, 1, told)
+    assert told.outcomes == [("flame", "its process ended with exit code -9"), ("fedavg", None)]
     assert failures == {grid.cells[0].name: "its process ended with exit code -9"}
+
+
+def test_a_cell_that_was_done_and_not_recorded_is_recorded_and_not_run_again(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    grid = read_grid(write_grid(tmp_path, tiny_folder, FEDAVG, "[0]"), [], str(tmp_path / "out"))
+
+    def dies(path: Path, results: Mapping[str, CellResult], of: Iterable[Cell]) -> Mapping[str, CellResult]:
+        if any(map(has_left_result, of)):
+            raise KeyboardInterrupt
+        return results
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cell_processes, "take_over", dies)
+        run_cells(grid, 1, Told())
+    assert has_left_result(grid.cells[0]) and not kept(grid.output_dir)
+    listed = invoke("compare", tmp_path / "grid.toml", "--output-dir", tmp_path / "out", "--dry-run")
+    assert listed.stdout.splitlines()[-1] == "1 cells, 1 finished"
+    told = Told()
+    assert run_cells(grid, 1, told) == {} and not told.worked
+    assert list(kept(grid.output_dir)) == [grid.cells[0].name] and not has_left_result(grid.cells[0])
+
+
+def test_a_grid_that_shrank_and_grew_again_runs_nothing(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "cells")  # as in a checkout that keeps the results alone
+    for methods, seeds, cells in ((FEDAVG, "[1]", 1), (METHODS, "[0, 1]", 4)):
+        result = invoke("compare", write_grid(tmp_path, tiny_folder, methods, seeds), "--output-dir", out)
+        assert result.exit_code == 0, result.output
+        assert f"{cells} cells, {cells} finished" in result.stdout
+        assert (out / RESULTS).read_bytes() == (finished / RESULTS).read_bytes()
+    assert (out / "table.md").read_bytes() == (finished / "table.md").read_bytes()
+
+
+@pytest.mark.parametrize("option", [(), ("--dry-run",)])
+def test_a_damaged_results_file_is_one_line_and_stays_as_it_is(
+    finished: Path, tiny_folder: Path, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    damaged = (finished / RESULTS).read_bytes()[:-100]
+    (out / RESULTS).write_bytes(damaged)
+    result = invoke("compare", write_grid(tmp_path, tiny_folder), "--output-dir", out, *option)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"fedflame: {out / RESULTS}:5: not the results of a cell: Invalid JSON")
+    assert result.stderr.endswith("; delete the line to make it anew\n") and result.stderr.count("\n") == 1
+    assert (out / RESULTS).read_bytes() == damaged
 
 
 def test_a_dry_run_lists_the_cells_and_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
@@ -233,7 +303,10 @@ def test_a_folder_that_is_no_comparison_is_left_alone(tiny_folder: Path, tmp_pat
     (tmp_path / "thesis" / "report.html").write_text("years of work")
     result = invoke("compare", write_grid(tmp_path, tiny_folder), "--output-dir", tmp_path / "thesis")
     assert result.exit_code == 2
-    assert "exists and is no comparison (it has no cells/); it is left as it is" in result.stderr
+    assert (
+        "exists and is no comparison (it has no cells.jsonl and no cells/); it is left as it is"
+        in result.stderr
+    )
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["report.html"]
 
 
@@ -261,13 +334,13 @@ def wait_for_cell(process: subprocess.Popen[str], out: Path, begun: int) -> None
     """Until so many cells are finished, at least, and another is in the middle of its rounds."""
     deadline = time.monotonic() + 200
     while True:
-        done = len(list(out.glob("cells/*/cell.json")))
+        done = kept(out)
         busy = [
             metrics
             for metrics in out.glob("cells/*/run/metrics.jsonl")
-            if not (metrics.parents[1] / "cell.json").exists() and b'"event": "round"' in metrics.read_bytes()
+            if metrics.parents[1].name not in done and b'"event": "round"' in metrics.read_bytes()
         ]
-        if done >= begun and busy:
+        if len(done) >= begun and busy:
             return
         assert process.poll() is None, "ended before it could be stopped"
         assert time.monotonic() < deadline

@@ -21,7 +21,7 @@ def a_cell(method: str, seed: int, setting: Setting = ()) -> Cell:
     return Cell(method, setting, load_config(None, [f"seed={seed}"]), folder)
 
 
-def a_result(loss: float, trained: dict[int, int], tokens: int = 100) -> CellResult:
+def a_result(cell: Cell, loss: float, trained: dict[int, int], tokens: int = 100) -> CellResult:
     """Loss `loss` + 1 at k = 1, one more a round earlier; exact match at the start and the end only."""
     evaluations = [
         Evaluation(at, k, None, loss + (k == 1) + ROUNDS - at, 0.25 * at if at in (0, ROUNDS) else None, None)
@@ -40,7 +40,10 @@ def a_result(loss: float, trained: dict[int, int], tokens: int = 100) -> CellRes
         Deployed(1, weak[0], 8 if weak[0] == 1 else 2, weak[2], weak[1], None, None),
     ]
     environment = {"python": "3.11", "dtype": "float32"}
-    return CellResult("exact_match", evaluations, clients, FLOPS, environment, deployed)
+    return CellResult(
+        cell.name, cell.method, dict(cell.setting), cell.config.seed,
+        "exact_match", evaluations, clients, FLOPS, environment, deployed, {"seed": cell.config.seed},
+    )  # fmt: skip
 
 
 OWN, ALL = {4: 4, 1: 1}, {4: 4, 1: 4}
@@ -56,6 +59,7 @@ def synthetic() -> Comparison:
         Path("runs/synthetic"), "all", list(losses), cells, Devices(flops_per_second=40, bytes_per_second=5)
     )
     results = {
-        cell.name: a_result(losses[cell.method][cell.config.seed], trained[cell.method]) for cell in cells
+        cell.name: a_result(cell, losses[cell.method][cell.config.seed], trained[cell.method])
+        for cell in cells
     }
     return Comparison(grid, results, {})

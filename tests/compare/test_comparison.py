@@ -68,7 +68,8 @@ def test_a_missing_cell_leaves_its_pair_out() -> None:
 def test_settings_are_kept_apart() -> None:
     whole, other = synthetic(), (("data.alpha", "9.0"),)
     cells = [a_cell(method, 0, other) for method in ("all", "own")]
-    results = dict(whole.results) | {cells[0].name: a_result(7.0, ALL), cells[1].name: a_result(8.0, ALL)}
+    losses = zip(cells, (7.0, 8.0), strict=True)
+    results = dict(whole.results) | {cell.name: a_result(cell, loss, ALL) for cell, loss in losses}
     comparison = Comparison(replace(whole.grid, cells=[*whole.grid.cells, *cells]), results, {})
     assert comparison.settings() == [(), other]
     difference = comparison.difference(other, "own", "loss", 4)

@@ -81,17 +81,6 @@ def test_another_base_shares_no_folder(tmp_path: Path, change: tuple[str, str]) 
     assert before.isdisjoint(cell.name for cell in grid(tmp_path, GRID.replace(*change)).cells)
 
 
-def test_what_was_measured_before_an_option_came_is_found_again_where_the_option_is_off(
-    tmp_path: Path,
-) -> None:
-    dolly = ROOT / "benchmarks" / "counted-rows"
-    kept = {folder.name for folder in (dolly / "results" / "dolly" / "cells").iterdir() if folder.is_dir()}
-    cells = {cell.name for cell in read_grid(dolly / "dolly.toml", [], None).cells}
-    assert kept and kept <= cells
-    rounded = read_grid(dolly / "dolly.toml", ["communication.update_dtype=int8"], None).cells
-    assert not kept & {cell.name for cell in rounded}
-
-
 def test_devices_and_output_dir_are_no_part_of_a_cell(tmp_path: Path) -> None:
     slower = grid(tmp_path, GRID.replace("1e5", "2e5"), output_dir=str(tmp_path / "out"))
     assert slower.output_dir == tmp_path / "out"

@@ -8,12 +8,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from tests.compare.synthetic import ALL, a_cell, a_result, synthetic
 
 from fedflame.compare.comparison import Comparison
 from fedflame.compare.devices import Devices
-from fedflame.compare.files import read_comparison, write_comparison
+from fedflame.compare.files import write_comparison
 from fedflame.compare.grid import Grid
 from fedflame.compare.page import page
 from fedflame.compare.tables import (
@@ -25,7 +24,6 @@ from fedflame.compare.tables import (
     summary_table,
     total_table,
 )
-from fedflame.errors import UserError
 from fedflame.report.numbers import MISSING
 
 
@@ -87,7 +85,8 @@ def test_one_seed_has_no_interval() -> None:
 
 def test_a_seed_that_diverged_is_left_out_and_said() -> None:
     whole = synthetic()
-    comparison = Comparison(whole.grid, dict(whole.results) | {"own-2": a_result(math.nan, ALL)}, {})
+    diverged = {"own-2": a_result(a_cell("own", 2), math.nan, ALL)}
+    comparison = Comparison(whole.grid, dict(whole.results) | diverged, {})
     loss = measures(comparison, ())[0]
     own = summary_table(comparison, (), loss).rows[2][1]
     assert (own.text, own.detail) == ("1.150 ± 0.212", "2 of 3 seeds")
@@ -95,7 +94,7 @@ def test_a_seed_that_diverged_is_left_out_and_said() -> None:
     difference = difference_table(comparison, (), loss).rows[0][1]
     assert (difference.text, difference.detail) == ("-0.950 better", "[-1.585, -0.315], 2 of 3 pairs")
     assert "1.150 ± 0.212" in page(comparison, "diverged")
-    everyone = {cell.name: a_result(math.nan, ALL) for cell in whole.grid.cells}
+    everyone = {cell.name: a_result(cell, math.nan, ALL) for cell in whole.grid.cells}
     assert page(Comparison(whole.grid, everyone, {}), "none").count("None.") == 8
 
 
@@ -160,7 +159,7 @@ def test_failed_cells_are_on_the_page() -> None:
 def test_every_setting_has_its_own_sections() -> None:
     settings = [(("data.alpha", value),) for value in ("0.5", "9.0")]
     cells = [a_cell(method, 0, setting) for setting in settings for method in ("one", "two")]
-    results = {cell.name: a_result(1.0, ALL) for cell in cells}
+    results = {cell.name: a_result(cell, 1.0, ALL) for cell in cells}
     grid = Grid(Path("runs/many"), "one", ["one", "two"], cells, Devices())
     html = page(Comparison(grid, results, {}), "many")
     for title in ("Results", "Paired differences", "What each device deploys", "Curves", "Cost"):
@@ -184,13 +183,3 @@ def test_the_files_are_written_whole(tmp_path: Path) -> None:
         "round": 1, "training_flops": 8000.0, "bytes": 100, "simulated_seconds": 410.0,
         "loss": {"4": 3.0, "1": 4.0},
     }  # fmt: skip
-
-
-def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
-    cell = a_cell("own", 0)
-    folder = tmp_path / "cells" / "own-0"
-    folder.mkdir(parents=True)
-    (folder / "cell.json").write_text('{"score": ')
-    damaged = Grid(tmp_path, "own", ["own"], [type(cell)("own", (), cell.config, folder)], Devices())
-    with pytest.raises(UserError, match=r"own-0/cell.json: not the results of a cell"):
-        read_comparison(damaged, {})

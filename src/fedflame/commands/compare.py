@@ -14,7 +14,6 @@ from fedflame.commands.tables import comparison_table
 from fedflame.compare.cell_processes import Progress as CellProgress
 from fedflame.compare.cell_processes import failure_kept
 from fedflame.compare.grid import Cell, Grid
-from fedflame.compare.results import is_finished
 from fedflame.compare.run import missing_cells, run_grid
 from fedflame.compare.tables import setting_name, setting_tables
 
@@ -30,7 +29,7 @@ def print_comparison(grid: Grid, workers: int, console: Console) -> bool:
     """
     missing = len(missing_cells(grid))
     done = len(grid.cells) - missing
-    say_line(console, f"{len(grid.cells)} cells, {done} finished, in {grid.output_dir / 'cells'}")
+    say_line(console, f"{len(grid.cells)} cells, {done} finished, in {grid.output_dir}")
     try:
         with _progress(console, missing) as progress:
             compared = run_grid(grid, workers, progress)
@@ -49,15 +48,13 @@ def print_comparison(grid: Grid, workers: int, console: Console) -> bool:
 
 def list_cells(grid: Grid, console: Console) -> None:
     """Print every cell of the grid and how far it is."""
+    missing = {cell.name for cell in missing_cells(grid)}
     for cell in grid.cells:
-        say_line(console, f"{cell.name}: {_state(cell)}")
-    done = sum(map(is_finished, grid.cells))
-    console.print(f"{len(grid.cells)} cells, {done} finished")
+        say_line(console, f"{cell.name}: {_state(cell) if cell.name in missing else 'finished'}")
+    console.print(f"{len(grid.cells)} cells, {len(grid.cells) - len(missing)} finished")
 
 
 def _state(cell: Cell) -> str:
-    if is_finished(cell):
-        return "finished"
     if failure := failure_kept(cell):
         return f"failed, to run again: {failure}"
     return "begun, to go on" if cell.run.exists() else "to run"

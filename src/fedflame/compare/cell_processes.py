@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 from fedflame.atomic_file import write_atomically
 from fedflame.base.files import model_config_path
-from fedflame.compare.grid import Cell
-from fedflame.compare.results import is_finished, write_cell
+from fedflame.compare.grid import Cell, Grid
+from fedflame.compare.results import RESULTS, leave_result, read_results, take_over
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.cost.run_cost import training_flops
 from fedflame.errors import UserError
@@ -44,13 +44,17 @@ class Progress(Protocol):
         """A cell has ended, finished or with this line."""
 
 
-def run_cells(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[str, str]:
-    """Run the cells, `workers` at a time, each to its end whatever becomes of the others.
+def run_cells(grid: Grid, workers: int, progress: Progress) -> dict[str, str]:
+    """Run the unfinished cells, `workers` at a time, each to its end whatever becomes of the others.
 
-    Returns why it failed for each cell that did, by name. Where this is left by an exception, the
-    processes are stopped; their cells go on from their last round when they are run again.
+    What a cell has measured is in the results file as soon as it ends. Returns why it failed for each cell
+    that did, by name. Where this is left by an exception, the processes are stopped; their cells go on from
+    their last round when they are run again.
     """
-    waiting, running = deque(cells), dict[Any, tuple[BaseProcess, Cell]]()
+    path = grid.output_dir / RESULTS
+    results = take_over(path, read_results(path), grid.cells)
+    waiting = deque(cell for cell in grid.cells if cell.name not in results)
+    running: dict[Any, tuple[BaseProcess, Cell]] = {}
     failures: dict[str, str] = {}
     try:
         while waiting or running:
@@ -61,7 +65,9 @@ def run_cells(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[s
             for sentinel in wait(list(running), POLL_SECONDS):
                 process, cell = running.pop(sentinel)
                 process.join()
-                if failure := _failure(cell, process):
+                results = take_over(path, results, [cell])
+                failure = None if cell.name in results else _failure(cell, process)
+                if failure:
                     failures[cell.name] = failure
                 progress.ended(cell, failure)
     finally:
@@ -78,9 +84,7 @@ def failure_kept(cell: Cell) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
-def _failure(cell: Cell, process: BaseProcess) -> str | None:
-    if is_finished(cell):
-        return None
+def _failure(cell: Cell, process: BaseProcess) -> str:
     return failure_kept(cell) or f"its process ended with exit code {process.exitcode}"
 
 
@@ -95,7 +99,7 @@ def _start(cell: Cell) -> BaseProcess:
 
 
 def _run_cell(cell: Cell) -> None:
-    """The life of a cell's process: its run, or the rest of it, and then cell.json or error.txt."""
+    """The life of a cell's process: its run, or the rest of it, and then its results or error.txt."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cell.folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +140,7 @@ def _go_on(cell: Cell) -> None:
         shutil.rmtree(cell.run, ignore_errors=True)  # killed before it was a run folder
     run_experiment(prepare(cell.config, "resume" if begun else "refuse"), watch=watch)
     run = read_run(cell.run)
-    write_cell(cell, run, _training_flops(cell, run.plan))
+    leave_result(cell, run, _training_flops(cell, run.plan))
 
 
 def _training_flops(cell: Cell, plan: dict[str, Any]) -> dict[int, float]:

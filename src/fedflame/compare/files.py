@@ -11,7 +11,7 @@ from fedflame.atomic_file import write_atomically
 from fedflame.compare.comparison import Comparison
 from fedflame.compare.grid import Cell, Grid
 from fedflame.compare.page import page
-from fedflame.compare.results import CellResult, is_finished, read_cell
+from fedflame.compare.results import RESULTS, CellResult, read_results
 from fedflame.compare.tables import device_table, markdown, setting_name, setting_tables
 
 IN_TABLE = (
@@ -30,8 +30,9 @@ IN_TABLE = (
 
 
 def read_comparison(grid: Grid, failures: dict[str, str]) -> Comparison:
-    """The finished cells of a grid; UserError where a cell.json is damaged."""
-    results = {cell.name: read_cell(cell) for cell in grid.cells if is_finished(cell)}
+    """The finished cells of a grid. Raises UserError as `read_results` does."""
+    kept = read_results(grid.output_dir / RESULTS)
+    results = {cell.name: kept[cell.name] for cell in grid.cells if cell.name in kept}
     return Comparison(grid, results, failures)
 
 

@@ -1,7 +1,7 @@
 """The grid file: methods, axes and devices in TOML; every combination is a cell, which is one run.
 
-Identity of a cell is what its run reads of the resolved configuration: its folder's name ends in a digest
-of that, so what a grid has in common with an earlier one is found again, and nothing else is.
+Identity of a cell is what its run reads of the resolved configuration: its name ends in a digest of that,
+so what a grid has in common with an earlier one is found again, and nothing else is.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Cell:
     config: RunConfig
     """Resolved; its output_dir is the cell's run folder."""
     folder: Path
-    """Holds the run folder, cell.json once the run is finished, error.txt if it failed, and log.txt."""
+    """Holds the run folder, log.txt, error.txt if the run failed, and results until taken over."""
 
     @property
     def name(self) -> str:

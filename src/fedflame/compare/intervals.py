@@ -56,6 +56,7 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     summary = summarize(differences)
     if summary.deviation is None:
         return Difference(summary.count, summary.mean, None)
-    quantile = float(t.ppf((1 + CONFIDENCE) / 2, summary.count - 1))
-    reach = quantile * summary.deviation / math.sqrt(summary.count)
-    return Difference(summary.count, summary.mean, (summary.mean - reach, summary.mean + reach))
+    # The standard interval is scaled here: scipy has none of width 0, which equal differences have.
+    error = summary.deviation / math.sqrt(summary.count)
+    low, high = t.interval(CONFIDENCE, summary.count - 1)
+    return Difference(summary.count, summary.mean, (summary.mean + low * error, summary.mean + high * error))

@@ -1,22 +1,31 @@
-"""What a finished cell leaves: cell.json, written once and whole, and read for every table and curve."""
+"""What finished cells have measured: the results file of a comparison, read for every table and curve.
+
+A results file is lines of JSON: the schema version, then a line for each cell, by name. The process of a
+cell leaves one of its own in the cell's folder, and the process of the comparison takes that over.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedflame.atomic_file import write_atomically
 from fedflame.compare.devices import ClientWork, Devices, round_seconds
 from fedflame.compare.grid import Cell
+from fedflame.config.run_config import SCHEMA_VERSION
 from fedflame.errors import UserError
 from fedflame.report.records import Evaluation, Measured, Run, ScoreName
 
-FILE_NAME = "cell.json"
+RESULTS = "cells.jsonl"
+"""The results file in the folder of a comparison."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,15 @@ class Deployed(Measured):
 
 @dataclass(frozen=True)
 class CellResult:
-    """One finished cell."""
+    """One finished cell: a line of the results file."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
+
+    cell: str
+    """The name of the cell."""
+    method: str
+    setting: dict[str, str]
+    seed: int
     score: ScoreName | None
     """The score by generation that the run was measured by."""
     evaluations: list[Evaluation]
@@ -60,6 +76,8 @@ class CellResult:
     environment: dict[str, Any]
     deployed: list[Deployed]
     """One for each budget, largest first."""
+    config: dict[str, Any]
+    """Resolved, without output_dir."""
 
     @property
     def rounds(self) -> int:
@@ -113,26 +131,126 @@ class CellResult:
         return points
 
 
-def write_cell(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> None:
-    """Write cell.json from the cell's finished run; see `CellResult.training_flops`.
+_LINE = TypeAdapter(CellResult)
+_HEAD = json.dumps({"schema_version": SCHEMA_VERSION})
+
+
+def read_results(path: Path) -> dict[str, CellResult]:
+    """The finished cells of a results file by name; none where there is no file yet.
+
+    Raises:
+        UserError: it is no results file, is of another schema version, or has a line that is damaged or
+            a second one of the same cell.
+    """
+    if not path.exists():
+        return {}
+    head, *lines = _lines(path)
+    _check_head(path, head)
+    results: dict[str, CellResult] = {}
+    for number, line in enumerate(lines, start=2):
+        result = _cell_of(line, f"{path}:{number}")
+        if result.cell in results:
+            raise UserError(f"{path}:{number}: {result.cell} has a line above; delete one of the two")
+        results[result.cell] = result
+    return results
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines() or [b""]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it must be a results file") from error
+
+
+def _check_head(path: Path, head: bytes) -> None:
+    try:
+        version = json.loads(head)["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a results file: its first line must be {_HEAD}; move it away"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: has schema version {version!r}; this version of fedflame reads {SCHEMA_VERSION}: "
+            "use the one that wrote it, or another --output-dir"
+        )
+
+
+def _cell_of(line: bytes, where: str) -> CellResult:
+    try:
+        return _LINE.validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
+        raise UserError(
+            f"{where}: not the results of a cell: {what}; delete the line to make it anew"
+        ) from error
+
+
+def write_results(path: Path, results: Iterable[CellResult]) -> None:
+    """Write a results file whole or not at all; UserError where the disk is full."""
+    lines = [_LINE.dump_json(result) for result in sorted(results, key=lambda result: result.cell)]
+    write_atomically(path, b"".join(line + b"\n" for line in [_HEAD.encode(), *lines]))
+
+
+def leave_result(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> None:
+    """Write what the cell's finished run has measured into the cell's folder; see `CellResult`.
 
     Raises:
         UserError: the disk is full.
     """
-    record = {
-        "cell": cell.name,
-        "method": cell.method,
-        "setting": dict(cell.setting),
-        "seed": cell.config.seed,
-        "score": run.score_name(),
-        "evaluations": [asdict(e) for e in run.evaluations if e.category is None],
-        "clients": [asdict(cost) for cost in _client_work(cell, run)],
-        "training_flops": training_flops,
-        "environment": run.environment,
-        "deployed": [asdict(deployed) for deployed in _deployed(cell, run, max(training_flops))],
-        "config": run.config,
-    }
-    write_atomically(cell.folder / FILE_NAME, (json.dumps(record) + "\n").encode())
+    write_results(_left(cell), [_result(cell, run, training_flops)])
+
+
+def has_left_result(cell: Cell) -> bool:
+    """Whether the cell is finished and waits to be taken over."""
+    return _left(cell).exists()
+
+
+def take_over(
+    path: Path, results: Mapping[str, CellResult], cells: Iterable[Cell]
+) -> Mapping[str, CellResult]:
+    """Move what these cells have left into the results file; at any instant it is in one of them, or both.
+
+    Args:
+        path: the results file.
+        results: what it holds.
+        cells: those that may have left something in their folders.
+
+    Returns:
+        What the file then holds.
+
+    Raises:
+        UserError: the disk is full, or what a cell has left is damaged.
+    """
+    left = [_left(cell) for cell in cells if has_left_result(cell)]
+    if not left:
+        return results
+    results = {**results, **{name: result for one in left for name, result in read_results(one).items()}}
+    write_results(path, results.values())
+    for one in left:
+        one.unlink()
+    return results
+
+
+def _left(cell: Cell) -> Path:
+    return cell.folder / "cell.jsonl"
+
+
+def _result(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> CellResult:
+    return CellResult(
+        cell.name,
+        cell.method,
+        dict(cell.setting),
+        cell.config.seed,
+        run.score_name(),
+        [evaluation for evaluation in run.evaluations if evaluation.category is None],
+        list(_client_work(cell, run)),
+        dict(training_flops),
+        run.environment,
+        list(_deployed(cell, run, max(training_flops))),
+        cell.config.model_dump(mode="json", exclude={"output_dir"}),
+    )
 
 
 def _client_work(cell: Cell, run: Run) -> Iterator[ClientWork]:
@@ -165,25 +283,3 @@ def _deployed(cell: Cell, run: Run, full: int) -> Iterator[Deployed]:
         flops = run.forward_flops_at(k, rank)
         relative = flops / whole if flops and whole else None
         yield Deployed(budget, k, rank, relative, loss, exact_match, rouge_l)
-
-
-def is_finished(cell: Cell) -> bool:
-    """Whether the cell has left its results."""
-    return (cell.folder / FILE_NAME).exists()
-
-
-def read_cell(cell: Cell) -> CellResult:
-    """The results of a finished cell; UserError where cell.json is damaged."""
-    path = cell.folder / FILE_NAME
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return CellResult(
-            record["score"],
-            [Evaluation(**evaluation) for evaluation in record["evaluations"]],
-            [ClientWork(**cost) for cost in record["clients"]],
-            {int(k): float(flops) for k, flops in record["training_flops"].items()},
-            record["environment"],
-            [Deployed(**deployed) for deployed in record["deployed"]],
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not the results of a cell: {error!r}; delete it to make it anew") from error

@@ -12,7 +12,7 @@ from fedflame.compare.cell_processes import Progress, run_cells
 from fedflame.compare.comparison import Comparison
 from fedflame.compare.files import read_comparison, write_comparison
 from fedflame.compare.grid import Cell, Grid
-from fedflame.compare.results import is_finished
+from fedflame.compare.results import RESULTS, has_left_result, read_results
 from fedflame.data.sources import refuse_missing_file
 from fedflame.errors import UserError
 
@@ -27,21 +27,22 @@ class Compared:
 
 
 def missing_cells(grid: Grid) -> list[Cell]:
-    """The cells without results, in the order of the grid."""
-    return [cell for cell in grid.cells if not is_finished(cell)]
+    """The cells without results, in the order of the grid. Raises UserError as `read_results` does."""
+    kept = read_results(grid.output_dir / RESULTS)
+    return [cell for cell in grid.cells if cell.name not in kept and not has_left_result(cell)]
 
 
 def run_grid(grid: Grid, workers: int, progress: Progress) -> Compared:
     """Run the grid's unfinished cells, `workers` at a time, and write the comparison.
 
     Raises:
-        UserError: the folder holds something else, another comparison is at work there, or what a
-            cell would train on is a file that is missing.
+        UserError: the folder holds something else, another comparison is at work there, its results
+            file is damaged, or what a cell would train on is a file that is missing.
     """
     _check_folder(grid.output_dir)
     _check_data(grid)
     with _alone(grid.output_dir):
-        failures = run_cells(missing_cells(grid), workers, progress)
+        failures = run_cells(grid, workers, progress)
         comparison = read_comparison(grid, failures)
         return Compared(comparison, write_comparison(comparison) if comparison.results else [])
 
@@ -59,10 +60,10 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.exists() and not (
-        folder.is_dir() and ((folder / "cells").is_dir() or not any(folder.iterdir()))
-    ):
-        raise UserError(f"{folder}: exists and is no comparison (it has no cells/); it is left as it is")
+    known = (folder / RESULTS).exists() or (folder / "cells").is_dir()
+    if folder.exists() and not known and not (folder.is_dir() and not any(folder.iterdir())):
+        what = f"exists and is no comparison (it has no {RESULTS} and no cells/)"
+        raise UserError(f"{folder}: {what}; it is left as it is")
 
 
 def _check_data(grid: Grid) -> None:
