@@ -11,7 +11,7 @@ from fedflame.commands.quiet import no_bars
 from fedflame.commands.tables import score_table
 from fedflame.config.sections import parse_integers
 from fedflame.errors import UserError
-from fedflame.experiment.scores import score_source
+from fedflame.experiment.api import evaluate
 from fedflame.training.evaluation import Scores, total
 
 
@@ -32,7 +32,7 @@ def print_scores(
     """
     wanted = _wanted(active_experts)
     no_bars()
-    found = score_source(source, wanted, overrides)
+    found = evaluate(source, active_experts=wanted, overrides=overrides)
     scores = {k: {"all": total(of_k).to_json()} | _plain(of_k) for k, of_k in found.items()}
     if as_json:
         print(json.dumps(scores, indent=2))

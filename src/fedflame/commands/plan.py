@@ -8,11 +8,12 @@ from rich.console import Console
 
 from fedflame.commands.tables import cost_table, partition_table
 from fedflame.config.run_config import RunConfig
-from fedflame.experiment.plan import Plan, plan_run
+from fedflame.experiment.api import plan
+from fedflame.experiment.plan import Plan
 
 
 def print_plan(config: RunConfig, sequence_length: int | None, as_json: bool, console: Console) -> None:
-    """Print the plan as tables or JSON; see `plan_run`.
+    """Print the plan as tables or JSON; see `fedflame.plan`.
 
     Args:
         config: the run that is planned.
@@ -23,14 +24,14 @@ def print_plan(config: RunConfig, sequence_length: int | None, as_json: bool, co
     Raises:
         UserError: unusable data or model, or tiers that the model cannot run.
     """
-    plan = plan_run(config, sequence_length)
+    planned = plan(config, sequence_length=sequence_length)
     if as_json:
-        print(json.dumps(plan.to_json(), indent=2))
+        print(json.dumps(planned.to_json(), indent=2))
         return
-    console.print(partition_table(plan.clients, plan.cost.clients, plan.truncated_rows))
-    console.print(cost_table(plan.cost))
-    console.print(f"memory for the base in {plan.dtype.name} ({plan.dtype.reason})")
-    console.print(_adapter_line(plan))
+    console.print(partition_table(planned.clients, planned.cost.clients, planned.truncated_rows))
+    console.print(cost_table(planned.cost))
+    console.print(f"memory for the base in {planned.dtype.name} ({planned.dtype.reason})")
+    console.print(_adapter_line(planned))
 
 
 def _adapter_line(plan: Plan) -> str:

@@ -28,7 +28,7 @@ def load_config(
         UserError: a missing or broken file, an unknown key (the message names the nearest valid one), a value
             that is not allowed, or values that contradict each other.
     """
-    values = _values(config)
+    values = given_values(config)
     for override in overrides:
         _apply_override(values, override)
     refuse_unknown_keys(values, RunConfig, "config")
@@ -37,11 +37,12 @@ def load_config(
     return loaded
 
 
-def _values(config: str | Path | Mapping[str, Any] | RunConfig | None) -> dict[str, Any]:
+def given_values(config: str | Path | Mapping[str, Any] | RunConfig | None) -> dict[str, Any]:
+    """What a configuration says itself, by section, unchecked. Raises UserError as `load_config` does."""
     if config is None:
         return {}
     if isinstance(config, RunConfig):
-        return config.model_dump()
+        return config.model_dump(exclude_unset=True)
     if isinstance(config, str | Path):
         return read_toml(Path(config))
     if not isinstance(config, Mapping):

@@ -1,0 +1,108 @@
+"""A run folder as a program reads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedflame.config.run_config import RunConfig
+from fedflame.errors import UserError
+from fedflame.experiment.run_folder import saved_config
+from fedflame.report.records import read_run
+
+if TYPE_CHECKING:
+    from fedflame.messages import Adapter
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Everything is read from its files when it is asked for."""
+
+    folder: Path
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration that the run was started with."""
+        return saved_config(self.folder)
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.folder / "report.html"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl as a flat dict, so that `pandas.DataFrame(run.metrics)` is a table.
+
+        `event` says what a line is: `evaluation` (of the global model, by round, k and category), `client`
+        (an update), `round`, `excluded` or `deployment`.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        path = self.folder / "metrics.jsonl"
+        try:
+            # What follows the last newline is a line that was still being written.
+            lines = path.read_bytes().split(b"\n")[:-1]
+            return [json.loads(line) for line in lines]
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; no run has begun in {self.folder}") from error
+        except ValueError as error:
+            raise UserError(f"{path}: not the metrics of a run: {error}") from error
+
+    @property
+    def scores(self) -> dict[int, dict[int, dict[str, float | None]]]:
+        """Of the global model on all held-out rows, by round (0: before training) and k.
+
+        Each has `loss` (nats per response token), `exact_match` and `rouge_l` (from 0 to 1; None in a round
+        in which nothing was generated).
+        """
+        found: dict[int, dict[int, dict[str, float | None]]] = {}
+        for evaluation in read_run(self.folder).evaluations:
+            if evaluation.category is None:
+                of_round = found.setdefault(evaluation.round, {})
+                of_round[evaluation.active_experts] = {
+                    name: evaluation.value(name) for name in ("loss", "exact_match", "rouge_l")
+                }
+        return found
+
+    @property
+    def adapter_folder(self) -> Path:
+        """For `PeftModel.from_pretrained`. If the method keeps an adapter for k = 4, it is in `k4` below."""
+        return self.folder / "adapter"
+
+    def adapter(self, k: int | None = None) -> Adapter:
+        """The values of the adapter that is used with k experts per token, in fp32.
+
+        Args:
+            k: a tier of the run; None for the largest. A method that keeps one adapter for all has it at
+                every k. Factors that the method merged into the base are further ranks of it.
+
+        Raises:
+            UserError: the run has no checkpoint, or k is no tier of it.
+        """
+        from fedflame.server.checkpoint import read_checkpoint
+
+        state = read_checkpoint(self.folder).state
+        tiers = sorted(state.rescalers, reverse=True)
+        wanted = tiers[0] if k is None else k
+        if wanted not in tiers:
+            raise UserError(f"k = {wanted}: the run has an adapter for k = {', '.join(map(str, tiers))}")
+        return state.total_at(wanted)
+
+    def rescaler(self, k: int) -> list[float]:
+        """S of each MoE layer, in the order of the layers, that goes with `adapter(k)`.
+
+        Raises:
+            UserError: the run has no checkpoint, or k is no tier of it.
+        """
+        from fedflame.server.checkpoint import read_checkpoint
+
+        rescalers = read_checkpoint(self.folder).state.rescalers
+        if k not in rescalers:
+            tiers = ", ".join(map(str, sorted(rescalers, reverse=True)))
+            raise UserError(f"k = {k}: the run has a rescaler for k = {tiers}")
+        values: list[float] = rescalers[k].tolist()
+        return values
