@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads both once
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 CHECKOUT = Path(__file__).parents[1]
 SHARED_DATA = Path(os.environ.get("FEDFLAME_SHARED_DATA", CHECKOUT.parent / "shared" / "data"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedflame.experiment.finished_run import Run
     from fedflame.experiment.plan import Plan
     from fedflame.strategies.base import Strategy
-    from fedflame.training.evaluation import Scores
+    from fedflame.training.scores import Scores
 
 __all__ = [
     "Plan",
@@ -40,7 +40,7 @@ _HOME = {
     "Plan": "fedflame.experiment.plan",
     "Run": "fedflame.experiment.finished_run",
     "RunConfig": "fedflame.config.run_config",
-    "Scores": "fedflame.training.evaluation",
+    "Scores": "fedflame.training.scores",
     "Strategy": "fedflame.strategies.base",
     "UserError": "fedflame.errors",
     "evaluate": "fedflame.experiment.api",

@@ -24,7 +24,7 @@ from fedflame.errors import UserError
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies.base import ServerState
 from fedflame.strategies.fedavg import FedAvg
-from fedflame.training.evaluation import total
+from fedflame.training.scores import total
 
 PROGRAM = """
 from dataclasses import replace
@@ -218,10 +218,7 @@ def test_a_run_with_a_method_of_its_own_goes_on_and_is_scored_and_exported(
     assert adapter_bytes(resumed.folder) == adapter_bytes(whole.folder)
     scores = fedflame.evaluate(resumed, active_experts=[2])
     assert scores[2]["arithmetic"].loss > 0
-    together = sum(s.loss_sum for s in scores[2].values()) / sum(
-        s.response_tokens for s in scores[2].values()
-    )
-    assert together == pytest.approx(resumed.scores[3][2]["loss"], rel=1e-6)
+    assert total(scores[2]).loss == pytest.approx(resumed.scores[3][2]["loss"], rel=1e-6)
     exported = fedflame.export(resumed, tmp_path / "adapter")
     weights = "adapter_model.safetensors"
     assert (exported / weights).read_bytes() == (resumed.adapter_folder / weights).read_bytes()
@@ -246,7 +243,10 @@ def test_scores_of_a_run_on_rows_in_memory_need_the_rows_again(tiny_folder: Path
         ([{"a": 1}], "data: no column recognised as instruction and response among 'a'"),
         ([{"instruction": "x", "output": None}], "data: no usable row .1 skipped; the first, data:row 1"),
         ([ROWS, [{"instruction": "x", "output": ""}]], r"data\[1\]: no usable row"),
-        ([ROWS[:40], ROWS[:1]], r"data\[1\]: no row is left to train on after rows for evaluation"),
+        (
+            [[{"instruction": text, "output": text}] for text in "ab"],
+            r"data\[[01]\]: no row is left to train on after rows for evaluation",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused_in_one_line(data: Any, wanted: str) -> None:

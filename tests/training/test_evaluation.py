@@ -25,7 +25,8 @@ from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow, encode, encode_prompt
 from fedflame.data.instructions import Instruction
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.training.evaluation import HeldOut, Scores, evaluate, generate_responses, total
+from fedflame.training.evaluation import HeldOut, evaluate, generate_responses
+from fedflame.training.scores import Scores, total
 
 TOKENIZER = character_tokenizer()
 MAX_LENGTH, NEW_TOKENS = 60, 8

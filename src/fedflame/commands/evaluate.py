@@ -7,12 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
-from fedflame.commands.quiet import no_bars
 from fedflame.commands.tables import score_table
 from fedflame.config.sections import parse_integers
 from fedflame.errors import UserError
 from fedflame.experiment.api import evaluate
-from fedflame.training.evaluation import Scores, total
+from fedflame.training.scores import Scores, total
 
 
 def print_scores(
@@ -31,7 +30,6 @@ def print_scores(
         UserError: a source that is none of these, or a k that the model does not have.
     """
     wanted = _wanted(active_experts)
-    no_bars()
     found = evaluate(source, active_experts=wanted, overrides=overrides)
     scores = {k: {"all": total(of_k).to_json()} | _plain(of_k) for k, of_k in found.items()}
     if as_json:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from fedflame.commands.progress import say_line
-from fedflame.commands.quiet import no_bars
 from fedflame.experiment.export import export_run
-from fedflame.exports import Layout
+
+if TYPE_CHECKING:
+    from fedflame.exports import Layout
 
 
 def print_export(
@@ -22,7 +24,6 @@ def print_export(
     console: Console,
 ) -> None:
     """Write the export and say where it is; see `export_run`."""
-    no_bars()
     note = export_run(run, to, merge, active_experts, layout, overwrite)
     if note:
         say_line(console, note)

@@ -11,10 +11,3 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler
-
-
-def no_bars() -> None:
-    """For commands that load weights: transformers has no variable for its progress bars."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

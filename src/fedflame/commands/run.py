@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fedflame.commands.progress import reporter, say_line
-from fedflame.commands.quiet import no_bars
 from fedflame.commands.tables import cost_table, partition_table, result_table
 from fedflame.experiment.prepare import Prepared
 from fedflame.experiment.run import Begun, run_experiment
@@ -29,7 +28,6 @@ def print_run(prepared: Prepared, config_text: str, console: Console, workers: i
     Raises:
         UserError: see `run_experiment`.
     """
-    no_bars()
 
     @contextmanager
     def watch(begun: Begun) -> Iterator[Reporter]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fedflame.compare.tables import ResultTable
 from fedflame.cost.run_cost import ClientCost, RunCost
 from fedflame.report.numbers import decimal, percent, si
 from fedflame.report.records import Run
 from fedflame.report.results import SCORE_LABELS, score_format
+
+if TYPE_CHECKING:
+    from fedflame.compare.tables import ResultTable
 
 CATEGORIES_SHOWN = 3
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 
 from fedflame.commands.progress import say_line
-from fedflame.commands.quiet import no_bars
 from fedflame.trainer.site import load_site
 
 SKIPPED_ROWS_SHOWN = 5
@@ -26,7 +25,6 @@ def run_trainer(site_file: Path, console: Console) -> None:
         UserError: the file or the data cannot be used, or another trainer serves the site.
     """
     site = load_site(site_file)
-    no_bars()
     from fedflame.trainer.server import serve, sole_trainer
     from fedflame.trainer.service import TrainerService
     from fedflame.trainer.unix_socket import listening

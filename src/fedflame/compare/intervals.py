@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-from scipy.stats import t
-
 CONFIDENCE = 0.95
 
 Verdict = Literal["better", "worse", "no clear difference", "one seed"]
@@ -56,6 +54,8 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     summary = summarize(differences)
     if summary.deviation is None:
         return Difference(summary.count, summary.mean, None)
+    from scipy.stats import t  # here: it takes a second to load, and most commands compare nothing
+
     # The standard interval is scaled here: scipy has none of width 0, which equal differences have.
     error = summary.deviation / math.sqrt(summary.count)
     low, high = t.interval(CONFIDENCE, summary.count - 1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import SKILLS, DataConfig
 from fedflame.data import skills
-from fedflame.data.encoding import EncodedRow, encode
+from fedflame.data.encoding import EncodedRow, encode_rows
 from fedflame.data.given import GivenRows
 from fedflame.data.instructions import (
     Instruction,
@@ -168,10 +168,10 @@ def encode_federation(
     federation: Federation, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> EncodedFederation:
     """Tokenise every row once."""
-    training = [encode(row, tokenizer, max_length) for row in federation.training]
+    training = encode_rows(federation.training, tokenizer, max_length)
     return EncodedFederation(
         [[training[index] for index in part] for part in federation.parts],
-        [encode(row, tokenizer, max_length) for row in federation.held_out],
+        encode_rows(federation.held_out, tokenizer, max_length),
     )
 
 

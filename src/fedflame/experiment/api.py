@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedflame.exports import Layout
     from fedflame.server.metrics import OnEvent
     from fedflame.strategies.base import Strategy
-    from fedflame.training.evaluation import Scores
+    from fedflame.training.scores import Scores
 
 Config = str | Path | Mapping[str, Any] | RunConfig | None
 """The path of a TOML file, a dict with the same sections, a configuration, or None for the defaults."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from typing import TYPE_CHECKING, Any
 
 from fedflame.base.files import model_config_path
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.errors import UserError
-from fedflame.experiment.adapter_folder import trained_run, write_adapter
 from fedflame.experiment.run_folder import saved_config
-from fedflame.exports import Layout, merge_checkpoint
-from fedflame.server.checkpoint import read_checkpoint
+
+if TYPE_CHECKING:
+    from fedflame.exports import Layout
 
 
 def export_run(
@@ -46,6 +43,13 @@ def export_run(
     if layout is not None and merge:
         raise UserError("--layout is of an adapter; with --merge there is none")
     config = saved_config(run)
+    import torch  # from here on with torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fedflame.experiment.adapter_folder import trained_run, write_adapter
+    from fedflame.exports import merge_checkpoint
+    from fedflame.server.checkpoint import read_checkpoint
+
     checkpoint = read_checkpoint(run)
     path = model_config_path(config.model.model_name_or_path)
     if merge:

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from fedflame.base.files import model_config_path
 from fedflame.config.load import load_config
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import read_model_shape
+from fedflame.cost.tiers import require_possible
 from fedflame.data.federation import load_federation
 from fedflame.data.given import GivenRows
 from fedflame.errors import UserError
-from fedflame.experiment.assemble import Experiment, assemble
 from fedflame.experiment.prepare import require_runnable
 from fedflame.experiment.run_folder import is_run, saved_config, saved_dtype
-from fedflame.exports import (
-    load_adapter,
-    load_rescalers,
-    load_tier_adapters,
-    read_settings,
-    rescaler_tiers,
-)
-from fedflame.server.checkpoint import read_checkpoint
-from fedflame.strategies.base import ServerState
-from fedflame.training.evaluation import Scores, evaluate
+from fedflame.training.scores import Scores
+
+if TYPE_CHECKING:
+    from fedflame.experiment.assemble import Experiment
+    from fedflame.strategies.base import ServerState
 
 
 def score_source(
@@ -48,23 +42,25 @@ def score_source(
     """
     place = Path(source)
     config = _source_config(source, list(active_experts), list(overrides))
-    require_runnable(config)
-    dtype = saved_dtype(place) if is_run(place) else None
-    experiment = assemble(config, load_federation(config, given), dtype)
-    state = _source_state(place, experiment)
-    ones = torch.ones(len(experiment.adapted.layers))
-    held_out = experiment.held_out
+    shape = require_runnable(config)
+    require_possible(active_experts, shape)
+    federation = load_federation(config, given)
+    from fedflame.experiment.assemble import assemble  # from here on with torch
+    from fedflame.training.evaluation import evaluate
+
+    experiment = assemble(config, federation, saved_dtype(place) if is_run(place) else None)
+    state, held_out = _source_state(place, experiment), experiment.held_out
     return {
         k: evaluate(
             experiment.adapted,
             held_out,
             state.adapter_at(k),
             k,
-            state.rescalers.get(k, ones),
+            state.rescaler_at(k, len(experiment.adapted.layers)),
             generate=True,
             merged=state.merged,
         )
-        for k in active_experts or config.evaluated_experts(experiment.adapted.num_experts_per_tok)
+        for k in active_experts or config.evaluated_experts(shape.num_experts_per_tok)
     }
 
 
@@ -80,6 +76,8 @@ def _source_config(source: str, wanted: list[int], overrides: list[str]) -> RunC
         return load_config(saved_config(place), overrides)
     name, adapter, tiers = source, RunConfig().adapter, wanted
     if is_adapter(place):
+        from fedflame.exports import read_settings, rescaler_tiers
+
         settings = read_settings(place)
         name, adapter = _base_of(source, settings.base_model), settings.adapter
         tiers = wanted or rescaler_tiers(place)
@@ -97,6 +95,10 @@ def _base_of(source: str, base_model: str | None) -> str:
 
 
 def _source_state(source: Path, experiment: Experiment) -> ServerState:
+    from fedflame.exports import load_adapter, load_rescalers, load_tier_adapters
+    from fedflame.server.checkpoint import read_checkpoint
+    from fedflame.strategies.base import ServerState
+
     adapted, seed = experiment.adapted, experiment.config.seed
     if is_run(source):
         return read_checkpoint(source).state

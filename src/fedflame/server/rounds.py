@@ -20,7 +20,8 @@ from fedflame.server.checkpoint import Checkpoint, write_checkpoint
 from fedflame.server.metrics import MetricsFile
 from fedflame.server.progress import Reporter
 from fedflame.strategies.base import ClientProfile, ServerState, Strategy
-from fedflame.training.evaluation import HeldOut, Scores, evaluate, total
+from fedflame.training.evaluation import HeldOut, evaluate
+from fedflame.training.scores import Scores, total
 from fedflame.wire.codec import decode_update, encode_plan
 
 

@@ -39,6 +39,10 @@ class ServerState:
         """The adapter that is trained and used with k experts per token."""
         return self.tier_adapters.get(k, self.adapter)
 
+    def rescaler_at(self, k: int, num_layers: int) -> Tensor:
+        """[num_layers] s that is used with k experts per token; 1 where no client had this k."""
+        return self.rescalers[k] if k in self.rescalers else torch.ones(num_layers)
+
     def total_at(self, k: int) -> Adapter:
         """That adapter and merged factors as one adapter of the base model as it was before the run."""
         return self.adapter_at(k).concatenate(self.merged)

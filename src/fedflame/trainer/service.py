@@ -26,7 +26,7 @@ from fedflame.base.files import model_config_path, model_digest
 from fedflame.clients.local import reason
 from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.model_shape import read_model_shape
-from fedflame.data.encoding import EncodedRow, encode, pad_token
+from fedflame.data.encoding import EncodedRow, encode_rows, pad_token
 from fedflame.data.instructions import Instruction, SkippedRow, load_instructions
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import ClientUpdate, RoundPlan
@@ -174,7 +174,7 @@ class TrainerService:
             path = self._site.models[job.model_name_or_path]
             checkpointing = self._site.trainer.gradient_checkpointing
             adapted, tokenizer = load_adapted_model(path, job.dtype, job.adapter, checkpointing)
-            rows = [encode(row, tokenizer, job.max_length) for row in self._rows]
+            rows = encode_rows(self._rows, tokenizer, job.max_length)
             self._ready = _Ready(job, adapted, tokenizer, rows)
         return self._ready
 
