@@ -29,6 +29,7 @@ from torch import Tensor
 from fedflame.config.load import load_config
 from fedflame.config.methods import METHODS, NAMED_METHODS
 from fedflame.config.sections import StrategyConfig
+from fedflame.experiment.method import build_strategy
 from fedflame.messages import NOTHING, Adapter, ClientUpdate
 from fedflame.strategies import (
     FedAvg,
@@ -40,7 +41,6 @@ from fedflame.strategies import (
     HetLoRA,
     RoLoRA,
     Strategy,
-    build_strategy,
 )
 from fedflame.strategies.base import ClientProfile, ServerState
 
