@@ -1,4 +1,4 @@
-"""How much memory this machine has for the frozen base."""
+"""Find out whether this machine has enough memory for the frozen base."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""The limit of a container, in bytes or `max`, where the system has control groups (version 2)."""
+"""File with the memory limit of a container, in bytes or `max` (control groups version 2)."""
 HALF = 2
-"""What training needs beside the base (adapter, gradients, optimizer, activations) is left the other half."""
+"""The base may take half of the memory; adapter, gradients, optimizer and activations have the other half."""
 
 
 def memory_limit() -> int:
-    """Bytes of memory that the machine has, or that a container is given of it."""
+    """Return the bytes of memory of this machine, or of its container."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):
         return min(physical, int(CGROUP_LIMIT.read_text()))
@@ -21,5 +21,5 @@ def memory_limit() -> int:
 
 
 def is_short_of_memory(needed: int) -> bool:
-    """Whether so many bytes of frozen weights take more than half of the memory."""
+    """Return whether this many bytes of frozen weights take more than half of the memory."""
     return needed > memory_limit() // HALF

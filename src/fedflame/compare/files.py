@@ -1,4 +1,4 @@
-"""What a comparison writes: results.json, table.md and report.html, each whole or not at all."""
+"""Write the files of a comparison, results.json, table.md and report.html, each atomically."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ IN_TABLE = (
     "threads",
     "dtype",
 )
-"""What table.md says of the environment; the page has all."""
+"""The facts on the environment that table.md shows; the page shows all."""
 
 
 def read_comparison(grid: Grid, failures: dict[str, str]) -> Comparison:
-    """The finished cells of a grid; UserError where a cell.json is damaged."""
+    """Read the finished cells of a grid. Raises UserError if a cell.json is damaged."""
     results = {cell.name: read_cell(cell) for cell in grid.cells if is_finished(cell)}
     return Comparison(grid, results, failures)
 

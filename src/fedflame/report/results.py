@@ -68,8 +68,8 @@ def deployments(run: Run) -> Markup:
     headers = ["Device", "Clients", "Response loss", SCORE_LABELS[score] if score else "Score"]
     headers += ["Forward cost / token", f"of k = {full}" if full else "of full k"]
     rows = [_deployment_row(run, k, rank, score) for k, rank in places]
-    text = "This method gives these devices only the first ranks of the adapter. They run as many experts as all "
-    text += "other devices. Before training → after the last round measured."
+    text = "This method gives these devices only the first ranks of the adapter. They run as many experts as "
+    text += "all other devices. Before training → after the last round measured."
     return section("What small devices deploy", table(headers, rows, "headline"), note(text))
 
 

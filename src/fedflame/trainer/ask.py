@@ -1,4 +1,4 @@
-"""Send a request to the trainer on this machine, from an engine's process. It needs neither torch nor an engine."""
+"""Send a request from an engine's process to the trainer on this machine. It needs no torch."""
 
 from __future__ import annotations
 

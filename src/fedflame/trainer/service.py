@@ -154,7 +154,7 @@ class TrainerService:
         return {"kind": "update", "steps": learned.steps, "tokens": learned.tokens}, update
 
     def _make_room(self, run: str) -> None:
-        """Remove the state of the oldest runs (`trainer.kept_runs`), since the hub never says that a run is over."""
+        """Remove the state of the oldest runs (`trainer.kept_runs`), since no run reports its end."""
         state = self._site.state_path
         others = [path for path in state.glob("*") if _RUN.fullmatch(path.name) and path.name != run]
         others.sort(key=lambda path: path.stat().st_mtime)  # a run's folder changes in every round
@@ -168,7 +168,7 @@ class TrainerService:
         return encode_with_feedback(update, plan, Residuals(state / "residuals"))
 
     def _loaded(self, job: TrainingJob) -> _Ready:
-        """Return the model with the job's adapter and the encoded rows; load them if another job was loaded."""
+        """Return the model with the job's adapter and the encoded rows; load them unless they are loaded."""
         if self._ready is None or self._ready.job != job:
             self._ready = None  # free it first: two models may not fit into memory
             self._say(f"loading {job.model_name_or_path} in {job.dtype}")

@@ -24,7 +24,7 @@ class SiteData(Section):
     dataset_config_name: str = ""
     """Configuration of a hub data set that has several."""
     instruction_field: str = ""
-    """Column of the instruction. Empty: the column names of Alpaca, Dolly and question/answer are recognised."""
+    """Column of the instruction. Empty: the names of Alpaca, Dolly and question/answer are recognised."""
     context_field: str = ""
     """Column of the context or input."""
     response_field: str = ""
@@ -66,7 +66,7 @@ class SiteNvflare(Section):
     """How the site takes part over NVIDIA FLARE."""
 
     kit: str = ""
-    """The startup kit that the hub made for this site, relative to the folder of this file. `site check` reads it."""
+    """The startup kit from the hub, relative to the folder of this file; `site check` reads it."""
 
 
 class SiteFlower(Section):
@@ -75,7 +75,7 @@ class SiteFlower(Section):
     superlink: str = ""
     """The SuperLink's host and port, such as "hub.example:8000"."""
     root_certificates: str = ""
-    """PEM file of the authority that signed the SuperLink's certificate, relative to the folder of this file."""
+    """PEM file of the authority that signed the SuperLink's certificate, relative to this file's folder."""
 
 
 class Site(SettingsFile):

@@ -42,7 +42,7 @@ class Residuals:
             return Adapter.from_tensors(unpack(earlier[-1].read_bytes())[0])
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{earlier[-1]}: cannot be read ({error}); delete it to go on without this rounding error"
+                f"{earlier[-1]}: cannot be read ({error}); without the file the client owes nothing"
             ) from error
 
     def keep(self, client: int, round_number: int, residual: Adapter) -> None:
@@ -59,7 +59,7 @@ class Residuals:
 
 
 def encode_with_feedback(update: ClientUpdate, plan: RoundPlan, residuals: Residuals) -> bytes:
-    """Encode the update; if the plan asks for error feedback, add the client's residual and store the new one.
+    """Encode an update. With `error_feedback` in the plan, add the residual first and store the new one.
 
     Parts that are not sent (experts without activation, a frozen half) stay in the residual.
 

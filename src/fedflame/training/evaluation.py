@@ -1,4 +1,4 @@
-"""Evaluate the global model on held-out rows at one k: response loss and, by generation, exact match and ROUGE-L."""
+"""Evaluate the global model on held-out rows at one k: loss and, by generation, exact match and ROUGE-L."""
 
 from __future__ import annotations
 
