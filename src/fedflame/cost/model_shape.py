@@ -90,7 +90,7 @@ def read_model_shape(path: Path) -> ModelShape:
     sparse = _sparse_layers(config)
     if not any(sparse):
         raise UserError(
-            f"model {path}: no sparse mixture of experts: mlp_only_layers and the like leave none"
+            f"model {path}: no sparse mixture of experts: by its config.json all layers are dense"
         )
     if not all(sparse):
         _require(path, config, ("intermediate_size",))

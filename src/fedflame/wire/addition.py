@@ -64,7 +64,7 @@ def decode_addition(message: Bytes, held: bytes) -> bytes:
     except _DAMAGE as error:
         raise InvalidMessage(f"not a fedflame addition: {type(error).__name__}: {error}") from error
     if plan_digest(plan) != about.get("plan"):
-        raise InvalidMessage("what is held and its addition make another plan than was sent")
+        raise InvalidMessage("the held plan and its addition do not give the plan that was sent")
     return plan
 
 

@@ -105,7 +105,7 @@ class FlowerEngine:
         if answer.get("success") is not True:
             words = str(answer.get("error-message") or done.stderr or done.stdout)
             reason = words.strip().rpartition("\n\n")[2]  # the part after the description of the step
-            raise OSError(f"{said}: {' '.join(reason.split()) or 'no word'}")
+            raise OSError(f"{said}: {' '.join(reason.split()) or 'no output'}")
         return answer
 
 

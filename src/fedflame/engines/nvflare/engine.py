@@ -97,7 +97,7 @@ class NvflareEngine:
         answer = _json_object(done.stdout)
         data = answer.get("data")
         if answer.get("status") != "ok" or not isinstance(data, dict):
-            words = str(answer.get("message") or done.stderr.strip() or done.stdout.strip() or "no word")
+            words = str(answer.get("message") or done.stderr.strip() or done.stdout.strip() or "no output")
             raise OSError(f"nvflare {' '.join(arguments[:2])}: {words.splitlines()[-1]}")
         return data
 
