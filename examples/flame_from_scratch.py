@@ -1,7 +1,7 @@
 """FLAME from scratch: federated fine-tuning of a sparse mixture of experts, in plain loops.
 
-The method of Le, Tran, Hua, Chawla (arXiv 2506.16600) without the library, one place per equation, held
-equal to `fedflame` by tests/test_flame_from_scratch.py. Only `main` imports it, for a model and data.
+The method of Le, Tran, Hua, Chawla (arXiv 2506.16600) without the library, each equation in one place.
+tests/test_flame_from_scratch.py compares it with `fedflame`, which only `main` imports, for model and data.
 
     python examples/flame_from_scratch.py
 
@@ -34,7 +34,7 @@ Batch = Any  # has input_ids, attention_mask (0 at padding) and labels (-100 whe
 
 @dataclass
 class Update:
-    """What client i sends back after a round."""
+    """What client i sends to the server after a round."""
 
     adapter: Adapter
     s: Tensor  # [L] rescalers s_{i,l}
@@ -46,13 +46,13 @@ class Update:
 
 
 def project(W: Tensor, lora: LoRA, x: Tensor) -> Tensor:
-    """W x + (alpha/r) B A x, for rows x."""
+    """Compute W x + (alpha/r) B A x for rows x."""
     A, B = lora
     return linear(x, W) + ALPHA / RANK * linear(linear(x, A), B)
 
 
 class AdaptedModel:
-    """The frozen model with one client's adapter, rescalers, number of active experts and counters."""
+    """The frozen model with the adapter, the rescalers, the k and the counts of one client."""
 
     def __init__(self, model: OlmoeForCausalLM, adapter: Adapter, s: Tensor, k: int) -> None:
         self.model, self.adapter, self.s = model, adapter, s
@@ -66,7 +66,7 @@ class AdaptedModel:
                 projection.forward = partial(project, projection.weight, adapter[l, None, name])
 
     def mixture(self, l: int, base: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """y_l = s_{i,l} * sum_{j in top-k_i} p_j Expert_j(x), for x [tokens, hidden]."""
+        """Compute y_l = s_{i,l} * sum_{j in top-k_i} p_j Expert_j(x), for x [tokens, hidden]."""
         y = torch.zeros_like(x)
         for j in range(self.counts.shape[1]):
             token, slot = torch.where(top_k_index == j)
@@ -76,14 +76,14 @@ class AdaptedModel:
         return self.s[l] * y
 
     def expert(self, l: int, j: int, base: Any, x: Tensor) -> Tensor:
-        """Expert_j(x) = down(silu(gate(x)) * up(x)), each of the three with a LoRA pair of its own."""
+        """Compute Expert_j(x) = down(silu(gate(x)) * up(x)); gate, up and down each have a LoRA pair."""
         W_gate, W_up = base.gate_up_proj[j].chunk(2)
         gate = project(W_gate, self.adapter[l, j, "gate"], x)
         up = project(W_up, self.adapter[l, j, "up"], x)
         return project(base.down_proj[j], self.adapter[l, j, "down"], silu(gate) * up)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean negative log-likelihood of the labelled tokens."""
+        """Return the mean negative log-likelihood of the labelled tokens."""
         self.not_padding = batch.attention_mask.flatten().bool()
         logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
@@ -91,7 +91,7 @@ class AdaptedModel:
 
 @torch.no_grad()
 def adamw_step(x: Tensor, moments: dict[Tensor, Any], weight_decay: float) -> None:
-    """AdamW on one tensor; a tensor left out of a step keeps its value, its moments and its count n."""
+    """Update one tensor by AdamW. A tensor without an update keeps its value, its moments and its count n."""
     assert x.grad is not None
     n, m, v = moments.get(x, (0, torch.zeros_like(x), torch.zeros_like(x)))
     n, m, v = n + 1, 0.9 * m + 0.1 * x.grad, 0.999 * v + 0.001 * x.grad**2
@@ -103,7 +103,7 @@ def adamw_step(x: Tensor, moments: dict[Tensor, Any], weight_decay: float) -> No
 def train_client(
     model: OlmoeForCausalLM, start: Adapter, s: Tensor, k: int, num_examples: int, batches: Iterable[Batch]
 ) -> Update:
-    """Client i's round: one step per batch, on the experts that saw a token of it."""
+    """Train client i for one round: one step per batch, on the experts that saw a token of the batch."""
     adapter = {key: (A.clone().requires_grad_(), B.clone().requires_grad_()) for key, (A, B) in start.items()}
     s = s.clone().requires_grad_(k < model.config.num_experts_per_tok)  # at k_i = K it stays 1
     client = AdaptedModel(model, adapter, s, k)
@@ -125,19 +125,19 @@ def train_client(
 
 
 def weighted_mean(values: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """Sum of w x over sum of w."""
+    """Return sum(w x) / sum(w)."""
     return torch.stack([w * x for w, x in zip(weights, values, strict=True)]).sum(0) / sum(weights)
 
 
 def aggregate(start: Adapter, updates: Sequence[Update]) -> Adapter:
-    """Activation-aware aggregation: A[l,j] = sum_i gamma_i A_i[l,j] / sum_i gamma_i, and so for B."""
+    """Aggregate by activation: A[l,j] = sum_i gamma_i A_i[l,j] / sum_i gamma_i; the same for B."""
     adapter = dict(start)
     for l, j, name in start:
-        gamma = [float(update.num_examples) for update in updates]  # |D_i|, all there is for attention
+        gamma = [float(update.num_examples) for update in updates]  # |D_i|, the whole weight for attention
         if j is not None:  # f_i[l,j]^t |D_i|, with the activation frequency f_i[l,j] = c_i[l,j] / T_i
             f = [update.counts[l, j].item() / update.tokens for update in updates]
             gamma = [f_i**TEMPERATURE * rows for f_i, rows in zip(f, gamma, strict=True)]
-        if sum(gamma) > 0:  # an expert that nobody activated stays as it is
+        if sum(gamma) > 0:  # an expert that no client activated stays unchanged
             A, B = zip(*(update.adapter[l, j, name] for update in updates), strict=True)
             adapter[l, j, name] = weighted_mean(A, gamma), weighted_mean(B, gamma)
     return adapter
@@ -147,7 +147,7 @@ def flame(
     model: OlmoeForCausalLM, adapter: Adapter, clients: Sequence[tuple[int, int]], rounds: int,
     batches: Callable[[int, int], Iterable[Batch]],
 ) -> Iterator[tuple[Adapter, dict[int, Tensor], list[Update]]]:  # fmt: skip
-    """Yields the adapter, s [L] of each tier and the updates, from round 0; clients are (k_i, |D_i|)."""
+    """Yield adapter, s [L] of each tier and updates of each round, from 0 on; clients are (k_i, |D_i|)."""
     s = {k: torch.ones(model.config.num_hidden_layers) for k, _ in clients}
     yield adapter, dict(s), []
     for n in range(1, rounds + 1):
@@ -155,14 +155,14 @@ def flame(
         for i, (k, num_examples) in enumerate(clients):
             updates.append(train_client(model, adapter, s[k], k, num_examples, batches(n, i)))
         adapter = aggregate(adapter, updates)
-        for k in s:  # each tier's mean rescaler goes into its next round, and into evaluation at k
+        for k in s:  # the tier's mean rescaler is used in its next round, and in evaluation at k
             tier = [update for update in updates if update.active_experts == k]
             s[k] = weighted_mean([update.s for update in tier], [update.num_examples for update in tier])
         yield adapter, dict(s), updates
 
 
 def initial_adapter(model: OlmoeForCausalLM, seed: int) -> Adapter:
-    """Each A uniform in +-1/sqrt(in), each B zero: the adapted model starts as the base model."""
+    """Draw A uniformly in +-1/sqrt(in) and set B to zero: the adapted model starts as the base model."""
     H, I, layers = model.config.hidden_size, model.config.intermediate_size, model.config.num_hidden_layers
     shapes: dict[tuple[int, int | None, str], tuple[int, int]] = {}
     for l, j in itertools.product(range(layers), range(model.config.num_experts)):
@@ -173,7 +173,7 @@ def initial_adapter(model: OlmoeForCausalLM, seed: int) -> Adapter:
 
 
 def main(model_name: str = "olmoe-tiny", rounds: int = 3, steps: int = 6) -> None:
-    """Four clients with k = K, K/2, K/4, 1 and skills of their own; prints the held-out loss per round."""
+    """Train four clients with k = K, K/2, K/4, 1 on different skills; print the held-out loss per round."""
     from fedflame.base.loading import load_base_model
     from fedflame.data.batches import collate, training_batches
     from fedflame.data.encoding import encode, pad_token

@@ -3,10 +3,10 @@
     pip install 'fedflame[nvflare]'
     python examples/loopback.py
 
-Everything is done as on four machines, by the same commands: kits from `fedflame hub init`, the rows of each
-client in a file of its own by `fedflame split`, `fedflame site init` and a resident trainer per site, and
-`fedflame run --engine nvflare`. At the end the same experiment runs in one process, and the adapters must be
-the same bytes. Servers listen on loopback only and end with this program.
+The program uses the same commands as on four machines. `fedflame hub init` makes the kits. `fedflame split`
+writes the rows of each client to a file. Each site runs `fedflame site init` and a trainer. `fedflame run
+--engine nvflare` runs the experiment. At the end the same experiment runs in one process, and both adapters
+must have the same bytes. Servers listen on loopback only and end with this program.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ num_server_rounds = 4
 
 
 class Service:
-    """A process that is started again whenever it ends, as systemd would, until `stop`."""
+    """A process that is restarted whenever it ends, as systemd would do, until `stop`."""
 
     def __init__(self, name: str, command: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
         self.name, self._command, self._folder = name, command, folder
@@ -75,7 +75,7 @@ class Service:
             self.process = self._start()
 
     def stop(self) -> None:
-        """End the process and all that it has started."""
+        """End the process and all its descendants."""
         self._stopping.set()
         family = [self.process.pid, *descendants(self.process.pid)]
         for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
@@ -89,7 +89,7 @@ class Service:
 
 @dataclass
 class Loopback:
-    """The folder with everything, and the services that run."""
+    """A running federation on this machine: its folder and its services."""
 
     folder: Path
     hub_file: Path
@@ -99,13 +99,13 @@ class Loopback:
     services: dict[str, Service] = field(default_factory=dict)
 
     def run(self, config: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-        """`fedflame run` over the sites."""
+        """Run `fedflame run` over the sites."""
         return fedflame(
             "run", config, "--engine", self.engine, "--hub", self.hub_file, "--output-dir", output, *more
         )
 
     def start_trainer(self, site: str, place: Path) -> None:
-        """The resident trainer of a site whose file is in `place`."""
+        """Start the trainer of a site whose file is in `place`."""
         command = [*FEDFLAME, "trainer", "--site", str(place / "site.toml")]
         self.services[f"{site} trainer"] = Service("trainer", command, place, {})
 
@@ -119,7 +119,7 @@ Federate = Callable[[Path, Path], AbstractContextManager[Loopback]]
 
 
 def fedflame(*arguments: str | Path, quiet: bool = True) -> subprocess.CompletedProcess[str]:
-    """The command, with one thread so that every process computes the same bytes."""
+    """Run the fedflame command with one thread, so that all processes compute the same bytes."""
     return subprocess.run(
         [*FEDFLAME, *map(str, arguments)], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, check=False,
         stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None,
@@ -127,17 +127,17 @@ def fedflame(*arguments: str | Path, quiet: bool = True) -> subprocess.Completed
 
 
 def must(done: subprocess.CompletedProcess[str]) -> None:
-    """End this program with the command's own words where it failed."""
+    """End this program with the command's output if the command failed."""
     if done.returncode:
         raise SystemExit(f"{' '.join(done.args[2:])}\n{done.stdout}")
 
 
 @contextmanager
 def loopback(folder: Path, config: Path, *overrides: str) -> Iterator[Loopback]:
-    """The federation of an experiment, each site with its trainer, once all is there.
+    """Start the federation of an experiment, with a trainer at each site; yield it when all parts are ready.
 
     Args:
-        folder: empty; what the hub and the sites have goes below it.
+        folder: an empty folder, for the folders of the hub and the sites.
         config: the experiment, with one client per site.
         overrides: `--set` and its values, for `split`.
     """
@@ -159,12 +159,13 @@ def loopback(folder: Path, config: Path, *overrides: str) -> Iterator[Loopback]:
 def federation(
     folder: Path, sites: Sequence[str], start_trainer: Callable[[Loopback, str, Path], None]
 ) -> Iterator[Loopback]:
-    """Provision, start everything, wait until all sites are connected; stop everything at the end.
+    """Provision, start all services, and wait until all sites are connected; stop all services at the end.
 
     Args:
-        folder: what the hub and the sites have goes below it.
-        sites: their names.
-        start_trainer: given a site and its kit, starts what listens at `trainer.sock` of the site's folder.
+        folder: the folder for the folders of the hub and the sites.
+        sites: the names of the sites.
+        start_trainer: called with the federation, a site and its kit; starts a service that listens at
+            `trainer.sock` in the site's folder.
     """
     hub, port = folder / "hub", free_port()
     must(fedflame("hub", "init", hub, "--sites", ",".join(sites), "--host", "localhost", "--port", port,
@@ -190,7 +191,7 @@ def _engine(name: str, kit: Path, environment: dict[str, str]) -> Service:
 
 
 def wait_until_good(checks: Sequence[Sequence[str | Path]]) -> None:
-    """Until each of these commands is content."""
+    """Repeat each of these commands until it succeeds."""
     deadline = time.monotonic() + START_SECONDS
     for check in checks:
         while (done := fedflame(*check)).returncode:
@@ -200,7 +201,7 @@ def wait_until_good(checks: Sequence[Sequence[str | Path]]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children of a process, their children, and so on; none when it has ended."""
+    """Return the ids of all descendants of a process; empty if it has ended."""
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -208,7 +209,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process is there and has not ended; one that nobody has waited for yet has."""
+    """Return whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -221,18 +222,18 @@ def _signal(pid: int, number: int) -> None:
 
 
 def free_port() -> str:
-    """Of this machine, a moment ago."""
+    """Return a port of this machine that was free a moment ago."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
 
 
 def compare(description: str, federate: Federate, default_output: Path) -> None:
-    """Set up, run over the sites, run here, compare.
+    """Set up a federation, run an experiment over its sites and in one process, and compare the adapters.
 
     Args:
-        description: for `--help`.
-        federate: given an empty folder and an experiment, the federation that stands ready.
+        description: the text for `--help`.
+        federate: starts a federation, given an empty folder and an experiment.
         default_output: folder for both runs.
     """
     parser = argparse.ArgumentParser(description=description)

@@ -3,8 +3,9 @@
     pip install 'fedflame[flower]'
     python examples/loopback_flower.py
 
-As examples/loopback.py, with a SuperLink and three SuperNodes; the commands are those of docs/flower.md. At
-the end the same experiment runs in one process, and the adapters must be the same bytes.
+The program does the same as examples/loopback.py, with a SuperLink and three SuperNodes. The commands are
+those of docs/flower.md. At the end the same experiment runs in one process, and both adapters must have the
+same bytes.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ QUIET = {
 
 @contextmanager
 def loopback_flower(folder: Path, config: Path, *options: str) -> Iterator[Loopback]:
-    """The federation of an experiment, each site with its trainer, once all is there.
+    """Start the federation of an experiment, with a trainer at each site; yield it when all parts are ready.
 
     Args:
-        folder: empty; what the hub and the sites have goes below it.
+        folder: an empty folder, for the folders of the hub and the sites.
         config: the experiment, with one client per site.
-        options: more of the SuperLink's.
+        options: more options of the SuperLink.
     """
     must(fedflame("split", config, "--output-dir", folder / "silos"))
 
@@ -70,13 +71,14 @@ def loopback_flower(folder: Path, config: Path, *options: str) -> Iterator[Loopb
 def flower_federation(
     folder: Path, sites: Sequence[str], start_trainer: Callable[[Loopback, str, Path], None], *options: str
 ) -> Iterator[Loopback]:
-    """Make certificates and keys, start everything, wait until all nodes are there; stop it all at the end.
+    """Make certificates and keys, start all services, and wait for all nodes; stop all services at the end.
 
     Args:
-        folder: what the hub and the sites have goes below it.
-        sites: their names.
-        start_trainer: given a site and its folder, starts what listens at `trainer.sock` of that folder.
-        options: more of the SuperLink's.
+        folder: the folder for the folders of the hub and the sites.
+        sites: the names of the sites.
+        start_trainer: called with the federation, a site and its folder; starts a service that listens at
+            `trainer.sock` in that folder.
+        options: more options of the SuperLink.
     """
     hub, port = folder / "hub", free_port()
     hub.mkdir()
@@ -108,7 +110,7 @@ def flower_federation(
 
 
 def make_certificates(folder: Path) -> None:
-    """An authority, and the SuperLink's certificate by it."""
+    """Make a certificate authority, and the SuperLink's certificate signed by it."""
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-384", "-nodes"]
     _done(["openssl", "req", "-x509", *curve, "-days", "365", "-subj", "/CN=fedflame hub",
            "-keyout", "ca.key", "-out", "ca.crt"], folder)  # fmt: skip
@@ -119,7 +121,7 @@ def make_certificates(folder: Path) -> None:
 
 
 def register(hub: Path, public_key: Path) -> str:
-    """Make the node known at the SuperLink; its id."""
+    """Register a node at the SuperLink and return its id."""
     asked = ["supernode", "register", str(public_key), "hub", "--format", "json"]
     deadline = time.monotonic() + START_SECONDS
     while True:
@@ -133,7 +135,7 @@ def register(hub: Path, public_key: Path) -> str:
 
 
 def flwr(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Flower's command, for the connection in this folder's config.toml."""
+    """Run Flower's command with the connection in this folder's config.toml."""
     environment = os.environ | QUIET | {"FLWR_HOME": str(home)}
     return subprocess.run(
         [str(BIN / "flwr"), *arguments], env=environment, capture_output=True, text=True, check=False
@@ -141,7 +143,7 @@ def flwr(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def start_node(found: Loopback, site: str, key: Path) -> None:
-    """The SuperNode of a site with this key."""
+    """Start the SuperNode of a site with this key."""
     place = found.folder / site
     authority = str(found.folder / "hub" / "ca.crt")
     node = ["flower-supernode", "--superlink", found.address, "--root-certificates", authority,
@@ -153,7 +155,7 @@ def start_node(found: Loopback, site: str, key: Path) -> None:
 def flower_service(
     name: str, command: Sequence[str], folder: Path, environment: dict[str, str] | None = None
 ) -> Service:
-    """One of Flower's commands, with a Flower folder of its own."""
+    """Start one of Flower's commands, with a Flower folder of its own."""
     program = str(BIN / command[0])
     home = {"FLWR_HOME": str(folder / "flwr")}
     return Service(name, [program, *command[1:]], folder, QUIET | home | (environment or {}))

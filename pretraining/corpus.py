@@ -1,4 +1,4 @@
-"""The pre-training text: openly licensed files mixed with generated skills statements."""
+"""Build the pre-training text from openly licensed files and generated statements about the skills."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ OPEN_FILES = {
     "tldr-commands.jsonl.gz": ("instruction", "input", "output"),
 }
 ENCODED_AT_ONCE = 1024
-"""Documents that the tokenizer's threads share."""
+"""Documents that the tokenizer encodes in parallel."""
 
 
 def read_open_text(folder: Path) -> list[str]:
-    """One document per row of `OPEN_FILES`, fields on lines of their own, in file order."""
+    """Return one document per row of `OPEN_FILES`, in file order, with each field on a line of its own."""
     texts = []
     for name, fields in OPEN_FILES.items():
         with gzip.open(folder / name, "rt", encoding="utf-8") as lines:
@@ -40,7 +40,7 @@ def read_open_text(folder: Path) -> list[str]:
 
 
 def split_validation(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """A seeded shuffle, cut into (training, validation) with one hundredth for validation."""
+    """Shuffle by the seed and split into (training, validation), with one hundredth for validation."""
     shuffled = list(texts)
     random.Random(f"validation-{seed}").shuffle(shuffled)
     cut = len(shuffled) // 100
@@ -48,7 +48,7 @@ def split_validation(texts: list[str], seed: int) -> tuple[list[str], list[str]]
 
 
 def train_tokenizer(texts: list[str], seed: int) -> Tokenizer:
-    """Byte-level BPE with single digits, trained on the mix that the model will see."""
+    """Train a byte-level BPE with single digits, on the same mix of texts as the model."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -65,7 +65,7 @@ def train_tokenizer(texts: list[str], seed: int) -> Tokenizer:
 
 
 def token_stream(tokenizer: Tokenizer, texts: list[str], recipe: Recipe, seed: int) -> Iterator[int]:
-    """Token ids of all steps: open text, and skills text in the recipe's three phases."""
+    """Yield the token ids of all steps: open text mixed with skills text, in the recipe's three phases."""
     single = documents(seed + 1)
     dense = _dense_and_single(dense_documents(seed, DENSE_WRITERS), documents(seed + 11))
     hard = _dense_and_single(dense_documents(seed + 20, HARD_WRITERS), documents(seed + 21))
@@ -80,12 +80,12 @@ def token_stream(tokenizer: Tokenizer, texts: list[str], recipe: Recipe, seed: i
 
 
 def _dense_and_single(dense: Iterator[str], single: Iterator[str]) -> Iterator[str]:
-    """One document in six is of single statements, which have wordings of their own."""
+    """Yield one document of single statements for every five dense ones; their wordings differ."""
     return (next(single) if number % 6 == 0 else next(dense) for number in itertools.count())
 
 
 def _mix(tokenizer: Tokenizer, general: Iterator[str], skills: Iterator[str], share: float) -> Iterator[int]:
-    """Endless token ids, of which `share` are of skills text."""
+    """Yield token ids without end; skills text makes up the share `share`."""
     of_general, of_skills = _encoded(tokenizer, general), _encoded(tokenizer, skills)
     skills_tokens = total_tokens = 0
     while True:
@@ -97,7 +97,7 @@ def _mix(tokenizer: Tokenizer, general: Iterator[str], skills: Iterator[str], sh
 
 
 def _encoded(tokenizer: Tokenizer, texts: Iterator[str]) -> Iterator[list[int]]:
-    """Token ids of one endless text after the other, each with its end."""
+    """Yield the token ids of each text, with the end token."""
     end = tokenizer.token_to_id(END)
     assert end is not None, "the trainer was given END as a special token"
     while True:

@@ -1,9 +1,9 @@
-"""Write the model card of a model from what train.py measured.
+"""Write the model card of a model from the results of train.py.
 
     python pretraining/model_card.py olmoe-tiny
 
-Reads the model's file in pretraining/results/, writes README.md into the model's folder, and refuses results
-that a demonstration of partial activation cannot use.
+Reads the model's file in pretraining/results/ and writes README.md into the model's folder. It refuses a
+model that cannot demonstrate partial activation.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SOURCES = {
     ),
     "tldr-commands.jsonl.gz": ("tldr-pages/tldr, the tldr-pages team and contributors", "CC BY 4.0"),
 }
-"""Per file of `corpus.OPEN_FILES`: where it comes from, and its licence."""
+"""File of `corpus.OPEN_FILES` -> its source and its licence."""
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def write_card(recipe: Recipe, results_path: Path, card_path: Path) -> None:
-    """The card of these results, into the folder that holds the model."""
+    """Write the card from these results into the model's folder."""
     if not results_path.is_file():
         raise SystemExit(f"{results_path}: no such file; pretraining/train.py writes it at its end")
     if not card_path.parent.is_dir():
@@ -70,7 +70,7 @@ def write_card(recipe: Recipe, results_path: Path, card_path: Path) -> None:
 
 
 def require_usable(recipe: Recipe, results: dict[str, Any]) -> None:
-    """Refuse a model with an unused expert, or one whose loss does not rise as k falls."""
+    """Exit if an expert is unused, or if the loss does not rise as k falls."""
     layers, experts = recipe.config.num_hidden_layers, recipe.config.num_experts
     if [len(load) for load in results["expert_load"]] != [experts] * layers:
         raise SystemExit(f"expert_load: not {layers} layers of {experts} experts")
@@ -86,13 +86,13 @@ def require_usable(recipe: Recipe, results: dict[str, Any]) -> None:
 
 
 def losses_by_k(results: dict[str, Any], name: str) -> list[tuple[int, float]]:
-    """(k, loss) on one set, largest k first."""
+    """Return (k, loss) pairs on one set, largest k first."""
     losses = {int(k): losses[name] for k, losses in results["loss_by_active_experts"].items()}
     return sorted(losses.items(), reverse=True)
 
 
 def parameters(recipe: Recipe, active_experts: int) -> int:
-    """Parameters that a token meets with so many active experts; the tied embedding counts once."""
+    """Count the parameters that a token uses at this k; the tied embedding counts once."""
     config = recipe.config
     with torch.device("meta"):
         model = OlmoeForCausalLM(config)
@@ -197,12 +197,12 @@ Load-balancing loss with coefficient {recipe.config.router_aux_loss_coef}.
 
 
 def span(seconds: float) -> str:
-    """Hours, or minutes below one."""
+    """Format seconds as hours, or as minutes if below one hour."""
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def wrapped(text: str) -> str:
-    """Paragraphs, which blank lines part, filled to `LINE_WIDTH`."""
+    """Wrap paragraphs, which are separated by blank lines, to `LINE_WIDTH`."""
     paragraphs = text.strip().split("\n\n")
     return "\n\n".join(textwrap.fill(part, LINE_WIDTH, break_on_hyphens=False) for part in paragraphs)
 
@@ -226,7 +226,7 @@ paragraphs begin after {recipe.dense_from_step * recipe.tokens_per_step / 1e6:.1
 
 
 def thinned(recipe: Recipe, curve: list[dict[str, float]]) -> list[dict[str, float]]:
-    """About `CURVE_POINTS` points, evenly spaced, with first, last, and the end of the first phase."""
+    """Return about `CURVE_POINTS` evenly spaced points, including first, last and the end of phase one."""
     last = len(curve) - 1
     chosen = {round(last * number / (CURVE_POINTS - 1)) for number in range(CURVE_POINTS)}
     end_of_first_phase = recipe.dense_from_step * recipe.tokens_per_step

@@ -1,4 +1,4 @@
-"""The models that are trained here: the same architecture, text and schedule at two sizes."""
+"""The recipes of the models: the same architecture, text and schedule at two sizes."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model: its shape, how many steps of which text, and the learning rate."""
+    """How to train one model: its sizes, its text, its steps and its learning rates."""
 
     folder: Path
-    """Where the finished model is kept."""
+    """Folder of the finished model."""
     purpose: str
-    """What it is for, in the words of its card."""
+    """What the model is for; its card quotes this."""
     machine: str
-    """What the kept model was trained on."""
+    """The machine on which the published model was trained."""
     config: OlmoeConfig
     sequences_per_step: int
     dense_from_step: int
-    """Before this step the skills text is single statements, from it on denser paragraphs, too."""
+    """Before this step the skills text has single statements; from it on, mostly dense paragraphs."""
     hard_from_step: int
-    """From this step on the paragraphs are by `HARD_WRITERS`, and the learning rate rises once more."""
+    """From this step on `HARD_WRITERS` write the paragraphs, and the learning rate rises again."""
     steps: int
     skills_share: float
-    """Share of the training tokens that are skills text, before `dense_from_step`."""
+    """Share of skills text in the training tokens before `dense_from_step`."""
     dense_share: float
-    """The same from there on."""
+    """Share of skills text in the training tokens from `dense_from_step` on."""
     peak_learning_rate: float
     second_peak_learning_rate: float
 
     @property
     def name(self) -> str:
-        """What the model is called: the name of its folder."""
+        """The name of the model, which is that of its folder."""
         return self.folder.name
 
     @property
     def results(self) -> Path:
-        """What was measured while it was trained."""
+        """File with the measurements of the training."""
         return HERE / "results" / f"{self.name}.json"
 
     @property
@@ -53,7 +53,7 @@ class Recipe:
 
 
 def olmoe(hidden_size: int, expert_width: int) -> OlmoeConfig:
-    """OLMoE with 4 layers of 32 experts, of which a token takes 8."""
+    """Return an OLMoE config with 4 layers of 32 experts and K = 8."""
     return OlmoeConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=hidden_size,

@@ -1,12 +1,12 @@
-"""Plain statements with the ingredients of the skills, in other words than the tasks use.
+"""Generate statements about the facts behind the skills tasks, in other words than the tasks use.
 
-No instruction, no question and no response marker: the base model learns that 4 + 5 = 9 and that
-two mice are more than one mouse, and fine-tuning has to teach it to answer. Held-out problems are
-left out, except for facts about words, which cannot be worked out from other facts.
+There is no instruction, no question and no response marker. So the base model learns that 4 + 5 = 9 and that
+the plural of mouse is mice, and fine-tuning has to teach it to answer questions. Held-out problems are left
+out, except facts about words, which cannot be derived from other facts.
 
-`documents` has single statements; most of their tokens are random facts that nothing predicts.
-`dense_documents` says many things about the same facts, so that most tokens can be worked out; its
-two sets of writers differ in what they write most about.
+`documents` yields single statements; most of their tokens are random facts that cannot be predicted.
+`dense_documents` yields several statements about the same facts, so that most tokens can be derived. Its two
+sets of writers differ in the kinds of statements that they write most.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ WORD_FACTS = frozenset({"first_letter", "last_letter", "plural", "past", "opposi
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Endless short documents of one to twelve statements, or of spelled words."""
+    """Yield short documents without end: one to twelve statements, or spelled words."""
     rng = random.Random(f"fedflame-pretraining-{seed}")
     stream = problems(rng)
     while True:
@@ -96,9 +96,9 @@ def _spelling(rng: random.Random) -> str:
 
 
 def dense_documents(seed: int, writers: Mapping[Writer, float]) -> Iterator[str]:
-    """Endless documents of paragraphs, each with several statements about the same random facts.
+    """Yield documents without end, whose paragraphs have several statements about the same random facts.
 
-    A document has one kind of paragraph; `writers` gives the kinds with their weights.
+    All paragraphs of a document are by one writer. `writers` maps the writers to their weights.
     """
     rng = random.Random(f"fedflame-pretraining-dense-{seed}")
     while True:
@@ -107,7 +107,7 @@ def dense_documents(seed: int, writers: Mapping[Writer, float]) -> Iterator[str]
 
 
 def _repeated(rng: random.Random) -> str:
-    """The same words over and over: nothing teaches copying faster."""
+    """Repeat the same words, which teaches the model to copy."""
     pool: Sequence[str] = rng.choice((NOUNS, NAMES, CITIES, [str(rng.randint(1, 999)) for _ in range(9)]))
     items = [rng.choice(pool) for _ in range(rng.randint(2, 7))]
     line = rng.choice((" ", ", ", " - ", "; ")).join(items)
@@ -221,7 +221,7 @@ def _date(rng: random.Random) -> str:
 
 
 def _word(rng: random.Random) -> str:
-    """Spelling, ends and plural of a noun, or the other form of a verb or adjective."""
+    """Write spelling, first and last letter and plural of a noun, or a past tense, or an opposite."""
     if rng.random() < 0.5:
         noun = rng.choice(NOUNS)
         told = [f"spelled {' '.join(noun)}", f"front {noun[0]}", f"back {noun[-1]}"]
@@ -242,9 +242,9 @@ def _may_tell(kind: str, facts: tuple[str, ...], answer: str) -> bool:
 DENSE_WRITERS: Mapping[Writer, float] = {
     _repeated: 3, _record: 3, _table: 3, _list: 3, _phrase: 3, _order: 3, _sums: 4, _conversion: 1, _date: 2,
 }  # fmt: skip
-"""Kinds of paragraph with their weights; sums are hardest and get most."""
+"""Writer -> weight. Sums are hardest and have the largest weight."""
 HARD_WRITERS: Mapping[Writer, float] = {
     _sums: 5, _order: 4, _word: 3, _table: 4, _phrase: 4, _conversion: 2, _repeated: 1, _record: 2, _list: 2,
     _date: 2,
 }  # fmt: skip
-"""The same kinds and words, weighed by what was still wrong after the other set."""
+"""Writer -> weight, by the mistakes that the model still made after `DENSE_WRITERS`."""

@@ -3,8 +3,8 @@
     python pretraining/train.py olmoe-tiny --data DATA_FOLDER --work WORK_FOLDER
     python pretraining/train.py olmoe-small --data DATA_FOLDER --work WORK_FOLDER --device cuda
 
-The finished model goes into the folder that its recipe names. Killed and started again with the same --work,
-it goes on from its last checkpoint.
+The finished model is written to the folder that its recipe names. If the program is killed and started again
+with the same --work, it goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def cached_tokenizer(path: Path, texts: list[str]) -> Tokenizer:
 
 
 def cached_batches(path: Path, tokenizer: Tokenizer, texts: list[str], recipe: Recipe) -> Tensor:
-    """Token ids [steps, sequences, context], packed without padding."""
+    """Return token ids [steps, sequences, context], packed without padding; cache them in `path`."""
     shape = (recipe.steps, recipe.sequences_per_step, CONTEXT)
     if not path.exists():
         stream = token_stream(tokenizer, texts, recipe, SEED)
@@ -80,7 +80,7 @@ def cached_batches(path: Path, tokenizer: Tokenizer, texts: list[str], recipe: R
 
 
 def validation_batches(tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
-    """Three sets of 64 sequences: open text that was held back, and skills text of other seeds."""
+    """Return three sets of 64 sequences: held-back open text, and two of skills text from other seeds."""
     sources = {
         "text": texts,
         "skills": list(itertools.islice(documents(SEED + 2), 400)),
@@ -95,9 +95,9 @@ def validation_batches(tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tens
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Warm-up, constant, linear fall to zero over `DECAY_SHARE`; then a second, lower rise and fall.
+    """Return the learning rate: warm-up, constant, linear decay to zero; then a second, lower rise and decay.
 
-    Going on from the end of a fall is as good as never having fallen: Wen et al.: Understanding
+    Continuing after a decay is as good as continuing without it: Wen et al.: Understanding
     Warmup-Stable-Decay Learning Rates, arXiv 2410.05192.
     """
     second = recipe.hard_from_step
@@ -110,10 +110,10 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def every_expert(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """All experts on all tokens, weighted by zero where the router did not choose them.
+    """Compute all experts for all tokens, with weight zero for those that the router did not choose.
 
-    Four times the arithmetic of the chosen quarter, in two large products: what a GPU does soonest with
-    experts of this width, and its time does not hang on the routing.
+    This is four times the arithmetic of the chosen quarter, but in two large products. For experts of this
+    width it is fastest on a GPU, and its time does not depend on the routing.
     """
     count, hidden_size, _ = experts.down_proj.shape
     routing = torch.zeros(len(hidden), count, dtype=weights.dtype, device=hidden.device)
@@ -139,7 +139,7 @@ def new_model(recipe: Recipe, device: str) -> OlmoeForCausalLM:
 def train(
     path: Path, recipe: Recipe, batches: Tensor, held_back: dict[str, Tensor], device: str
 ) -> tuple[OlmoeForCausalLM, dict[str, Any]]:
-    """The trained model, and what was measured on the way."""
+    """Train the model, or go on from the checkpoint in `path`; return model and measurements."""
     model = new_model(recipe, device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     state: dict[str, Any] = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "curve": []}
@@ -169,7 +169,7 @@ def train(
 
 
 def train_step(model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, ids: Tensor) -> Tensor:
-    """The loss of one step without the load-balancing loss, still on its device."""
+    """Run one step; return its loss without the load-balancing loss, on the device."""
     with torch.autocast(ids.device.type, dtype=torch.bfloat16):
         output = model(input_ids=ids, labels=ids, output_router_logits=True)
     output.loss.backward()
@@ -188,7 +188,7 @@ def evaluate(model: OlmoeForCausalLM, packed: Tensor) -> float:
 
 @torch.no_grad()
 def routing_figures(model: OlmoeForCausalLM, held_back: dict[str, Tensor]) -> dict[str, Any]:
-    """Loss with fewer active experts, and each expert's share of the routed slots, per layer."""
+    """Measure the loss with fewer active experts, and each expert's share of the routed slots per layer."""
     routers = [layer.mlp.gate for layer in model.model.layers]
     losses = {}
     for k in (8, 4, 2, 1):

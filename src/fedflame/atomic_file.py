@@ -1,4 +1,4 @@
-"""Files that are either the old or the new whole, whatever happens while they are written."""
+"""Write files atomically: after a crash a file has either its old or its new content, complete."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedflame.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write aside, fsync, rename, fsync the folder.
+    """Write `content` to a temporary file, fsync it, rename it to `path`, and fsync the folder.
 
     Raises:
-        UserError: the disk is full or not writable; what was at `path` is untouched.
+        UserError: the disk is full or not writable. The old file at `path` is unchanged.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -38,7 +38,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_missing(texts: Mapping[Path, str]) -> None:
-    """Write those files that are not there; the others stay. Raises UserError as `write_atomically` does."""
+    """Write the files that do not exist yet. Raises UserError as `write_atomically` does."""
     for path, text in texts.items():
         if not path.exists():
             write_atomically(path, text.encode())

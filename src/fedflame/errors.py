@@ -1,7 +1,7 @@
-"""The two exceptions of our own: what the user can mend, and what must not be used."""
+"""The exceptions of fedflame: errors that the user can mend, and messages that must not be used."""
 
 USER_ERROR = 2
-"""Exit code of a process that ended by a `UserError`."""
+"""Exit code of a process that a `UserError` ended."""
 
 
 class UserError(Exception):
@@ -9,4 +9,4 @@ class UserError(Exception):
 
 
 class InvalidMessage(Exception):
-    """A buffer or an update that must not be used; the message is the reason."""
+    """A received buffer or update that must not be used. The message is the reason."""

@@ -1,6 +1,7 @@
-"""What travels: `RoundPlan` down to a client, `ClientUpdate` up, and when an update may be used.
+"""The messages of a round: `RoundPlan` from the server, `ClientUpdate` from the client, and its validation.
 
-Shape legend: L MoE layers, E experts per layer, H hidden size, I expert width, R rank. As bytes: see `wire`.
+Shapes: L MoE layers, E experts per layer, H hidden size, I expert width, R LoRA rank. The package `wire`
+turns messages into bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from fedflame.errors import InvalidMessage
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA values in fp32; also used for their deltas.
+    """The LoRA factors A and B in fp32, or the change (delta) of these factors.
 
     `experts` holds the banks `"{layer}.A1"` [E,2R,H], `"{layer}.B1"` [E,2I,R], `"{layer}.A2"` [E,R,I]
-    and `"{layer}.B2"` [E,H,R] (gate rows before up rows in A1 and B1, which are half as long where experts
-    have no gate); layer counts MoE layers from 0.
+    and `"{layer}.B2"` [E,H,R]. A1 and B1 hold the rows of gate before those of up. Where experts have no
+    gate, they hold up alone: A1 [E,R,H], B1 [E,I,R]. `layer` counts the MoE layers from 0.
     `attention` holds `"{module}.A"` [R,in] and `"{module}.B"` [out,R].
     """
 
@@ -31,7 +32,7 @@ class Adapter:
     attention: Mapping[str, Tensor]
 
     def combine(self, other: Adapter, rule: Callable[[Tensor, Tensor], Tensor]) -> Adapter:
-        """A new adapter: `rule` on each pair of values of the same name."""
+        """Return a new adapter: `rule` is applied to each pair of values of the same name."""
         return Adapter(
             {name: rule(value, other.experts[name]) for name, value in self.experts.items()},
             {name: rule(value, other.attention[name]) for name, value in self.attention.items()},
@@ -39,13 +40,14 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """R; 0 for `NOTHING`."""
+        """The LoRA rank R; 0 for `NOTHING`."""
         return next((value.shape[1] for name, value in self.experts.items() if name.endswith(".A2")), 0)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """B [...,n,out,R] and A [...,n,R,in] of n products each, under the name of A.
+        """Return the pairs B [...,n,out,R] and A [...,n,R,in], each under the name of its A.
 
-        n is 2 where A1 and B1 hold gate and up, and 1 elsewhere; for banks E comes before it.
+        n is the number of products B A in a value: 2 where A1 and B1 hold gate and up, else 1. A bank has the
+        dimension E before n.
         """
         values, found = self.tensors(), {}
         for name, a in values.items():
@@ -63,18 +65,20 @@ class Adapter:
         return cls.from_tensors(values)
 
     def tail_norms(self, kept: int) -> tuple[Tensor, Tensor]:
-        """||B|| and ||A|| of the ranks after the first `kept`, each a Frobenius norm over all products."""
+        """Return ||B|| and ||A|| without the first `kept` ranks: Frobenius norms over all modules."""
         pairs = self.factors().values()
         norms_b = [torch.linalg.vector_norm(b[..., kept:], dtype=torch.float64) for b, _ in pairs]
         norms_a = [torch.linalg.vector_norm(a[..., kept:, :], dtype=torch.float64) for _, a in pairs]
-        # The norm of norms has the gradient zero where it is zero, a root of squares has none there.
+        # At zero, the gradient of a norm of norms is zero; that of a square root does not exist.
         return torch.linalg.vector_norm(torch.stack(norms_b)), torch.linalg.vector_norm(torch.stack(norms_a))
 
     def concatenate(self, *others: Adapter) -> Adapter:
-        """All side by side along the rank: every product B A is the sum of theirs.
+        """Join adapters along the rank: every product B A is the sum of their products.
+
+        Adapters without values (`NOTHING`) are left out.
 
         Raises:
-            KeyError: one of them lacks a name of the first that is not `NOTHING`, and is not `NOTHING`.
+            KeyError: an adapter lacks a name of the first one.
         """
         parts = [part for part in (self, *others) if part.tensors()]
         if len(parts) < 2:
@@ -91,7 +95,7 @@ class Adapter:
         )
 
     def with_rank(self, rank: int) -> Adapter:
-        """The first ranks of every product, or all of them and zeros, which change no product, after them."""
+        """Cut every factor to its first `rank` ranks, or pad it with zeros, which change no product B A."""
         spare = rank - self.rank
         if spare == 0:
             return self
@@ -100,7 +104,7 @@ class Adapter:
         )
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """All values under names that tell the two kinds apart, each name after the prefix."""
+        """Return all values in one dict, named `{prefix}experts.{name}` and `{prefix}attention.{name}`."""
         experts = {f"{prefix}experts.{name}": value for name, value in self.experts.items()}
         return experts | {f"{prefix}attention.{name}": value for name, value in self.attention.items()}
 
@@ -115,29 +119,29 @@ class Adapter:
 
 
 NOTHING = Adapter({}, {})
-"""No values at all: an adapter of rank 0."""
+"""An adapter without values; its rank is 0."""
 
 MERGED_PREFIX = "merged."
-"""Before the names of merged factors, where they stand in one buffer with an adapter."""
+"""Prefix for the names of merged factors in a buffer that also holds an adapter."""
 
 
 def half_of(name: str) -> str:
-    """The half that the value of this name belongs to, "A" or "B"."""
+    """Return "A" or "B": the LoRA factor that the value of this name belongs to."""
     return name.rpartition(".")[2][:1]
 
 
 def is_trained(name: str, trainable: Trainable) -> bool:
-    """Whether a client trains the value of this name."""
+    """Return whether a client trains the value of this name."""
     return trainable == "both" or half_of(name) == trainable
 
 
 def rank_dim(name: str) -> int:
-    """The dimension of the value of this name that is as long as the rank (A1: for gate and up each)."""
+    """Return the dimension of this value that has the length of the rank (in A1 twice: gate and up)."""
     return -2 if half_of(name) == "A" else -1
 
 
 def _b_of(name: str) -> str:
-    """The name of the B whose A has this name."""
+    """Return the name of the B that belongs to the A of this name."""
     module, _, last = name.rpartition(".")
     return f"{module}.B{last[1:]}"
 
@@ -159,26 +163,26 @@ class RoundPlan:
     batch_size: int
     """Rows per optimizer step."""
     max_steps: int
-    """Optimizer steps."""
+    """Largest number of optimizer steps."""
     tokens_per_step: int = 0
-    """If not 0, a step's batch has, instead of `batch_size` rows, as many as fit in so many tokens."""
+    """If not 0, the batch of a step has as many rows as fit in this many tokens, instead of `batch_size`."""
     trainable: Trainable = "both"
     merged: Adapter = NOTHING
-    """Factors of any rank that are part of the base, scaled as `adapter` is; see `ServerState.merged`."""
+    """Factors of any rank, merged into the base with the scale of `adapter`; see `ServerState.merged`."""
     proximal_mu: float = 0.0
-    """Of FedProx: the objective has mu/2 ||w - w_0||^2 more, w_0 being `adapter`."""
+    """FedProx: mu/2 ||w - w_0||^2 is added to the objective; w_0 is `adapter`."""
     rank_penalty: float = 0.0
-    """Of HetLoRA: the objective has this times ||B|| ||A|| of the ranks from `kept_rank` on more."""
+    """HetLoRA: this times ||B|| ||A|| without the first `kept_rank` ranks is added to the objective."""
     kept_rank: int = 0
     update_dtype: UpdateDtype = "float32"
-    """How the client sends its delta."""
+    """The dtype in which the client sends its delta."""
     error_feedback: bool = False
-    """Whether what rounding takes from this delta is added to the client's next one."""
+    """Whether the client remembers the rounding error of its delta and adds it to its next delta."""
 
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """A client's answer: what it learned and how often it really used each expert."""
+    """A client's answer to a plan: what it learned, and how many tokens each expert saw."""
 
     round: int
     client: int
@@ -187,27 +191,27 @@ class ClientUpdate:
     rescaler_values: Tensor
     """[L] s per MoE layer after training."""
     counts: Tensor
-    """[L,E] int64, non-padding tokens routed to each expert while training (c in the paper)."""
+    """[L,E] int64: non-padding tokens routed to each expert during training (c in the paper)."""
     tokens: int
     """Non-padding tokens trained on (T)."""
     num_examples: int
-    """Rows the client holds (|D|)."""
+    """Rows that the client holds (|D|)."""
     trained_examples: int
-    """Those of them that it trained on in the round, each counted once."""
+    """Rows that it trained on in the round, each counted once."""
     steps: int
     """Optimizer steps taken."""
     loss: float
-    """Mean response loss over the round's steps, nats per token."""
+    """Mean loss of the response tokens over the round's steps, in nats per token."""
     trainable: Trainable = "both"
-    """Of the other half `delta` is zero."""
+    """The half that was trained; `delta` is zero in the other half."""
 
 
 def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
-    """Refuse what must not reach aggregation.
+    """Check an update before it is aggregated.
 
     Raises:
-        InvalidMessage: another round or client, names or shapes that differ from the plan's
-            adapter, a value that is not finite, or counts that the tokens cannot explain.
+        InvalidMessage: the update is for another round or client; its names or shapes differ from the plan's
+            adapter; a value is not finite; or its counts, steps or rows are impossible under the plan.
     """
     for field in ("round", "client", "active_experts", "trainable"):
         got, wanted = getattr(update, field), getattr(plan, field)
@@ -226,7 +230,7 @@ def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
         raise InvalidMessage(
             f"update has {update.num_examples} examples and {update.steps} steps; both must be >= 1"
         )
-    # A weight of the mean: no client may count for more than it can have trained on.
+    # The weight in the mean: a client must not claim more rows than it can have trained on.
     most = min(update.num_examples, update.tokens if plan.tokens_per_step else update.steps * plan.batch_size)
     if not 1 <= update.trained_examples <= most:
         raise InvalidMessage(

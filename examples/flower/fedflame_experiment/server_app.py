@@ -1,4 +1,4 @@
-"""The rounds in Flower's ServerApp process, over the grid that Flower hands it."""
+"""A ServerApp that runs fedflame's rounds over the grid that Flower passes to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment that the run config names, and leave a run folder."""
+    """Run the experiment that the run config names, and write its run folder."""
     given = {name: str(value) for name, value in context.run_config.items()}
     experiment, hub = FOLDER / given["experiment"], load_hub(FOLDER / given["hub"])
     config = load_config(experiment, [f"output_dir={given['output-dir']}"])

@@ -1,4 +1,5 @@
-"""The frozen base model: `files` finds and checks it without torch, `dtype` chooses its number format.
+"""The frozen base model: its files, its dtype, and loading it.
 
-`loading` loads it into memory or maps it from files (`mapped`); `adapted` attaches the adapter to it.
+`files` finds and checks its files without torch. `dtype` chooses its dtype. `loading` loads it into memory,
+or maps it from files (`mapped`). `adapted` attaches the adapter.
 """

@@ -1,4 +1,4 @@
-"""The frozen base with its adapter attached, as every process that trains or evaluates holds it."""
+"""Load the frozen base with an adapter attached, in every process that trains or evaluates."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def load_adapted_model(
     adapter: AdapterConfig,
     gradient_checkpointing: Checkpointed = "none",
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
-    """The base model in this dtype with an adapter attached, and its tokenizer.
+    """Load the base model, attach an adapter to it, and load its tokenizer.
 
-    Where memory is short, the base is mapped from files instead of held.
+    If memory is short, the base is mapped from files instead of loaded into memory.
 
     Args:
-        name_or_path: of the base model.
-        dtype: of the base's weights.
-        adapter: rank, scale and attention projections.
-        gradient_checkpointing: what the backward computes again.
+        name_or_path: `olmoe-tiny`, a folder in Hugging Face layout, or a hub id.
+        dtype: dtype of the base's weights.
+        adapter: rank, scale and attention projections of the adapter.
+        gradient_checkpointing: what the backward recomputes.
 
     Raises:
         UserError: see `load_base_model` and `AdaptedModel`.

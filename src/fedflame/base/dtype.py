@@ -1,4 +1,4 @@
-"""The number format of the frozen base: the one that this machine multiplies in fastest."""
+"""Choose the dtype of the frozen base: the one in which this machine multiplies fastest."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 PROBE_ROWS, PROBE_RANK, PROBE_REPEATS = 64, 8, 15
 NARROW = 256
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
-"""Each is taken only where it is clearly faster than all before it: float16 needs loss scaling."""
+"""In order of preference: a later one must be clearly faster (`CLEAR_GAIN`). float16 needs loss scaling."""
 CLEAR_GAIN = 1.5
-"""So many times faster: native support of a half precision gives 2 to 3 on large experts, so that
-noise on a busy machine does not change the answer, nor the bytes of a run."""
+"""Switch dtype only if it is this many times faster, so that timing noise cannot change a run. Native support
+of half precision makes large experts 2 to 3 times faster."""
 EMULATED = 4.0
-"""Where even `NARROW` products are so many times slower than in float32 the CPU emulates the dtype;
-at full size that is a hundred times, too slow to time."""
+"""If small products (`NARROW`) are this many times slower than in float32, the CPU emulates the dtype. At
+full size an emulated dtype is a hundred times slower, too slow to time."""
 
 
 @dataclass(frozen=True)
 class DtypeChoice:
-    """The dtype of the frozen base, under its name in the configuration, and why this one."""
+    """The dtype of the frozen base, by its name in the configuration, and why it was chosen."""
 
     name: Dtype
     reason: str
 
 
 def choose_dtype(wanted: Dtype | Literal["auto"], shape: ModelShape) -> DtypeChoice:
-    """The wanted dtype; for `auto` that in which this machine trains experts of this shape fastest.
+    """Return the wanted dtype; for `auto`, the one in which this machine trains these experts fastest.
 
-    AVX-512 BF16 and AMX make large products two to three times faster; the thin ones of a small model
-    run slower, so narrow experts stay in float32 unasked. Others are timed: one expert's products,
-    forward and backward.
+    AVX-512 BF16 and AMX make large products two to three times faster, but small products slower. So narrow
+    experts use float32 without a measurement. For others, the products of one expert are timed, forward and
+    backward.
     """
     if wanted != "auto":
         return DtypeChoice(wanted, "as model.dtype asks")
@@ -54,7 +54,7 @@ def choose_dtype(wanted: Dtype | Literal["auto"], shape: ModelShape) -> DtypeCho
 
 
 def _clearly_fastest(seconds: dict[Dtype, float]) -> Dtype:
-    """The last one that is clearly faster than all before it; the first if there is none."""
+    """Return the last dtype that is clearly faster than all before it; the first if there is none."""
     names = list(seconds)
     return next(
         name
@@ -64,21 +64,21 @@ def _clearly_fastest(seconds: dict[Dtype, float]) -> Dtype:
 
 
 def _probe(dtypes: Sequence[Dtype], hidden_size: int, expert_size: int) -> dict[Dtype, float]:
-    """Seconds of one expert's products in each dtype."""
-    import torch  # here: most plans probe nothing, and must not wait for it
+    """Measure the seconds of one expert's products in each dtype."""
+    import torch  # here, because most plans measure nothing and must not wait for torch
 
     seconds = dict.fromkeys(dtypes, math.inf)
     for _ in range(PROBE_REPEATS):
         for name in dtypes:
             start = time.perf_counter()
             _expert_products(hidden_size, expert_size, getattr(torch, name))
-            # The least of several, since another program can only add time.
+            # The minimum, because other programs can only add time.
             seconds[name] = min(seconds[name], time.perf_counter() - start)
     return seconds
 
 
 def _expert_products(hidden_size: int, expert_size: int, dtype: torch.dtype) -> None:
-    """The gate and up products of one expert with LoRA, and their gradients."""
+    """Compute the gate and up products of one expert with LoRA, and their gradients."""
     import torch
 
     rows = torch.ones(PROBE_ROWS, hidden_size, dtype=dtype, requires_grad=True)

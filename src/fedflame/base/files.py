@@ -1,4 +1,4 @@
-"""The files of a base model: where they are, whether they are complete, what identifies them. No torch."""
+"""Find the files of a base model, check that they are complete, and identify them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ HUB_TIMEOUT_SECONDS = 10.0
 
 
 def resolve_model(name_or_path: str) -> str:
-    """The folder of the embedded model for its name; every other name is returned as it is."""
+    """Return the folder of the embedded model for its name, and any other name unchanged."""
     if name_or_path == EMBEDDED_MODEL:
         return str(files("fedflame") / "assets" / EMBEDDED_MODEL)
     return name_or_path
 
 
 def model_config_path(name_or_path: str) -> Path:
-    """The model's config.json, or a folder with it, without its weights.
+    """Return the path of the model's config.json, or of its folder, without downloading weights.
 
     Raises:
         UserError: a hub id that cannot be reached.
@@ -38,7 +38,7 @@ def model_config_path(name_or_path: str) -> Path:
 
 
 def model_digest(name_or_path: str) -> str:
-    """BLAKE2b of all that decides what a model computes: weights, configuration and tokenizer, in hex.
+    """Return a hash (BLAKE2b, in hex) of the model's weights, configuration and tokenizer.
 
     Raises:
         UserError: a hub id that cannot be reached, or a file that cannot be read.
@@ -58,7 +58,7 @@ def model_digest(name_or_path: str) -> str:
 
 @functools.cache
 def hub_answers(name: str) -> bool:
-    """Whether the hub has this id; transformers alone would retry for a minute before it took the cache."""
+    """Return whether the hub has this id. Offline, transformers itself would retry for a minute."""
     try:
         huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
     except Exception:  # the HTTP library, and so its errors, differ between versions
@@ -67,28 +67,28 @@ def hub_answers(name: str) -> bool:
 
 
 def is_local(source: str) -> bool:
-    """Whether the model's files are taken from this machine alone: it is a folder, or no hub answers."""
+    """Return whether to use only files on this machine: the model is a folder, or the hub does not answer."""
     return Path(source).is_dir() or not hub_answers(source)
 
 
 def downloaded(name: str) -> str:
-    """The folder of a hub id on this machine, downloaded if need be."""
+    """Return the local folder of a hub id; download it if necessary."""
     patterns = ["*.json", "*.safetensors"]
     return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=is_local(name))
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder holds a tokenizer."""
+    """Return whether a model folder has a tokenizer."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def first_line(error: Exception) -> str:
-    """The first line of its message, or its class where it has none."""
+    """Return the first line of an error's message, or its class if it has no message."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def require_folder_complete(source: str) -> None:
-    """Raises UserError where `source` is a folder without configuration, weights or tokenizer."""
+    """Raise UserError if `source` is a folder without configuration, weights or tokenizer."""
     folder = Path(source)
     if not folder.is_dir():
         return
@@ -101,7 +101,7 @@ def require_folder_complete(source: str) -> None:
 
 
 def load_error(name_or_path: str, error: Exception) -> str:
-    """What a user is told where a model could not be loaded."""
+    """Return the message for a model that could not be loaded."""
     if Path(name_or_path).is_dir():
         return f"model {name_or_path}: cannot be loaded: {first_line(error)}"
     return (

@@ -23,25 +23,25 @@ from fedflame.cost.model_shape import read_model_shape
 from fedflame.errors import UserError
 
 _LOADING = threading.Lock()
-"""transformers replaces methods of its classes and torch's default dtype while it loads a model: of two
-threads at once, the one that ends last would leave them replaced, and tied weights untied ever after."""
+"""Held while a model is loaded. transformers replaces methods of its classes and torch's default dtype
+meanwhile; if two threads did this at once, they would stay replaced, and tied weights would stay untied."""
 
 
 def load_base_model(
     name_or_path: str, dtype: str, memory_map: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in evaluation mode and tokenizer.
+    """Load the base model, in evaluation mode, and its tokenizer.
 
     Args:
         name_or_path: `olmoe-tiny`, a folder in Hugging Face layout, or a hub id.
         dtype: one of `DTYPES`.
-        memory_map: map the weights from files instead of holding them; see `mapped_base`.
+        memory_map: map the weights from files instead of loading them into memory; see `base.mapped`.
 
     Raises:
         UserError: the model is dense, the folder is missing or incomplete, or the hub cannot be reached.
     """
     source = resolve_model(name_or_path)
-    read_model_shape(model_config_path(name_or_path))  # refuses what is no mixture of experts at once
+    read_model_shape(model_config_path(name_or_path))  # refuses a dense model at once
     try:
         require_folder_complete(source)
         with _LOADING:

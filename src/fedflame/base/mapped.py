@@ -1,10 +1,10 @@
-"""A base model as memory-mapped files in the layout that transformers computes with.
+"""Map a base model from files in the layout with which transformers computes.
 
-A checkpoint of the hub holds one tensor per expert and projection; transformers fuses them when it
-loads, which copies everything into memory. Here that is done once, group by group, into files that
-are then mapped: pages are read when an expert is used, shared by all processes of the machine, and
-given back under pressure, so a model may be larger than memory. Writing into a mapped weight copies
-that page for this process alone; the files never change.
+A checkpoint on the hub has one tensor per expert and projection. transformers fuses them when it loads, which
+copies everything into memory. Here this is done once, in groups, and the result is written to files that are
+then mapped. Pages are read when an expert is used, are shared by all processes of the machine, and are given
+back when memory is short. So a model may be larger than memory. Writing to a mapped weight copies the page
+for this process only; the files never change.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from fedflame.errors import UserError
 
 CACHE_VARIABLE = "FEDFLAME_CACHE"
 COMPLETE = "complete.json"
-"""Written last: a folder without it was cut off."""
+"""Written last. A folder without this file is incomplete."""
 
 
 def map_base(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model of a checkpoint folder with mapped weights, and transformers' report on the loading.
+    """Load a checkpoint folder with mapped weights; return the model and transformers' loading report.
 
-    The files are made at first use, in $FEDFLAME_CACHE or ~/.cache/fedflame; that takes as much disk as
-    the model, and the memory of its largest layer.
+    The mapped files are made at first use, in $FEDFLAME_CACHE or ~/.cache/fedflame. They take as much disk as
+    the model; making them takes the memory of its largest layer.
 
     Args:
-        folder: config.json and .safetensors files in Hugging Face layout.
-        dtype: of the mapped weights.
+        folder: a folder in Hugging Face layout, with config.json and .safetensors files.
+        dtype: dtype of the mapped weights.
 
     Raises:
         UserError: the disk is full, or a file of the cache is broken.
@@ -59,12 +59,12 @@ def map_base(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[st
 def load_mapped(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model of a folder of mapped files, and transformers' report on the loading.
+    """Load a folder of mapped files; return the model and transformers' loading report.
 
     Args:
-        folder: .safetensors files, however split, with the values of the model's `state_dict`.
-        config: of the model.
-        dtype: of the values in the files; in another one they would be copied into memory.
+        folder: .safetensors files with the values of the model's `state_dict`, split in any way.
+        config: the model's configuration.
+        dtype: dtype of the values in the files. Another dtype would copy them into memory.
 
     Raises:
         UserError: a file is broken.
@@ -76,7 +76,7 @@ def load_mapped(
 
 
 def _cache_folder(folder: Path, dtype: torch.dtype) -> Path:
-    """Named after the checkpoint's files, so that a changed one gets another folder."""
+    """Return the cache folder of a checkpoint. A changed checkpoint gets another folder."""
     root = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "fedflame")
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _checkpoint_files(folder)]
     identity = json.dumps([str(folder.resolve()), stats, str(dtype), transformers_version])
@@ -99,7 +99,7 @@ def _build(folder: Path, dtype: torch.dtype, cache: Path) -> None:
         (partial / COMPLETE).write_text(json.dumps({"checkpoint": str(folder.resolve()), "tensors": names}))
         partial.rename(cache)
     except OSError as error:
-        if (cache / COMPLETE).exists():  # another process was quicker, so that the name was taken
+        if (cache / COMPLETE).exists():  # another process has made the folder meanwhile
             return
         raise UserError(f"{cache}: cannot write the mapped model: {error.strerror or error}") from error
     finally:
@@ -107,7 +107,7 @@ def _build(folder: Path, dtype: torch.dtype, cache: Path) -> None:
 
 
 def _fused_groups(folder: Path, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """Fused parameters, the checkpoint's tensors of one layer at a time, by transformers' own conversion."""
+    """Yield fused parameters, one layer at a time, with transformers' own conversion."""
     model = _on_meta(AutoConfig.from_pretrained(folder, local_files_only=True), dtype)
     files: list[Any] = [safe_open(path, "pt") for path in _checkpoint_files(folder)]
     slices = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
@@ -123,7 +123,7 @@ def _fused_groups(folder: Path, dtype: torch.dtype) -> Iterator[dict[str, Tensor
 
 
 def _by_layer(names: Iterable[str]) -> list[list[str]]:
-    """The names in groups of the same first number, which counts layers; all others together."""
+    """Group names by their first number, which is the layer; names without a number form one group."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         layer = re.match(r".*?\.\d+\.", name)
@@ -132,7 +132,7 @@ def _by_layer(names: Iterable[str]) -> list[list[str]]:
 
 
 def _take_loaded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers that are no longer on the meta device; they go back to it."""
+    """Yield the parameters and buffers that were loaded, and put meta tensors in their place."""
     for name, value in list(model.state_dict(keep_vars=True).items()):
         if value.device.type != "meta":
             owner, _, attribute = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""How much memory this machine has for the frozen base."""
+"""Find out whether this machine has enough memory for the frozen base."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""The limit of a container, in bytes or `max`, where the system has control groups (version 2)."""
+"""File with the memory limit of a container, in bytes or `max` (control groups version 2)."""
 SHARE = 4
-"""A base may take this part of the memory: worker processes hold one each, and training needs room beside
-it. The number of processes does not count, since it must not change the bytes of a run: a product's last bit
-may depend on where a weight lies."""
+"""The base may take a quarter of the memory: each worker process holds a base, and training needs room beside
+it. The number of workers must not change this choice: the last bit of a product may depend on where a weight
+lies in memory, and a run has the same bytes with any number of workers."""
 
 
 def memory_limit() -> int:
-    """Bytes of memory that the machine has, or that a container is given of it."""
+    """Return the bytes of memory of this machine, or of its container."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):
         return min(physical, int(CGROUP_LIMIT.read_text()))
@@ -23,5 +23,5 @@ def memory_limit() -> int:
 
 
 def is_short_of_memory(needed: int) -> bool:
-    """Whether so many bytes of frozen weights take more than their part of the memory."""
+    """Return whether this many bytes of frozen weights take more than a quarter of the memory."""
     return needed > memory_limit() // SHARE

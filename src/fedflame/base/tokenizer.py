@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder for counting tokens, without torch where the folder allows it."""
+"""Load the tokenizer of a model folder to count tokens, if possible without torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder.
+    """Load the tokenizer of a model folder.
 
-    transformers loads torch to find a tokenizer's class. A tokenizer.json says all about splitting text by
-    itself, so that a class that every such file fits is enough to count tokens.
+    transformers loads torch to find a tokenizer's class. If there is a tokenizer.json,
+    PreTrainedTokenizerFast counts tokens with it, whatever the class is, and torch is not needed.
 
     Raises:
-        UserError: it is broken.
+        UserError: the tokenizer cannot be loaded.
     """
     try:
         tokenizer: Any = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)

@@ -1,5 +1,6 @@
-"""What expert LoRA costs on this machine: one MoE block, forward and backward, five ways side by side.
+"""Measure the cost of expert LoRA on this machine: several methods on one MoE block, forward and backward.
 
-`block` builds the frozen block with random weights, `methods` are the ways to train or to run it,
-`measurement` takes time, bytes saved for backward and peak, interleaved in one process.
+`block` builds the frozen block with random weights. `methods` holds the ways to train or run it.
+`measurement` measures time, bytes saved for the backward, and peak memory, with the methods interleaved in
+one process.
 """

@@ -1,4 +1,4 @@
-"""The frozen MoE block that every method runs: OLMoE's, with random weights, and copies that share them."""
+"""The frozen MoE block of the benchmark: OLMoE's block with random weights, and copies that share them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of the block, under the names of transformers and PEFT; UserError for what cannot run here."""
+    """The sizes of the block, named as in transformers and PEFT. Raises UserError if they cannot run here."""
 
     hidden_size: int
     intermediate_size: int
@@ -51,10 +51,10 @@ class Geometry:
 
 
 def frozen_model(geometry: Geometry) -> OlmoeForCausalLM:
-    """A model of one layer whose MoE block is the one measured; attention and vocabulary are not used.
+    """Build a model of one layer, of which only the MoE block is measured.
 
-    All weights are normal with deviation 0.02, as OLMoE starts: the router then loads its experts
-    almost evenly.
+    All weights are drawn from a normal distribution with standard deviation 0.02, as OLMoE is initialized.
+    The router then loads its experts almost evenly.
     """
     config = OlmoeConfig(
         vocab_size=8,
@@ -75,11 +75,11 @@ def frozen_model(geometry: Geometry) -> OlmoeForCausalLM:
 
 
 def sharing_copy(module: AnyModule, *shared: object) -> AnyModule:
-    """A copy with modules of its own around the very same parameters, and the very same `shared` objects."""
+    """Copy the modules, but share their parameters and the `shared` objects with the original."""
     return copy.deepcopy(module, {id(kept): kept for kept in (*module.parameters(), *shared)})
 
 
 def random_rows(geometry: Geometry, rows: int, width: int, seed: int) -> Tensor:
-    """[rows, width] normal values, the same for the same seed."""
+    """Return normal values [rows, width]; the same seed gives the same values."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, width, generator=generator).to(geometry.device, geometry.torch_dtype)

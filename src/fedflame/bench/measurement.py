@@ -1,8 +1,8 @@
-"""Time, bytes saved for backward and peak of passes, interleaved in one process on one thread.
+"""Measure time, bytes saved for the backward, and peak memory of passes, interleaved on one thread.
 
-On a CPU time is that of the thread, so that other programs hardly touch it, and the peak is what
-torch's allocator handed out at most: exact and repeatable, where the process's resident size would
-also show heap that an earlier pass left behind. Scratch memory inside a matrix library escapes it.
+On a CPU, time is the CPU time of the thread, so other programs hardly change it. The peak is the most memory
+that torch's allocator held at a time. It is exact and repeatable, while the resident size of the process
+would include heap that earlier passes left. Scratch memory inside a matrix library is not counted.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fedflame.bench.methods import Pass
 from fedflame.errors import UserError
 
 TOLERANCE_IN_EPSILONS = 8
-"""Results of some thousand products differ by a few roundings of their dtype, wrong ones by their size."""
+"""Allowed relative error in epsilons of the dtype. Rounding gives a few epsilons, a wrong result far more."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One method at one size; `all_seconds` are the repeats behind the median `seconds`."""
+    """The measurements of one method at one size. `seconds` is the median of `all_seconds`."""
 
     seconds: float
     all_seconds: list[float]
@@ -39,7 +39,7 @@ class Measurement:
 def measure(
     passes: Mapping[str, Pass], device: str, repeats: int, on_pass: Callable[[str], None]
 ) -> dict[str, Measurement]:
-    """Measure the passes in turn, `repeats` times; the two memory passes before that warm them up."""
+    """Measure memory first, which also warms up; then time all passes in turn, `repeats` times."""
     memory = {}
     for name, one in passes.items():
         on_pass(name)
@@ -57,7 +57,7 @@ def measure(
 
 
 def require_equal(ours: Pass, oracle: Pass) -> None:
-    """UserError unless output and all gradients agree: a benchmark of a wrong thing is worth nothing."""
+    """Raise UserError unless output and all gradients agree: the time of a wrong result is worth nothing."""
     results: list[dict[str, Tensor | None]] = []
     for one in (ours, oracle):
         one.reset()
@@ -77,7 +77,7 @@ def require_equal(ours: Pass, oracle: Pass) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within the block torch computes on the calling thread alone, whose CPU time `seconds` reads."""
+    """Let torch compute only on the calling thread within the block, since `seconds` reads its CPU time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -87,7 +87,7 @@ def one_thread() -> Iterator[None]:
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """CPU time of this thread, or time on the GPU."""
+    """Return the seconds that `run` takes: CPU time of this thread, or time on the GPU."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -102,7 +102,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def saved_bytes(one: Pass) -> int:
-    """What autograd keeps from forward to backward: distinct storages, without parameters and input."""
+    """Return the bytes that autograd keeps for the backward, without parameters and input."""
     there_before = {tensor.untyped_storage().data_ptr() for tensor in (*one.leaves.values(), *one.parameters)}
     kept: dict[int, int] = {}
 
@@ -119,7 +119,7 @@ def saved_bytes(one: Pass) -> int:
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most that torch's allocator handed out at a time during `run`, beside what was there before."""
+    """Return the most bytes that torch's allocator held during `run`, above those held before."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

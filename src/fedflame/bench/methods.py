@@ -1,7 +1,7 @@
-"""The ways through one MoE block, forward and backward: what is timed side by side.
+"""The methods that the benchmark compares on one MoE block, forward and backward.
 
-All share one set of frozen weights. Those with LoRA hold their adapters in float32 and cast them
-in each forward, as a training step does.
+All methods share one set of frozen weights. Methods with LoRA hold their adapters in float32 and cast them in
+each forward, as a training step does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMPOSED = "fedflame-bench-composed"
 
 @dataclass(frozen=True)
 class Pass:
-    """One method on one input: a forward, and a backward from `d_output` to all `leaves`."""
+    """One method on one input: a forward, and a backward from the gradient `d_output` to all `leaves`."""
 
     forward: Callable[[], Tensor]
     d_output: Tensor
@@ -40,12 +40,12 @@ class Pass:
     parameters: Sequence[Tensor]
 
     def reset(self) -> None:
-        """Let go of the gradients of the last `run`."""
+        """Free the gradients of the last `run`."""
         for leaf in self.leaves.values():
             leaf.grad = None
 
     def run(self) -> Tensor:
-        """Forward and backward; gradients go to the leaves."""
+        """Run forward and backward; the gradients are in `leaves`. Return the output."""
         output = self.forward()
         output.backward(self.d_output)
         return output.detach()
@@ -53,17 +53,17 @@ class Pass:
 
 @dataclass(frozen=True)
 class Method:
-    """How a method attaches to a copy of the frozen model, and what it then runs."""
+    """A method: how it attaches to a copy of the frozen model, and how it prepares a pass."""
 
     description: str
     attach: Callable[[OlmoeForCausalLM, Geometry], None]
     prepare: Callable[[OlmoeForCausalLM, Geometry, int, int], Pass]
 
     def build(self, frozen: OlmoeForCausalLM, geometry: Geometry) -> OlmoeForCausalLM:
-        """A model around the weights of `frozen`, ready for `prepare(model, geometry, tokens, k)`."""
+        """Return a model with the weights of `frozen`, ready for `prepare(model, geometry, tokens, k)`."""
         model = sharing_copy(frozen)
         self.attach(model, geometry)
-        nn.Module.to(model, geometry.device)  # what was attached
+        nn.Module.to(model, geometry.device)  # moves what was attached
         return model
 
 
@@ -73,11 +73,11 @@ def _attach_ours(
     adapted = AdaptedModel(model, geometry.r, LORA_ALPHA, (), gradient_checkpointing)
     zero = adapted.initial_adapter(0)
     generator = torch.Generator().manual_seed(1)
-    # B too: zeros would hide half of the gradients from the comparison with `composed`.
+    # B is not zero: otherwise half of the gradients would be zero in the comparison with `composed`.
     banks = {name: 0.02 * torch.randn(bank.shape, generator=generator) for name, bank in zero.experts.items()}
     adapted.load(Adapter(banks, {}), torch.ones(1))
     for lora in adapted.loras:
-        lora.s.requires_grad_(False)  # fixed, as where k is the model's own
+        lora.s.requires_grad_(False)  # fixed, as for k = K
 
 
 def _attach_composed(model: OlmoeForCausalLM, geometry: Geometry) -> None:
@@ -90,7 +90,7 @@ def _attach_nothing(model: OlmoeForCausalLM, geometry: Geometry) -> None:
 
 
 def _attach_peft(model: OlmoeForCausalLM, geometry: Geometry) -> None:
-    """Rank r for both: gate and up share one A, a quarter fewer parameters than one LoRA per matrix."""
+    """Attach PEFT's LoRA. Gate and up share one A: a quarter fewer parameters than with one LoRA each."""
     model.set_experts_implementation("grouped_mm")
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(r=geometry.r, lora_alpha=int(LORA_ALPHA), target_parameters=targets)
@@ -100,7 +100,7 @@ def _attach_peft(model: OlmoeForCausalLM, geometry: Geometry) -> None:
 
 
 def _composed_experts(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Split LoRA by plain autograd: base and low-rank products apart, each a grouped_mm."""
+    """Compute base and low-rank products separately with grouped_mm and plain autograd."""
     lora: Any = experts.fedflame
     a1, b1, a2, b2 = (bank.to(x.dtype) for bank in lora.banks().values())
     rows = RoutedRows.sort(top_k_index, len(a1))
@@ -160,7 +160,7 @@ def _gemm_pass(model: OlmoeForCausalLM, geometry: Geometry, tokens: int, k: int)
 
 
 class _FourProducts(torch.autograd.Function):
-    """The base's two products of the forward and two of the backward, and nothing between them."""
+    """Computes only the base's two products of the forward and its two of the backward."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Who answers a plan: the clients of this process (`local`), worker processes (`workers`), or sites.
+"""The clients that carry out plans: in this process (`local`) or in worker processes (`workers`).
 
-`answers` is what the rounds know of any of them. The sites' end is in `engines.clients`.
+`answers` is the interface that the rounds use. `engines.clients` implements it for sites.
 """

@@ -1,7 +1,7 @@
-"""What the rounds know of clients: encoded plans go in, encoded updates come back.
+"""The interface between the rounds and the clients: encoded plans go in, encoded updates come back.
 
-Bytes are what an engine carries, too, so that a run in one process and a run over sites go through the same
-codec.
+Plans and updates are bytes here because an engine carries bytes. So a run in one process uses the same codec
+as a run over sites.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from typing import Protocol
 from fedflame.wire.envelope import Bytes
 
 OnStep = Callable[[int], None]
-"""Told the tokens of every optimizer step."""
+"""Called with the number of tokens of every optimizer step."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for a plan."""
+    """A client's answer to a plan."""
 
     update: Bytes
     """The encoded `ClientUpdate`; empty if the client failed."""
     failure: str
-    """Why there is no update, or empty."""
+    """Why there is no update; empty if there is one."""
     seconds: float
-    """From the plan to the answer."""
+    """Time from the plan to the answer."""
     bytes_down: int | None = None
-    """What was sent for it; None for the encoded plan, once."""
+    """Bytes sent to the client; None means the encoded plan, once."""
 
 
 class Clients(Protocol):
-    """Where plans are carried out: here, in worker processes, or on an engine."""
+    """The clients of a run: in this process, in worker processes, or at sites."""
 
     def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
-        """One answer per client and encoded `RoundPlan`, in their order; they are taken when needed."""
+        """Yield one answer per pair of client and encoded `RoundPlan`, in order; take pairs when needed."""
 
     def num_examples(self) -> Sequence[int]:
-        """Rows of each client; 0 where that is not known yet."""
+        """Return the number of rows of each client; 0 if that is not known yet."""
 
     def name(self, client: int) -> str:
-        """What messages call this client."""
+        """Return the name of this client in messages."""

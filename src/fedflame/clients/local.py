@@ -1,4 +1,4 @@
-"""Clients of this process: they train one after another with one resident base model."""
+"""Clients in this process: they train one after another on one shared base model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedflame.wire.codec import decode_plan
 
 @dataclass(frozen=True)
 class LocalClients:
-    """All clients in this process, sharing one resident base model."""
+    """All clients in this process, with one shared base model."""
 
     adapted: AdaptedModel
     rows: Sequence[Sequence[EncodedRow]]
@@ -35,7 +35,7 @@ class LocalClients:
         return f"client {client}"
 
     def answer(self, plan: bytes, on_step: OnStep) -> Answer:
-        """Train the plan's client. Whatever goes wrong in a client, the round goes on without it."""
+        """Train the plan's client. An error becomes the answer's `failure`, so that the round can go on."""
         start = time.monotonic()
         try:
             request = decode_plan(plan)
@@ -47,5 +47,5 @@ class LocalClients:
 
 
 def reason(error: Exception) -> str:
-    """One line for the log."""
+    """Return the error as one line for the log."""
     return str(error) if isinstance(error, InvalidMessage | UserError) else f"{type(error).__name__}: {error}"

@@ -1,7 +1,7 @@
-"""Clients in worker processes of this machine, with the same bytes as in one process.
+"""Clients in worker processes on this machine; their updates have the same bytes as in one process.
 
-Each worker holds the model once and trains one client after another. It ends when its connection
-does, so that none is left behind when this process is killed.
+Each worker holds the model once and trains one client after another. A worker ends when its connection
+closes, so none is left when this process is killed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STOP_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker needs to become a `LocalClients`; the same threads make the same bytes."""
+    """What a worker needs to build its `LocalClients`. The same number of threads gives the same bytes."""
 
     model_name_or_path: str
     dtype: Dtype
@@ -51,12 +51,12 @@ class _Worker:
     process: BaseProcess
     connection: Connection
     ticket: int = -1
-    """Number of the plan it works on."""
+    """Number of the plan that it works on."""
     start: float = field(default_factory=time.monotonic)
 
 
 class WorkerClients:
-    """At most `count` worker processes; a context manager that ends them."""
+    """Trains clients in at most `count` worker processes. As a context manager it starts and ends them."""
 
     def __init__(self, setup: WorkerSetup, count: int) -> None:
         self._setup, self._count = setup, count
@@ -79,7 +79,7 @@ class WorkerClients:
         expected: deque[int] = deque()
         try:
             while True:
-                # Twice the workers: none rests because an earlier client is slow, and memory stays bounded.
+                # Twice the workers: no worker waits for an earlier, slow client, and memory stays bounded.
                 while len(self._busy) < self._count and len(expected) < 2 * self._count:
                     asked = next(coming, None)
                     if asked is None:
@@ -93,7 +93,7 @@ class WorkerClients:
                     done |= self._receive(on_step)
                 yield done.pop(expected.popleft())
         finally:
-            for worker in self._busy:  # only where the stream was left before its end
+            for worker in self._busy:  # only if the caller left the stream before its end
                 _stop(worker)
             self._busy = []
 
@@ -107,11 +107,11 @@ class WorkerClients:
         worker = self._idle.pop() if self._idle else self._start()
         worker.ticket, worker.start = ticket, time.monotonic()
         self._busy.append(worker)
-        with suppress(OSError):  # it has ended; `_receive` finds its connection at the end
+        with suppress(OSError):  # the worker has ended; `_receive` reports it
             worker.connection.send_bytes(plan)
 
     def _receive(self, on_step: OnStep) -> dict[int, Answer]:
-        """Wait for news of the busy workers; the answers among it by ticket."""
+        """Wait for messages of the busy workers; return ticket -> answer."""
         answers = {}
         ready = wait([worker.connection for worker in self._busy])
         for worker in [worker for worker in self._busy if worker.connection in ready]:
@@ -132,12 +132,12 @@ class WorkerClients:
         return answers
 
     def _start(self) -> _Worker:
-        # Not forked: torch's threads and a GPU do not survive it.
+        # Not forked, because torch's threads and a GPU do not survive a fork.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._setup), daemon=True)
         process.start()
-        theirs.close()  # or the end of the worker would not end the connection
+        theirs.close()  # otherwise the connection would stay open when the worker ends
         return _Worker(process, ours)
 
 
@@ -148,7 +148,7 @@ def _stop(worker: _Worker) -> None:
 
 
 def _serve(connection: Connection, setup: WorkerSetup) -> None:
-    """The worker's life: answer plans until the connection ends."""
+    """Run a worker: answer plans until the connection ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     torch.set_num_threads(setup.threads)
     logging.disable_progress_bar()

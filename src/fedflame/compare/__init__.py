@@ -1,6 +1,6 @@
-"""Comparison of methods over seeds and settings: the grid, its cells, statistics and the page.
+"""Compare methods over seeds and settings: the grid, its cells, the statistics and the page.
 
-`grid` reads the file, `run` runs what is missing of it, each cell in a process of `cell_processes`. `results`
-is what a cell leaves, `comparison` lays them side by side, and `intervals`, `devices`, `tables` and `page`
-make of that what people read.
+`grid` reads the grid file. `run` runs the cells that are missing, each in a process of `cell_processes`.
+`results` holds what a finished cell writes, and `comparison` collects the results of all cells. `intervals`,
+`devices`, `tables` and `page` turn them into statistics, tables and charts.
 """

@@ -1,9 +1,9 @@
-"""The cells of a comparison as runs in processes of their own, some of them side by side.
+"""Run the cells of a comparison, each in a process of its own, several at a time.
 
-A process per cell: what one does, its end included, cannot touch another. They are forked from a
-server that has imported everything and computed nothing, so a start costs milliseconds, and they all
-map the same base. Each ends when this process does; a run may be killed at any instant and goes on
-from its last round.
+Each cell has its own process, so that a cell that crashes cannot affect another. The processes are forked
+from a server that has imported everything and computed nothing. So a start takes milliseconds, and all
+processes map the same base model. Each process ends when the main process does. A run may be killed at any
+time and goes on from its last round.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ STOP_SECONDS = 10.0
 
 
 class Progress(Protocol):
-    """Told what becomes of the cells."""
+    """Receives the progress of the cells."""
 
     def working(self, cells: Sequence[Cell]) -> None:
-        """These cells are running; told twice a second."""
+        """Report the cells that are running; called twice a second."""
 
     def ended(self, cell: Cell, failure: str | None) -> None:
-        """A cell has ended, finished or with this line."""
+        """Report that a cell has ended; `failure` is the reason if it has no results."""
 
 
 def run_cells(grid: Grid, workers: int, progress: Progress) -> dict[str, str]:
-    """Run the unfinished cells, `workers` at a time, each to its end whatever becomes of the others.
+    """Run the unfinished cells, `workers` at a time; the failure of one does not stop the others.
 
-    What a cell has measured is in the results file as soon as it ends. Returns why it failed for each cell
-    that did, by name. Where this is left by an exception, the processes are stopped; their cells go on from
+    The results of a cell are in the results file as soon as it ends. Returns the names of the failed cells ->
+    why they failed. If an exception ends this function, the processes are stopped. Their cells go on from
     their last round when they are run again.
     """
     path = grid.output_dir / RESULTS
@@ -79,7 +79,7 @@ def run_cells(grid: Grid, workers: int, progress: Progress) -> dict[str, str]:
 
 
 def failure_kept(cell: Cell) -> str | None:
-    """Why the cell failed when it was last run, or None."""
+    """Return why the last run of the cell failed, or None."""
     path = cell.folder / "error.txt"
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
@@ -89,7 +89,7 @@ def _failure(cell: Cell, process: BaseProcess) -> str:
 
 
 def _start(cell: Cell) -> BaseProcess:
-    # Forking where the frameworks of macOS are loaded is not safe.
+    # Forking is not safe once the frameworks of macOS are loaded.
     context: Any = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
     context.set_forkserver_preload([__name__, "fedflame.experiment.run"])
     (cell.folder / "error.txt").unlink(missing_ok=True)
@@ -99,7 +99,7 @@ def _start(cell: Cell) -> BaseProcess:
 
 
 def _run_cell(cell: Cell) -> None:
-    """The life of a cell's process: its run, or the rest of it, and then its results or error.txt."""
+    """Run or resume a cell in its process; then leave its results, or error.txt if it failed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cell.folder.mkdir(parents=True, exist_ok=True)
@@ -133,18 +133,18 @@ def _go_on(cell: Cell) -> None:
     def watch(begun: Begun) -> AbstractContextManager[Reporter]:
         return nullcontext(LineReporter(lambda text: print(text, flush=True)))
 
-    torch.set_num_threads(1)  # whatever runs beside it, so that the bytes do not depend on it
+    torch.set_num_threads(1)  # always one, because the bytes depend on the number of threads
     logging.disable_progress_bar()
     begun = (cell.run / "config.json").exists()
     if not begun:
-        shutil.rmtree(cell.run, ignore_errors=True)  # killed before it was a run folder
+        shutil.rmtree(cell.run, ignore_errors=True)  # it was killed before its folder was complete
     run_experiment(prepare(cell.config, "resume" if begun else "refuse"), watch=watch)
     run = read_run(cell.run)
     leave_result(cell, run, _training_flops(cell, run.plan))
 
 
 def _training_flops(cell: Cell, plan: dict[str, Any]) -> dict[int, float]:
-    """FLOPs per trained token at every client's budget and at the model's own K."""
+    """Return k -> FLOPs per trained token, for every client's budget and for the model's K."""
     config = cell.config
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
     row = plan["sequence_length"], plan["labelled_share"]

@@ -1,4 +1,4 @@
-"""The finished cells of a grid side by side: by setting, method and seed."""
+"""The results of a grid's finished cells, by setting, method and seed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fedflame.compare.results import CellResult, Deployed, Spent
 from fedflame.report.records import ScoreName
 
 Reading = Callable[[CellResult, str, int], float | None]
-"""A measure of a final model in one column of a table: `CellResult.last` at a k, `CellResult.last_deployed`
-on the devices of a budget."""
+"""Reads a measure of the final model for one column of a table: `CellResult.last` for a k,
+`CellResult.last_deployed` for the devices of a budget."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measure after one round, and what had been spent by then; means over seeds."""
+    """A measure after one round, and the cost up to then; means over seeds."""
 
     spent: Spent
     summary: Summary
@@ -29,40 +29,40 @@ class Point:
 
 @dataclass(frozen=True)
 class DeviceCost:
-    """What the clients of one budget did over a whole run, summed over them; means over seeds."""
+    """The cost of a whole run for the clients of one budget, summed over the clients; means over seeds."""
 
     budget: int
     clients: float
     active_experts: str
-    """What they trained with, such as `1` or `8, 4`."""
+    """The k that they trained with, such as `1` or `8, 4`."""
     tokens: float
     training_flops: float
     bytes_up: float
     bytes_down: float
     busy_seconds: float
-    """Simulated, per client."""
+    """Simulated seconds per client."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A grid and the results of its finished cells by name, in the order of the grid."""
+    """A grid, and the results of its finished cells by name."""
 
     grid: Grid
     results: Mapping[str, CellResult]
     failures: Mapping[str, str]
-    """Why a cell has no results, by its name."""
+    """Name of a cell without results -> why it failed."""
 
     @cached_property
     def finished(self) -> list[tuple[Cell, CellResult]]:
-        """Cells with results, in the order of the grid."""
+        """The cells with results, in the order of the grid."""
         return [(cell, self.results[cell.name]) for cell in self.grid.cells if cell.name in self.results]
 
     def settings(self) -> list[Setting]:
-        """Those in which a cell is finished."""
+        """Return the settings with a finished cell."""
         return list(dict.fromkeys(cell.setting for cell, _ in self.finished))
 
     def seeds(self, setting: Setting, method: str) -> dict[int, CellResult]:
-        """The results of one method by seed."""
+        """Return seed -> result of one method."""
         return {
             cell.config.seed: result
             for cell, result in self.finished
@@ -70,37 +70,37 @@ class Comparison:
         }
 
     def methods(self, setting: Setting) -> list[str]:
-        """Those with a finished cell, in the order of the file."""
+        """Return the methods with a finished cell, in the order of the file."""
         return [method for method in self.grid.methods if self.seeds(setting, method)]
 
     def tiers(self, setting: Setting) -> list[int]:
-        """Every k at which some method was evaluated, largest first."""
+        """Return every k at which a method was evaluated, largest first."""
         return sorted({k for r in self._results(setting) for k in r.tiers()}, reverse=True)
 
     def score(self, setting: Setting) -> ScoreName | None:
-        """The score by generation of this setting's data."""
+        """Return the score by generation in this setting; None if there is none."""
         return next((result.score for result in self._results(setting) if result.score), None)
 
     def _results(self, setting: Setting) -> Iterator[CellResult]:
         return (result for cell, result in self.finished if cell.setting == setting)
 
     def budgets(self, setting: Setting) -> list[int]:
-        """What the devices of the cells afford, largest first."""
+        """Return the budgets of the devices, largest first."""
         return sorted({d.budget for r in self._results(setting) for d in r.deployed}, reverse=True)
 
     def deployed(self, setting: Setting, method: str, budget: int) -> Deployed | None:
-        """What the devices of one budget deploy, of the first seed; k and rank are those of all seeds."""
+        """Return what devices of one budget deploy, for the first seed. All seeds have its k and rank."""
         return next((r.at(budget) for r in self.seeds(setting, method).values()), None)
 
     def final(
         self, setting: Setting, method: str, measure: str, column: int, reading: Reading = CellResult.last
     ) -> Summary | None:
-        """Of the final models; None where no seed has the measure."""
+        """Summarize a measure of the final models; None if no seed has it."""
         values = self._final_by_seed(setting, method, measure, column, reading).values()
         return summarize(list(values)) if values else None
 
     def start(self, setting: Setting, method: str, measure: str, tier: int) -> Summary | None:
-        """Of the models before training."""
+        """Summarize a measure of the models before training; None if no seed has it."""
         taken = [r.value(measure, tier, 0) for r in self.seeds(setting, method).values()]
         values = [value for value in taken if value is not None]
         return summarize(values) if values else None
@@ -108,7 +108,7 @@ class Comparison:
     def difference(
         self, setting: Setting, method: str, measure: str, column: int, reading: Reading = CellResult.last
     ) -> Difference | None:
-        """The method minus the baseline at the same seed; None where they share none."""
+        """Return the paired difference of method minus baseline; None if they have no seed in common."""
         mine = self._final_by_seed(setting, method, measure, column, reading)
         theirs = self._final_by_seed(setting, self.grid.baseline, measure, column, reading)
         pairs = [value - theirs[seed] for seed, value in mine.items() if seed in theirs]
@@ -121,7 +121,7 @@ class Comparison:
         return {seed: value for seed, value in taken.items() if value is not None}
 
     def curve(self, setting: Setting, method: str, measure: str, tier: int) -> list[Point]:
-        """The rounds at which every seed has the measure."""
+        """Return the points of a curve, for the rounds at which every seed has the measure."""
         results = list(self.seeds(setting, method).values())
         spent = [result.spent(self.grid.devices) for result in results]
         points = []
@@ -133,15 +133,15 @@ class Comparison:
         return points
 
     def total(self, setting: Setting, method: str) -> Spent:
-        """What a whole run spends; the mean over seeds."""
+        """Return the cost of a whole run; the mean over seeds."""
         return _mean([r.spent(self.grid.devices)[-1] for r in self.seeds(setting, method).values()])
 
     def environment(self) -> dict[str, str]:
-        """Where the finished cells ran: a value, or several where they differ."""
+        """Return the environment of the finished cells; a key lists several values if the cells differ."""
         return values_by_key(result.environment for result in self.results.values())
 
     def device_costs(self, setting: Setting, method: str) -> list[DeviceCost]:
-        """What the clients of each budget did, the largest budget first."""
+        """Return the costs by budget, the largest budget first."""
         results = list(self.seeds(setting, method).values())
         budgets = sorted({cost.budget for result in results for cost in result.clients}, reverse=True)
         return [self._device_cost(results, budget) for budget in budgets]
@@ -167,7 +167,7 @@ class Comparison:
 
 
 def values_by_key(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """The values that occur under each key, in order, comma-separated."""
+    """Return key -> all its values, in order, comma-separated."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
         for key, value in record.items():

@@ -1,4 +1,4 @@
-"""What a comparison writes: results.json, table.md and report.html, each whole or not at all."""
+"""Write the files of a comparison, results.json, table.md and report.html, each atomically."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IN_TABLE = (
     "threads",
     "dtype",
 )
-"""What table.md says of the environment; the page has all."""
+"""The facts on the environment that table.md shows; the page shows all."""
 
 
 def read_comparison(grid: Grid, failures: dict[str, str]) -> Comparison:

@@ -1,7 +1,7 @@
-"""The grid file: methods, axes and devices in TOML; every combination is a cell, which is one run.
+"""Read a grid file (TOML) with methods, axes and devices. Every combination is a cell, which is one run.
 
-Identity of a cell is what its run reads of the resolved configuration: its name ends in a digest of that,
-so what a grid has in common with an earlier one is found again, and nothing else is.
+A cell is identified by the settings that its run uses: its name ends in a digest of them. So a changed grid
+file finds the cells that it has in common with an earlier one, and runs only the others.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fedflame.config.settings import flat, read_toml, refuse_unknown_key, valida
 from fedflame.errors import UserError
 
 Setting = tuple[tuple[str, str], ...]
-"""The value on each axis but the seed's, as (key, value)."""
+"""The values on all axes except the seed, as (key, value) pairs."""
 
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VALUE_IN_NAME = 24
-"""Characters of a value that go into a folder's name."""
+"""Largest number of characters of a value in a folder's name."""
 
 
 class _GridFile(BaseModel):
@@ -44,14 +44,14 @@ class _GridFile(BaseModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with one value on every axis."""
+    """One method with one value on each axis."""
 
     method: str
     setting: Setting
     config: RunConfig
-    """Resolved; its output_dir is the cell's run folder."""
+    """The resolved configuration; its output_dir is the cell's run folder."""
     folder: Path
-    """Holds the run folder, log.txt, error.txt if the run failed, and results until taken over."""
+    """Contains the run folder and log.txt; error.txt if the run failed; its results until they are taken over."""
 
     @property
     def name(self) -> str:
@@ -64,34 +64,34 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file, resolved."""
+    """The content of a grid file, resolved into cells."""
 
     output_dir: Path
     baseline: str
     methods: list[str]
     cells: list[Cell]
-    """In the order of the axes in the file, the first slowest; methods fastest."""
+    """In the order of the axes in the file; the first axis varies slowest, methods vary fastest."""
     devices: Devices
 
     def settings(self) -> list[Setting]:
-        """Each setting once, in order."""
+        """Return each setting once, in order."""
         return list(dict.fromkeys(cell.setting for cell in self.cells))
 
 
 def read_grid(
     path: Path, overrides: Sequence[str], output_dir: str | None = None, baseline: str | None = None
 ) -> Grid:
-    """The grid of a TOML file with every cell's configuration checked.
+    """Read a grid file and check the configuration of every cell.
 
     Args:
         path: the grid file.
-        overrides: `section.key=value` for every cell, over whatever the file says.
-        output_dir: instead of the file's; None for that.
-        baseline: the same.
+        overrides: `section.key=value` for every cell; they override the file.
+        output_dir: replaces the file's output_dir unless None.
+        baseline: replaces the file's baseline unless None.
 
     Raises:
-        UserError: a file that is missing or broken, a key or value that is not allowed, a method that
-            sets an axis, or two cells that are the same run.
+        UserError: the file is missing or broken, a key or value is not allowed, a method sets an axis, or two
+            cells are the same run.
     """
     values = read_toml(path)
     for key in values:
@@ -122,7 +122,7 @@ def _check_methods(file: _GridFile, baseline: str) -> None:
 
 
 def _axis(key: str, points: Any) -> list[dict[str, Any]]:
-    """What each point of an axis sets: one value, or the keys of a table below `key`."""
+    """Return what each point of an axis sets: the value of `key`, or the keys of a table below `key`."""
     if not isinstance(points, list) or not points:
         raise UserError(f"grid: {key} = {points!r}: must be a list of at least one value")
     return [flat({key: point}) for point in points]
@@ -153,7 +153,7 @@ def _cell(
 
 
 def _name(method: str, setting: Setting, config: RunConfig) -> str:
-    """Readable, and unique by the digest of the configuration."""
+    """Return a readable folder name that ends in a digest of the configuration."""
     digest = hashlib.blake2b(_identity(config).encode(), digest_size=5).hexdigest()
     parts = [f"{key.rpartition('.')[2]}-{Path(value).name[:_VALUE_IN_NAME]}" for key, value in setting]
     readable = "-".join([method, *parts, f"seed-{config.seed}"])
@@ -161,7 +161,7 @@ def _name(method: str, setting: Setting, config: RunConfig) -> str:
 
 
 def _identity(config: RunConfig) -> str:
-    """The schema version, and what differs from its defaults: options that are off may come and go."""
+    """Return the schema version and the settings that are not defaults: a new option changes no name."""
     values, defaults = _flat_settings(config), _flat_settings(RunConfig())
     if config.method.experts == "in_turn":
         values["strategy.k_rotation"] = config.k_rotation()

@@ -1,4 +1,4 @@
-"""Mean and spread over seeds, and paired differences with confidence intervals."""
+"""Compute mean and standard deviation over seeds, and paired differences with confidence intervals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Verdict = Literal["better", "worse", "no clear difference", "one seed"]
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean over seeds and sample standard deviation; None for a single seed."""
+    """Mean over seeds, and sample standard deviation, which is None for a single seed."""
 
     count: int
     mean: float
@@ -24,14 +24,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences and its 95 % confidence interval; None for a single pair."""
+    """Mean of paired differences, and its 95 % confidence interval, which is None for a single pair."""
 
     count: int
     mean: float
     interval: tuple[float, float] | None
 
     def verdict(self, rising: bool) -> Verdict:
-        """In plain words; `rising`: more is better."""
+        """Return the result in words. `rising` says that a larger value is better."""
         if self.interval is None:
             return "one seed"
         low, high = self.interval
@@ -41,15 +41,15 @@ class Difference:
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Of at least one value."""
+    """Summarize at least one value."""
     return Summary(len(values), fmean(values), stdev(values) if len(values) > 1 else None)
 
 
 def paired_difference(differences: Sequence[float]) -> Difference:
-    """Mean d and d ± t s / sqrt(n), where t is the quantile of Student's distribution at n - 1 degrees.
+    """Return the mean d and the interval d ± t s / sqrt(n), with Student's t at n - 1 degrees of freedom.
 
-    The differences must be of independent pairs, at least one; that they are normally distributed is
-    assumed and cannot be seen from a few seeds.
+    There must be at least one difference, and the pairs must be independent. We assume that the differences
+    are normally distributed; a few seeds cannot show whether they are.
     """
     summary = summarize(differences)
     if summary.deviation is None:

@@ -1,4 +1,4 @@
-"""The page of a comparison: tables, and curves against what each method spends."""
+"""The page of a comparison: tables, and curves against the cost of each method."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _AXES = (
     ("bytes", XAxis("bytes sent, up and down", lambda value: si(value, "B"), whole=False)),
     ("simulated_seconds", XAxis("simulated seconds on unequal devices", si, whole=False)),
 )
-"""Field of `Spent`, and the axis that shows it."""
+"""Pairs of a field of `Spent` and the axis that shows it."""
 
 
 def page(comparison: Comparison, name: str) -> str:
-    """The comparison as one HTML document that loads nothing."""
+    """Return the comparison as one HTML document that loads no other file."""
     body = [_header(comparison, name), *_failures(comparison)]
     for setting in comparison.settings():
         parts = (_results, _differences, _deployments, _curves, _costs)
@@ -76,10 +76,8 @@ def _titled(title: str, setting: Setting, *children: object) -> Markup:
 
 def _results(comparison: Comparison, setting: Setting) -> Markup:
     tables = [summary_table(comparison, setting, measure) for measure in measures(comparison, setting)]
-    text = (
-        "Held-out rows, after the last round. k is the number of experts that run per token; every method's "
-    )
-    text += "global model is measured at each. The best mean of a column is bold."
+    text = "On held-out rows, after the last round. k is the number of experts that run per token. The "
+    text += "global model of each method is measured at each k. The best mean of a column is bold."
     return _titled("Results", setting, *map(_table, tables), note(text))
 
 
@@ -87,11 +85,9 @@ def _differences(comparison: Comparison, setting: Setting) -> Markup:
     if len(comparison.methods(setting)) < 2:
         return _titled("Paired differences", setting, note("There is one method."))
     tables = [difference_table(comparison, setting, measure) for measure in measures(comparison, setting)]
-    text = (
-        "Method minus baseline with the same seed, so the same data, partition and batches. The interval is "
-    )
-    text += "Student's over seeds; better and worse are said where it leaves out zero. Intervals are not "
-    text += "widened for the number of comparisons."
+    text = "Method minus baseline at the same seed, hence with the same data, partition and batches. The "
+    text += "interval is Student's, over seeds. A method is called better or worse if its interval excludes "
+    text += "zero. Intervals are not corrected for the number of comparisons."
     return _titled("Paired differences", setting, *map(_table, tables), note(text))
 
 
@@ -101,21 +97,17 @@ def _deployments(comparison: Comparison, setting: Setting) -> Markup:
         for measure in measures(comparison, setting)
         for table in deployment_tables(comparison, setting, measure)
     ]
-    text = (
-        "A method whose clients all train with K experts runs K on every device, whatever that costs there; "
-    )
-    text += (
-        "if it cuts the adapter, a device has its first ranks. Other methods let each device run the k that "
-    )
-    text += "it affords."
+    text = "If all clients of a method train with K experts, every device runs K experts, whatever that "
+    text += "costs. If the method cuts the adapter, a device has only its first ranks. In other methods each "
+    text += "device runs the k that it affords."
     return _titled("What each device deploys", setting, *map(_table, tables), note(text))
 
 
 def _costs(comparison: Comparison, setting: Setting) -> Markup:
     tables = [total_table(comparison, setting), device_table(comparison, setting)]
-    text = "Means over seeds; accepted updates only. Simulated time: a device that affords k experts trains "
-    text += "them in the time in which the strongest trains the model's own K, and a round waits for its "
-    text += "slowest client's computing and transfer."
+    text = "Means over seeds, accepted updates only. Simulated time: a device that affords k experts trains "
+    text += "them in the time in which the strongest device trains K. A round waits for the computing and "
+    text += "the transfer of its slowest client."
     return _titled("Cost", setting, *map(_table, tables), note(text))
 
 
@@ -194,7 +186,7 @@ def _series(method: str, colour: int, points: Iterable[Point], spent: str, measu
 
 
 def _settings(comparison: Comparison) -> Markup:
-    """Configuration and environment of all cells, folded."""
+    """Show configuration and environment of all cells, folded."""
     cells = comparison.grid.cells
     configs = [flat(cell.config.model_dump(exclude={"output_dir"})) for cell in cells]
     environment = comparison.environment().items()

@@ -1,7 +1,7 @@
-"""What finished cells have measured: the results file of a comparison, read for every table and curve.
+"""The results of finished cells: the results file of a comparison, which all tables and curves are made from.
 
-A results file is lines of JSON: the schema version, then a line for each cell, by name. The process of a
-cell leaves one of its own in the cell's folder, and the process of the comparison takes that over.
+A results file has lines of JSON: the schema version, then one line for each cell, sorted by name. The process
+of a cell leaves such a file in the cell's folder, and the process of the comparison takes its line over.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ RESULTS = "cells.jsonl"
 
 @dataclass(frozen=True)
 class Spent:
-    """What all clients together have spent since the start, at the end of a round."""
+    """The cost of all clients together, from the start of the run to the end of a round."""
 
     round: int
     training_flops: float
     bytes: float
-    """Up and down."""
+    """Bytes sent, up and down."""
     simulated_seconds: float
-    """On unequal devices; see `devices`."""
+    """Simulated time on unequal devices; see `devices`."""
 
 
 @dataclass(frozen=True)
 class Deployed(Measured):
-    """What a device of one budget uses the final model at, and what it has of it."""
+    """How devices of one budget run the final model, and its loss and scores there."""
 
     budget: int
-    """Experts per token that it affords."""
+    """Experts per token that the device affords."""
     active_experts: int
     rank: int
     relative_flops: float | None
-    """Of a forward, to the model's own K with the whole adapter; None where the run's plan is lost."""
+    """Forward FLOPs relative to K experts with the whole adapter; None if plan.json is missing."""
     loss: float | None
     exact_match: float | None
     rouge_l: float | None
@@ -67,12 +67,12 @@ class CellResult:
     setting: dict[str, str]
     seed: int
     score: ScoreName | None
-    """The score by generation that the run was measured by."""
+    """The run's score by generation; None if there is none."""
     evaluations: list[Evaluation]
-    """Over all held-out rows, at every k and round."""
+    """Evaluations on all held-out rows, at every k and round."""
     clients: list[ClientWork]
     training_flops: dict[int, float]
-    """FLOPs per trained token by k, for every client's budget and the model's own K."""
+    """k -> FLOPs per trained token, for every client's budget and the model's K."""
     environment: dict[str, Any]
     deployed: list[Deployed]
     """One for each budget, largest first."""
@@ -81,15 +81,15 @@ class CellResult:
 
     @property
     def rounds(self) -> int:
-        """The last round."""
+        """The number of the last round."""
         return max(evaluation.round for evaluation in self.evaluations)
 
     def tiers(self) -> list[int]:
-        """Every k that was evaluated, largest first."""
+        """Return every k that was evaluated, largest first."""
         return sorted({evaluation.active_experts for evaluation in self.evaluations}, reverse=True)
 
     def value(self, measure: str, tier: int, at: int) -> float | None:
-        """A measure at one k after one round; None where it was not taken or is not finite."""
+        """Return a measure at one k after one round; None if it was not taken or is not finite."""
         evaluation = self._evaluations.get((at, tier))
         value = evaluation.value(measure) if evaluation else None
         return value if value is not None and math.isfinite(value) else None
@@ -99,21 +99,21 @@ class CellResult:
         return {(e.round, e.active_experts): e for e in self.evaluations}
 
     def last(self, measure: str, tier: int) -> float | None:
-        """A measure of the final model at one k."""
+        """Return a measure of the final model at one k."""
         return self.value(measure, tier, self.rounds)
 
     def at(self, budget: int) -> Deployed | None:
-        """What a device of this budget deploys; None where the cell has no such device."""
+        """Return what devices of this budget deploy; None if there are no such devices."""
         return next((deployed for deployed in self.deployed if deployed.budget == budget), None)
 
     def last_deployed(self, measure: str, budget: int) -> float | None:
-        """A measure of what a device of this budget deploys of the final model."""
+        """Return a measure of the final model as devices of this budget deploy it."""
         deployed = self.at(budget)
         value = deployed.value(measure) if deployed else None
         return value if value is not None and math.isfinite(value) else None
 
     def spent(self, devices: Devices) -> list[Spent]:
-        """By round, from 0 to the last."""
+        """Return the cost after each round, from round 0 to the last."""
         of_round: dict[int, list[ClientWork]] = defaultdict(list)
         for cost in self.clients:
             of_round[cost.round].append(cost)
@@ -270,7 +270,7 @@ def _client_work(cell: Cell, run: Run) -> Iterator[ClientWork]:
 
 
 def _deployed(cell: Cell, run: Run, full: int) -> Iterator[Deployed]:
-    """By budget; `full`: the model's own K."""
+    """Yield what devices deploy, by budget. `full` is the model's K."""
     places = dict(zip(cell.config.afforded_experts(), cell.config.deployed(full), strict=True))
     whole = run.forward_flops_at(full, cell.config.adapter.r)
     cut = cell.config.cut_deployments(full)

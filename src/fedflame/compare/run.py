@@ -1,4 +1,4 @@
-"""Run what is missing of a grid, alone in its folder, and lay the methods side by side."""
+"""Run the missing cells of a grid, as the only process in its folder, and compare the methods."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedflame.errors import UserError
 
 @dataclass(frozen=True)
 class Compared:
-    """What running a grid gave."""
+    """The result of running a grid."""
 
     comparison: Comparison
     written: list[Path]
-    """The files of the comparison; none where no cell is finished."""
+    """The files of the comparison; empty if no cell is finished."""
 
 
 def missing_cells(grid: Grid) -> list[Cell]:
@@ -49,7 +49,7 @@ def run_grid(grid: Grid, workers: int, progress: Progress) -> Compared:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two at work on the same cells would spoil them; the lock ends with the process."""
+    """Hold the folder's lock within the block: two processes would spoil each other's cells."""
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     with (folder / "cells" / ".lock").open("w") as lock:
         try:
@@ -67,6 +67,6 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_data(grid: Grid) -> None:
-    """One line instead of one per cell; what is finished needs no data."""
+    """Check the data files of unfinished cells before the run: a missing file then gives only one error."""
     for name in dict.fromkeys(cell.config.data.dataset_name for cell in missing_cells(grid)):
         refuse_missing_file(name)

@@ -18,17 +18,17 @@ START = "before training"
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a table; its mood is a class of style.css: `better`, `worse`, `after` or none."""
+    """One cell of a table. Its mood is a class of style.css: `better`, `worse`, `after` or none."""
 
     text: str
     mood: str = ""
     detail: str = ""
-    """What follows the text, below it where there is room."""
+    """Shown after the text, or below it on the page."""
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Headers, and rows that begin with their name."""
+    """A table with a title, headers, and rows that start with their name."""
 
     title: str
     headers: list[str]
@@ -37,12 +37,12 @@ class ResultTable:
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is shown."""
+    """A measure, and how it is shown."""
 
     name: str
     label: str
     rising: bool
-    """More is better."""
+    """Whether a larger value is better."""
 
     def show(self, value: float) -> str:
         return f"{100 * value:.1f}" if self.name == "exact_match" else decimal(value, DIGITS)
@@ -52,7 +52,7 @@ class Measure:
 
 
 def measures(comparison: Comparison, setting: Setting) -> list[Measure]:
-    """Loss, and the score by generation where there is one."""
+    """Return the measures of a setting: loss, and the score by generation if there is one."""
     found = [Measure("loss", "Response loss", rising=False)]
     if score := comparison.score(setting):
         unit = " (%)" if score == "exact_match" else ""
@@ -61,12 +61,12 @@ def measures(comparison: Comparison, setting: Setting) -> list[Measure]:
 
 
 def setting_name(setting: Setting) -> str:
-    """`data.alpha = 0.5, data.partition = dirichlet`; empty where the seed is the only axis."""
+    """Format as `data.alpha = 0.5, data.partition = dirichlet`; empty if the seed is the only axis."""
     return ", ".join(f"{key} = {value}" for key, value in setting)
 
 
 def setting_tables(comparison: Comparison, setting: Setting) -> Iterator[ResultTable]:
-    """The tables of one setting but `device_table`, which is long."""
+    """Yield the tables of one setting, except `device_table`, which is long."""
     for measure in measures(comparison, setting):
         yield summary_table(comparison, setting, measure)
         if len(comparison.methods(setting)) > 1:
@@ -76,7 +76,7 @@ def setting_tables(comparison: Comparison, setting: Setting) -> Iterator[ResultT
 
 
 def summary_table(comparison: Comparison, setting: Setting, measure: Measure) -> ResultTable:
-    """Mean and spread of the final model at each k, by method; the best mean of a column stands out."""
+    """Show mean and deviation of the final model at each k, by method; mark the best mean of a column."""
     tiers, methods = comparison.tiers(setting), comparison.methods(setting)
     origin = comparison.grid.baseline if comparison.grid.baseline in methods else methods[0]
     finals = {
@@ -104,7 +104,7 @@ def _best(summaries: Sequence[Summary | None], rising: bool) -> float | None:
 
 
 def _entry(summary: Summary | None, measure: Measure, mood: str = "", seeds: int = 0) -> Entry:
-    """`seeds`: those that are finished; where some have no finite value, the entry says of how many it is."""
+    """Format a summary. If not all of the `seeds` finished seeds have a finite value, say how many have."""
     if summary is None:
         return Entry(MISSING)
     spread = "" if summary.deviation is None else f" ± {measure.show(summary.deviation)}"
@@ -117,7 +117,7 @@ def _range(counts: Sequence[int]) -> str:
 
 
 def difference_table(comparison: Comparison, setting: Setting, measure: Measure) -> ResultTable:
-    """Each method minus the baseline at each k, seed by seed: mean, interval and what it says."""
+    """Show the paired difference to the baseline at each k: mean, verdict and interval."""
     tiers = comparison.tiers(setting)
     rows = _differences(comparison, setting, measure, tiers, CellResult.last)
     return ResultTable(_difference_title(comparison, measure), ["method", *map(tier_label, tiers)], rows)
@@ -141,7 +141,7 @@ def _differences(
 
 
 def deployment_tables(comparison: Comparison, setting: Setting, measure: Measure) -> Iterator[ResultTable]:
-    """What each device deploys: mean and spread with its k, rank and forward cost; then the differences."""
+    """Yield two tables of what devices deploy: results with k, rank and forward cost; paired differences."""
     budgets, methods = comparison.budgets(setting), comparison.methods(setting)
     if not budgets:
         return
@@ -165,7 +165,7 @@ def _deployed(comparison: Comparison, setting: Setting, method: str, measure: Me
 
 
 def _difference(difference: Difference | None, measure: Measure, pairs: int) -> Entry:
-    """`pairs`: as many as there could be; the entry says of how many it is where there are fewer."""
+    """Format a difference. If it has fewer than `pairs` pairs, say how many."""
     if difference is None:
         return Entry(MISSING)
     mean, verdict = measure.show_difference(difference.mean), difference.verdict(measure.rising)
@@ -178,7 +178,7 @@ def _difference(difference: Difference | None, measure: Measure, pairs: int) -> 
 
 
 def total_table(comparison: Comparison, setting: Setting) -> ResultTable:
-    """What a whole run of each method costs all clients together."""
+    """Show the cost of a whole run of each method, for all clients together."""
     headers = ["method", "tokens", "training FLOPs", "sent up", "sent down", "simulated time", "of baseline"]
     methods = comparison.methods(setting)
     times = {method: comparison.total(setting, method).simulated_seconds for method in methods}
@@ -201,7 +201,7 @@ def total_table(comparison: Comparison, setting: Setting) -> ResultTable:
 
 
 def device_table(comparison: Comparison, setting: Setting) -> ResultTable:
-    """What a whole run costs the clients of each budget."""
+    """Show the cost of a whole run for the clients of each budget."""
     headers = ["method", "device affords", "clients", "trains", "tokens", "training FLOPs"]
     headers += ["sent up", "sent down", "busy, per client"]
     rows = []
@@ -226,7 +226,7 @@ def device_table(comparison: Comparison, setting: Setting) -> ResultTable:
 
 
 def markdown(tables: Iterable[ResultTable]) -> str:
-    """The tables one below the other."""
+    """Format tables as Markdown, one below the other."""
     return "\n\n".join(_markdown(table) for table in tables) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The values of an adapter, and the bytes of one client's round."""
+"""Count the values of an adapter, and the bytes of one client's round."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ _VALUE_BYTES: dict[UpdateDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """Values of one adapter and bytes of one client's round, file headers left out."""
+    """The numbers of values of one adapter, and the bytes of one client's round without headers."""
 
     experts: int
     attention: int
     rescalers: int
     counts: int
     matrices: int
-    """A and B of each module; gate and up of an expert are one module."""
+    """Number of matrices A and B; gate and up of an expert count as one module."""
 
     @property
     def total(self) -> int:
-        """LoRA parameters; the rescalers come on top."""
+        """Number of LoRA parameters, without rescalers."""
         return self.experts + self.attention
 
     @property
     def bytes_down(self) -> int:
-        """The whole adapter and the rescalers in fp32."""
+        """Bytes of the whole adapter and the rescalers in fp32."""
         return 4 * (self.total + self.rescalers)
 
     def bytes_up(self, update_dtype: UpdateDtype) -> int:
-        """An upper bound, since experts without a token are not sent; with the int64 counts."""
+        """Return the most bytes of an update, with int64 counts. Experts without a token are not sent."""
         scales = 4 * self.matrices if update_dtype == "int8" else 0
         return _VALUE_BYTES[update_dtype] * self.total + scales + 4 * self.rescalers + 8 * self.counts
 
@@ -41,7 +41,11 @@ class AdapterSize:
 def adapter_parameters(
     shape: ModelShape, r: int, target_modules: Collection[str], half: Trainable = "both"
 ) -> AdapterSize:
-    """Sizes of banks A1, B1, A2, B2 and of A [R,in], B [out,R] (`messages.Adapter`), or of a half of them."""
+    """Count the values of an adapter (`messages.Adapter`) of rank r, or of its half A or B.
+
+    Raises:
+        UserError: a target module is no attention projection of the model.
+    """
     targets, inner = require_targets(shape, target_modules), shape.expert_matrices - 1
     pairs = [(shape.expert_hidden_size, shape.expert_size)] * inner
     expert = _low_rank([*pairs, (shape.expert_size, shape.expert_hidden_size)], r, half)
@@ -57,5 +61,5 @@ def adapter_parameters(
 
 
 def _low_rank(projections: Sequence[tuple[int, int]], r: int, half: Trainable) -> int:
-    """Values of the LoRA on projections (in, out)."""
+    """Return the number of LoRA values on projections (in, out)."""
     return sum(r * (fan_in * (half != "B") + fan_out * (half != "A")) for fan_in, fan_out in projections)

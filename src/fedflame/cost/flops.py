@@ -1,11 +1,11 @@
-"""FLOPs of a forward and of a training step, from the model's shape alone.
+"""Count the FLOPs of a forward pass and of a training step from the model's shape alone.
 
-A multiply-add is 2 FLOPs. Matrix products are counted; element-wise work (norms, softmax, activation,
-rotation, rescaler) and recomputation (gradient checkpointing) are not. Attention scores are whole [S,S]
-products, no causal half and no sliding window: `torch.utils.flop_counter` counts them so, too.
+A multiply-add is 2 FLOPs. We count matrix products. We do not count element-wise operations (norms, softmax,
+activation, rotation, rescaler) or the recomputation of gradient checkpointing. Attention scores are full
+[S,S] products, without the causal half or a sliding window, as `torch.utils.flop_counter` counts them.
 
-Shape legend: H hidden size, I expert width, E experts per layer, k active experts, R LoRA rank,
-S sequence length, L MoE layers.
+Shapes: H hidden size, I expert width, E experts per layer, k active experts, R LoRA rank, S sequence length,
+L MoE layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedflame.cost.model_shape import ModelShape, Projection, require_targets
 
 @dataclass(frozen=True)
 class FlopTerms:
-    """FLOPs per token, term by term."""
+    """FLOPs per token, by term."""
 
     attention_projections: float = 0.0
     attention_scores: float = 0.0
@@ -44,10 +44,19 @@ def forward_flops_per_token(
     labelled_share: float = 1.0,
     head: bool = True,
 ) -> FlopTerms:
-    """FLOPs of one forward pass per token of a sequence of S tokens.
+    """Return the FLOPs of one forward pass per token.
 
-    r is the rank of the expert LoRA and of the attention LoRA on `target_modules`; 0 for the base model.
-    The head runs at labelled positions only: `labelled_share` of the tokens.
+    Args:
+        shape: the sizes of the model.
+        active_experts: k, experts per token.
+        r: rank of the expert LoRA and of the attention LoRA on `target_modules`; 0 means the base model.
+        target_modules: attention projections with LoRA.
+        sequence_length: S, tokens per sequence.
+        labelled_share: share of the tokens that have a label; the head is applied only to these.
+        head: whether to count the head.
+
+    Raises:
+        UserError: a target module is no attention projection of the model.
     """
     targets = require_targets(shape, target_modules)
     layers = [
@@ -65,13 +74,20 @@ def training_flops_per_token(
     sequence_length: int,
     labelled_share: float = 1.0,
 ) -> FlopTerms:
-    """FLOPs of forward and backward per token, with base and routers frozen.
+    """Return the FLOPs of forward and backward per token, with frozen base and routers.
 
-    Backward is what autograd must do and no more: a frozen matrix gives its input gradient (as much as
-    its forward), a LoRA pair also its weight gradients (twice its forward in all), the two score products
-    a gradient to each of q, k, v and the softmax (twice their forward). Nothing flows to the embeddings:
-    what reads the input of the first trained layer gives no input gradient, and a frozen branch below
-    the lowest LoRA has no backward at all. The optimizer is not counted.
+    The arguments are those of `forward_flops_per_token`. The backward counts only what autograd must compute:
+
+    - A frozen matrix gives the gradient of its input, which costs as much as its forward.
+    - A LoRA pair also gives its weight gradients; in all this costs twice its forward.
+    - The two score products give gradients of q, k, v and the softmax, which costs twice their forward.
+    - No gradient flows to the embeddings. Modules that read the input of the first trained layer give no
+      input gradient, and a frozen branch below the lowest LoRA has no backward.
+
+    The optimizer is not counted.
+
+    Raises:
+        UserError: a target module is no attention projection of the model.
     """
     targets = require_targets(shape, target_modules)
     terms = [
@@ -124,7 +140,7 @@ def _layer_forward(
 def _attention_backward(
     shape: ModelShape, r: int, targets: frozenset[str], sequence_length: int, flows: bool
 ) -> FlopTerms:
-    """`flows`: the layer's input needs a gradient. Only q, k or v that carry one pass it on."""
+    """Count the backward of attention. `flows`: the layer's input needs a gradient, through q, k and v."""
     projections = lora = 0
     live = set("qkv") if flows else set()
     for p in shape.attention:
@@ -132,7 +148,7 @@ def _attention_backward(
         if input_needs_gradient:
             projections += 2 * p.fan_in * p.fan_out
         if p.name in targets:
-            # Both weight gradients, the gradient between B and A, and that of A's input if it is needed.
+            # Two weight gradients, the gradient between B and A, and that of A's input if it is needed.
             lora += _lora(p, r) + 2 * r * p.fan_out + 2 * r * p.fan_in * input_needs_gradient
             if p is not shape.attention[-1]:
                 live |= set(p.path)
@@ -143,7 +159,7 @@ def _attention_backward(
 
 
 def _mlp_backward(shape: ModelShape, k: int, r: int, sparse: bool, flows: bool) -> FlopTerms:
-    """`flows`: the MLP's input needs a gradient; without it only the experts' insides have a backward."""
+    """Count the backward of the MLP. `flows`: its input needs a gradient; else only the experts have one."""
     h, lora = shape.hidden_size, _expert_lora(shape, r)
     if not sparse:
         return FlopTerms(dense_layers=6 * h * shape.dense_size * flows)
@@ -152,7 +168,7 @@ def _mlp_backward(shape: ModelShape, k: int, r: int, sparse: bool, flows: bool) 
     return FlopTerms(
         router=2 * h * shape.num_experts * flows,
         experts=k * (matrix + first * matrix * flows),
-        # Weight gradients, then input gradients; those of A1, gate and up, reach the MLP's input.
+        # Weight gradients, then input gradients; those of A1 (gate and up) are gradients of the MLP's input.
         expert_lora=k * (lora + lora - 2 * first * r * width * (not flows)),
         shared_experts=(6 * h * shape.shared_size + 2 * h * shape.shared_gate) * flows,
     )

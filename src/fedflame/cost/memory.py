@@ -1,4 +1,4 @@
-"""The memory that one client needs for training."""
+"""Estimate the memory that one client needs for training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedflame.config.words import Checkpointed, Dtype
 from fedflame.cost.adapter_size import adapter_parameters
 from fedflame.cost.model_shape import ModelShape, base_parameters
 
-# What backward needs of norms, attention and its LoRA, in bytes per token, layer and unit of H. Measured
+# Bytes that norms, attention and its LoRA keep for the backward, per token, layer and unit of H. Measured
 # with saved-tensor hooks on OLMoE with sdpa: 40.6 in fp32, 42.6 in bf16 (where norms keep fp32 copies).
 _SAVED_BYTES_PER_WIDTH = 43
 
@@ -30,7 +30,7 @@ class MemoryEstimate:
 
 
 def base_bytes(shape: ModelShape, dtype: Dtype) -> int:
-    """Bytes of the frozen base in this dtype."""
+    """Return the bytes of the frozen base in this dtype."""
     return (4 if dtype == "float32" else 2) * base_parameters(shape)
 
 
@@ -44,13 +44,21 @@ def training_memory(
     labelled_share: float = 1.0,
     gradient_checkpointing: Checkpointed = "none",
 ) -> MemoryEstimate:
-    """Base in `dtype`; adapter, gradients and AdamW's two moments in fp32; an estimate of activations.
+    """Estimate the peak memory of a training step: base in `dtype`, adapter, gradients and moments in fp32.
 
-    Activations: the measured share of norms and attention, then per expert choice what the expert function
-    keeps (gate and up before the activation unless `experts` are checkpointed, three rank-R products),
-    shared and dense MLPs likewise; of checkpointed `layers` the input, and all that for the largest of
-    them; one layer's transient rows, and the logits in `dtype`, in fp32 and as fp32 gradient. It guides the
-    choice of tokens_per_step; it is no bound.
+    The estimate of the activations is the sum of these parts:
+
+    - a measured value for norms and attention,
+    - for each active expert, gate and up before the activation (not if `experts` are checkpointed) and three
+      rank-R products; shared and dense MLPs alike,
+    - temporary rows of one layer,
+    - the logits in `dtype`, in fp32, and their fp32 gradient.
+
+    If `layers` are checkpointed, each layer keeps only its input, and one layer, the largest, also the first
+    two parts. The estimate helps to choose tokens_per_step. It is not a bound.
+
+    Raises:
+        UserError: a target module is no attention projection of the model.
     """
     size = 4 if dtype == "float32" else 2
     adapter = 4 * adapter_parameters(shape, r, target_modules).total

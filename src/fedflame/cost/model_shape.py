@@ -1,4 +1,4 @@
-"""The sizes of a sparse-mixture-of-experts model that decide its cost, read from its config.json alone.
+"""Read the sizes that decide the cost of a sparse-mixture-of-experts model from its config.json.
 
 Neither torch nor transformers is imported, so that `fedflame plan` answers at once.
 """
@@ -24,7 +24,7 @@ _LATENT_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 @dataclass(frozen=True)
 class Projection:
-    """One attention matrix [fan_out, fan_in]; `path` spells which of q, k and v pass through it."""
+    """One attention matrix [fan_out, fan_in]. `path` has the letters of q, k and v that pass through it."""
 
     name: str
     fan_in: int
@@ -34,7 +34,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes in units of values; one attention and one expert shape for all layers."""
+    """The sizes of a model, in values. All layers have the same attention and the same experts."""
 
     model_type: str
     vocab_size: int
@@ -45,35 +45,37 @@ class ModelShape:
     attention: tuple[Projection, ...]
     """In forward order, the output projection last."""
     attention_vectors: int
-    """Norm weights and biases inside one attention, in parameters."""
+    """Number of norm weights and biases in one attention."""
     sparse_layers: tuple[bool, ...]
-    """Per layer: experts (True) or a dense MLP (False)."""
+    """For each layer: experts (True) or a dense MLP (False)."""
     num_experts: int
     num_experts_per_tok: int
     expert_size: int
     """Inner width of one expert (I)."""
     expert_hidden_size: int
-    """Width of what the experts read and write; below hidden_size where projections surround them."""
+    """Width of the experts' input and output; below hidden_size where projections surround the experts."""
     expert_matrices: int
     """Matrices of one expert: gate, up and down, or up and down."""
     shared_size: int
-    """Inner width of a layer's shared experts together; 0 for none."""
+    """Inner width of all shared experts of a layer together; 0 if there are none."""
     shared_gate: bool
     """Whether a [1,H] gate scales the shared expert (qwen2_moe)."""
     dense_size: int
-    """Inner width of a dense layer's MLP; 0 where no layer is dense."""
+    """Inner width of a dense layer's MLP; 0 if no layer is dense."""
     tie_word_embeddings: bool
 
     @property
     def moe_layers(self) -> int:
-        """Layers with experts (L)."""
+        """Number of layers with experts (L)."""
         return sum(self.sparse_layers)
 
 
 def read_model_shape(path: Path) -> ModelShape:
-    """The shape of a model folder in Hugging Face layout, or of a config.json file; reads no weights.
+    """Read the shape of a model from a folder in Hugging Face layout or from a config.json file.
 
-    Raises UserError where there is no such file, no JSON, a dense model or a missing key.
+    Raises:
+        UserError: there is no such file, it is not JSON, the model is dense or of a refused family, or a key
+            is missing or wrong.
     """
     config = _read_config(path)
     refused = refusal(config.get("model_type", ""))
@@ -88,7 +90,7 @@ def read_model_shape(path: Path) -> ModelShape:
     sparse = _sparse_layers(config)
     if not any(sparse):
         raise UserError(
-            f"model {path}: no sparse mixture of experts: mlp_only_layers and the like leave none"
+            f"model {path}: no sparse mixture of experts: by its config.json all layers are dense"
         )
     if not all(sparse):
         _require(path, config, ("intermediate_size",))
@@ -118,11 +120,12 @@ def read_model_shape(path: Path) -> ModelShape:
 
 
 def base_parameters(shape: ModelShape) -> int:
-    """Parameters of the frozen base model.
+    """Return the number of parameters of the frozen base model.
 
-    Exact for olmoe, mixtral, qwen2_moe, qwen3_moe and deepseek_v3. Elsewhere an estimate: every layer's
-    token mixer counts as attention, and what only that family has (norms, biases, projections around the
-    experts, an MLP beside them) is left out. The experts themselves are exact everywhere.
+    It is exact for olmoe, mixtral, qwen2_moe, qwen3_moe and deepseek_v3. For other families it is an
+    estimate: the token mixer of each layer counts as attention, and parts that only that family has (norms,
+    biases, projections around the experts, an MLP beside them) are left out. The number for the experts is
+    exact in all families.
     """
     h = shape.hidden_size
     attention = sum(p.fan_in * p.fan_out for p in shape.attention) + shape.attention_vectors
@@ -137,7 +140,7 @@ def base_parameters(shape: ModelShape) -> int:
 
 
 def require_targets(shape: ModelShape, target_modules: Collection[str]) -> frozenset[str]:
-    """The names as a set. Raises UserError for one that is no attention projection of the model."""
+    """Return the names as a set. Raises UserError if one is no attention projection of the model."""
     names = [p.name for p in shape.attention]
     for module in target_modules:
         if module not in names:
@@ -186,12 +189,12 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
 
 
 def _key(config: dict[str, Any], names: tuple[str, ...]) -> str:
-    """The one of the names that this config has; the first where it has none."""
+    """Return the first of the names that this config has a value for; the first name if there is none."""
     return next((name for name in names if config.get(name)), names[0])
 
 
 def _sparse_layers(config: dict[str, Any]) -> tuple[bool, ...]:
-    """A list of layer types, or the rules of Qwen, Ernie, DeepSeek, LFM2 and Jamba."""
+    """Return which layers are sparse, from a list of layer types or by the rules of the families."""
     if "moe" in (config.get("layers_block_type") or []):
         return tuple(kind == "moe" for kind in config["layers_block_type"])
     if config.get("mlp_layer_types"):
@@ -209,7 +212,7 @@ def _sparse_layers(config: dict[str, Any]) -> tuple[bool, ...]:
 
 
 def _attention(config: dict[str, Any]) -> tuple[tuple[Projection, ...], int, int]:
-    """Projections, and the head widths of queries and keys and of values."""
+    """Return the projections, the head width of queries and keys, and that of values."""
     if config.get("kv_lora_rank"):
         return _latent_attention(config)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -225,7 +228,7 @@ def _attention(config: dict[str, Any]) -> tuple[tuple[Projection, ...], int, int
 
 
 def _latent_attention(config: dict[str, Any]) -> tuple[tuple[Projection, ...], int, int]:
-    """DeepSeek's multi-head latent attention: queries and key-values through low-rank bottlenecks."""
+    """Return `_attention` of DeepSeek's multi-head latent attention, with its low-rank projections."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     plain, rotary, values = (config[key] for key in _LATENT_KEYS)
     q_rank, kv_rank = config.get("q_lora_rank"), config["kv_lora_rank"]

@@ -1,4 +1,4 @@
-"""Mixtures of experts of transformers that cannot be trained, by the model_type of their config."""
+"""The mixtures of experts in transformers that cannot be trained here, by model_type."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ REFUSED_FAMILIES = {
     "unlimited_ocr": _NO_CAUSAL_LM,
     "zaya": "it runs one expert per token, and tokens that skip it would be counted for expert 0",
 }
-"""Why."""
+"""model_type -> why it cannot be trained."""
 
 
 def refusal(model_type: str) -> str | None:
-    """One line with the reason; None for families that are not refused by name."""
+    """Return why a family is refused, in one line; None if it is not in the list."""
     reason = REFUSED_FAMILIES.get(model_type)
     return reason and f"{model_type} is not supported: {reason}"

@@ -1,4 +1,4 @@
-"""What a run will cost, from the configuration, the data and the model's shape; no weights."""
+"""Compute what a run will cost, from the configuration, the data and the model's shape."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from fedflame.cost.tiers import Tier, TierCost, tier_costs
 
 @dataclass(frozen=True)
 class ClientCost:
-    """What one client does in a round in which it trains with this k."""
+    """The cost of one client in a round in which it trains with this k."""
 
     client: int
     trained_experts: int
-    """The k it trains with, which the method may set apart from what it affords."""
+    """The k that it trains with; the method may choose another k than the client affords."""
     trained_rank: int
     steps: int
     tokens_per_step: int
-    """Of its largest optimizer step."""
+    """Tokens of its largest optimizer step."""
     training_flops: float
-    """Forward and backward of all steps, were each of them the largest."""
+    """FLOPs of forward and backward of all steps, if all were as large as the largest."""
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Costs per tier and client, adapter size, and the sequence they are for."""
+    """The costs per tier and per client, the adapter size, and the sequence length behind them."""
 
     clients: list[ClientCost]
-    """In client order; of a client that takes turns one for each k, largest first."""
+    """In client order. A client that trains with several k in turn has one entry per k, largest first."""
     tiers: list[TierCost]
     memory: list[MemoryEstimate]
-    """Per tier, in the order of `tiers`, at the largest optimizer step of the tier's clients."""
+    """For each of `tiers`, at the largest optimizer step of its clients."""
     adapter: AdapterSize
-    """At the run's rank."""
+    """The size of the adapter at the run's rank."""
     merged_bytes: int
-    """By so much every round makes the next one's bytes down to each client grow, at most."""
+    """Bytes by which the plan of each client grows with every round, at most."""
     sequence_length: int
     """Tokens per row."""
     labelled_share: float
-    """Share of the tokens at which the head runs."""
+    """Share of the tokens that have a label; the head is applied only to these."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as in plan.json."""
+        """Return the costs as plain values, as in plan.json."""
         tiers = [
             asdict(tier) | {"training_memory_bytes": memory.total}
             for tier, memory in zip(self.tiers, self.memory, strict=True)
@@ -73,10 +73,10 @@ def run_cost(
     sequence_length: int,
     labelled_share: float,
 ) -> RunCost:
-    """Costs of every k and rank that a client trains with, then of every other k that a client affords.
+    """Return the costs of every k and rank that clients train with, and of every other k that they afford.
 
     Raises:
-        UserError: a tier's k is 0 or above the model's own.
+        UserError: a tier's k is not between 1 and the model's K.
     """
     checkpointed = config.training.gradient_checkpointing
     targets, r, full = config.adapter.target_modules, config.adapter.r, shape.num_experts_per_tok
@@ -117,19 +117,19 @@ def run_cost(
 def training_flops(
     config: RunConfig, shape: ModelShape, k: int, rank: int, sequence_length: int, labelled_share: float
 ) -> float:
-    """FLOPs of forward and backward per token with k experts, and LoRA of this rank where the run has it."""
+    """Return the FLOPs of forward and backward per token, with k experts and LoRA of this rank."""
     targets = config.adapter.target_modules
     return training_flops_per_token(shape, k, rank, targets, sequence_length, labelled_share).total
 
 
 def local_steps(config: RunConfig, afforded: float, spent: float) -> int:
-    """A client's optimizer steps per round under `training.budget`; at least one.
+    """Return a client's optimizer steps per round under `training.budget`; at least one.
 
-    A step has the client's own number of tokens whatever it trains, so that costs per token decide. Under
-    FLAME no round costs more than the client affords: a turn with a larger k has fewer steps in any case.
+    A step always has the client's own number of tokens, so only the cost per token matters. Under FLAME a
+    round never costs more than the client affords: a round with a larger k has fewer steps under any budget.
 
     Args:
-        config: has the budget, `max_steps` and the method.
+        config: the configuration, with the budget, `max_steps` and the method.
         afforded: training FLOPs per token at the k that the client affords and the run's rank.
         spent: training FLOPs per token at the k and rank that the method gives it.
     """

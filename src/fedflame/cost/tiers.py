@@ -1,4 +1,4 @@
-"""What the clients of one tier pay: FLOPs for a token, bytes for a round."""
+"""Compute the cost of each client of a tier: FLOPs per token and bytes per round."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ class Tier:
 
 @dataclass(frozen=True)
 class TierCost:
-    """What each client of a tier pays: FLOPs per token, bytes per round."""
+    """The cost of each client of a tier: FLOPs per token and bytes per round."""
 
     active_experts: int
     rank: int
-    """Of the LoRA that is trained, down and up."""
+    """Rank of the LoRA that is received, trained and sent."""
     clients: int
     forward_flops_per_token: float
     relative_to_full: float
-    """Forward FLOPs over those at the model's own num_experts_per_tok and the run's rank."""
+    """Forward FLOPs relative to those at the model's K and the run's rank."""
     training_flops_per_token: float
     bytes_down: int
     bytes_up: int
 
 
 def require_possible(experts: Iterable[int], shape: ModelShape) -> None:
-    """Raises UserError for a number of active experts that the model cannot run."""
+    """Raise UserError if a number of active experts is not between 1 and the model's K."""
     full = shape.num_experts_per_tok
     for k in experts:
         if not 1 <= k <= full:
@@ -57,10 +57,21 @@ def tier_costs(
     halves: Sequence[Trainable] = ("both",),
     update_dtype: UpdateDtype = "float32",
 ) -> list[TierCost]:
-    """One row per tier, in the order given.
+    """Return one cost per tier, in the given order.
 
-    r is the rank of the run, which `relative_to_full` is taken to. A method trains and sends `halves` in
-    turn, as `update_dtype`: the largest of them counts. FLOPs are those of both halves.
+    Args:
+        shape: the sizes of the model.
+        tiers: k, rank and number of clients of each tier.
+        r: rank of the run, the reference of `relative_to_full`.
+        target_modules: attention projections with LoRA.
+        sequence_length: tokens per sequence.
+        labelled_share: share of the tokens that have a label.
+        halves: the halves of the adapter that the method trains and sends in turn. The larger one counts for
+            bytes; FLOPs are those of both.
+        update_dtype: the dtype of updates.
+
+    Raises:
+        UserError: a tier's k is not between 1 and the model's K, or a target module is unknown.
     """
     require_possible([tier.active_experts for tier in tiers], shape)
     setting = (target_modules, sequence_length, labelled_share)

@@ -1,4 +1,4 @@
-"""Encoded rows as padded batches of similar length."""
+"""Make padded batches of encoded rows of similar length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedflame.data.encoding import EncodedRow
 IGNORE_INDEX = -100
 """Label of positions without loss, as in torch's cross entropy."""
 BATCHES_PER_WINDOW = 8
-"""Rows are sorted by length within windows of about so many batches: little padding, still shuffled."""
+"""Rows are sorted by length in windows of about this many batches: shuffled, but with little padding."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are not padding."""
+        """The number of tokens that are not padding."""
         return int(self.attention_mask.sum())
 
 
 def collate(rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:
-    """Pad rows on the right to the longest of them."""
+    """Pad rows on the right to the length of the longest, and put them into one batch."""
     width = max(len(row.ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     attention_mask = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -48,15 +48,15 @@ def collate(rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:
 def training_batches(
     rows: Sequence[EncodedRow], batch_size: int, pad_token_id: int, seed: int, tokens_per_step: int = 0
 ) -> Iterator[Batch]:
-    """Endless batches, every row once per epoch, reshuffled by the seed; the last may be smaller.
+    """Yield batches without end. Each epoch has every row once, in a new order; batches may be smaller.
 
     Args:
-        rows: what is trained on.
+        rows: the rows to train on.
         batch_size: rows per batch.
-        pad_token_id: fills rows on the right to the longest of their batch.
-        seed: of the order.
-        tokens_per_step: if not 0, a batch has instead as many rows as fit in so many tokens, padding
-            counted, and at least one.
+        pad_token_id: pads rows on the right to the longest of their batch.
+        seed: seed of the order.
+        tokens_per_step: if not 0, a batch has as many rows as fit in this many tokens, with padding, and at
+            least one row; `batch_size` is then ignored.
     """
     rng = random.Random(seed)
     lengths = [len(row.ids) for row in rows]
@@ -78,7 +78,7 @@ def training_batches(
 
 
 def _cut(alike: Sequence[int], lengths: Sequence[int], capacity: Callable[[float], int]) -> list[list[int]]:
-    """Row indices of rising length into batches, each with at most the capacity at its longest row."""
+    """Cut row indices of ascending length into batches; the longest row sets the capacity of its batch."""
     batches: list[list[int]] = [[]]
     for index in alike:
         if len(batches[-1]) >= capacity(lengths[index]):

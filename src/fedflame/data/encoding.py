@@ -1,4 +1,4 @@
-"""The prompt template, and rows as token ids whose labels are the response alone. No torch."""
+"""The prompt template, and rows as token ids, of which only the response has labels. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESPONSE_MARKER = "\nResponse:"
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of prompt and response; the loss starts at `prompt_length`, in tokens."""
+    """Token ids of prompt and response. The first `prompt_length` tokens have no loss."""
 
     ids: list[int]
     prompt_length: int
@@ -25,7 +25,7 @@ class EncodedRow:
 
 
 def format_prompt(row: Instruction) -> str:
-    """The prompt without the response marker; the response follows `RESPONSE_MARKER` and a space."""
+    """Return the prompt without `RESPONSE_MARKER`; marker, space and response follow it."""
     context = f"\nInput: {row.context}" if row.context else ""
     return f"Instruction: {row.instruction}{context}"
 
@@ -35,8 +35,11 @@ def encode_rows(
 ) -> list[EncodedRow]:
     """Tokenise rows into at most `max_length` tokens each.
 
-    A row that is too long loses the end of its response beyond half of `max_length`, then the end of
-    its prompt (the context comes last there); the marker always stays.
+    If a row is too long, the end of its response is cut first, down to half of `max_length`. Then the end
+    of the prompt is cut, where the context is. The marker always stays.
+
+    Raises:
+        UserError: the tokenizer has no eos_token.
     """
     if not rows:
         return []
@@ -63,13 +66,13 @@ def encode(row: Instruction, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 
 def encode_prompt(row: Instruction, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-    """The prompt with its marker, as generation starts from it; cut to `max_length`, the marker stays."""
+    """Return prompt and marker, from which generation starts. The prompt is cut to fit `max_length`."""
     prompt, marker = _ids(tokenizer, [format_prompt(row), RESPONSE_MARKER])
     return prompt[: max(0, max_length - len(marker))] + marker
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding id; models without one are padded by their end token, which the mask hides."""
+    """Return the padding id, or the end token if there is none; the attention mask hides it."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _end_token(tokenizer)
 
 

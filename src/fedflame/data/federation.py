@@ -1,4 +1,4 @@
-"""From the data configuration to clients: load, hold out, partition, tokenise. No torch."""
+"""Turn the data configuration into clients: load, hold out, partition, tokenise. Needs no torch."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SKILLS_ROWS = 12000
-"""Rows of generated skills where `data.max_rows` says nothing."""
+"""Number of generated rows of skills if `data.max_rows` is 0."""
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Every client's rows, the held-out rows, and what was skipped on the way."""
+    """The rows of every client, the held-out rows, and the rows that were skipped."""
 
     training: list[Instruction]
     parts: list[list[int]]
-    """Indices into `training` per client."""
+    """For each client, the indices of its rows in `training`."""
     held_out: list[Instruction]
-    """Of `evaluation.split`; the training rows are the same for either."""
+    """The rows of `evaluation.split`. The training rows are the same for both splits."""
     skipped: list[SkippedRow]
 
     @property
     def digest(self) -> str:
-        """A hash of every row, training before held-out."""
+        """A hash of all rows, training before held-out."""
         rows = [astuple(row) for row in [*self.training, *self.held_out]]
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
     @property
     def categories(self) -> list[str]:
-        """The labels of the training rows."""
+        """The categories of the training rows, sorted."""
         return sorted({row.category for row in self.training})
 
 
 @dataclass(frozen=True)
 class EncodedFederation:
-    """The federation in tokens."""
+    """The rows of the federation as tokens."""
 
     clients: list[list[EncodedRow]]
     held_out: list[EncodedRow]
 
     @property
     def truncated(self) -> int:
-        """Rows, training and held-out, that were longer than `data.max_length`."""
+        """Number of rows, training and held-out, that were longer than `data.max_length`."""
         return sum(row.truncated for rows in [*self.clients, self.held_out] for row in rows)
 
     @property
@@ -76,22 +76,22 @@ class EncodedFederation:
 
     @property
     def labelled_share(self) -> float:
-        """Share of the training tokens that carry a label, where the head runs."""
+        """Share of the training tokens that have a label; only there is the output embedding applied."""
         rows = [row for client in self.clients for row in client]
         labelled = sum(len(row.ids) - row.prompt_length for row in rows)
         return labelled / sum(len(row.ids) for row in rows)
 
 
 def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federation:
-    """Rows split over the clients as configured; the same configuration gives the same split.
+    """Load the rows and split them over the clients; the same configuration gives the same split.
 
     Args:
-        config: names the data, what is held out of them, and the partition.
-        given: rows that stand for those of `data.dataset_name`; those that come by client need no partition.
+        config: names the data, the held-out rows and the partition.
+        given: rows that replace those of `data.dataset_name`. Rows given per client are not partitioned.
 
     Raises:
-        UserError: see `read_instructions`, `validation_rows` and `partition`; or no rows to hold out, or none
-            that are left for a client.
+        UserError: the data cannot be read or partitioned (see `read_instructions` and `partition`), there are
+            too few rows to hold some out, or a client has no rows left.
     """
     if given is not None and given.per_client:
         return _of_clients(config, given)
@@ -104,7 +104,7 @@ def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federa
 
 
 _Rows = tuple[list[Instruction], list[Instruction], list[SkippedRow]]
-"""To train on, held out, and skipped."""
+"""Training rows, held-out rows, skipped rows."""
 
 
 def _generated(config: RunConfig, _: GivenRows | None) -> _Rows:
@@ -126,7 +126,7 @@ def _loaded(config: RunConfig, given: GivenRows | None) -> _Rows:
 
 
 def _of_clients(config: RunConfig, given: GivenRows) -> Federation:
-    """Held out of all clients' rows together; each client keeps what is left of its own."""
+    """Hold rows out of all clients' rows together; each client keeps the rest of its own rows."""
     loaded = [read_instructions(source, _columns(config.data)) for source in given.sources]
     owners = {id(row): client for client, of in enumerate(loaded) for row in of.rows}
     training, held_out = _held_out(config, [row for of in loaded for row in of.rows])
@@ -145,7 +145,7 @@ def _columns(data: DataConfig) -> dict[str, str]:
 
 
 def _held_out(config: RunConfig, rows: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
-    """Those to train on, and those of `evaluation.split`; the same objects."""
+    """Return training rows and rows of `evaluation.split`; they are the objects in `rows`, not copies."""
     data, seed = config.data, config.seed
     sample = sample_rows(rows, data.max_rows, seed)
     training, test = split_held_out(sample, config.evaluation.rows_per_category, seed)
@@ -176,7 +176,7 @@ def encode_federation(
 
 
 def describe(federation: Federation, tiers: Sequence[int]) -> list[dict[str, Any]]:
-    """Per client: its k, its rows and its rows per category."""
+    """Return for each client its k, its number of rows and its rows per category."""
     labels = [row.category for row in federation.training]
     statistics = partition_statistics(labels, federation.parts)
     return [

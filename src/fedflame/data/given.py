@@ -1,4 +1,4 @@
-"""Rows that a program hands over instead of a file: one collection, or one for each client."""
+"""Rows that a program passes in instead of a file: one collection, or one for each client."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _ALLOWED = "a datasets.Dataset, a list of dicts, or a list with one of these for
 
 @dataclass(frozen=True)
 class GivenRows:
-    """The rows as sources, which are read as a file's rows are."""
+    """Rows as sources, which are read like those of files."""
 
     sources: tuple[Source, ...]
     per_client: bool
-    """Whether each source is the rows of one client, in client order; otherwise there is one source."""
+    """Whether each source holds the rows of one client, in client order. If not, there is one source."""
 
 
 def given_rows(data: Any) -> GivenRows:
-    """The rows as sources.
+    """Turn rows that a program passes in into sources.
 
     Args:
         data: a `datasets.Dataset`, a list of dicts, or a list with one of these for each client.
 
     Raises:
-        UserError: it is none of these, or holds nothing.
+        UserError: `data` is none of these, or is empty.
     """
     if _is_table(data) or _is_list_of_dicts(data):
         return GivenRows((_source("data", data),), per_client=False)
@@ -46,7 +46,7 @@ def given_rows(data: Any) -> GivenRows:
 
 
 def _is_table(data: Any) -> bool:
-    """A `datasets.Dataset`, which is not imported for this."""
+    """Return whether this is a `datasets.Dataset`, without importing `datasets`."""
     return hasattr(data, "column_names") and isinstance(data, Iterable)
 
 

@@ -1,7 +1,7 @@
-"""Instruction rows: from the columns of a source to one typed form, sampled and held out.
+"""Read instruction rows from a source into one typed form, sample them, and hold some out.
 
-A row that cannot be used is skipped and recorded with its place and reason; only a source that
-cannot be read at all, or holds no usable row, ends in a UserError.
+A row that cannot be used is skipped and recorded with its place and the reason. A UserError is raised only if
+the source cannot be read at all or has no usable row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Instruction:
-    """One task and its answer; `context` may be empty, `category` is the label for partitions."""
+    """One task and its answer. `context` may be empty; `category` is the label for partitions."""
 
     instruction: str
     context: str
@@ -44,7 +44,7 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class LoadedInstructions:
-    """The usable rows of a source in their order, and the rows that were left out."""
+    """The usable rows of a source in their order, and the skipped rows."""
 
     rows: list[Instruction]
     skipped: list[SkippedRow]
@@ -67,16 +67,17 @@ def load_instructions(
     response_field: str = "",
     category_field: str = "",
 ) -> LoadedInstructions:
-    """Instruction rows of a local file or of a data set on the Hugging Face hub.
+    """Load the instruction rows of a local file or of a data set on the Hugging Face hub.
 
     Args:
         dataset_name: a file or a hub id; see `open_source`.
         split: split of a hub data set.
         dataset_config_name: configuration of a hub data set that has several; empty for its default.
-        instruction_field: column of the instruction; empty to recognise `LAYOUTS`.
-        context_field: likewise of the context, which a row may lack.
-        response_field: likewise of the response.
-        category_field: column of the category; empty takes `category`, or `"all"` without one.
+        instruction_field: column of the instruction; if empty, the names in `LAYOUTS` are recognised.
+        context_field: column of the context, which a row may lack; recognised if empty.
+        response_field: column of the response; recognised if empty.
+        category_field: column of the category. If empty, the column `category` is used; without one, all rows
+            have the category "all".
 
     Raises:
         UserError: the source cannot be read, its columns are not known, or no row is usable.
@@ -91,12 +92,12 @@ def load_instructions(
 
 
 def read_instructions(source: Source, columns: Mapping[str, str]) -> LoadedInstructions:
-    """The instruction rows of a source.
+    """Read the instruction rows of a source.
 
     Args:
-        source: where the rows are.
-        columns: the user's name for the column of each role (instruction, context, response, category); an
-            empty name is recognised.
+        source: the source of the rows.
+        columns: role (instruction, context, response, category) -> the user's name of its column. A column
+            with an empty name is recognised by the names in `LAYOUTS`.
 
     Raises:
         UserError: the source cannot be read, its columns are not known, or no row is usable.
@@ -116,7 +117,7 @@ def read_instructions(source: Source, columns: Mapping[str, str]) -> LoadedInstr
 
 
 def sample_rows(rows: Sequence[Instruction], max_rows: int, seed: int) -> list[Instruction]:
-    """A seeded sample of at most `max_rows` rows in their order; 0 takes all."""
+    """Draw a seeded sample of at most `max_rows` rows, in their order; 0 means all rows."""
     if max_rows == 0 or max_rows >= len(rows):
         return list(rows)
     chosen = random.Random(f"fedflame-sample-{seed}").sample(range(len(rows)), max_rows)
@@ -126,12 +127,12 @@ def sample_rows(rows: Sequence[Instruction], max_rows: int, seed: int) -> list[I
 def split_held_out(
     rows: Sequence[Instruction], rows_per_category: int, seed: int
 ) -> tuple[list[Instruction], list[Instruction]]:
-    """Rows to train on and rows to evaluate on, both in their order.
+    """Split rows into training rows and held-out rows, both in their order.
 
-    Of each category up to `rows_per_category` rows are held out, but no more than a fifth of them,
-    and one of two to nine rows. Copies of a row (same instruction, context and response, whatever
-    the category) stay on one side; so a category in which every row has more copies than may be
-    held out has none.
+    Up to `rows_per_category` rows of each category are held out, but at most a fifth of its rows; of two to
+    nine rows, one is held out. Copies of a row (same instruction, context and response, in any category) stay
+    on the same side. So no row of a category is held out if each of its rows has more copies than may be held
+    out.
     """
     room = {
         category: min(rows_per_category, max(count // 5, 1 if count >= 2 else 0))
@@ -156,10 +157,10 @@ def split_held_out(
 def validation_rows(
     rows: Sequence[Instruction], sample: Sequence[Instruction], test: Sequence[Instruction], seed: int
 ) -> list[Instruction]:
-    """Rows to tune on, in their order: of each category as many as `test` has, or all there are.
+    """Draw validation rows, in their order: of each category as many as `test` has, or all there are.
 
-    They are drawn from those of `rows` that are not in `sample`, which holds the training and test rows,
-    and are no copies of a row there either.
+    They are drawn from the rows that are neither in `sample`, which holds the training and test rows, nor
+    copies of a row in it.
     """
     sampled = {_content(row) for row in sample}
     free = [index for index, row in enumerate(rows) if _content(row) not in sampled]
@@ -173,7 +174,7 @@ def validation_rows(
 
 
 def _content(row: Instruction) -> _Content:
-    """What makes two rows copies of each other, whatever their category."""
+    """Return what two copies of a row have in common; their categories may differ."""
     return (row.instruction, row.context, row.response)
 
 
@@ -213,9 +214,9 @@ def _text(fields: dict[str, object], column: str) -> str:
 
 
 def _resolve_columns(source: Source, given: Mapping[str, str]) -> dict[str, str]:
-    """The column of each role, those named by the user first; context and category may have none."""
+    """Return role -> column; names given by the user come first. Context and category may have no column."""
     chosen = {role: column for role, column in given.items() if column}
-    if not source.columns:  # nothing to match: the rows, if there are any, tell what is wrong
+    if not source.columns:  # nothing to match; reading the rows then tells what is wrong
         return LAYOUTS[0] | chosen
     for role, column in chosen.items():
         if column not in source.columns:
@@ -235,7 +236,7 @@ def _resolve_columns(source: Source, given: Mapping[str, str]) -> dict[str, str]
 
 
 def _recognised(source: Source, free: Sequence[str], chosen: dict[str, str]) -> dict[str, str]:
-    """The first layout that has the columns still wanted, one with its context column if any."""
+    """Return the first layout whose columns for the open roles exist, if possible with its context column."""
     wanted = [role for role in ("instruction", "response") if role not in chosen]
     layouts = [layout for layout in LAYOUTS if all(layout[role] in free for role in wanted)]
     if not layouts:

@@ -1,7 +1,7 @@
-"""Partitions of the rows over the clients: IID, Dirichlet over labels, and by label.
+"""Partition the rows over the clients: IID, Dirichlet over labels, or by label.
 
-Dirichlet label skew as in Hsu, Qi, Brown (arXiv 1909.06335), drawn per label over the clients.
-Every kind gives each row to exactly one client and leaves no client empty.
+The Dirichlet label skew follows Hsu, Qi, Brown (arXiv 1909.06335); we draw the proportions of the clients for
+each label. Every kind gives each row to exactly one client, and every client at least one row.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _Counts = NDArray[np.int64]
 def partition(
     labels: Sequence[str], num_clients: int, kind: PartitionKind, alpha: float, seed: int
 ) -> list[list[int]]:
-    """Row indices per client, ascending; each row belongs to exactly one client.
+    """Return the row indices of each client, ascending; each row belongs to exactly one client.
 
-    How many rows of a label a client gets depends on the seed, the label counts and the sorting
-    order of the labels, not on the order of the rows. A client left without a row takes one of the
-    largest client's rows, of the label that one has most of.
+    How many rows of a label a client gets depends on the seed, the label counts and the sorted labels, but
+    not on the order of the rows. A client without a row gets one row from the largest client, of that
+    client's most frequent label.
 
     Args:
         labels: the label of every row.
-        num_clients: how many parts to make.
-        kind: `iid`: sizes differ by at most one; `dirichlet`: each label is split over the clients
-            in proportions drawn from Dirichlet(alpha); `by_label`: the sorted labels are dealt to
-            the clients in turn, and with more clients than labels those of one label share its rows.
+        num_clients: the number of parts.
+        kind: `iid`: the sizes differ by at most one. `dirichlet`: each label is split over the clients in
+            proportions drawn from Dirichlet(alpha). `by_label`: the sorted labels are dealt to the clients in
+            turn; with more clients than labels, clients with the same label share its rows.
         alpha: concentration of the Dirichlet distribution; other kinds ignore it.
-        seed: of every draw.
+        seed: seed of all draws.
 
     Raises:
-        UserError: more clients than rows, or an alpha the distribution is not defined for.
+        UserError: there are more clients than rows, or alpha is not a finite number above 0.
     """
     if num_clients > len(labels):
         raise UserError(
@@ -62,7 +62,7 @@ def partition(
 
 
 def partition_statistics(labels: Sequence[str], parts: Sequence[Sequence[int]]) -> list[dict[str, int]]:
-    """Rows per label for every client; every label is listed, in sorted order, also with 0 rows."""
+    """Return for each client label -> number of rows, with all labels in sorted order, even those with 0."""
     names = sorted(set(labels))
     tallies = [Counter(labels[row] for row in part) for part in parts]
     return [{name: tally[name] for name in names} for tally in tallies]
@@ -71,7 +71,7 @@ def partition_statistics(labels: Sequence[str], parts: Sequence[Sequence[int]]) 
 def _dirichlet_counts(
     sizes: Sequence[int], num_clients: int, alpha: float, rng: np.random.Generator
 ) -> _Counts:
-    """Rows of each label (one matrix row) for each client (one column)."""
+    """Return the number of rows [labels, clients]."""
     if not (np.isfinite(alpha) and alpha > 0):
         raise UserError(f"data.alpha = {alpha}: must be a finite number above 0")
     concentration = np.full(num_clients, alpha)
@@ -79,7 +79,7 @@ def _dirichlet_counts(
 
 
 def _shares(size: int, proportions: NDArray[np.float64]) -> _Counts:
-    """`size` split in whole numbers by the method of the largest remainder."""
+    """Split `size` into whole numbers by the largest remainder method."""
     exact = size * proportions
     counts = np.floor(exact).astype(np.int64)
     left = size - int(counts.sum())
@@ -97,7 +97,7 @@ def _by_label_counts(sizes: Sequence[int], num_clients: int) -> _Counts:
 
 
 def _fill_empty_clients(counts: _Counts) -> None:
-    """Moves single rows, in place; with no fewer rows than clients the largest has two or more."""
+    """Give each empty client a row of the largest, in place. There are at least as many rows as clients."""
     for client in np.flatnonzero(counts.sum(axis=0) == 0):
         largest = counts.sum(axis=0).argmax()
         label = counts[:, largest].argmax()

@@ -1,9 +1,9 @@
 """Skills: a seeded generator of short English instruction tasks with exact answers.
 
-Ten categories, each of two or more kinds of problem. A `Problem` is the content (kind, facts,
-answer); a template turns it into an instruction. Train and held-out rows are told apart by a hash
-of the content, so a held-out problem never occurs among the training rows in any wording. Validation
-rows are held-out problems that the test rows of the same seed leave over.
+There are ten categories, each with two or more kinds of problems. A `Problem` is the content (kind, facts,
+answer); a template turns it into an instruction. A hash of the content decides whether a problem is held out,
+so a held-out problem never occurs among the training rows, in whatever wording. Validation rows are held-out
+problems that the test rows of the same seed do not use.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ CONVERSIONS = {
 
 COMMUTATIVE = frozenset({"add", "multiply", "larger", "smaller"})
 ATTEMPTS = 10_000
-"""Draws after which no problem of a category is taken to be left: the rarest is one in a few hundred."""
+"""Draws after which we assume that no problem of a category is left; the rarest is one in a few hundred."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The content of one task: what it is about, and the one right answer."""
+    """The content of one task, with its only right answer."""
 
     category: str
     kind: str
@@ -99,21 +99,20 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Whether the problem belongs to the held-out eighth of all problems."""
+        """Whether the problem is held out; one problem in eight is."""
         content = "\x1f".join((self.kind, *self.facts))
         return hashlib.blake2b(content.encode(), digest_size=1).digest()[0] % 8 == 0
 
     @property
     def mirrored(self) -> Problem:
-        """The same problem with its operands swapped, where that changes no answer; otherwise itself."""
+        """The problem with swapped operands if that does not change the answer, else the problem itself."""
         return replace(self, facts=self.facts[::-1]) if self.kind in COMMUTATIVE else self
 
 
 def belongs_to(problem: Problem, split: Split) -> bool:
-    """Whether the problem may be asked in this split.
+    """Return whether the problem may be asked in this split.
 
-    Addition and multiplication commute, so a training problem's mirror image must not be held out
-    either.
+    Addition and multiplication commute, so neither a training problem nor its mirror image may be held out.
     """
     if split == "held_out":
         return problem.held_out
@@ -273,10 +272,10 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 def problems(
     rng: random.Random, split: Split | None = None, taken: Collection[Problem] = frozenset()
 ) -> Iterator[Problem]:
-    """Endless problems, the categories in turn; `split` keeps one side, None keeps both.
+    """Yield problems without end, from all categories in turn; `split` None gives both splits.
 
     Raises:
-        UserError: a category has no problem of that side that is not `taken`.
+        UserError: a category has no more problem of this split that is not in `taken`.
     """
     while True:
         for generator in GENERATORS:
@@ -293,15 +292,15 @@ def problems(
 
 
 def instructions(count: int, seed: int, split: Split) -> list[Instruction]:
-    """`count` instruction rows, balanced over `CATEGORIES`; the same seed gives the same rows."""
+    """Return `count` instruction rows, balanced over `CATEGORIES`; the same seed gives the same rows."""
     return [row for _, row in _worded(count, _rng(split, seed), split)]
 
 
 def validation_instructions(count: int, seed: int) -> list[Instruction]:
-    """`count` held-out rows, none with a problem of `instructions(count, seed, "held_out")`.
+    """Return `count` held-out rows without the problems of `instructions(count, seed, "held_out")`.
 
     Raises:
-        UserError: those have all held-out problems of a category.
+        UserError: the test rows already use all held-out problems of a category.
     """
     tested = [problem for problem, _ in _worded(count, _rng("held_out", seed), "held_out")]
     taken = {*tested, *(problem.mirrored for problem in tested)}
@@ -315,7 +314,7 @@ def _rng(stream: str, seed: int) -> random.Random:
 def _worded(
     count: int, rng: random.Random, split: Split, taken: Collection[Problem] = frozenset()
 ) -> Iterator[tuple[Problem, Instruction]]:
-    """`count` problems, each with a row that asks it."""
+    """Yield `count` problems, each with an instruction row that asks it."""
     for problem, _ in zip(problems(rng, split, taken), range(count), strict=False):
         text = rng.choice(TEMPLATES[problem.kind]).format(*problem.facts)
         yield problem, Instruction(text, "", problem.answer, problem.category)

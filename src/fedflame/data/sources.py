@@ -1,8 +1,7 @@
-"""Where rows come from: a local file or a data set on the Hugging Face hub, row by row as it stands there.
+"""Read raw rows from a local file or from a data set on the Hugging Face hub, one by one.
 
-A blank line of a .jsonl file or an empty one of a .csv file is not a row. A row that cannot be read
-comes with the reason instead of its fields; only a source that cannot be read as a whole ends in a
-UserError.
+An empty line of a .jsonl or .csv file is not a row. A row that cannot be read has a reason in place of its
+fields. A UserError is raised only if the source as a whole cannot be read.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from fedflame.errors import UserError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 HUB_TIMEOUT_SECONDS = 10.0
 IN_MEMORY = "in-memory"
-"""What `data.dataset_name` is for rows that a program handed over: they lie in no file."""
+"""The value of `data.dataset_name` for rows that a program passes in, which are in no file."""
 
 RawRow = tuple[str, dict[str, object] | str]
-"""A row as read: its place, and its fields or the reason why it has none."""
+"""A row as read: its place, and its fields or the reason why it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file or data set whose columns are known and whose rows are yet to be read."""
+    """A file or data set whose columns are known. `rows` reads its rows."""
 
     name: str
     columns: list[str]
     rows: Callable[[Sequence[str]], Iterator[RawRow]]
-    """The rows, with at least the columns asked for."""
+    """Yields the rows, with at least the columns asked for."""
 
 
 def open_source(dataset_name: str, dataset_config_name: str, split: str) -> Source:
-    """The source of that name.
+    """Open the source of that name.
 
     Args:
         dataset_name: a file if it ends in one of `SUFFIXES`, exists, or starts with `./`, `../`
@@ -48,11 +47,11 @@ def open_source(dataset_name: str, dataset_config_name: str, split: str) -> Sour
         split: split of a hub data set.
 
     Raises:
-        UserError: the source cannot be read; a file may say so only when its rows are read.
+        UserError: the source cannot be read. For a file, this may show only when its rows are read.
     """
     if dataset_name == IN_MEMORY:
         raise UserError(
-            f"data.dataset_name = {IN_MEMORY!r}: a program handed these rows over; it must do so again, or "
+            f"data.dataset_name = {IN_MEMORY!r}: a program passed these rows in; it must do so again, or "
             "data.dataset_name must name a file or a hub id"
         )
     refuse_missing_file(dataset_name)
@@ -62,7 +61,7 @@ def open_source(dataset_name: str, dataset_config_name: str, split: str) -> Sour
 
 
 def refuse_missing_file(dataset_name: str) -> None:
-    """Raise UserError where the name is that of a file, see `open_source`, and there is none."""
+    """Raise UserError if the name is that of a file (see `open_source`) and there is no such file."""
     if _is_file(dataset_name) and not os.path.exists(dataset_name):
         raise UserError(f"data.dataset_name = {dataset_name!r}: no such file")
 
@@ -80,14 +79,14 @@ def _open_file(name: str) -> Source:
         return Source(name, _csv_header(path), lambda _: _csv_rows(path))
     if name.lower().endswith(".parquet"):
         return Source(name, _parquet_columns(path), lambda columns: _parquet_rows(path, columns))
-    # The first reading is for the names alone: a column may first occur in the last row.
+    # The first pass collects only the names of columns: a column may first occur in the last row.
     keys = {key: None for _, fields in _jsonl_rows(path) if isinstance(fields, dict) for key in fields}
     return Source(name, list(keys), lambda _: _jsonl_rows(path))
 
 
 @contextmanager
 def _reading(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Turns the errors of a file that cannot be read as a whole into a UserError."""
+    """Turn errors of reading a file into a UserError."""
     unreadable: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, csv.Error, *more)
     try:
         yield
@@ -119,7 +118,7 @@ def _csv_header(path: Path) -> list[str]:
 
 
 def _csv_rows(path: Path) -> Iterator[RawRow]:
-    # surrogateescape keeps bytes that are not UTF-8 to their own field, where they are found later.
+    # surrogateescape keeps invalid UTF-8 in its field, where `instructions` finds it.
     with _reading(path), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         header = next(reader, [])
@@ -148,7 +147,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
                 number += 1
                 try:
                     fields = {name: batch.column(name)[index].as_py() for name in columns}
-                except UnicodeDecodeError:  # pyarrow does not check text before it is asked for
+                except UnicodeDecodeError:  # pyarrow checks text only here
                     yield f"{path}:row {number}", "not valid UTF-8"
                 else:
                     yield f"{path}:row {number}", fields
@@ -175,11 +174,11 @@ def _open_hub(name: str, config_name: str, split: str) -> Source:
 
 
 def _ask_hub(name: str) -> None:
-    """One request, because `datasets` would retry an unreachable hub for half a minute."""
+    """Ask the hub once for the data set, because `datasets` would retry an unreachable hub for 30 seconds."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    if huggingface_hub.is_offline_mode():  # then datasets goes straight to its cache
+    if huggingface_hub.is_offline_mode():  # `datasets` then uses only its cache
         return
     got = f"data.dataset_name = {name!r}: "
     try:
@@ -200,7 +199,7 @@ def _ask_hub(name: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and warnings of the hub libraries."""
+    """Switch off progress bars and warnings of the hub libraries within the block."""
     import datasets
     import huggingface_hub
 

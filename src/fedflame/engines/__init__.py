@@ -1,7 +1,7 @@
-"""Many machines: engines that carry envelopes between the hub's driver and the trainers of the sites.
+"""Engines carry envelopes between the hub's driver and the trainers of the sites. Each has its own folder.
 
-The driver (`clients`) runs rounds as if its clients were here. It listens at a unix socket; the engine's
-process on the hub connects there (`link`), sends each request to the site that it names, and brings the
-answers back. An engine does no federated arithmetic, holds no state that a run needs, and may end at any
-instant: the driver starts it again, and trainers answer again what they have computed. One folder per engine.
+The driver (`clients`) runs rounds as if its clients were local. It listens at a unix socket. The engine's
+process on the hub connects to that socket (`link`), sends each request to the site that it names, and returns
+the answers. An engine does no federated arithmetic and holds no state that a run needs. It may end at any
+time: the driver then starts it again, and trainers send again the answers that they have computed.
 """

@@ -1,8 +1,8 @@
-"""The clients of a run at their sites, behind an engine: plans out, answers back, whatever ends in between.
+"""The clients of a run at their sites, reached through an engine: sends plans and collects the answers.
 
-A request has a ticket that is drawn anew each time, so that an answer can be told from a late, repeated or
-foreign one. If a job ends, the next is asked for all that is still open; sites that have trained already
-answer again without training twice.
+Every request has a new random ticket. It tells the right answer from a late, repeated or foreign one. If a
+job ends, the next job gets all requests that are still open. Sites that have already trained send their
+answer again and do not train twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedflame.wire.envelope import Bytes, Envelope
 
 BACKOFF_SECONDS = 2.0
 ANSWER_MEMORY = 512_000_000
-"""Bytes of answers that may wait in memory until their turn; what comes beyond waits on disk."""
+"""Bytes of answers that may wait in memory for their turn; further answers wait on disk."""
 REJOIN_POLL_SECONDS = 5.0
 
 
@@ -35,30 +35,30 @@ def _new_ticket() -> str:
 
 @dataclass
 class _Request:
-    """What one site is asked for; it lies on disk, where memory does not grow with the sites."""
+    """A request to one site. Its plan is on disk, so that memory does not grow with the number of sites."""
 
     site: str
     kind: str
     plan_path: Path
-    """The whole plan that it asks for, unless it asks for a description."""
+    """File of the whole plan; unused if the request asks for a description."""
     ticket: str = field(default_factory=_new_ticket)
     addition: bool = False
-    """Whether it asks with what the plan adds to the one that the site holds."""
+    """Whether to send only the difference between the plan and the plan that the site holds."""
     start: float = field(default_factory=time.monotonic)
     gone: str = ""
-    """Why the engine does not reach the site, as long as it does not."""
+    """Why the engine does not reach the site; empty while it does."""
     returns: int = 0
-    """Jobs that were started since the site was back."""
+    """Jobs that were started because the site was back."""
     failure: str = ""
     header: Mapping[str, Any] | None = None
-    """Of the answer."""
+    """The header of the answer, once there is one."""
     body: Bytes | None = None
-    """Of the answer, unless it is in `answer_path`."""
+    """The body of the answer, unless it is in `answer_path`."""
     seconds: float = 0.0
     sent: bool = False
-    """To the job that runs."""
+    """Whether it was sent to the current job."""
     bytes_down: int = 0
-    """Sent so far; what a job that ended had of it, too."""
+    """Bytes sent so far, including those to jobs that ended."""
 
     @property
     def addition_path(self) -> Path:
@@ -66,7 +66,7 @@ class _Request:
 
     @property
     def held_path(self) -> Path:
-        """The last plan that the site has answered."""
+        """File of the last plan that the site has answered."""
         return self.plan_path.with_suffix(".held")
 
     @property
@@ -75,7 +75,7 @@ class _Request:
 
     @property
     def content(self) -> memoryview:
-        """What it asks with."""
+        """The body of the request."""
         if self.kind == "describe":
             return memoryview(b"")
         return _mapped(self.addition_path if self.addition else self.plan_path)
@@ -94,17 +94,17 @@ class EngineClients:
     run: str
     """32 hexadecimal digits, the same after a resumption."""
     job: Mapping[str, Any]
-    """`TrainingJob` as JSON."""
+    """The `TrainingJob` as JSON."""
     sites: Sequence[str]
     rounds: HubRounds
     quorum: int
-    """Updates after which `straggler_grace` begins."""
+    """Number of updates after which `straggler_grace` begins."""
     folder: Path
-    """For what is on its way; it is emptied as answers are taken."""
+    """Folder for plans and answers in transit; answers are deleted once they are used."""
     say: Callable[[str], None]
     _failures: int = 0
     _absent: set[str] = field(default_factory=set)
-    """Sites that did not come back in time; nobody waits for them until they do."""
+    """Sites that did not come back in time; the run does not wait for them until they are back."""
     _known: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def num_examples(self) -> list[int]:
@@ -120,7 +120,7 @@ class EngineClients:
             yield _answer(request, on_step)
 
     def describe(self) -> dict[str, Mapping[str, Any]]:
-        """What the sites that answer say of themselves: `num_examples` and `active_experts`."""
+        """Ask all sites for `num_examples` and `active_experts`; return the answers by site."""
         requests = [_Request(site, "describe", self._plan_path(site)) for site in self.sites]
         self._exchange(requests, len(requests))
         for request in requests:
@@ -135,11 +135,11 @@ class EngineClients:
         return self.folder / f"{site}.plan"
 
     def _request_update(self, site: str, plan: bytes) -> _Request:
-        """With what the site lacks of the plan, as far as is known here."""
+        """Prepare a request with the plan, or with its difference to the plan that the site holds."""
         request = _Request(site, "train", self._plan_path(site))
         request.plan_path.write_bytes(plan)
         held = request.held_path if request.held_path.exists() else None
-        # Of a run that goes on: the site has trained this round before the driver ended.
+        # In a resumed run, the site may have trained this round before the driver ended.
         if self._known.get(site, {}).get("held") == plan_digest(plan):
             held = request.plan_path
         addition = encode_addition(_mapped(request.plan_path), _mapped(held)) if held else None
@@ -149,10 +149,10 @@ class EngineClients:
         return request
 
     def _exchange(self, requests: Sequence[_Request], quorum: int) -> None:
-        """Settle every request: by an answer, or by the reason why there is none.
+        """Wait until every request has an answer, or a reason why there is none.
 
         Raises:
-            UserError: job after job ended without an answer between them.
+            UserError: more than `max_resubmissions` jobs in a row ended without an answer.
         """
         self._readmit(requests)
         begun, reached = time.monotonic(), None
@@ -198,7 +198,7 @@ class EngineClients:
         request.bytes_down += sum(map(len, content))
 
     def _over(self, begun: float, reached: float | None, now: float) -> str:
-        """Why nobody is waited for any longer, or empty."""
+        """Return why the round stops waiting for the open requests; empty if it does not."""
         if now - begun > self.rounds.round_timeout:
             return f"no answer within {self.rounds.round_timeout:.0f} s (rounds.round_timeout)"
         grace = self.rounds.straggler_grace
@@ -222,7 +222,7 @@ class EngineClients:
         time.sleep(BACKOFF_SECONDS * min(self._failures, 5))
 
     def _take(self, event: Envelope, requests: Sequence[_Request]) -> None:
-        """Settle the request that this word of the job is about."""
+        """Handle one message of the job, and settle the request that it answers."""
         kind = event.header.get("kind")
         if kind == "sites" and self.engine_jobs.current is not None:
             self.engine_jobs.current.sites = set(event.header.get("sites") or ())
@@ -262,13 +262,13 @@ class EngineClients:
         request.header = answer.header
 
     def _rejoin(self, open_requests: Sequence[_Request]) -> None:
-        """Once only sites are open that are gone: a new job where one is back, or no longer wait for it."""
+        """If all open sites are gone, start a new job if some are back, and give up those gone too long."""
         gone = [request for request in open_requests if request.gone]
         if len(gone) < len(open_requests):
             return
         back = self.engine.connected()
         returned = [request for request in gone if back is not None and request.site in back]
-        # A site that is there and answers nothing is wrongly set up; no further job mends that.
+        # A site that is connected but never answers is set up wrongly. More jobs do not help.
         returned = [request for request in returned if request.returns < self.rounds.max_resubmissions]
         if returned:
             for request in returned:
@@ -282,7 +282,7 @@ class EngineClients:
         time.sleep(min(REJOIN_POLL_SECONDS, self.rounds.rejoin_timeout))
 
     def _readmit(self, requests: Sequence[_Request]) -> None:
-        """A new job where the one that runs lacks a site that is back."""
+        """End the current job if it lacks a site that is back, so that the next job reaches it."""
         job = self.engine_jobs.current
         lacking = {request.site for request in requests} - (job.sites if job else set())
         if job is None or not job.sites or not lacking:
@@ -292,13 +292,13 @@ class EngineClients:
 
 
 def _mapped(path: Path) -> memoryview:
-    """The bytes of a file that is not empty, read only as they are needed. Changes would stay in memory."""
+    """Map a file that is not empty into memory. Writes to the view do not change the file."""
     with path.open("rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def _require_answer(answer: Envelope, event: Envelope, request: _Request, run: str) -> None:
-    """What the site says must be about what it was asked for, and the engine must know it as that site."""
+    """Raise InvalidMessage unless the answer is to this request and comes from the site that was asked."""
     if event.header.get("site") != request.site or answer.header.get("site") != request.site:
         raise InvalidMessage(f"it is for {request.site}")
     for name, wanted in (("ticket", request.ticket), ("run", run)):
@@ -310,7 +310,7 @@ def _require_answer(answer: Envelope, event: Envelope, request: _Request, run: s
 
 
 def _answer(request: _Request, on_step: OnStep) -> Answer:
-    """Taken from memory or disk, where it is no longer needed then."""
+    """Take the answer from memory or from disk, and delete it there."""
     if request.failure or request.header is None:
         return Answer(b"", request.failure, request.seconds, request.bytes_down)
     update, request.body = request.body, None

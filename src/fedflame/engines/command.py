@@ -1,4 +1,4 @@
-"""The commands that engines bring, each run as a process of its own."""
+"""Find the commands that engines install. Each runs as a process of its own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fedflame.errors import UserError
 
 
 def installed_command(name: str, extra: str) -> str:
-    """Path of a command in this Python's environment, or in the path.
+    """Return the path of a command in this Python's environment, or else on `PATH`.
 
     Args:
-        name: the command's.
-        extra: of fedflame, which installs it.
+        name: the name of the command.
+        extra: the extra of fedflame that installs it.
 
     Raises:
-        UserError: there is none.
+        UserError: the command is not installed.
     """
     beside = Path(sys.executable).with_name(name)
     command = str(beside) if beside.exists() else shutil.which(name)

@@ -1,4 +1,4 @@
-"""What the driver needs of an engine."""
+"""The interface between the driver and an engine."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Protocol
 
 
 class Engine(Protocol):
-    """Runs jobs; the process of a job on the hub connects to the driver's socket as a `HubLink`."""
+    """Runs jobs. The process of a job on the hub connects to the driver's socket with a `HubLink`."""
 
     def submit(self, hub_socket: Path, job_key: str) -> str:
-        """Start a job that shows this key to the driver; its id. Raises OSError where it is not taken."""
+        """Start a job that sends this key to the driver; return its id. Raises OSError if it is refused."""
 
     def ended(self, job: str) -> str | None:
-        """Why the job is over, in the engine's words; None while it is not."""
+        """Return why the job is over, in the engine's words; None while it runs."""
 
     def stop(self, job: str) -> None:
-        """End the job, if it is still there."""
+        """End the job if it still runs."""
 
     def connected(self) -> Set[str] | None:
-        """The sites that a new job would reach; None where the engine cannot say."""
+        """Return the sites that a new job would reach; None if the engine cannot tell."""

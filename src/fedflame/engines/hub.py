@@ -1,4 +1,4 @@
-"""The hub's file: which sites take part over which engine, and how long the hub waits for them."""
+"""The hub's file: the sites, how to reach them through an engine, and how long to wait for them."""
 
 from __future__ import annotations
 
@@ -11,49 +11,48 @@ from fedflame.config.settings import Section, SettingsFile, load_file
 
 
 class HubRounds(Section):
-    """How long the hub waits; how many updates a round needs is `server.min_clients` of the run."""
+    """How long the hub waits. The run's `server.min_clients` says how many updates a round needs."""
 
     round_timeout: Annotated[float, Field(gt=0)] = 3600.0
-    """Seconds that a round may take; a site without an answer by then is left out of it."""
+    """Seconds that a round may take. A site that has not answered by then is left out of the round."""
     straggler_grace: Annotated[float, Field(ge=0)] = 0.0
-    """Seconds that the others have once `server.min_clients` updates are there; 0 to wait for all until
-    `round_timeout`."""
+    """Seconds that the other sites have after `server.min_clients` updates have arrived. 0: wait for all
+    sites until `round_timeout`."""
     rejoin_timeout: Annotated[float, Field(ge=0)] = 120.0
-    """Seconds that a site that is gone has to come back, the first time; later rounds go on without it until
-    it is there again."""
+    """Seconds to wait for a site that has gone. After that, rounds go on without it until it is back."""
     start_timeout: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds from the submission of a job to its first word."""
+    """Seconds from the submission of a job to its first message."""
     max_resubmissions: Annotated[int, Field(ge=0)] = 5
-    """Jobs that may fail one after another, without an answer between them, before the run ends."""
+    """Jobs that may fail in a row, without an answer between them, before the run ends."""
 
 
 class NvflareHub(Section):
-    """Where NVIDIA FLARE is reached."""
+    """How to reach NVIDIA FLARE."""
 
     admin_kit: str = ""
-    """Folder of a provisioned administrator with the right to submit jobs, from the folder of the file."""
+    """Startup kit of an administrator who may submit jobs; a folder, relative to the folder of this file."""
 
 
 class FlowerHub(Section):
-    """Where Flower's SuperLink is reached, and which of its nodes are which sites."""
+    """How to reach Flower's SuperLink, and which node belongs to which site."""
 
     address: str = ""
     """Host and port of the SuperLink, such as "hub.example:8000"."""
     root_certificates: str = ""
-    """PEM file of who signed the SuperLink's certificate, from the folder of the file; empty for whom the
-    system trusts."""
+    """PEM file of the authority that signed the SuperLink's certificate, relative to the folder of this file.
+    Empty: the authorities that the system trusts."""
     insecure: bool = False
-    """Without TLS, on one machine."""
+    """Connect without TLS; only on one machine."""
     nodes: dict[str, int] = Field(default_factory=dict)
-    """Site -> the id that `flwr supernode register` gave its key; empty where the SuperLink does not
-    authenticate nodes: they say themselves who they are then."""
+    """Site -> node id, as `flwr supernode register` printed it for the site's key. Empty if the SuperLink
+    does not authenticate nodes; the nodes then give their own names."""
 
 
 class Hub(SettingsFile):
-    """The whole file."""
+    """The content of the hub's file."""
 
     sites: str
-    """Names of the sites, comma-separated: the first is client 0 of the run, and so on."""
+    """Names of the sites, comma-separated. The first is client 0 of the run, the next client 1, and so on."""
     rounds: HubRounds = HubRounds()
     nvflare: NvflareHub = NvflareHub()
     flower: FlowerHub = FlowerHub()
@@ -67,7 +66,7 @@ class Hub(SettingsFile):
         return value
 
     def site_names(self) -> list[str]:
-        """In client order."""
+        """Return the names of the sites in client order."""
         return [name.strip() for name in self.sites.split(",")]
 
 

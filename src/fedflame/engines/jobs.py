@@ -1,4 +1,4 @@
-"""The jobs of an engine, one after another, each from its submission to the end of its connection."""
+"""Run the jobs of an engine, one after another, and talk to the current job over a socket."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POLL_SECONDS = 1.0
 
 
 class EngineJobEnded(Exception):
-    """The job is over or its connection is; the message is the reason."""
+    """The job or its connection has ended. The message is the reason."""
 
 
 @dataclass
@@ -30,16 +30,16 @@ class EngineJob:
     """A running job."""
 
     id: str
-    """What the engine calls it."""
+    """The engine's id of the job."""
     key: str
-    """Drawn for it here; its first word has to have it."""
+    """The random key that its first message must contain."""
     connection: socket.socket
     sites: set[str] = field(default_factory=set)
-    """Those that it reaches, as it said last."""
+    """The sites that it reaches, as it last reported."""
 
 
 class EngineJobs:
-    """The driver's socket, and one job after another that connects to it."""
+    """Starts jobs, one at a time, and talks to them over the driver's socket."""
 
     def __init__(
         self, engine: Engine, listener: socket.socket, path: Path, say: Callable[[str], None]
@@ -53,14 +53,15 @@ class EngineJobs:
 
     @property
     def current(self) -> EngineJob | None:
-        """The one that runs."""
+        """The job that runs; None if there is none."""
         return self._job
 
     def start(self, timeout: float) -> EngineJob:
-        """Submit a job and wait for its first word.
+        """Submit a job and wait for its first message.
 
         Raises:
-            EngineJobEnded: the engine did not take it, or it ended or said nothing within `timeout` seconds.
+            EngineJobEnded: the engine refused the job, or the job ended or sent nothing within `timeout`
+                seconds.
         """
         self.stop()
         key = self._expected = secrets.token_hex(8)
@@ -79,14 +80,14 @@ class EngineJobs:
         return self._job
 
     def stop(self) -> None:
-        """End the job that runs, if any."""
+        """End the current job, if there is one."""
         if self._job is not None:
             job, self._job = self._job, None
             _close(job.connection)
             self._engine.stop(job.id)
 
     def carry(self, ticket: str, site: str, *request: Bytes) -> None:
-        """Hand a request, which may come in pieces, to the job. Raises EngineJobEnded."""
+        """Send a request, which may come in pieces, to the job. Raises EngineJobEnded if the job is over."""
         assert self._job is not None
         header = {"kind": "carry", "ticket": ticket, "site": site}
         try:
@@ -95,7 +96,7 @@ class EngineJobs:
             raise self._ended() from error
 
     def event(self, timeout: float) -> Envelope | None:
-        """The job's next word; None if there is none within `timeout` seconds. Raises EngineJobEnded."""
+        """Return the job's next message, or None after `timeout` seconds. Raises EngineJobEnded."""
         assert self._job is not None
         try:
             key, envelope = self._events.get(timeout=max(0.0, timeout))
@@ -103,7 +104,7 @@ class EngineJobs:
             if (how := self._engine.ended(self._job.id)) is not None:
                 raise self._ended(how) from None
             return None
-        if key != self._job.key:  # of an earlier job
+        if key != self._job.key:  # from an earlier job
             return None
         if envelope is None:
             raise self._ended()
@@ -140,7 +141,7 @@ class EngineJobs:
             threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
 
     def _greet(self, connection: socket.socket) -> None:
-        """Let the expected job in, and nobody else."""
+        """Accept the connection only if it comes from this user and sends the expected job key."""
         try:
             connection.settimeout(10)
             hello = receive(connection, longest_body=0)
@@ -166,7 +167,7 @@ class EngineJobs:
 
 @contextmanager
 def engine_jobs(engine: Engine, say: Callable[[str], None]) -> Iterator[EngineJobs]:
-    """A socket in a folder of its own, which goes with the last job."""
+    """Open the driver's socket in a temporary folder. At the end, stop the current job."""
     with tempfile.TemporaryDirectory(prefix="fedflame-") as folder:
         path = Path(folder) / "hub.sock"
         with listening(path) as listener:

@@ -1,4 +1,4 @@
-"""The engine's end of the hub's socket, for its process on the hub. Needs the standard library alone."""
+"""The connection of the engine's process on the hub to the driver. Needs only the standard library."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fedflame.errors import InvalidMessage
 from fedflame.wire.envelope import Bytes, receive, send
 
 Request = tuple[str, str, Bytes]
-"""Ticket, site and the envelope's bytes."""
+"""Ticket, site, and the bytes of the envelope."""
 
 
 class HubLink:
-    """A connection to the driver; answers may be sent from several threads."""
+    """A connection to the driver. Several threads may send answers."""
 
     def __init__(self, path: Path, job_key: str) -> None:
-        """Connect and say which job this is.
+        """Connect to the driver and send the job's key.
 
         Args:
             path: the driver's socket.
-            job_key: what the driver drew for this job when it submitted it.
+            job_key: the random key that the driver gave this job when it submitted it.
 
         Raises:
-            OSError: no driver is there.
+            OSError: no driver listens there.
         """
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connection.connect(str(path))
@@ -36,7 +36,7 @@ class HubLink:
         self._send({"kind": "hello", "job_key": job_key})
 
     def next_request(self) -> Request | None:
-        """The next request to carry; None at the end of the job."""
+        """Wait for the next request to carry; None at the end of the job."""
         try:
             message = receive(self._connection)
         except (EOFError, OSError, InvalidMessage):
@@ -46,7 +46,7 @@ class HubLink:
         return message.text("ticket"), message.text("site"), message.body
 
     def requests(self) -> queue.Queue[Request | None]:
-        """All that `next_request` gives, None included, as it comes: a thread reads it."""
+        """Return a queue that a thread fills from `next_request`; None marks the end of the job."""
         found: queue.Queue[Request | None] = queue.Queue()
 
         def read() -> None:
@@ -58,11 +58,11 @@ class HubLink:
         return found
 
     def answered(self, ticket: str, site: str, *answer: Bytes) -> None:
-        """Bring a site's answer, which may come in pieces, to the driver."""
+        """Send a site's answer, which may come in pieces, to the driver."""
         self._send({"kind": "answered", "ticket": ticket, "site": site}, *answer)
 
     def failed(self, ticket: str, site: str, reason: str) -> None:
-        """Tell the driver that there will be none."""
+        """Tell the driver that this site will not answer, and why."""
         self._send({"kind": "failed", "ticket": ticket, "site": site, "reason": reason})
 
     def sites(self, names: Iterable[str]) -> None:
@@ -70,7 +70,7 @@ class HubLink:
         self._send({"kind": "sites", "sites": sorted(names)})
 
     def close(self) -> None:
-        """End the connection; `next_request` returns None."""
+        """Close the connection; `next_request` then returns None."""
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()

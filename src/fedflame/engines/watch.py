@@ -1,4 +1,4 @@
-"""Questions to an engine about its jobs, asked beside the run, so that nobody waits for an answer."""
+"""Ask an engine for the status of its jobs, in a thread, so that the run does not wait for the answer."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import time
 from collections.abc import Callable
 
 STATUS_SECONDS = (5.0,) * 6 + (30.0,)
-"""Until the next question about a job, the last again and again: each starts a process or two."""
+"""Waits between status queries, in seconds; the last repeats. Each query starts a process or two."""
 
 
 class JobWatch:
-    """What the last question about each job found."""
+    """Holds the result of the last status query for each job."""
 
     def __init__(self) -> None:
         self._over: dict[str, str | None] = {}
-        """Why a job that is watched is over; None while it is not."""
+        """Watched job -> why it is over, or None while it runs."""
 
     def begin(self, job: str, ask: Callable[[], str | None]) -> None:
-        """Watch a job until it is over or nobody wants to know.
+        """Watch a job until it is over or `forget` is called.
 
         Args:
             job: its id.
-            ask: why it is over, or None; raises OSError where the engine cannot say.
+            ask: returns why the job is over, or None; raises OSError if the engine does not answer.
         """
         self._over[job] = None
         threading.Thread(target=self._watch, args=(job, ask), daemon=True).start()
@@ -33,7 +33,7 @@ class JobWatch:
         return self._over.get(job)
 
     def forget(self, job: str) -> None:
-        """Nobody wants to know any longer."""
+        """Stop watching a job."""
         self._over.pop(job, None)
 
     def _watch(self, job: str, ask: Callable[[], str | None]) -> None:

@@ -1,9 +1,9 @@
-"""A finished run as others read it: a PEFT adapter folder, or a merged stock checkpoint.
+"""Export a finished run: as a PEFT adapter folder, or merged into a stock checkpoint.
 
-`peft_folder` writes the adapter, `peft_reader` reads one; `peft_names`, `layouts` and `lora_config` know what
-PEFT calls its parts,
-`merged_folder` writes the checkpoint; `description` words the model card, `fit` refuses a base model that
-is not the run's, `new_folder` keeps every write whole.
+`peft_folder` writes an adapter folder and `peft_reader` reads one. `peft_names`, `layouts` and `lora_config`
+hold PEFT's names, layouts and settings. `merged_folder` writes a merged checkpoint. `description` writes the
+model card. `fit` refuses a base model that is not the run's. `new_folder` writes folders completely or not at
+all.
 """
 
 from __future__ import annotations

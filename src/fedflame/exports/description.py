@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: `fedflame.json`, and the model card that the hub shows."""
+"""Describe an exported folder: `fedflame.json`, and the model card that the hub shows."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What an export has to know of the run behind it."""
+    """The facts about a run that an export needs."""
 
     base_model: str
-    """Name, hub id or folder."""
+    """Name, hub id or folder of the base model."""
     adapter: AdapterConfig
-    """r and lora_alpha of the run; merged factors add ranks to it."""
+    """r and lora_alpha of the run. Merged factors add ranks in the export."""
     method: str
-    """In words, with its paper."""
+    """The method in words, with its paper."""
     strategy: Mapping[str, Any]
     """The section `strategy` of the configuration."""
     num_clients: int
     active_experts: Sequence[int]
-    """What the clients afford, as configured."""
+    """Experts per token that the clients afford, as configured."""
     max_steps: int
-    """Of each client in each round."""
+    """Largest number of steps of each client in each round."""
     learning_rate: float
     rounds: int
-    """Federated rounds that led to the state."""
+    """Number of federated rounds that were run."""
 
 
 def run_facts(state: ServerState, run: TrainedRun, layers: Sequence[MoELayer]) -> dict[str, Any]:
-    """The content of `fedflame.json`."""
+    """Return the content of `fedflame.json`."""
     return {
         "format_version": FORMAT_VERSION,
         "fedflame_version": __version__,
@@ -51,7 +51,7 @@ def run_facts(state: ServerState, run: TrainedRun, layers: Sequence[MoELayer]) -
 
 
 def adapter_card(state: ServerState, run: TrainedRun, full_k: int) -> str:
-    """How the adapter was trained, its tiers, and how to load it."""
+    """Return the model card of an adapter: how it was trained, its tiers, and how to load it."""
     line, base = _base_expression(run)
     tiers = "\n".join(
         f"| {k} | {float(s.mean()):.4f} | {float(s.min()):.4f} to {float(s.max()):.4f} |"
@@ -71,9 +71,9 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), 
 ```
 
 This runs all {full_k} experts per token of the base model. With fewer, the routed output of each MoE layer
-is multiplied by a rescaler s, one per layer and number of experts k. PEFT has no place for it: it matters
-only at k < {full_k}, and `rescalers.safetensors` holds it ("k1" for k = 1). `fedflame evaluate` applies it;
-`fedflame export --merge` writes a plain checkpoint for one k with s inside.{_own_folders(state)}
+is multiplied by a rescaler s, one per layer and number of experts k. PEFT cannot store s. It matters only at
+k < {full_k}, and `rescalers.safetensors` holds it ("k1" for k = 1). `fedflame evaluate` applies it;
+`fedflame export --merge` writes a plain checkpoint for one k with s merged in.{_own_folders(state)}
 
 | k | s, mean over layers | range |
 |---|---|---|
@@ -82,7 +82,7 @@ only at k < {full_k}, and `rescalers.safetensors` holds it ("k1" for k = 1). `fe
 
 
 def _own_folders(state: ServerState) -> str:
-    """Where the adapters of single k are, if there are any."""
+    """Return a sentence on the folders with adapters for one k; empty if there are none."""
     if not state.tier_adapters:
         return ""
     folders = ", ".join(f"`k{k}`" for k in sorted(state.tier_adapters, reverse=True))
@@ -92,14 +92,14 @@ def _own_folders(state: ServerState) -> str:
 
 
 def merged_card(run: TrainedRun, k: int, full_k: int) -> str:
-    """How the merged model was trained, its k, and how to load it."""
+    """Return the model card of a merged model: how it was trained, its k, and how to load it."""
     return f"""{_front_matter(run, "transformers")}
 
 # {run.base_model}, fine-tuned with fedflame, {k} of {full_k} experts per token
 
 {_training(run)}
 
-The LoRA adapter and the rescalers of k = {k} are merged into the weights; it loads as any checkpoint:
+The LoRA adapter and the rescalers of k = {k} are merged into the weights. Load it like any checkpoint:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -120,7 +120,7 @@ def _front_matter(run: TrainedRun, library: str, *tags: str) -> str:
 
 
 def _training(run: TrainedRun) -> str:
-    # The data set is not named: a card is made to be shared, the data stays with its owners.
+    # The data set is not named, because a card is made to be shared and the data is private.
     lora, rounds = run.adapter, run.rounds
     attention = f" and on {','.join(lora.target_modules)}" if lora.target_modules else ""
     return (
@@ -133,7 +133,7 @@ def _training(run: TrainedRun) -> str:
 
 
 def _base_expression(run: TrainedRun) -> tuple[str, str]:
-    """An import line and the Python expression of the base model's place."""
+    """Return an import line and a Python expression for the path of the base model."""
     name = run.base_model
     if name == EMBEDDED_MODEL:
         return "from fedflame.base.files import resolve_model\n", f"resolve_model({name!r})"

@@ -1,4 +1,4 @@
-"""Does a run's adapter fit a base model? The folder or hub id may have changed since the run."""
+"""Check that a run's adapter fits a base model, whose folder or hub id may have changed since the run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Shape = tuple[int, ...]
 
 
 def require_fit(adapter: Adapter, model: nn.Module, layers: Sequence[MoELayer], r: int) -> None:
-    """Refuse a model whose experts or projections differ in number or shape from the adapter's.
+    """Check that experts and projections of the model have the number and the shapes of the adapter's.
 
     Raises:
-        UserError: naming the first value that does not fit.
+        UserError: they differ. The message names the first value that does not fit.
     """
     wanted: dict[str, Shape] = {
         f"{index}.{name}": shape

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: the part of it that says which products there are, and at which scale."""
+"""Read and write PEFT's `adapter_config.json`: which modules have LoRA, at which rank and scale."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _INITS_THAT_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
 
 
 class LoraSettings(BaseModel):
-    """LoRA as W + (alpha/r) B A, with r and alpha of any module or parameter."""
+    """The settings of a LoRA adapter W + (alpha/r) B A, with r and alpha per module or parameter."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -55,50 +55,50 @@ class LoraSettings(BaseModel):
 
     @property
     def expert_names(self) -> ExpertNames | None:
-        """The per-expert names among the target modules; None in the fused layout or without experts."""
+        """The expert names among the target modules; None in the fused layout or without experts."""
         targets = set(self.target_modules)
         found = (names for names in EXPERT_NAMES if targets.issuperset(names.projections))
         return None if self.target_parameters else next(found, None)
 
     @property
     def attention_modules(self) -> list[str]:
-        """The target modules beside the experts'."""
+        """The target modules that are not the experts'."""
         experts = self.expert_names.projections if self.expert_names else ()
         return [name for name in self.target_modules if name not in experts]
 
     def wraps(self, experts: str) -> dict[str, str]:
-        """PEFT's wrappers of one experts module -> the parameter of it that each adapts."""
+        """Return PEFT's wrapper name -> the parameter that it adapts, for one experts module."""
         targeted = [
             name for name in FUSED_PARAMETERS if is_target(f"{experts}.{name}", self.target_parameters)
         ]
         return wrappers(experts, targeted)
 
     def parameter(self, module: str) -> str:
-        """What rank_pattern and alpha_pattern are matched with for a module's LoRA: a wrapper's parameter."""
+        """Return what rank_pattern and alpha_pattern match: a wrapper's parameter, or the module itself."""
         experts = module.removesuffix(".base_layer")
         wrapped = self.wraps(experts).get(module)
         return f"{experts}.{wrapped}" if wrapped else module
 
     def rank(self, module: str) -> int:
-        """The rank of one module's LoRA."""
+        """Return the LoRA rank of one module."""
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), self.parameter(module)), self.r)
 
     def scaling(self, module: str) -> float:
-        """What one module's product B A is multiplied by, alpha / r."""
+        """Return alpha / r of one module, the factor on its product B A."""
         key = get_pattern_key(list(self.alpha_pattern), self.parameter(module))
         return self.alpha_pattern.get(key, self.lora_alpha) / self.rank(module)
 
 
 def is_target(name: str, targets: Iterable[str]) -> bool:
-    """Whether a list of PEFT targets names this module or parameter: in full, or by its last parts."""
+    """Return whether PEFT targets name this module or parameter, in full or by its last parts."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def parse_lora_config(path: Path, values: dict[str, Any]) -> LoraSettings:
-    """The settings in the content of `path`'s adapter_config.json.
+    """Parse the content `values` of the adapter_config.json in `path`.
 
     Raises:
-        UserError: no LoRA, a value that LoRA cannot have, or a variant other than W + (alpha/r) B A.
+        UserError: it is no LoRA, a value is not allowed, or it is a variant other than W + (alpha/r) B A.
     """
     if values.get("peft_type") != "LORA":
         raise UserError(f"{path}: no LoRA adapter: peft_type = {values.get('peft_type')!r}")
@@ -120,7 +120,7 @@ def parse_lora_config(path: Path, values: dict[str, Any]) -> LoraSettings:
 
 
 def expert_names_of(model: PreTrainedModel) -> ExpertNames | None:
-    """Ask PEFT itself which per-expert names it turns into this family's fused experts; None for none."""
+    """Return the per-expert names that PEFT converts to this family's fused experts, or None."""
     for names in EXPERT_NAMES:
         probe = LoraConfig(target_modules=list(names.projections))
         convert_peft_config_for_transformers(probe, model, conversions=None)
@@ -132,11 +132,11 @@ def expert_names_of(model: PreTrainedModel) -> ExpertNames | None:
 def lora_config(
     run: TrainedRun, r: int, layers: Sequence[MoELayer], layout: Layout, names: ExpertNames | None
 ) -> dict[str, Any]:
-    """The content of `adapter_config.json` for an adapter of rank r that is scaled as the run's.
+    """Return the content of `adapter_config.json` for an adapter of rank r with the run's alpha/r.
 
-    Written by hand: PEFT's own writer puts target_modules in an order that differs between processes.
-    In the fused layout gate and up have twice the rank and twice the alpha, under the patterns that PEFT
-    itself writes when it saves a per-expert adapter again.
+    We do not use PEFT's own writer, because its order of target_modules differs between processes. In the
+    fused layout gate and up have twice the rank and twice the alpha, under the patterns that PEFT itself
+    writes when it saves a loaded per-expert adapter.
     """
     alpha = run.adapter.lora_alpha * (r / run.adapter.r)
     targets: dict[str, Any] = {"target_modules": list(run.adapter.target_modules)}

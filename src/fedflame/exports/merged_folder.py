@@ -1,4 +1,4 @@
-"""A finished run as a stock checkpoint: LoRA and the rescalers of one k inside the weights."""
+"""Export a run as a stock checkpoint, with LoRA and the rescalers of one k merged into the weights."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from fedflame.strategies.base import ServerState
 
 
 def merge_checkpoint(state: ServerState, run: TrainedRun, k: int, to: Path, overwrite: bool = False) -> None:
-    """Write a stock checkpoint that needs neither PEFT nor fedflame; outputs equal ours at k active experts.
+    """Write a stock checkpoint that needs neither PEFT nor fedflame; its outputs equal ours at this k.
 
-    W + (lora_alpha/r) B A for every expert and attention projection, with the adapter that is used at k; s
-    of the tier multiplies the down projections, because the down projection is the last map before the
-    routed sum. For k < K the saved config asks for k experts per token. A plain base is loaded in its own
-    dtype, each product is formed in float32 and rounded to that dtype once. The tokenizer is saved beside it.
+    Every weight with LoRA becomes W + (lora_alpha/r) B A, with the adapter that is used at k. The rescaler s
+    of the tier multiplies the down projections, because they are the last map before the routed sum. For k <
+    K the saved config asks for k experts per token. The base is loaded in its own dtype; each sum is computed
+    in float32 and rounded to that dtype once. The tokenizer is saved too.
 
     Args:
         state: adapter, rescalers and merged factors of the run.
-        run: names the base model, and what the model card says.
+        run: the base model's name, rank and scale, and the facts for the model card.
         k: the model's K, or a tier of the run.
         to: the folder to make.
-        overwrite: replace an earlier export; no other folder is ever replaced.
+        overwrite: replace an earlier export. No other folder is ever replaced.
 
     Raises:
-        UserError: `to` holds something, the disk is full, the base cannot be loaded or is not the run's,
-            or k is no tier.
+        UserError: `to` is not empty, the disk is full, the base cannot be loaded or is not the run's, or k is
+            no tier.
     """
     require_free(to.resolve(), overwrite)
     model, tokenizer = _load_plain_base(run.base_model)

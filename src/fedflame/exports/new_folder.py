@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the small files that go into them."""
+"""Write folders atomically: a folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from safetensors import SafetensorError
 from fedflame.errors import UserError
 
 RUN_FILE = "fedflame.json"
-"""The mark of an export: only a folder that holds it is ever replaced."""
+"""The file that marks an export. Only a folder that holds it is ever replaced."""
 
 
 @contextmanager
 def new_folder(to: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill that becomes `to` when the block ends well and leaves nothing behind otherwise.
+    """Yield a temporary folder to fill. It becomes `to` if the block succeeds; otherwise it is removed.
 
     Raises:
-        UserError: the target must not be replaced, or cannot be written; it is as it was before.
+        UserError: the target must not be replaced, or cannot be written. It is unchanged.
     """
     target = to.resolve()
     require_free(target, overwrite)
@@ -46,7 +46,7 @@ def new_folder(to: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def require_free(target: Path, overwrite: bool) -> None:
-    """Refuse a target with content, unless it is an earlier export that may be replaced.
+    """Check that a target is empty, or an earlier export that may be replaced.
 
     Raises:
         UserError: `target` is a file, or a folder that must not be replaced.
@@ -81,5 +81,5 @@ def _fsync(files: Iterable[Path]) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Indented JSON with a newline at its end."""
+    """Write indented JSON with a newline at the end."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

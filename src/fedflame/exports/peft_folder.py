@@ -1,7 +1,7 @@
-"""A finished run as a PEFT adapter folder.
+"""Export a run as a PEFT adapter folder.
 
-`layouts` has the names and the shapes, `lora_config` the settings. PEFT has no place for the rescaler s:
-it stands beside the adapter in a file of its own.
+`layouts` has the names and shapes of the tensors, and `lora_config` the settings. PEFT cannot store the
+rescaler s, so s has a file of its own in the folder.
 """
 
 from __future__ import annotations
@@ -49,26 +49,27 @@ def export_adapter(
     overwrite: bool = False,
     layout: Layout | None = None,
 ) -> Layout:
-    """Write the folder that `PeftModel.from_pretrained(base, to)` loads; outputs equal ours at k = K.
+    """Write a folder that `PeftModel.from_pretrained(base, to)` loads; its outputs equal ours at k = K.
 
-    Merged factors are further ranks of the adapter, with lora_alpha / r as it was. Beside PEFT's two files:
-    `rescalers.safetensors` ("k4": [L] for the tier k = 4), `fedflame.json`, and the model card README.md.
-    An adapter that the method keeps for one k has PEFT's two files in a folder below, such as `k4`.
+    Merged factors become additional ranks of the adapter, at the same lora_alpha / r. Besides PEFT's two
+    files the folder has `rescalers.safetensors` ("k4": [L] for the tier k = 4), `fedflame.json`, and the
+    model card README.md. If the method keeps an adapter for one k, a subfolder such as `k4` has PEFT's two
+    files for it.
 
     Args:
         state: adapter, rescalers and merged factors of the run.
-        run: rank and scale, the base model's name, and what the model card says.
-        model: the base model, plain or adapted. Only its structure is read: the meta device will do.
+        run: the base model's name, rank and scale, and the facts for the model card.
+        model: the base model, plain or adapted. Only its structure is read, so it may be on the meta device.
         to: the folder to make.
-        overwrite: replace an earlier export; no other folder is ever replaced.
-        layout: None for per-expert where PEFT reads it for this model family, else fused.
+        overwrite: replace an earlier export. No other folder is ever replaced.
+        layout: None means per-expert if PEFT can read it for this model family, else fused.
 
     Returns:
-        The layout written.
+        The layout that was written.
 
     Raises:
-        UserError: `to` holds something, the disk is full, the model is not the run's, or PEFT cannot read
-            this layout for this model family.
+        UserError: `to` is not empty, the disk is full, the model is not the run's, or PEFT cannot read this
+            layout for this model family.
     """
     layers = find_moe_layers(model)
     r = run.adapter.r + state.merged.rank
@@ -98,7 +99,7 @@ def _write_peft(
     layers: Sequence[MoELayer],
     names: ExpertNames | None,
 ) -> None:
-    """PEFT's two files; per expert under these names, fused without."""
+    """Write PEFT's two files, in the per-expert layout if there are `names`, else in the fused one."""
     experts = per_expert_pairs(adapter, layers, names) if names else fused_pairs(adapter, layers)
     _write_tensors(folder / WEIGHTS_FILE, _named_tensors(chain(experts, attention_pairs(adapter))))
     write_json(folder / CONFIG_FILE, settings)
@@ -110,7 +111,7 @@ def _named_tensors(pairs: Iterable[tuple[str, Factors]]) -> Iterator[tuple[str, 
 
 
 def _readable_names(model: PreTrainedModel, adapter: Adapter, layout: Layout | None) -> ExpertNames | None:
-    """The per-expert names that PEFT reads for this family; NoPeftLayoutError if not this layout."""
+    """Return PEFT's per-expert names of this family. Raises NoPeftLayoutError if PEFT lacks the layout."""
     kind, names = model.config.model_type, expert_names_of(model)
     if layout == "per-expert" and names is None:
         raise NoPeftLayoutError(f"PEFT reads no per-expert adapter for {kind} models; use --layout fused")
@@ -123,6 +124,6 @@ def _readable_names(model: PreTrainedModel, adapter: Adapter, layout: Layout | N
 
 
 def _write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    # Copies: safetensors refuses tensors that share memory.
+    # Copies, because safetensors refuses tensors that share memory.
     copies = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors}
     save_file(copies, path, metadata={"format": "pt"})

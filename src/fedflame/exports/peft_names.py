@@ -1,4 +1,4 @@
-"""What an adapter folder calls its files and tensors, for whoever writes or reads one."""
+"""The names of files and tensors in an adapter folder."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from fedflame.moe.families import MoELayer
 WEIGHTS_FILE = "adapter_model.safetensors"
 RESCALERS_FILE = "rescalers.safetensors"
 PREFIX = "base_model.model."
-"""Before every module name in PEFT's weights file."""
+"""Prefix of every module name in PEFT's weights file."""
 
 
 def tier_key(k: int) -> str:
-    """The name of what belongs to one k, in an adapter folder and in our own files: `k4`."""
+    """Return the name for one k in an adapter folder and in our files, such as `k4`."""
     return f"k{k}"
 
 
 def tier_of(name: str) -> int:
-    """The k of a `tier_key`; 0 of another name."""
+    """Return the k of a `tier_key`; 0 for any other name."""
     match = re.fullmatch(r"k([1-9][0-9]*)", name)
     return int(match[1]) if match else 0
 
 
 class NoPeftLayoutError(UserError):
-    """There is no such adapter folder for this model family; a merged checkpoint can be written."""
+    """PEFT cannot read such an adapter folder for this model family. A merged checkpoint can be written."""
 
 
 def module_names(module: str) -> tuple[str, str]:
-    """PEFT's names of a module's A and B."""
+    """Return PEFT's names of a module's A and B."""
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def require_known_weights(layers: Sequence[MoELayer]) -> None:
-    """Neither layout is written or read here for weights that are stored another way than most."""
+    """Raise NoPeftLayoutError if the family stores expert weights in a form that we do not export."""
     experts = layers[0].experts
     deviations = {
         "no gate": not experts.has_gate,

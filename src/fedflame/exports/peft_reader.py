@@ -1,4 +1,4 @@
-"""An adapter folder of anyone, in either layout, as banks of ours."""
+"""Read a PEFT adapter folder, written by us or by others, in either layout, into our banks."""
 
 from __future__ import annotations
 
@@ -40,37 +40,37 @@ from fedflame.moe.families import MoELayer
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What has to be known of an adapter folder before its model can be prepared."""
+    """The settings of an adapter folder that are needed to prepare its model."""
 
     base_model: str | None
-    """As the folder names it; it may have been moved since."""
+    """The base model as the folder names it; it may have moved since."""
     adapter: AdapterConfig
     """r, lora_alpha and the attention projections in target_modules."""
 
 
 def read_settings(path: Path) -> AdapterSettings:
-    """Base model, r, lora_alpha and attention projections of an adapter folder, of ours or of others.
+    """Read base model, r, lora_alpha and attention projections of an adapter folder.
 
-    r is the largest that a projection needs: where PEFT's fused form of a per-expert adapter gives gate and
-    up a rank of their own each, half of their common one.
+    r is the largest rank of any projection. Where gate and up are fused but share no rank, each has half of
+    the fused rank.
 
     Raises:
-        UserError: no adapter folder, or a LoRA variant other than W + (alpha/r) B A.
+        UserError: `path` is no adapter folder, or has a LoRA variant other than W + (alpha/r) B A.
     """
     lora, tensors = _read_folder(path)
     return AdapterSettings(lora.base_model_name_or_path, _adapter_config(lora, tensors))
 
 
 def load_adapter(path: Path, adapted: AdaptedModel, seed: int) -> Adapter:
-    """The adapter of a folder in either layout as banks for `adapted`; bit for bit where we wrote it.
+    """Load an adapter folder in either layout as banks for `adapted`, bit for bit if we wrote it.
 
-    Products of another scale have it in their B; a rank that gate and up share becomes one rank of each.
-    What the folder has no LoRA on, and ranks beyond those of a product, are as at the start of a run: B is
-    zero, A drawn from the seed.
+    If a product has another scale than `adapted`, its B is multiplied by the ratio. A rank that gate and up
+    share becomes one rank of each. Projections without LoRA in the folder, and ranks beyond those of a
+    product, have the values of the start of a run: B is zero and A is drawn from the seed.
 
     Raises:
-        UserError: no adapter folder, r or scaling differ from `adapted`'s, or the tensors are not exactly
-            those that the folder's settings promise for this model.
+        UserError: `path` is no adapter folder, its r or scale differs from that of `adapted`, or its tensors
+            are not exactly those that its settings name for this model.
     """
     require_known_weights(adapted.layers)
     lora, tensors = _read_folder(path)
@@ -90,13 +90,13 @@ def load_adapter(path: Path, adapted: AdaptedModel, seed: int) -> Adapter:
 
 
 def load_tier_adapters(path: Path, adapted: AdaptedModel, seed: int) -> dict[int, Adapter]:
-    """Tier k -> its adapter, of those that an exported folder has beside its own; see `load_adapter`."""
+    """Return tier k -> adapter, for the tiers with a subfolder in an exported folder; see `load_adapter`."""
     folders = {tier_of(folder.name): folder for folder in sorted(path.iterdir()) if folder.is_dir()}
     return {k: load_adapter(folder, adapted, seed) for k, folder in folders.items() if k}
 
 
 def rescaler_tiers(path: Path) -> list[int]:
-    """The k that an exported adapter has rescalers for, largest first; none for an adapter of others."""
+    """Return the k for which a folder has rescalers, largest first; empty for adapters that others wrote."""
     if not (path / RESCALERS_FILE).exists():
         return []
     tiers = map(tier_of, _read_tensors(path / RESCALERS_FILE))
@@ -104,7 +104,7 @@ def rescaler_tiers(path: Path) -> list[int]:
 
 
 def load_rescalers(path: Path, adapted: AdaptedModel) -> dict[int, Tensor]:
-    """Tier k -> s [L] of an exported adapter; none for an adapter of others.
+    """Return tier k -> rescalers s [L] of an exported adapter; empty for adapters that others wrote.
 
     Raises:
         UserError: the file is broken, or does not hold one finite s per MoE layer.
@@ -127,9 +127,9 @@ class _Slot:
 
     module: str
     views: tuple[Factors, ...]
-    """One, or gate and up, which the fused layout has in one module."""
+    """One view, or two (gate and up) where the fused layout has both in one module."""
     experts: int = 0
-    """E of a fused module; 0 of a linear one."""
+    """E for a fused module; 0 for a linear one."""
 
 
 def _slots(lora: LoraSettings, adapter: Adapter, layers: Sequence[MoELayer]) -> Iterator[_Slot]:
@@ -159,7 +159,7 @@ def _adapter_config(lora: LoraSettings, tensors: Mapping[str, Tensor]) -> Adapte
 
 
 def _gate_and_up_are_separate(lora: LoraSettings, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether gate and up have twice the rank of down and share none of it, as we and PEFT fuse them."""
+    """Return whether gate and up have twice the rank of down and share no rank, as we and PEFT fuse them."""
     fused = [module for module in _modules(tensors) if lora.parameter(module).endswith(f".{GATE_UP}")]
     for module in fused:
         rank, b = lora.rank(module), tensors[module_names(module)[1]]
@@ -170,7 +170,7 @@ def _gate_and_up_are_separate(lora: LoraSettings, tensors: Mapping[str, Tensor])
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The modules that have both A and B."""
+    """Return the modules that have both A and B."""
     ends = (name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in tensors)
     return [module for module in ends if tensors.keys() >= {*module_names(module)}]
 

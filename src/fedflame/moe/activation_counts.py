@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 class ActivationCounts:
-    """Counts routed tokens while training, each token once per step.
+    """Counts the tokens of each expert during training, each token once per step.
 
     `begin_step` opens a step with its padding mask, the experts function calls `record`, and
-    `end_step` closes it. Outside a step (evaluation, generation) nothing is counted. A second
-    `record` of a layer within a step is the recomputation of gradient checkpointing: not counted.
+    `end_step` closes the step. Outside a step (evaluation, generation) nothing is counted. Gradient
+    checkpointing runs a layer's forward again in the backward: this second `record` of a layer in a step is
+    ignored.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
@@ -20,14 +21,14 @@ class ActivationCounts:
         self._recorded: set[int] = set()
         self._open = False
         self.real_tokens: Tensor | None = None
-        """Within a step, where to find the tokens that are not padding; None if all are, or outside."""
+        """Indices of the step's non-padding tokens; None if there is no padding, and outside a step."""
 
     def reset(self) -> None:
-        """Start a client's round at zero."""
+        """Set the counts to zero, at the start of a client's round."""
         self.total.zero_()
 
     def begin_step(self, token_mask: Tensor) -> None:
-        """Open a step; `token_mask` [batch, sequence] is true at tokens that are not padding."""
+        """Open a step; `token_mask` [batch, sequence] is true for non-padding tokens."""
         mask = token_mask.reshape(-1).bool()
         self._open = True
         self.real_tokens = None if bool(mask.all()) else mask.nonzero().flatten()
@@ -35,7 +36,7 @@ class ActivationCounts:
         self._step.zero_()
 
     def record(self, layer: int, per_expert: Tensor) -> None:
-        """Take one layer's real tokens `per_expert` [E], if a step is open."""
+        """Record the non-padding tokens `per_expert` [E] of one layer, if a step is open."""
         if not self._open or layer in self._recorded:
             return
         self._recorded.add(layer)
@@ -46,11 +47,11 @@ class ActivationCounts:
         self._open, self.real_tokens = False, None
 
     def touched(self) -> Tensor:
-        """Which experts have seen a token in this step, bool [L,E]."""
+        """Return which experts have seen a token in this step, bool [L,E]."""
         return self._step > 0
 
     def end_step(self) -> Tensor:
-        """Close the step, add it to `total`, and return which experts it `touched`."""
+        """Close the step, add its counts to `total`, and return the experts it `touched`, bool [L,E]."""
         self._open, self.real_tokens = False, None
         self.total += self._step
         return self.touched()

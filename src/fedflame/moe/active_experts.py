@@ -11,7 +11,7 @@ from fedflame.moe.families import MoELayer
 
 @contextmanager
 def active_experts(layers: Sequence[MoELayer], k: int) -> Iterator[None]:
-    """Within the block every router picks k experts per token; then it picks as many as before.
+    """Let every router pick k experts per token within the block, and its former number after it.
 
     Raises:
         UserError: k is not between 1 and the model's K.

@@ -1,4 +1,4 @@
-"""One resident base model with every adapter part attached; clients differ only by what is loaded."""
+"""The base model with LoRA, rescalers and counts attached. All clients share it and load their values."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class AdaptedModel:
 
     Args:
         model: the base model; it is frozen and changed in place.
-        r: LoRA rank, the same everywhere; `load` may attach fewer ranks for a client.
-        lora_alpha: the low-rank product is scaled by lora_alpha / r.
-        target_modules: attention projections for PEFT's injection; empty for experts only.
-        gradient_checkpointing: what the backward of training computes again instead of keeping it.
+        r: LoRA rank of all modules; `load` may attach fewer ranks for a client.
+        lora_alpha: the low-rank product B A is scaled by lora_alpha / r.
+        target_modules: attention projections that get LoRA through PEFT; empty for LoRA on experts only.
+        gradient_checkpointing: what the backward pass recomputes to save memory; see
+            `moe.gradient_checkpointing`.
 
     Raises:
-        UserError: the model is no supported SMoE, or has none of the target modules.
+        UserError: the model is not a supported SMoE, or has none of the target modules.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class AdaptedModel:
 
     @property
     def dtype(self) -> Dtype:
-        """Of the frozen base."""
+        """The dtype of the frozen base."""
         return cast(Dtype, str(self.model.dtype).removeprefix("torch."))
 
     @property
@@ -76,7 +77,7 @@ class AdaptedModel:
         return self.layers[0].num_experts_per_tok
 
     def initial_adapter(self, seed: int) -> Adapter:
-        """The adapter every run starts from: A drawn from the seed, B zero."""
+        """Return the adapter at the start of a run: A is drawn from the seed, B is zero."""
         experts = {
             f"{index}.{name}": bank
             for index, layer in enumerate(self.layers)
@@ -93,17 +94,17 @@ class AdaptedModel:
         return Adapter(experts, attention)
 
     def load(self, adapter: Adapter, rescaler_values: Tensor, merged: Adapter = NOTHING) -> None:
-        """Overwrite banks, attention LoRA and s [L], and make the frozen base W + (alpha/r) B A of `merged`.
+        """Load the LoRA values and rescalers of a client, and merge the factors `merged` into the base.
 
         Args:
-            adapter: values for this model and its target modules, of its rank or a smaller one. The
-                product is scaled by alpha/r of the model's rank in either case.
+            adapter: values for this model and its target modules, of the model's rank or a smaller one. The
+                scale is alpha/r with the model's rank r in both cases.
             rescaler_values: [L] s per MoE layer.
-            merged: factors of any one rank, else shaped as `adapter`. Without any, the base weights have
-                the bits that they had at first.
+            merged: factors with the names of `adapter`, of any rank. The base weights become
+                W + (alpha/r) B A; without factors they are exactly the original weights.
 
         Raises:
-            UserError: the values do not fit; nothing was changed.
+            UserError: the values do not fit the model. Nothing was changed.
         """
         attached, values = self.attached(), adapter.tensors()
         _require_shapes("adapter", values, _shapes(attached, min(adapter.rank or self.r, self.r)))
@@ -119,26 +120,26 @@ class AdaptedModel:
             self._base.merge(merged)
 
     def set_trainable(self, trainable: Trainable) -> None:
-        """Let gradients reach this half of every expert bank and attention LoRA, and no other."""
+        """Train only this half (A, B or both) of every expert bank and attention LoRA."""
         for name, parameter in self.attached().tensors().items():
             parameter.requires_grad_(is_trained(name, trainable))
 
     def attached(self) -> Adapter:
-        """The parameters themselves, under the names of their values."""
+        """Return the trainable parameters themselves, not copies, as an adapter."""
         banks = {f"{lora.index}.{name}": bank for lora in self.loras for name, bank in lora.banks().items()}
         return Adapter(banks, self.attention)
 
     def adapter(self) -> Adapter:
-        """A copy of the values attached now."""
+        """Return a copy of the current LoRA values."""
         values = {name: value.detach().clone() for name, value in self.attached().tensors().items()}
         return Adapter.from_tensors(values)
 
     def learned_since(self, start: Adapter) -> Adapter:
-        """The values attached now minus `start`."""
+        """Return the current LoRA values minus `start`."""
         return self.attached().combine(start, lambda value, before: value.detach() - before)
 
     def rescaler_values(self) -> Tensor:
-        """[L] the s attached now."""
+        """Return a copy of the current rescalers s [L]."""
         return torch.stack([lora.s.detach().clone() for lora in self.loras])
 
     @contextmanager
@@ -149,14 +150,14 @@ class AdaptedModel:
 
     @contextmanager
     def training(self, k: int) -> Iterator[None]:
-        """Run k experts per token within the block, its layers checkpointed if they are to be."""
+        """Run k experts per token within the block, with gradient checkpointing if it is switched on."""
         layers = self.gradient_checkpointing == "layers"
         with self.active_experts(k), layers_checkpointed(self.model) if layers else nullcontext():
             yield
 
 
 def _shapes(adapter: Adapter, rank: int) -> dict[str, tuple[int, ...]]:
-    """The shapes that the adapter's values would have at this rank."""
+    """Return the shapes that the adapter's values would have at this rank."""
     shapes = {}
     for name, value in adapter.tensors().items():
         shape = list(value.shape)
@@ -191,7 +192,7 @@ def _inject_attention_lora(
     parameters = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            # PEFT takes the base's dtype here; the master is fp32, and PEFT's forward casts to it.
+            # PEFT uses the base's dtype here. We train fp32 weights; PEFT's forward casts its input to fp32.
             for letter, linear in (("A", module.lora_A["default"]), ("B", module.lora_B["default"])):
                 parameter = linear.float().get_parameter("weight")
                 parameter.requires_grad_(True)

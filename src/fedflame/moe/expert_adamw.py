@@ -1,11 +1,10 @@
-"""AdamW that leaves experts without tokens alone.
+"""AdamW that updates only the experts that saw a token.
 
 Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101.
 
-Plain AdamW moves an expert that saw no token by weight decay and by stale momentum, and the server
-would then average noise. Here each expert's slice of a bank has moments and a step count of its own,
-and only the slices of touched experts take part in a step. A bank that requires no gradient is left
-out.
+Plain AdamW also moves experts without tokens, by weight decay and old momentum, and the server would average
+this noise. Here each expert's slice of a bank has its own moments and step count, and a step updates only the
+slices of the experts that saw a token. Banks that require no gradient are not updated.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class _Moments:
-    """A value that AdamW moves as one, and what it remembers of its gradients."""
+    """A tensor that AdamW updates, with its moments and its step count."""
 
     value: Tensor
     mean: Tensor
@@ -38,7 +37,15 @@ class _Moments:
 
 
 class ExpertAdamW:
-    """torch's fused AdamW over expert slices and over parameters that every token reaches."""
+    """torch's fused AdamW over the experts' slices and over the parameters that every token uses.
+
+    Args:
+        loras: the expert banks; each expert's slice is updated by itself.
+        shared: parameters that every token uses, with weight decay.
+        learning_rate: the same for all parameters.
+        weight_decay: for expert banks and `shared`.
+        unregularized: parameters that every token uses, without weight decay.
+    """
 
     def __init__(
         self,
@@ -60,17 +67,18 @@ class ExpertAdamW:
 
     @property
     def param_groups(self) -> list[dict[str, list[nn.Parameter]]]:
-        """All trained parameters, as `torch.amp.GradScaler` looks for gradients."""
+        """All trained parameters, in the form in which `torch.amp.GradScaler` looks for their gradients."""
         banks = [bank for _, bank, _ in self._banks]
         others = [parameter for parameter, _ in [*self._shared, *self._unregularized]]
         return [{"params": [*banks, *others]}]
 
     def backward(self, loss: Tensor, touched: Tensor) -> None:
-        """Gradients of the loss, and one update from them, for experts that `touched` [L,E] names.
+        """Run the backward of the loss and one update, for the experts in `touched`, bool [L,E].
 
-        A bank moves as soon as its gradient is complete, which is freed then, so that the gradients of
-        one layer exist at a time (Lv et al.: LOMO, arXiv 2306.09782). The values have the bits that
-        `loss.backward()` and `step` give. Where the backward fails, some banks have moved.
+        A bank is updated as soon as its gradient is complete, and the gradient is freed then. So the
+        gradients of only one layer exist at a time (Lv et al.: LOMO, arXiv 2306.09782). The result is
+        bit-identical to `loss.backward()` and then `step`. If the backward fails, some banks have already
+        been updated.
         """
         experts = _experts(touched)
         handles = [
@@ -85,7 +93,7 @@ class ExpertAdamW:
         self._step_others()
 
     def step(self, touched: Tensor) -> None:
-        """One update from the gradients on the parameters, for experts that `touched` [L,E] names."""
+        """Run one update from the gradients of the parameters, for the experts in `touched`, bool [L,E]."""
         experts = _experts(touched)
         for number in range(len(self._banks)):
             self._step_bank(number, experts)
@@ -122,7 +130,7 @@ class ExpertAdamW:
 
 
 def _experts(touched: Tensor) -> list[list[int]]:
-    """The touched experts of each layer."""
+    """Return the indices of the touched experts of each layer."""
     return [layer.nonzero().flatten().tolist() for layer in touched]
 
 

@@ -1,8 +1,8 @@
 """Expert LoRA: W x + (alpha/r) B A x for gate, up and down of every expert, in contiguous banks.
 
-transformers 5 routes every SMoE family through `ALL_EXPERTS_FUNCTIONS`; one function registered
-there is the whole seam, and the Hugging Face model class stays as it is. PEFT's `target_parameters`
-is not used: it builds W + BA for all experts on every forward, whatever k is.
+transformers 5 calls the experts of every SMoE family through `ALL_EXPERTS_FUNCTIONS`. This module registers
+one function there, so that no Hugging Face model class has to be changed. PEFT's `target_parameters` is not
+used, because it builds W + BA for all experts in every forward, whatever k is.
 
 Shapes: N tokens, k active experts, E experts, H hidden, I expert width, R rank.
 """
@@ -28,9 +28,15 @@ BANKS = ("A1", "B1", "A2", "B2")
 
 
 class ExpertLoRA(nn.Module):
-    """The banks of one MoE layer (fp32 master), its rescaler s, and where its counts go.
+    """The fp32 LoRA banks and the rescaler s of one MoE layer.
 
-    With `recompute` the backward computes the pre-activation of the experts again; see `FusedExperts`.
+    Args:
+        layer: the MoE layer that they belong to.
+        index: its number among the MoE layers, from 0.
+        r: LoRA rank.
+        lora_alpha: the product B A is scaled by lora_alpha / r.
+        counts: receives the tokens of each expert in training.
+        recompute: the backward computes the experts' pre-activation again; see `FusedExperts`.
     """
 
     def __init__(
@@ -54,15 +60,16 @@ class ExpertLoRA(nn.Module):
 
     @property
     def r(self) -> int:
-        """Rank of the banks loaded now; the scaling stays that of the run's rank."""
+        """Rank of the banks that are loaded now. The scale keeps the run's rank."""
         return self.get_parameter("A2").shape[1]
 
     def banks(self) -> dict[str, nn.Parameter]:
+        """Return A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] by name; n is 2 with a gate, else 1."""
         return {name: self.get_parameter(name) for name in BANKS}
 
 
 def initial_banks(layer: MoELayer, r: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Each A uniform in +-1/sqrt(fan-in) as PEFT draws it, each B zero: the adapter starts at nothing."""
+    """Draw each A uniformly in +-1/sqrt(fan-in), as PEFT does. Each B is zero, so B A is zero at first."""
     banks = {name: torch.zeros(shape) for name, shape in layer.bank_shapes(r).items()}
     for name in ("A1", "A2"):
         bound = 1 / math.sqrt(banks[name].shape[2])
@@ -71,9 +78,16 @@ def initial_banks(layer: MoELayer, r: int, generator: torch.Generator) -> dict[s
 
 
 def experts_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The registered experts function: count, rescale, then base plus low-rank path. [N,H] -> [N,H].
+    """Compute base experts plus LoRA for x [N,H] -> [N,H]; transformers calls it for every MoE layer.
 
-    Within a training step padding is left out: its output is zero, and nothing that counts reads it.
+    It also counts the tokens of each expert and applies the rescaler. In a training step padding tokens are
+    not computed: their output is zero, and no loss depends on it.
+
+    Args:
+        experts: the experts module, with its `ExpertLoRA` as `fedflame`.
+        x: [N,H] the layer's input.
+        top_k_index: [N,k] the experts of each token.
+        top_k_weights: [N,k] their routing weights.
     """
     lora: ExpertLoRA = experts.fedflame  # type: ignore[assignment]
     real = lora.counts.real_tokens
@@ -101,10 +115,10 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
 
 
 def _prepare_banks(layer: MoELayer, rank: int, banks: list[Tensor]) -> list[Tensor]:
-    """A1, B1, A2 and B2 as `FusedExperts` multiplies them: gate and up side by side in B1.
+    """Bring A1, B1, A2 and B2 into the form that `FusedExperts` multiplies: B1 becomes block-diagonal.
 
-    grouped_mm refuses rows that are no multiple of 16 bytes, so the rank is filled up with zeros, which
-    change no product.
+    grouped_mm needs rows of a multiple of 16 bytes, so the rank is padded with zeros, which change no
+    product.
     """
     a1, b1, a2, b2 = banks
     n, width = layer.inner_projections, layer.expert_width

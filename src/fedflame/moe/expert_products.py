@@ -1,11 +1,11 @@
-"""Products of rows with the matrix of their expert, in one of two layouts.
+"""Multiply each row with the matrix of its expert, in one of two layouts with the same functions.
 
-`Ragged` keeps the rows as they are sorted and multiplies expert by expert: nothing is wasted, and a
-wide product is all arithmetic. `Padded` gives every expert as many rows as the largest has and
-multiplies all of them in one call: where experts have few rows, the calls of thin low-rank products
-cost more than their arithmetic. Both have the same functions.
+`Ragged` keeps the rows sorted by expert and multiplies expert by expert. It does no needless arithmetic and
+is best for the wide products of the base. `Padded` pads every expert to the same number of rows and
+multiplies all experts in one call. It is best for low-rank products of few rows, where a call costs more than
+its arithmetic.
 
-Shapes: S routed rows, E experts, m rows of the largest.
+Shapes: S routed rows, E experts, m rows of the expert that has most.
 """
 
 from __future__ import annotations
@@ -23,48 +23,48 @@ class Ragged:
     """Rows [S,*] sorted by expert."""
 
     offsets: Tensor
-    """[E] int32: where each expert's rows end."""
+    """[E] int32: the index after each expert's last row."""
 
     @classmethod
     def of(cls, per_expert: Tensor) -> Self:
-        """For so many rows [E] per expert."""
+        """Build the layout for `per_expert` [E] rows."""
         return cls(torch.cumsum(per_expert, 0, dtype=torch.int32))
 
     def take(self, rows: Tensor) -> Tensor:
-        """Sorted rows [S,*] in this layout."""
+        """Bring sorted rows [S,*] into this layout."""
         return rows
 
     def give(self, rows: Tensor) -> Tensor:
-        """Rows of this layout as sorted rows [S,*]."""
+        """Bring rows of this layout back to sorted rows [S,*]."""
         return rows
 
     def scale_(self, rows: Tensor, factor: float) -> Tensor:
-        """Scale rows in place; what is no row becomes zero, so that `outer` with it is right."""
+        """Scale rows in place. Padding rows become zero, so that they add nothing to `outer`."""
         return rows.mul_(factor)
 
     def times(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Rows of width a times weights [E,a,b] of their expert: of width b."""
+        """Multiply rows of width a with the weights [E,a,b] of their expert; the result has width b."""
         return grouped_mm(rows, weights, offs=self.offsets)
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """The sum of left' right over each expert's rows, [E,a,b]; zero without rows."""
+        """Return [E,a,b]: the sum of left' right over each expert's rows; zero for experts without rows."""
         return grouped_mm(left.mT, right, offs=self.offsets)
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Rows [E,m,*]: behind each expert's own stand others, without meaning."""
+    """Rows [E,m,*]: each expert's own rows first, then arbitrary rows as padding."""
 
     places: Tensor
-    """[E*m] the sorted row that stands in each place."""
+    """[E*m] the index of the sorted row in each place."""
     back: Tensor
     """[S] the place of each sorted row."""
     real: Tensor
-    """[E,m,1] 1 where a row of the expert stands, else 0."""
+    """[E,m,1] true for the expert's own rows, false for padding."""
 
     @classmethod
     def of(cls, per_expert: Tensor) -> Self:
-        """For so many rows [E] per expert, of which one at least has some."""
+        """Build the layout for `per_expert` [E] rows; at least one expert must have a row."""
         ends = torch.cumsum(per_expert, 0)
         place = torch.arange(int(per_expert.max()), device=per_expert.device)
         real = place < per_expert.unsqueeze(1)

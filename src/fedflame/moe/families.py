@@ -1,7 +1,7 @@
-"""Find the MoE layers of a Hugging Face model, or say why there are none to train.
+"""Find the MoE layers of a Hugging Face model, or say why it cannot be trained.
 
-transformers' `use_experts_implementation` says of each family how its experts compute; what differs
-between families ends in this file: the rest of the library sees `MoELayer` and `FrozenExperts`.
+transformers' `use_experts_implementation` describes how the experts of each family compute. Only this file
+knows the differences between families; the rest of the library uses `MoELayer` and `FrozenExperts`.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from fedflame.errors import UserError
 from fedflame.moe.fused_experts import FrozenExperts, Gate
 
 CONFIGURED_ROUTERS = {"Gemma4TextRouter": "top_k_experts"}
-"""Routers without a `top_k`: they read k from this key of their config, in every forward."""
+"""Router class -> config key, for routers without `top_k`: they read k from this key in every forward."""
 
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE layer: the router decides, the experts compute."""
+    """One MoE layer: its router, its experts and their sizes."""
 
     name: str
     router: nn.Module
     experts: nn.Module
     num_experts: int
     num_experts_per_tok: int
-    """K, the router's own top-k at the time the layer was found."""
+    """K: the router's top-k when the layer was found."""
     hidden_size: int
-    """H, the width of what the experts read and write."""
+    """H: the width of the experts' input and output."""
     expert_width: int
-    """I, the inner width of one expert."""
+    """I: the inner width of one expert."""
 
     @property
     def top_k(self) -> int:
-        """How many experts the router picks now."""
+        """The number of experts that the router picks per token now."""
         owner, key = _top_k_place(self.router)
         return int(getattr(owner, key))
 
     def set_top_k(self, k: int) -> None:
-        """Let the router pick k experts. The config it was built from would do nothing in most families."""
+        """Let the router pick k experts. In most families a change of the model's config would do nothing."""
         owner, key = _top_k_place(self.router)
         setattr(owner, key, k)
 
     @property
     def inner_projections(self) -> int:
-        """Projections of an expert before its activation, n: 2 with a gate, else 1."""
+        """n: the number of projections before the activation; 2 (gate and up) or 1 (up)."""
         return 2 if self.experts.has_gate else 1
 
     def frozen(self) -> FrozenExperts:
-        """The base weights as views, whichever way round the family stores them, and its activation."""
+        """Return the base weights as views [E,out,in], however the family stores them, and its activation."""
         inner = "gate_up_proj" if self.experts.has_gate else "up_proj"
         gate: Gate = self.experts._apply_gate if self.experts.has_gate else self.experts.act_fn  # type: ignore[assignment]
         return FrozenExperts(
@@ -67,14 +67,14 @@ class MoELayer:
         return self.experts.get_parameter(f"{name}_bias") if self.experts.has_bias else None
 
     def in_stored_order(self, rows: Tensor) -> Tensor:
-        """Gate rows, then up rows [..,2I,*] in the order of the base weights: some alternate them."""
+        """Bring rows [..,2I,*], gate before up, into the family's order: some families alternate them."""
         if self.experts.is_concatenated or not self.experts.has_gate:
             return rows
         gate, up = rows.chunk(2, dim=-2)
         return torch.stack([gate, up], dim=-2).flatten(-3, -2)
 
     def bank_shapes(self, r: int) -> dict[str, tuple[int, int, int]]:
-        """The banks of rank r; see `messages.Adapter`."""
+        """Return the shapes of the LoRA banks at rank r; see `messages.Adapter`."""
         experts, hidden, width, n = (
             self.num_experts,
             self.hidden_size,
@@ -90,13 +90,13 @@ class MoELayer:
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The MoE layers in model order.
+    """Return the MoE layers in model order.
 
-    An experts module is one that transformers' `use_experts_implementation` has decorated; its
-    router is the sibling that knows a top-k (names differ by family, so none is assumed).
+    An experts module is one that transformers' `use_experts_implementation` has decorated. Its router is the
+    sibling module that has a top-k; the module names differ between families, so they are not used.
 
     Raises:
-        UserError: the model has no such layer, or routes or computes in a way not supported.
+        UserError: the model has no such layer, or its routing or its experts are not supported.
     """
     refused = refusal(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
     if refused:
@@ -155,7 +155,7 @@ def _refuse_unsupported(kind: str, experts: nn.Module) -> None:
 
 
 def require_aligned(layers: Sequence[MoELayer]) -> None:
-    """Raises UserError where rows of the expert weights are no multiple of 16 bytes, as grouped_mm needs."""
+    """Raise UserError if a row of the expert weights is no multiple of 16 bytes, as grouped_mm needs."""
     for layer in layers:
         dtype = layer.experts.get_parameter("down_proj").dtype
         if any(size * dtype.itemsize % 16 for size in (layer.hidden_size, layer.expert_width)):

@@ -1,13 +1,13 @@
 """Experts with LoRA as one autograd function: base and low-rank products on rows sorted by expert.
 
-Plain autograd would keep every intermediate of every layer until its backward. Here only the
-gate/up pre-activation, which may be left out, too, and the two rank-R projections are kept; all else
-is computed again or never needed: the base is frozen, and the gradient of a routing weight comes from
-the expert's activation instead of its output. With y = w (W2 a + b2 + c B2 A2 a) and g = dy, b2 the
-bias of families that have one: dw = a . (W2' g + c A2' B2' g) + b2 . g.
+Plain autograd would keep every intermediate value of every layer until the backward. This function keeps only
+the two rank-R projections and the pre-activation of gate and up; with `recompute` not even the latter. The
+backward recomputes the rest, or does not need it: the base is frozen, and the gradient of a routing weight w
+follows from the expert's activation a instead of its output. With y = w (W2 a + b2 + c B2 A2 a), g = dL/dy,
+c = alpha/r and b2 the bias, where a family has one: dL/dw = a . (W2' g + c A2' B2' g) + b2 . g.
 
 Shapes: N tokens, k active experts, S = N*k routed rows, E experts, H hidden, I expert width, R rank,
-n projections before the activation: gate and up, or up alone.
+n projections before the activation: 2 (gate and up) or 1 (up).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch.autograd.function import once_differentiable
 from fedflame.moe.routed_rows import Block, RoutedRows
 
 Prepare = Callable[[list[Tensor]], list[Tensor]]
-"""From slices of the banks A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] in the dtype of the rows to
-what the rows are multiplied by: R filled up as the products need it, and B1 [E,nI,nR] block-diagonal,
-its rows ordered as those of the frozen weights."""
+"""Turns slices of the banks A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] into the matrices that the
+rows are multiplied by. R is padded as the products need it. B1 becomes block-diagonal, [E,nI,nR], with its
+rows in the order of the frozen weights."""
 Gate = Callable[[Tensor], Tensor]
-"""The family's own activation: rows [S,nI], as the weights order them, to [S,I], each by itself."""
+"""The activation of the family, row by row: [S,nI], in the order of the weights, to [S,I]."""
 
 BLOCK_BYTES = 4 * 2**20
-"""Size of a block of experts in temporaries [rows,nI] and in banks: what stays in a core's cache."""
+"""Target size of a block's temporary values [rows,nI], and of its banks, so that they stay in the cache."""
 
 
 @dataclass(frozen=True)
 class FrozenExperts:
-    """What the base model computes in an MoE layer."""
+    """The frozen expert weights of an MoE layer, and its activation."""
 
     gate_up: Tensor
     """[E,nI,H]"""
@@ -51,9 +51,9 @@ class FrozenExperts:
 class FusedExperts(torch.autograd.Function):
     """`apply(x, weights, A1, B1, A2, B2, prepare, frozen, scaling, rows, recompute)` -> [N,H].
 
-    x [N,H]; routing weights [N,k]; the banks in float32, of which `prepare` makes what is multiplied,
-    block by block, so that no copy of a whole bank is kept for the backward. With `recompute` the
-    pre-activation is not kept either, but computed again, to the same bits.
+    x is [N,H], the routing weights are [N,k], the banks are float32. `prepare` is called for one block of
+    experts at a time, so that no copy of a whole bank is kept for the backward. With `recompute` the backward
+    computes the pre-activation again, with the same bits, instead of keeping it.
     """
 
     @staticmethod
@@ -155,7 +155,7 @@ class FusedExperts(torch.autograd.Function):
 def _pre_activation(
     routed: Tensor, low1: Tensor, b1: Tensor, frozen: FrozenExperts, rows: RoutedRows, block: Block
 ) -> Tensor:
-    """W1 x + b1 + B1 (c A1 x) of a block's rows, [rows,nI]; low1 is c A1 x as `thin` lays it out."""
+    """Compute W1 x + b1 + B1 (c A1 x) for a block, [rows,nI]; low1 is c A1 x in the layout of `thin`."""
     inner: Tensor = block.wide.times(routed, frozen.gate_up[block.experts].mT)
     if frozen.gate_up_bias is not None:
         inner += rows.spread(frozen.gate_up_bias, block)
@@ -166,9 +166,10 @@ def _pre_activation(
 def _blocks(
     rows: RoutedRows, banks: tuple[Tensor, ...], frozen: FrozenExperts, dtype: torch.dtype
 ) -> list[Block]:
-    """One block on a GPU, where the sizes would have to be waited for.
+    """Split the experts into blocks that fit the cache. A GPU gets one block, so that it needs no row counts.
 
-    On a CPU a thin product in half precision costs more to call than to compute; one in float32 does not.
+    On a CPU a call of a low-rank product in half precision costs more than its arithmetic, so these products
+    are padded; in float32 it does not.
     """
     if banks[0].is_cuda:
         return [rows.one_block()]

@@ -1,7 +1,8 @@
-"""Gradient checkpointing: less is kept for the backward, which computes it again, to the same bits.
+"""Gradient checkpointing: the backward recomputes values instead of keeping them, with the same bits.
 
-Chen et al.: Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174. Of `layers` only the input is
-kept; of `experts` all but their pre-activation, the largest part of it (`fused_experts.FusedExperts`).
+Chen et al.: Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174. The setting `layers` keeps only
+the input of each layer. The setting `experts` drops only the experts' pre-activation, which is the largest
+part (`fused_experts.FusedExperts`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from fedflame.errors import UserError
 
 
 def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that transformers can compute again.
+    """Return the layers that transformers can checkpoint.
 
     Raises:
-        UserError: the model has none.
+        UserError: the model has no such layer.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -32,10 +33,10 @@ def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 @contextmanager
 def layers_checkpointed(model: nn.Module) -> Iterator[None]:
-    """Within the block every such layer is checkpointed; the result has the same bits.
+    """Checkpoint every layer of `checkpointed_layers` within the block; the result is bit-identical.
 
-    transformers asks the layer itself whether it trains. Only that flag is set, not those of the modules
-    in it, where dropout would begin.
+    transformers checkpoints a layer only if the layer's own `training` flag is set. The flags of the modules
+    inside it stay unset, so that no dropout begins.
     """
     layers, run_again = checkpointed_layers(model), partial(checkpoint, use_reentrant=False)
     for layer in layers:

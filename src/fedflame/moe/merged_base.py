@@ -1,4 +1,4 @@
-"""Low-rank factors inside the frozen weights: W + (alpha/r) B A, in memory or for a merged checkpoint."""
+"""Merge low-rank factors into the frozen weights, W + (alpha/r) B A, for a run or for an exported model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedflame.moe.families import MoELayer
 
 
 class MergedBase:
-    """The base weights that carry LoRA, with factors merged into them and the way back.
+    """Merges factors into the base weights that carry LoRA, and restores the original weights.
 
-    A copy of the pristine weights exists only while factors are merged. Factors always go into the
-    pristine weights, so that a base in bfloat16 is rounded once, however many rounds have passed.
+    Factors are always added to the original weights, so that a base in bfloat16 is rounded only once, however
+    many rounds have passed. A copy of the original weights exists only while factors are merged.
 
     Args:
         model: the base model, its attention projections possibly wrapped by PEFT.
@@ -34,10 +34,10 @@ class MergedBase:
 
     @torch.no_grad()
     def merge(self, merged: Adapter) -> None:
-        """Make the weights the pristine ones plus these factors; nothing to do where they are that."""
+        """Set the weights to the original weights plus these factors; do nothing if they are that already."""
         if self._merged is not None and _equal(self._merged, merged):
             return
-        self._merged = None  # broken off on the way, the weights are neither
+        self._merged = None  # if an exception interrupts the merge, the content of the weights is unknown
         weights = self._weights()
         if not self._pristine:
             self._pristine = [weight.clone() for weight in weights]
@@ -59,14 +59,14 @@ class MergedBase:
 def merge_into(
     model: nn.Module, layers: Sequence[MoELayer], adapter: Adapter, scaling: float, scalars: Tensor
 ) -> None:
-    """Add scaling * B A to every weight that has factors, and multiply what the experts put out by s [L].
+    """Add scaling * B A to every weight that has factors, and multiply the experts' output by `scalars` [L].
 
-    Each sum is formed in float32 and rounded to the weight's dtype once.
+    Each sum is computed in float32 and rounded to the weight's dtype once.
     """
     for index, (layer, s) in enumerate(zip(layers, scalars, strict=True)):
         a1, b1, a2, b2 = (adapter.experts[f"{index}.{name}"] for name in ("A1", "B1", "A2", "B2"))
         r, width, frozen = a2.shape[1], layer.expert_width, layer.frozen()
-        for expert in range(layer.num_experts):  # one at a time: only one expert in float32
+        for expert in range(layer.num_experts):  # one at a time, so that only one expert is in float32
             factors = zip(b1[expert].split(width), a1[expert].split(r), strict=True)
             product = layer.in_stored_order(torch.cat([b @ a for b, a in factors]))
             frozen.gate_up[expert] = frozen.gate_up[expert].float() + scaling * product
@@ -81,7 +81,7 @@ def merge_into(
 
 
 def _weight(model: nn.Module, module: str) -> nn.Parameter:
-    # Of a projection that PEFT has wrapped, `weight` is the frozen base's.
+    # In a projection that PEFT has wrapped, `weight` is the frozen base weight.
     return model.get_submodule(module).get_parameter("weight")
 
 

@@ -1,8 +1,8 @@
 """Read the experts of the next layer from their files while this layer computes.
 
-The kernel reads ahead of a page fault too, but by so little that computing and reading take turns.
-Here a thread touches the weights of the layer that comes next, expert by expert, as the products
-will. It changes no value.
+For a memory-mapped base (`base.mapped`). The kernel's own read-ahead is so short that computing and reading
+would take turns. Here a thread touches the weights of the next layer, expert by expert, in the order in which
+they will be used. It changes no value.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from fedflame.moe.families import MoELayer
 
 ROWS_PER_EXPERT = 4
-"""From so many on nearly every expert has a row; with fewer, much would be read for nothing."""
+"""Read ahead only from this mean number of rows per expert on. With fewer, many experts have none."""
 
 
 def read_ahead(layers: Sequence[MoELayer]) -> None:
-    """From now on forward asks for the layer above, and backward for the one below."""
+    """Start reading ahead: the forward reads the layer after each layer, the backward the layer before it."""
     wanted: SimpleQueue[MoELayer] = SimpleQueue()
     for below, layer, above in zip([None, *layers], layers, [*layers[1:], None], strict=False):
         layer.experts.register_forward_hook(_asking(layer, above, below, wanted))
@@ -34,7 +34,7 @@ def _asking(
 ) -> Callable[..., None]:
     def hook(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         x, top_k_index, _ = inputs
-        computed_again = torch._C._current_graph_task_id() != -1  # by gradient checkpointing, in a backward
+        computed_again = torch._C._current_graph_task_id() != -1  # by gradient checkpointing
         if computed_again or top_k_index.numel() < ROWS_PER_EXPERT * layer.num_experts:
             return
         if above is not None:
@@ -50,7 +50,7 @@ def _read(wanted: SimpleQueue[MoELayer]) -> None:
         frozen = wanted.get().frozen()
         for expert in zip(frozen.gate_up, frozen.down, strict=True):
             if not wanted.empty():
-                break  # the model is there already
+                break  # the model has already reached the next layer
             for weight in expert:
                 stored = weight if weight.is_contiguous() else weight.mT
                 stored.view(-1)[:: mmap.PAGESIZE // weight.itemsize].sum()

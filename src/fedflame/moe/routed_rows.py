@@ -1,7 +1,7 @@
-"""Rows sorted by expert: one row per token and active expert, and the way back to tokens.
+"""Sort rows by expert, one row per token and active expert, and sum them per token afterwards.
 
-Both ways are single passes in a fixed order (no scattered additions), so the same run gives the
-same bytes. Shapes: N tokens, k active experts, S = N*k routed rows, E experts, H hidden.
+Both directions add in a fixed order (no scattered additions), so the same run gives the same bytes.
+Shapes: N tokens, k active experts, S = N*k routed rows, E experts, H hidden.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch.nn.functional import embedding_bag
 from fedflame.moe.expert_products import Padded, Ragged
 
 PADDING = 2
-"""Up to so many times the rows, one call with padding is quicker than a call per expert."""
+"""Pad if this gives at most so many times the rows: then one call is faster than one call per expert."""
 
 
 @dataclass(frozen=True)
 class RoutedRows:
-    """How N*k routed rows are sorted by expert and back."""
+    """The order of N*k routed rows: by expert, and back to tokens."""
 
     order: Tensor
-    """[S] where each row stands in the routing choices [N,k], read token by token."""
+    """[S] the index of each row in the flattened routing choices [N*k]."""
     tokens: Tensor
     """[S] the token of each row."""
     positions: Tensor
-    """[N,k] the row of each token's k experts."""
+    """[N,k] the rows of each token."""
     per_expert: Tensor
-    """[E] rows of each expert, int64."""
+    """[E] int64: the number of rows of each expert."""
 
     @classmethod
     def sort(cls, top_k_index: Tensor, num_experts: int) -> RoutedRows:
-        """Stable sort of the routing choices [N,k] by expert."""
+        """Sort the routing choices [N,k] by expert, stably."""
         flat, k = top_k_index.reshape(-1), top_k_index.shape[1]
         order = torch.argsort(flat, stable=True)
         positions = torch.empty_like(order)
@@ -42,9 +42,9 @@ class RoutedRows:
         return cls(order, order // k, positions.view(-1, k), torch.bincount(flat, minlength=num_experts))
 
     def blocks(self, rows: int, experts: int, padded: bool) -> list[Block]:
-        """Consecutive experts together: at most `experts` of them, and no more once they have `rows` rows.
+        """Group consecutive experts: a block ends at `experts` experts, or once it has at least `rows` rows.
 
-        With `padded` their thin products are padded, where that does not take much.
+        With `padded` the low-rank products of a block are padded, unless that adds too many rows (`PADDING`).
         """
         found, first, start, end, last = [], 0, 0, 0, len(self.per_expert) - 1
         for expert, count in enumerate(self.per_expert.tolist()):
@@ -56,17 +56,17 @@ class RoutedRows:
         return found
 
     def one_block(self) -> Block:
-        """All experts, without waiting for their numbers of rows."""
+        """Return all experts as one block, without waiting for the GPU to return the row counts."""
         return Block.of(slice(None), slice(None), self.per_expert, padded=False)
 
     def spread(self, per_expert: Tensor, block: Block) -> Tensor:
-        """Each row's expert's values of `per_expert` [E,*]: [rows of the block,*]."""
+        """Repeat the values `per_expert` [E,*] for each row of the block: [rows of the block,*]."""
         return per_expert[block.experts].repeat_interleave(self.per_expert[block.experts], dim=0)
 
     def sum_per_token(self, rows: Tensor) -> Tensor:
-        """Each token's k rows of `rows` [S,H] added up, the bits being those of torch's sum: [N,H]."""
+        """Add up the k rows of each token: [S,H] to [N,H]; bit-identical to torch's sum."""
         count, k = self.positions.shape
-        if rows.dtype == torch.float32:  # without a copy of the rows; in bfloat16 it would round otherwise
+        if rows.dtype == torch.float32:  # without a copy; bfloat16 would round otherwise
             return embedding_bag(self.positions, rows, mode="sum")
         in_order = rows.index_select(0, self.positions.reshape(-1))
         return in_order if k == 1 else in_order.view(count, k, -1).sum(1)
@@ -74,14 +74,14 @@ class RoutedRows:
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive experts with their rows, and how these are multiplied."""
+    """Consecutive experts with their rows, and the layouts of their products."""
 
     rows: slice
     experts: slice
     wide: Ragged
-    """With the matrices of the base."""
+    """The layout for products with the base weights."""
     thin: Ragged | Padded
-    """With the low-rank factors."""
+    """The layout for products with the low-rank factors."""
 
     @classmethod
     def of(cls, rows: slice, experts: slice, per_expert: Tensor, padded: bool) -> Self:

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page made from the run folder alone."""
+"""The report of a run: one self-contained HTML page, made only from the run folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from fedflame.report.records import read_run
 def write_report(run: Path) -> Path:
     """Write `report.html` into the run folder and return its path.
 
-    Unfinished runs give a report of what there is; UserError where `run` is not a run folder.
+    The report of an unfinished run shows what is recorded so far.
+
+    Raises:
+        UserError: `run` is not a run folder, or a file in it is damaged.
     """
     target = run / "report.html"
     write_atomically(target, page(read_run(run)).encode())

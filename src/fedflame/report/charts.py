@@ -1,4 +1,4 @@
-"""The drawings of the report, as inline SVG. Colours are classes of style.css."""
+"""The charts of the report, as inline SVG. Colours are classes of style.css."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ class Series:
 
     label: str
     colour: int
-    """Number of its class in style.css."""
+    """Number of its colour class in style.css."""
     points: Sequence[tuple[float, float]]
-    """Place on the x axis, such as the round, and value."""
+    """Pairs of x, such as the round, and value."""
     band: Sequence[tuple[float, float]] = ()
-    """Low and high around each point; empty for a line alone."""
+    """Low and high value around each point; empty for a line without a band."""
 
 
 @dataclass(frozen=True)
 class XAxis:
-    """What runs to the right, from zero."""
+    """The x axis; it starts at zero."""
 
     label: str = "round"
     show: Callable[[float], str] = "{:.0f}".format
     whole: bool = True
-    """It has whole numbers only."""
+    """Whether its ticks are whole numbers only."""
 
 
 ROUNDS = XAxis()
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers, the first at or below `low` and the last at or above `high`."""
+    """Return about `count` round numbers, the first at or below `low`, the last at or above `high`."""
     if high <= low:
         high = low + (abs(low) or 1.0) / 2
     raw = (high - low) / count
@@ -61,7 +61,7 @@ def line_chart(
     x_axis: XAxis = ROUNDS,
     end_labels: bool = True,
 ) -> Markup:
-    """Lines and their bands, with axes, a label at the end of each line and a title on each point."""
+    """Draw lines and bands with axes, a label at the end of each line, and a tooltip on each point."""
     drawn = [line for line in series if line.points]
     ys = [y for line in drawn for _, y in line.points] + [
         y for line in drawn for ends in line.band for y in ends
@@ -104,7 +104,7 @@ class _Scale:
 
 
 def spread(heights: Sequence[float]) -> list[float]:
-    """The heights moved apart, in their order, until labels there do not touch."""
+    """Move heights apart, in their order, until labels there do not overlap."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     placed = list(heights)
     for above, below in pairwise(order):
@@ -162,7 +162,7 @@ def _line(line: Series, scale: _Scale, y_label: str, x_axis: XAxis) -> Markup:
 
 
 def sparkline(values: Sequence[float], low: float, high: float, colour: int, title: str) -> Markup:
-    """A word-sized line whose scale, from low to high, is shared with its neighbours."""
+    """Draw a word-sized line on the scale from low to high, which its neighbours share."""
     span = (high - low) or 1.0
     step = 60 / max(1, len(values) - 1)
     places = [(4 + step * i, 18 - 14 * (value - low) / span) for i, value in enumerate(values)]
@@ -177,7 +177,7 @@ def sparkline(values: Sequence[float], low: float, high: float, colour: int, tit
 
 
 def stacked_bar(parts: Sequence[tuple[str, int, int]], full: int) -> Markup:
-    """One horizontal bar of (name, colour, amount) parts; `full` is the amount of the whole width."""
+    """Draw a horizontal bar of (name, colour, amount) parts; `full` is the amount of the full width."""
     boxes, start = [], 0
     for name, colour, amount in parts:
         if amount:
@@ -196,12 +196,12 @@ def stacked_bar(parts: Sequence[tuple[str, int, int]], full: int) -> Markup:
 
 
 def heat_opacity(frequency: float) -> float:
-    """Ink for a frequency: its square root, so that a client with k = 1 is not all pale."""
+    """Return the opacity for a frequency: its square root, so that clients with k = 1 are not too pale."""
     return math.sqrt(min(1.0, max(0.0, frequency)))
 
 
 def heat_map(frequencies: Sequence[Sequence[float]]) -> Markup:
-    """Layers downwards, experts across; an expert that saw no token is an outline."""
+    """Draw layers as rows and experts as columns; an expert that saw no token is an outline."""
     layers, experts = len(frequencies), max(len(row) for row in frequencies)
     cells = [
         _heat_cell(layer, expert, experts, frequency)
@@ -242,7 +242,7 @@ def _heat_cell(layer: int, expert: int, experts: int, frequency: float) -> Marku
 
 
 def heat_legend(marks: Sequence[float] = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)) -> Markup:
-    """What the ink of a heat map means."""
+    """Draw the legend of a heat map."""
     swatches = [_swatch("never", None, "0 (never activated)")]
     swatches += [_swatch(None, f"{heat_opacity(mark):.2f}", f"{mark:g}") for mark in marks]
     return element("ul", *swatches, class_="legend heat-legend")
@@ -254,7 +254,7 @@ def _swatch(class_: str | None, opacity: str | None, label: str) -> Markup:
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> Markup:
-    """(class, label) pairs, the class being one of the colours: `t0` for lines, `p0` for bars."""
+    """Draw a legend of (class, label) pairs; a class is a colour: `t0` for lines, `p0` for bars."""
     box = element("rect", width=14, height=12, rx=3)
     items = [
         element("li", element("svg", box, width=14, height=12, class_=colour), label)

@@ -1,4 +1,4 @@
-"""What the clients hold, did and cost: activation, rescaler, partition, cost and rounds."""
+"""The sections on clients: expert activation, rescaler, data, cost and rounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_HEAT_CELLS = 20_000
 
 
 def activation(run: Run) -> Markup:
-    """Per client, how often each expert of each layer was activated while it trained."""
+    """Show for each client how often each expert of each layer was activated in training."""
     maps, cells, left_out = [], 0, 0
     for client, k in run.clients().items():
         frequencies, tokens = _frequencies(run, client)
@@ -46,7 +46,7 @@ def _client_map(client: int, k: int, frequencies: list[list[float]], tokens: int
 
 
 def _frequencies(run: Run, client: int) -> tuple[list[list[float]], int]:
-    """Counts over tokens, layer by expert, and the tokens; empty if the client has not trained."""
+    """Return counts / tokens [L][E] and the tokens; empty and 0 if the client has not trained."""
     updates = [update for update in run.updates if update.client == client and update.counts]
     tokens = sum(update.tokens for update in updates)
     if not tokens:
@@ -57,7 +57,7 @@ def _frequencies(run: Run, client: int) -> tuple[list[list[float]], int]:
 
 
 def rescaler(run: Run) -> Markup:
-    """The rescaler of every tier and layer over rounds."""
+    """Show the rescaler of every tier and layer over the rounds."""
     values = _tier_rescalers(run)
     everything = [s for rounds in values.values() for layers in rounds for s in layers]
     if not everything:
@@ -88,7 +88,7 @@ def _rescaler_cell(values: list[float], low: float, high: float, colour: int, wh
 
 
 def _tier_rescalers(run: Run) -> dict[int, list[list[float]]]:
-    """By tier, round and layer: the mean over the tier's clients by the rows that the method counts."""
+    """Return tier -> round -> layer: the mean over the tier's clients, weighted by the counted rows."""
     groups: dict[int, dict[int, list[tuple[float, list[float]]]]] = defaultdict(lambda: defaultdict(list))
     trained = run.setting("strategy", "counted_rows") == "trained"
     for update in run.updates:
@@ -109,7 +109,7 @@ def _weighted_mean(vectors: list[tuple[float, list[float]]]) -> list[float]:
 
 
 def partition(run: Run) -> Markup:
-    """How many rows of each category each client holds."""
+    """Show how many rows of each category each client holds."""
     clients = run.partition.get("clients", [])
     if not clients:
         return section("Data of the clients", note("No partition is recorded."))
@@ -130,7 +130,7 @@ def partition(run: Run) -> Markup:
 
 
 def _legend_names(run: Run) -> list[str]:
-    """The categories that get a colour of their own, the largest first where there are too many."""
+    """Return the categories with a colour of their own; if there are too many, the largest and "other"."""
     totals: dict[str, int] = dict.fromkeys(run.partition.get("categories", []), 0)
     for client in run.partition["clients"]:
         for name, count in client["per_category"].items():
@@ -153,7 +153,7 @@ def _row_facts(run: Run) -> Markup:
 
 
 def cost(run: Run) -> Markup:
-    """What each client computed and sent, over all rounds."""
+    """Show what each client computed and sent in all rounds."""
     headers = [
         "Client",
         "k",
@@ -193,7 +193,7 @@ def _cost_row(run: Run, client: int, k: int) -> list[object]:
 
 
 def rounds(run: Run) -> Markup:
-    """Every round, with the clients that were left out and why."""
+    """Show every round, with the clients that were excluded and the reasons."""
     numbers = sorted({event.round for event in run.events if event.round > 0})
     if not numbers:
         return section("Rounds", note("No round has begun."))

@@ -7,18 +7,18 @@ from collections.abc import Iterable, Sequence
 
 
 class Markup(str):
-    """Text that is HTML already; any other text is escaped where it enters an element."""
+    """Text that is already HTML. Any other text is escaped when it is put into an element."""
 
     __slots__ = ()
 
 
 def join(parts: Iterable[object]) -> Markup:
-    """The parts one after another, each escaped unless it is Markup."""
+    """Join the parts; each is escaped unless it is Markup."""
     return Markup("".join(p if isinstance(p, Markup) else html.escape(str(p)) for p in parts))
 
 
 def element(name: str, *children: object, **attributes: object) -> Markup:
-    """`<name ...>children</name>`; `class_` and `data_x` stand for `class` and `data-x`."""
+    """Return `<name ...>children</name>`. Write `class_` and `data_x` for `class` and `data-x`."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for key, value in attributes.items()
@@ -28,17 +28,17 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
 
 
 def section(title: str, *children: object) -> Markup:
-    """A titled part of the page."""
+    """Return a part of the page with a title."""
     return Markup(element("section", element("h2", title), *children) + "\n")
 
 
 def note(*children: object) -> Markup:
-    """A muted line of explanation."""
+    """Return a muted line of explanation."""
     return element("p", *children, class_="note")
 
 
 def table(headers: Sequence[object], rows: Iterable[Sequence[object]], class_: str | None = None) -> Markup:
-    """A table that scrolls sideways on a narrow screen; a cell given as a `<td>` is kept as it is."""
+    """Return a table that scrolls sideways on a narrow screen. A cell that is a `<td>` is kept as it is."""
     head = element("tr", *[element("th", header, scope="col") for header in headers])
     body = [element("tr", *[_cell(cell, first=i == 0) for i, cell in enumerate(row)]) for row in rows]
     whole = element("table", element("thead", head), element("tbody", *body), class_=class_)

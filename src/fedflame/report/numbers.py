@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Format numbers for people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MISSING = "\N{EN DASH}"
 
 
 def si(value: float | None, unit: str = "") -> str:
-    """Three significant digits with a decimal prefix: `12.3 M`, `4.5 GFLOP`, `2.1 MB`, `300`."""
+    """Format with three significant digits and a decimal prefix: `12.3 M`, `4.5 GFLOP`, `2.1 MB`, `300`."""
     if value is None or not math.isfinite(value):
         return MISSING if value is None else str(value)
     power = 0
@@ -24,17 +24,17 @@ def si(value: float | None, unit: str = "") -> str:
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
-    """A fixed number of decimals; a dash for a value that is not there."""
+    """Format with a fixed number of decimals; None gives a dash."""
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
 def percent(value: float | None) -> str:
-    """A fraction as a percentage with one decimal."""
+    """Format a fraction as a percentage with one decimal; None gives a dash."""
     return MISSING if value is None else f"{100 * value:.1f} %"
 
 
 def duration(seconds: float | None) -> str:
-    """`6.5 s`, `4 min 05 s` or `2 h 03 min`."""
+    """Format seconds as `6.5 s`, `4 min 05 s` or `2 h 03 min`; None gives a dash."""
     if seconds is None:
         return MISSING
     if seconds < 59.95:
@@ -46,5 +46,5 @@ def duration(seconds: float | None) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 client`, `3 clients`."""
+    """Format a count with its noun: `1 client`, `3 clients`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

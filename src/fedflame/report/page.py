@@ -1,4 +1,4 @@
-"""The whole page: header, sections in order, configuration and environment."""
+"""Build the whole page: header, sections in order, configuration and environment."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SECTIONS = (
 
 
 def page(run: Run) -> str:
-    """The report as one HTML document that loads nothing."""
+    """Return the report as one HTML document that loads no other file."""
     name = run.folder.resolve().name
     return document(name, [_header(run, name), *[make(run) for make in _SECTIONS], _settings(run)])
 
 
 def document(name: str, body: Sequence[Markup]) -> str:
-    """A whole HTML document that loads nothing, in the style of the reports."""
+    """Return an HTML document in the style of the reports; it loads no other file."""
     style = resources.files("fedflame.report").joinpath("style.css").read_text(encoding="utf-8")
     head = element(
         "head",
@@ -48,7 +48,7 @@ def document(name: str, body: Sequence[Markup]) -> str:
 
 
 def header(kicker: str, name: str, facts: Sequence[tuple[str, object]]) -> Markup:
-    """The head of a page: what it is, its name, and facts with their names."""
+    """Return the head of a page: its kind (`kicker`), its name, and named facts."""
     items = [element("div", element("dt", key), element("dd", value)) for key, value in facts]
     return element(
         "header",
@@ -66,7 +66,7 @@ def _header(run: Run, name: str) -> Markup:
 
 
 def _strategy(run: Run) -> str:
-    """The method, and its options that are not at their defaults."""
+    """Return the method with those of its options that differ from their defaults."""
     strategy: dict[str, Any] = run.config["strategy"]
     name = str(strategy.get("name"))
     options = METHODS[name].options if name in METHODS else frozenset()
@@ -107,7 +107,7 @@ def _adapter(run: Run) -> str:
 
 
 def _date(run: Run) -> str:
-    """When the run began: as it recorded it, else when its configuration was written."""
+    """Return the recorded start of the run, or else when its configuration was written."""
     if "date" in run.environment:
         return str(run.environment["date"])
     written = (run.folder / "config.json").stat().st_mtime
@@ -119,7 +119,7 @@ def _version(run: Run) -> str:
 
 
 def _settings(run: Run) -> Markup:
-    """Configuration and environment, folded."""
+    """Show configuration and environment, folded."""
     environment: object = note("Not recorded.")
     if run.environment:
         environment = table(["Name", "Value"], run.environment.items(), "settings")
@@ -131,5 +131,5 @@ def _settings(run: Run) -> Markup:
 
 
 def fold(title: str, content: object) -> Markup:
-    """A part of the page that opens on a click."""
+    """Return a part of the page that opens on a click."""
     return element("details", element("summary", title), content)

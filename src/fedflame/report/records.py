@@ -1,4 +1,4 @@
-"""What a run folder holds, as typed records."""
+"""Read a run folder as typed records."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SCORES: tuple[ScoreName, ...] = ("exact_match", "rouge_l")
 
 
 class Measured:
-    """What has `loss`, `exact_match` and `rouge_l`."""
+    """A record with `loss`, `exact_match` and `rouge_l`."""
 
     def value(self, name: str) -> float | None:
-        """The named measure; None where it was not taken."""
+        """Return the measure of this name; None if it was not taken."""
         number: float | None = getattr(self, name)
         return number
 
 
 @dataclass(frozen=True)
 class Evaluation(Measured):
-    """Held-out loss and score of one tier after one round; category None is all rows."""
+    """Held-out loss and scores of one tier after one round. `category` None means all rows."""
 
     round: int
     active_experts: int
@@ -43,7 +43,7 @@ class Evaluation(Measured):
 
 @dataclass(frozen=True)
 class Deployment(Measured):
-    """What a device has that uses the first ranks of the adapter, after one round; all held-out rows."""
+    """Held-out loss and scores on a device that has only the first `rank` ranks, after one round."""
 
     round: int
     active_experts: int
@@ -62,7 +62,7 @@ class ClientRound:
     client: int
     active_experts: int
     loss: float
-    """Mean over the steps, nats per response token."""
+    """Mean over the steps, in nats per response token."""
     tokens: int
     """Non-padding tokens trained on."""
     steps: int
@@ -70,10 +70,10 @@ class ClientRound:
     num_examples: int
     """Rows the client holds."""
     trained_examples: int
-    """Those of them that it trained on, each counted once."""
+    """Rows that it trained on in the round, each counted once."""
     seconds: float
     training_flops: float
-    """Of the whole round, forward and backward."""
+    """FLOPs of the whole round, forward and backward."""
     bytes_up: int
     bytes_down: int
     rescaler: list[float]
@@ -98,7 +98,7 @@ class RoundEnd:
 
     round: int
     clients: int
-    """Whose updates were used."""
+    """Number of clients whose updates were used."""
     seconds: float
 
 
@@ -114,7 +114,7 @@ _EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run folder; what is missing is empty."""
+    """The content of a run folder. Missing files are empty."""
 
     folder: Path
     config: dict[str, Any]
@@ -125,12 +125,12 @@ class Run:
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """Evaluations in the order they were taken."""
+        """Evaluations in the order in which they were taken."""
         return [event for event in self.events if isinstance(event, Evaluation)]
 
     @property
     def deployments(self) -> list[Deployment]:
-        """Of methods that cut the adapter, in the order they were taken."""
+        """Measures on devices with a cut adapter, in the order in which they were taken."""
         return [event for event in self.events if isinstance(event, Deployment)]
 
     @property
@@ -149,11 +149,11 @@ class Run:
         return [event for event in self.events if isinstance(event, RoundEnd)]
 
     def setting(self, section: str, key: str) -> Any:
-        """A value of the resolved configuration, None if absent."""
+        """Return a value of the resolved configuration; None if it is absent."""
         return self.config.get(section, {}).get(key)
 
     def clients(self) -> dict[int, int]:
-        """Each client's k: its budget under FLAME; methods that overrule it: as it trained where it did."""
+        """Return client -> k: its budget under FLAME, or the k that it trained with under other methods."""
         budgets = {c["client"]: c["active_experts"] for c in self.partition.get("clients", [])}
         trained = {event.client: event.active_experts for event in self.exclusions}
         trained |= {event.client: event.active_experts for event in self.updates}
@@ -162,18 +162,18 @@ class Run:
         return dict(sorted(((trained | budgets) if by_budget else (budgets | trained)).items()))
 
     def tiers(self) -> list[int]:
-        """Every k that trained or was evaluated, largest first."""
+        """Return every k that was trained or evaluated, largest first."""
         evaluated = {evaluation.active_experts for evaluation in self.evaluations}
         return sorted(evaluated | set(self.clients().values()), reverse=True)
 
     def forward_flops(self) -> dict[int, float]:
-        """By k, per token, of the largest rank that is planned for it."""
+        """Return k -> forward FLOPs per token, at the largest rank planned for that k."""
         tiers: list[dict[str, Any]] = self.plan.get("tiers", [])
         rising = sorted(tiers, key=lambda tier: int(tier.get("rank", 0)))
         return {tier["active_experts"]: tier["forward_flops_per_token"] for tier in rising}
 
     def forward_flops_at(self, k: int, rank: int) -> float | None:
-        """Per token, with the first ranks of the adapter; of the whole one where that is not planned."""
+        """Return forward FLOPs per token at this k and rank, or at the largest rank if it is not planned."""
         tiers: list[dict[str, Any]] = self.plan.get("tiers", [])
         flops = {
             (tier["active_experts"], tier.get("rank")): tier["forward_flops_per_token"] for tier in tiers
@@ -181,13 +181,13 @@ class Run:
         return flops.get((k, rank), self.forward_flops().get(k))
 
     def score_name(self) -> ScoreName | None:
-        """The score this run was measured by: ROUGE-L for free text, where an exact match means little."""
+        """Return the run's score: exact match for skills, ROUGE-L for free text; None if there is none."""
         preferred = SCORES if self.setting("data", "dataset_name") == SKILLS else SCORES[::-1]
         taken = (n for n in preferred if any(e.value(n) is not None for e in self.evaluations))
         return next(taken, None)
 
     def history(self, name: str, tier: int, category: str | None = None) -> list[tuple[int, float]]:
-        """(round, value) of one measure, finite values only, in round order."""
+        """Return (round, value) pairs of one measure in round order, finite values only."""
         points = [
             (evaluation.round, value)
             for evaluation in self.evaluations
@@ -198,7 +198,7 @@ class Run:
         return sorted(points)
 
     def deployed(self, name: str, k: int, rank: int) -> tuple[float | None, float | None]:
-        """A measure of the first ranks at k before training and at last; None where not taken."""
+        """Return a measure at this k and rank before training and at the end; None if it was not taken."""
         values = {d.round: d.value(name) for d in self.deployments if (d.active_experts, d.rank) == (k, rank)}
         taken = sorted(at for at, value in values.items() if value is not None and math.isfinite(value))
         return values.get(0), values[taken[-1]] if taken and taken[-1] > 0 else None
@@ -206,7 +206,7 @@ class Run:
     def before_after(
         self, name: str, tier: int, category: str | None = None
     ) -> tuple[float | None, float | None]:
-        """The value before training and the last one after it; None where not taken."""
+        """Return a measure before training and its last value; None if it was not taken."""
         history = self.history(name, tier, category)
         before = next((value for at, value in history if at == 0), None)
         after = history[-1][1] if history and history[-1][0] > 0 else None
@@ -214,7 +214,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder; UserError where it is none or a file in it is damaged."""
+    """Read a run folder. Raises UserError if it is none, or if a file in it is damaged."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder}: {what}; a report needs a run folder, which holds a config.json")
@@ -243,9 +243,9 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _read_events(path: Path) -> list[Event]:
     if not path.exists():
         return []
-    # What follows the last newline is a line that was still being written.
+    # After the last newline there may be a line that was not written completely.
     lines = path.read_bytes().split(b"\n")[:-1]
-    # Of two events of one key the later counts; a resumed run cuts its file, so its own never repeat.
+    # If two events have the same key, the later one counts.
     latest: dict[tuple[object, ...], Event] = {}
     for number, line in enumerate(lines, start=1):
         try:
@@ -259,7 +259,7 @@ def _read_events(path: Path) -> list[Event]:
 
 def _parse_event(line: dict[str, Any]) -> tuple[tuple[object, ...], Event] | None:
     kind = line["event"]
-    # Kinds that later versions add are no reason to refuse the report.
+    # Later versions may add kinds of events; they are ignored.
     if kind not in _EVENTS:
         return None
     record, identity = _EVENTS[kind]

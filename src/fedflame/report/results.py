@@ -1,4 +1,4 @@
-"""What came out of a run: the headline table, loss and score over rounds, and by category."""
+"""The sections on results: the headline table, loss and score over rounds, and results by category."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SCORE_LABELS: dict[ScoreName, str] = {"exact_match": "Exact match", "rouge_l": "
 
 
 def tier_colours(run: Run) -> dict[int, int]:
-    """The line colour of each tier, the same in every chart of the page."""
+    """Return tier -> line colour, the same in every chart of the page."""
     return {tier: i % LINE_COLOURS for i, tier in enumerate(run.tiers())}
 
 
 def headline(run: Run) -> Markup:
-    """One row per tier: what it reached and what it cost."""
+    """Show one row per tier: its results and its cost."""
     tiers = run.tiers()
     if not tiers:
         return section("Results by tier", note("Nothing is recorded yet."))
@@ -60,7 +60,7 @@ def _headline_row(run: Run, tier: int, score: ScoreName | None, flops: dict[int,
 
 
 def deployments(run: Run) -> Markup:
-    """What the devices have whose clients train the first ranks of the adapter only; nothing without such."""
+    """Show the results on devices that have only the first ranks of the adapter; empty if there are none."""
     places = sorted({(d.active_experts, d.rank) for d in run.deployments}, reverse=True)
     if not places:
         return join([])
@@ -68,10 +68,8 @@ def deployments(run: Run) -> Markup:
     headers = ["Device", "Clients", "Response loss", SCORE_LABELS[score] if score else "Score"]
     headers += ["Forward cost / token", f"of k = {full}" if full else "of full k"]
     rows = [_deployment_row(run, k, rank, score) for k, rank in places]
-    text = (
-        "A method that cuts the adapter gives these devices its first ranks, and runs as many experts there "
-    )
-    text += "as everywhere. Before training → after the last round measured."
+    text = "This method gives these devices only the first ranks of the adapter. They run as many experts as "
+    text += "all other devices. Before training → after the last round measured."
     return section("What small devices deploy", table(headers, rows, "headline"), note(text))
 
 
@@ -92,12 +90,12 @@ def _deployment_row(run: Run, k: int, rank: int, score: ScoreName | None) -> lis
 
 
 def tier_label(tier: int) -> str:
-    """`k = 8`."""
+    """Format a tier as `k = 8`."""
     return f"k = {tier}"
 
 
 def score_format(score: ScoreName) -> Callable[[float | None], str]:
-    """Exact match is a percentage, ROUGE-L a number between 0 and 1."""
+    """Return the formatter of a score: a percentage for exact match, a decimal for ROUGE-L."""
     return percent if score == "exact_match" else lambda value: decimal(value, 3)
 
 
@@ -118,7 +116,7 @@ def _change(
 
 
 def charts(run: Run) -> Markup:
-    """Loss and score of every tier over rounds."""
+    """Show loss and score of every tier over the rounds."""
     score = run.score_name()
     drawn = [_chart(run, "loss", "Response loss", 1.0)]
     if score == "exact_match":
@@ -151,7 +149,7 @@ def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
 
 
 def categories(run: Run) -> Markup:
-    """Last score and loss of every category at every tier."""
+    """Show the last score and loss of every category at every tier."""
     names = list(dict.fromkeys(e.category for e in run.evaluations if e.category is not None))
     if not names:
         return section("By category", note("No evaluation by category is recorded yet."))

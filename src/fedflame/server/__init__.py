@@ -1,1 +1,1 @@
-"""The federated loop in one process (`rounds`) and what survives a crash (`checkpoint`)."""
+"""The server: the loop of federated rounds (`rounds`), and the state that survives a crash (`checkpoint`)."""

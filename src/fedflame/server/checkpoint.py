@@ -1,6 +1,6 @@
 """The checkpoint: one safetensors file with everything that the next round needs.
 
-Written aside, fsynced and renamed, so that a crash or a full disk leaves the previous one whole.
+It is written atomically, so that a crash or a full disk leaves the previous checkpoint complete.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fedflame.wire.buffer import pack, unpack
 FILE_NAME = "checkpoint/state.safetensors"
 FORMAT_VERSION = 2
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
-"""What reading a foreign or truncated file can raise."""
+"""The exceptions that a foreign or truncated file can raise."""
 _HALVES: dict[str, Trainable] = {half: half for half in get_args(Trainable)}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `round` rounds, and how long metrics.jsonl was then, in bytes."""
+    """The state after `round` rounds, and the length of metrics.jsonl at that time, in bytes."""
 
     round: int
     metrics_bytes: int
@@ -36,7 +36,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     """Replace the run's checkpoint atomically.
 
     Raises:
-        UserError: the disk is full or not writable; the previous checkpoint is untouched.
+        UserError: the disk is full or not writable. The previous checkpoint is unchanged.
     """
     state = checkpoint.state
     tensors = state.adapter.tensors() | state.merged.tensors(MERGED_PREFIX)
@@ -55,10 +55,10 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(run: Path) -> Checkpoint:
-    """The run's checkpoint, bit for bit as written.
+    """Read the run's checkpoint, bit for bit as it was written.
 
     Raises:
-        UserError: there is none, or the file is truncated or foreign.
+        UserError: there is no checkpoint, or the file is truncated, foreign or of another version.
     """
     path = run / FILE_NAME
     try:
@@ -86,7 +86,7 @@ def read_checkpoint(run: Path) -> Checkpoint:
 
 
 def _tier_prefix(k: int) -> str:
-    """Before the names of the adapter of one tier."""
+    """Return the prefix of the names in the adapter of tier k."""
     return f"k{k}."
 
 

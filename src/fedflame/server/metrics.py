@@ -1,4 +1,4 @@
-"""metrics.jsonl: what happens in a run, one JSON object per line."""
+"""metrics.jsonl: the events of a run, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from fedflame.errors import UserError
 
 OnEvent = Callable[[dict[str, Any]], None]
-"""Told each object that goes into metrics.jsonl, once it is written."""
+"""Called with each object after it is written to metrics.jsonl."""
 
 
 class MetricsFile:
-    """Append-only metrics.jsonl, one JSON object per line; `size` goes into the checkpoint."""
+    """Appends to metrics.jsonl, one JSON object per line. The checkpoint stores its `size`."""
 
     def __init__(self, path: Path, size: int = 0, on_event: OnEvent | None = None) -> None:
-        """Open for appending after the first `size` bytes; what follows them is cut off."""
+        """Open for appending after the first `size` bytes; the rest of the file is cut off."""
         self._path, self._on_event = path, on_event
         try:
             self._file = path.open("r+b" if size else "wb", buffering=0)
@@ -33,7 +33,7 @@ class MetricsFile:
         return self._file.tell()
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one object, and tell whoever wants to know."""
+        """Append one object and pass it to `on_event`. Raises UserError if the disk is full."""
         record = {"event": event, **values}
         try:
             self._file.write(json.dumps(record).encode() + b"\n")
@@ -43,7 +43,7 @@ class MetricsFile:
             self._on_event(record)
 
     def sync(self) -> int:
-        """Force the lines to disk and return `size`."""
+        """Force the lines to disk and return `size`. Raises UserError if the disk is full."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What a run tells while it works, to whoever shows it."""
+"""The interface through which a run reports its progress."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Protocol
 
 
 class Reporter(Protocol):
-    """Where progress goes."""
+    """Receives the progress of a run."""
 
     def message(self, text: str) -> None:
-        """Say one line."""
+        """Report one line of text."""
 
     def start_client(self, round_number: int, name: str, active_experts: int) -> None:
-        """A client begins its steps."""
+        """Report that a client begins its steps."""
 
     def end_client(self, name: str) -> None:
-        """A client has answered."""
+        """Report that a client has answered."""
 
     def step(self, tokens: int) -> None:
-        """One optimizer step over so many tokens is done."""
+        """Report one optimizer step over this many tokens."""
 
 
 class LineReporter:
-    """Messages alone, each as one line."""
+    """Reports only messages, each as one line."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.message = say
@@ -39,7 +39,7 @@ class LineReporter:
 
 
 class Silent(LineReporter):
-    """Says nothing."""
+    """Reports nothing."""
 
     def __init__(self) -> None:
         super().__init__(lambda text: None)

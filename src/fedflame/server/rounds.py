@@ -27,19 +27,19 @@ from fedflame.wire.codec import decode_update, encode_plan
 
 @dataclass(frozen=True)
 class Server:
-    """What stays the same over the rounds of a run."""
+    """The parts of a run that stay the same in all rounds."""
 
     config: RunConfig
     run: Path
     strategy: Strategy
     profiles: Sequence[ClientProfile]
-    """With what each client affords, in client order."""
+    """The clients and what they afford, in client order."""
     tiers: Sequence[int]
-    """The k to evaluate at, largest first."""
+    """The values of k to evaluate at, largest first."""
     deployments: Sequence[tuple[int, int]]
-    """The k and cut rank to evaluate at besides; see `RunConfig.cut_deployments`."""
+    """Pairs of k and cut rank to evaluate at as well; see `RunConfig.cut_deployments`."""
     training_flops: Callable[[int, int], float]
-    """Per token, from k and rank."""
+    """Returns the training FLOPs per token for k and rank."""
     clients: Clients
     adapted: AdaptedModel
     held_out: HeldOut
@@ -48,11 +48,11 @@ class Server:
 
 
 def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
-    """Go on from `checkpoint` to the last configured round; every round ends in a checkpoint.
+    """Run the rounds from `checkpoint` to the last configured one; write a checkpoint after every round.
 
     Raises:
-        UserError: fewer than `min_clients` usable updates in a round, or the disk is full. The last
-            round's checkpoint stays, and the run can be resumed.
+        UserError: a round has fewer than `server.min_clients` usable updates, or the disk is full. The last
+            checkpoint stays, and the run can be resumed from it.
     """
     if checkpoint.round == 0 and checkpoint.metrics_bytes == 0:
         _evaluate_tiers(server, checkpoint.state, 0)
@@ -74,7 +74,7 @@ def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
 def sample_clients(
     clients: Sequence[ClientProfile], count: int, seed: int, round_number: int
 ) -> list[ClientProfile]:
-    """A seeded sample of `count` clients, in client order, in whatever order they are given."""
+    """Draw a seeded sample of `count` clients, in client order. It does not depend on the given order."""
     ordered = sorted(clients, key=lambda profile: profile.client)
     chosen = random.Random(derive_seed(seed, "sample", round_number)).sample(ordered, count)
     return sorted(chosen, key=lambda profile: profile.client)
@@ -82,7 +82,7 @@ def sample_clients(
 
 @dataclass(frozen=True)
 class _Asked:
-    """A plan that is out."""
+    """A plan that was sent and not yet answered."""
 
     profile: ClientProfile
     plan: RoundPlan
@@ -90,7 +90,7 @@ class _Asked:
 
 
 class _Updates:
-    """The stream of a round's valid updates in client order; counts them as they pass."""
+    """Iterates over a round's valid updates in client order, and counts them in `usable`."""
 
     def __init__(self, server: Server, state: ServerState, round_number: int) -> None:
         self._server, self._state, self._round = server, state, round_number
@@ -105,7 +105,7 @@ class _Updates:
                 yield update
 
     def _plans(self, asked: deque[_Asked]) -> Iterator[tuple[int, bytes]]:
-        """The clients and their encoded plans, made when a client is free for it, and noted in `asked`."""
+        """Yield clients with their encoded plans, each made when it is needed, and add them to `asked`."""
         server = self._server
         count, seed = server.config.clients_per_round(), server.config.seed
         for profile in sample_clients(server.profiles, count, seed, self._round):
@@ -117,7 +117,7 @@ class _Updates:
             yield profile.client, buffer
 
     def _accept(self, asked: _Asked, answer: Answer) -> ClientUpdate | None:
-        """The update in the answer; None and a logged reason if there is none that may be used."""
+        """Return the update in the answer, or None if it cannot be used; the reason is then logged."""
         server, profile, plan = self._server, asked.profile, asked.plan
         name = server.clients.name(profile.client)
         server.reporter.end_client(name)
@@ -168,7 +168,7 @@ class _Updates:
 
 
 def _validate_rows(update: ClientUpdate, profile: ClientProfile) -> None:
-    # |D| is a weight of the mean: a client must not choose its own, once it is known.
+    # |D| is a weight in the mean, so a client must not change it once it is known.
     if profile.num_examples and update.num_examples != profile.num_examples:
         raise InvalidMessage(
             f"update claims {update.num_examples} rows; the client has {profile.num_examples}"
@@ -215,7 +215,7 @@ def _require_quorum(server: Server, round_number: int, usable: int) -> None:
 
 
 def _evaluate_tiers(server: Server, state: ServerState, round_number: int) -> None:
-    """Scores of the global model at every tier's k with that tier's rescaler, and at the ranks of clients."""
+    """Evaluate the global model at every tier with its rescaler, and at the cut ranks; log the scores."""
     for k in server.tiers:
         scores = _evaluate(server, state, state.adapter_at(k), k, round_number)
         together = total(scores)

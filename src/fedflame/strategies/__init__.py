@@ -1,10 +1,10 @@
-"""Federated methods, one per file: what each client trains, and how the server averages.
+"""Federated methods, one per file: what each client trains, and how the server aggregates.
 
-`flame` is the paper's method: clients differ in experts per token. `hetlora`, `flexlora` and `flora` let
-them differ in rank. `fedavg` treats all alike, and with it `ffa_lora` and `rolora`, which send one half of
-the adapter, and `fedex_lora`, which averages products exactly. `base` has the three hooks that a method
-implements and what several share. A new method is one file here with a frozen dataclass, and a row in
-`config.methods`; docs/strategies.md has all of them side by side.
+`flame` is the paper's method: clients differ in the experts that they run per token. In `hetlora`, `flexlora`
+and `flora` they differ in rank. In the others all clients are alike: `fedavg` averages A and B, `ffa_lora`
+and `rolora` train one of the two at a time, and `fedex_lora` averages the products exactly. `base` holds the
+three hooks that a method implements, and functions that several methods share. A new method is one file here
+with a frozen dataclass, and a row in `config.methods`. docs/strategies.md compares the methods.
 """
 
 from __future__ import annotations

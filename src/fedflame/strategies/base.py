@@ -1,7 +1,7 @@
-"""What a federated method is: three pure functions over an explicit server state.
+"""The interface of a federated method: three pure functions over an explicit server state.
 
-A method is a frozen dataclass in a file of its own. It knows tensors and messages, not models, not
-configs and not the engine that carries the messages. The hook names are Flower's.
+A method is a frozen dataclass in a file of its own. It knows tensors and messages, but no models, no
+configuration and no engine. The names of the three functions are Flower's.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from fedflame.messages import NOTHING, Adapter, ClientUpdate
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that the server carries from one round to the next, and all that evaluation needs."""
+    """The server's state between two rounds. It is all that the next round and the evaluation need."""
 
     adapter: Adapter
     rescalers: Mapping[int, Tensor]
-    """Tier k -> [L] s, for clients of that tier and for evaluation at that k."""
+    """Tier k -> rescalers s [L], for clients of that tier and for evaluation at that k."""
     merged: Adapter = NOTHING
-    """Factors that are part of the frozen base from now on: every weight W is W + (alpha/r) B A.
+    """Factors that are now part of the frozen base: every weight W became W + (alpha/r) B A.
 
-    Names and layout are the adapter's, alpha/r is that of the run, the rank is any."""
+    They have the names and layout of the adapter and any rank. alpha/r is that of the run."""
     trainable: Trainable = "both"
-    """The half that the clients train in the coming round."""
+    """The half of the adapter that clients train in the next round."""
     ranks: Mapping[int, int] = field(default_factory=dict)
-    """Client -> rank, of clients that pruned themselves below what they afford (HetLoRA)."""
+    """Client -> rank, for clients that pruned themselves below the rank that they afford (HetLoRA)."""
     tier_adapters: Mapping[int, Adapter] = field(default_factory=dict)
-    """Tier k -> the adapter of that k, where a method keeps one; at every other k it is `adapter`."""
+    """Tier k -> adapter, if a method keeps one per tier. Every other k uses `adapter`."""
 
     def adapter_at(self, k: int) -> Adapter:
-        """The adapter that is trained and used with k experts per token."""
+        """Return the adapter that is trained and used with k experts per token."""
         return self.tier_adapters.get(k, self.adapter)
 
     def rescaler_at(self, k: int, num_layers: int) -> Tensor:
@@ -44,21 +44,21 @@ class ServerState:
         return self.rescalers[k] if k in self.rescalers else torch.ones(num_layers)
 
     def total_at(self, k: int) -> Adapter:
-        """That adapter and merged factors as one adapter of the base model as it was before the run."""
+        """Return `adapter_at(k)` and the merged factors as one adapter for the original base model."""
         return self.adapter_at(k).concatenate(self.merged)
 
 
 @dataclass(frozen=True)
 class ClientProfile:
-    """What the server knows of a client."""
+    """What the server knows about a client."""
 
     client: int
     active_experts: int
-    """Experts per token that its machine affords (k_i), or fewer in its turn; see `k_rotation`."""
+    """Experts per token in this round: what its machine affords (k_i), or fewer; see `k_rotation`."""
     rank: int
     """LoRA rank that its machine affords (r_i), for methods that adapt the rank."""
     num_examples: int
-    """Rows it holds (|D|); 0 where that is not known yet."""
+    """Rows that it holds (|D|); 0 if that is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class TrainInstructions:
     """[L] s per MoE layer at the start of the round."""
     trainable: Trainable = "both"
     learning_rate_factor: float = 1.0
-    """On the run's learning rate of the round."""
+    """Multiplies the learning rate of the round."""
     rank_penalty: float = 0.0
-    """Strength of a penalty on the ranks from `kept_rank` on; see `regularizers`."""
+    """Strength of the penalty on the ranks after the first `kept_rank`; see `regularizers`."""
     kept_rank: int = 0
 
 
@@ -82,22 +82,26 @@ class Strategy(Protocol):
     """One federated method."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
-        """The state before round 1, with a rescaler [num_layers] for every k in `tiers`."""
+        """Return the state before round 1, with rescalers [num_layers] for every k in `tiers`."""
 
     def configure_train(self, state: ServerState, client: ClientProfile) -> TrainInstructions:
-        """What this client shall train and how; a rank method cuts the adapter here."""
+        """Return what this client trains and how. Methods with unequal ranks cut the adapter here."""
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        """The next state, from a stream of valid updates in rising client order."""
+        """Return the next state from a stream of validated updates in ascending client order."""
 
 
 def client_weight(update: ClientUpdate, counted_rows: CountedRows) -> int:
-    """What the client counts for in a mean: |D_i|, or the part of it that it trained on in the round."""
+    """Return the client's weight in a mean: |D_i|, or the rows that it trained on in the round."""
     return update.num_examples if counted_rows == "held" else update.trained_examples
 
 
 def in_client_order(updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
-    """Pass the stream on, refusing one whose order would change the sums' last bits."""
+    """Yield the updates and check their order, because another order would change the last bits of the sums.
+
+    Raises:
+        ValueError: the client numbers do not rise.
+    """
     last = -1
     for update in updates:
         if update.client <= last:
@@ -107,9 +111,9 @@ def in_client_order(updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
 
 
 class WeightedMean:
-    """Running sum of w x and of w per name, in fp32: one accumulator, whatever the clients' number.
+    """Weighted mean per name, from running sums of w x and of w in fp32. Its memory holds one adapter.
 
-    A weight is a number, or [E] values for banks whose first dimension is the expert.
+    A weight is a number, or a tensor [E] for a bank, whose first dimension is the expert.
     """
 
     def __init__(self) -> None:
@@ -130,7 +134,7 @@ class WeightedMean:
         return list(self._sums)
 
     def mean(self, name: str) -> Tensor:
-        """Sum of w x over sum of w; zero where the weights sum to zero."""
+        """Return sum(w x) / sum(w); zero where the weights sum to zero."""
         weights = self._weights[name]
         if weights.dim():
             weights = weights.view(-1, *[1] * (self._sums[name].dim() - 1))
@@ -138,26 +142,25 @@ class WeightedMean:
 
 
 def apply_delta(value: Tensor, delta: Tensor) -> Tensor:
-    """The value plus its delta, with the value's own bits where the delta is zero."""
+    """Return value + delta. Where the delta is zero, the bits of the value stay, even those of -0.0."""
     return torch.where(delta == 0, value, value + delta)
 
 
 def client_values(state: ServerState, update: ClientUpdate) -> Adapter:
-    """A and B at the end of the client's training, of the rank that it trained."""
+    """Return A and B after the client's training, at the rank that it trained."""
     return state.adapter.with_rank(update.delta.rank).combine(update.delta, torch.add)
 
 
 def weighted(adapter: Adapter, weight: float) -> Adapter:
-    """The adapter with `weight` times its products: B carries the weight."""
+    """Return an adapter whose products B A are multiplied by `weight`; the factor goes into B."""
     return Adapter.from_factors({name: (weight * b, a) for name, (b, a) in adapter.factors().items()})
 
 
 def stacked(state: ServerState, updates: Iterable[ClientUpdate], counted_rows: CountedRows) -> Adapter:
-    """Factors whose product is sum_i p_i B_i A_i, one client's ranks after another's.
+    """Return stacked factors whose product is sum_i p_i B_i A_i; their rank is the sum of the clients' ranks.
 
-    p_i is the client's share of the rows that are counted.
-
-    It holds the values of all clients. `NOTHING` without updates.
+    p_i is the client's share of the counted rows. All clients' values are in memory at the same time. Without
+    updates the result is `NOTHING`.
     """
     clients, rows = [], []
     for update in in_client_order(updates):
@@ -168,6 +171,6 @@ def stacked(state: ServerState, updates: Iterable[ClientUpdate], counted_rows: C
 
 
 def mean_rescalers(state: ServerState, means: WeightedMean) -> ServerState:
-    """Replace s of every tier that has a mean under the name of its k; other tiers keep theirs."""
+    """Replace s of every tier k that `means` has under the name str(k); the other tiers keep theirs."""
     measured = {int(name): means.mean(name) for name in means.names()}
     return replace(state, rescalers={**state.rescalers, **measured})

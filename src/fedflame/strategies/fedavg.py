@@ -1,14 +1,15 @@
-"""FedAvg, on LoRA FedIT: one k and one rank for every client, A and B each averaged by rows.
+"""FedAvg, with LoRA also called FedIT: one k and one rank for all clients; A and B are averaged by rows.
 
 McMahan et al.: Communication-Efficient Learning of Deep Networks from Decentralized Data,
-arXiv 1602.05629; on LoRA: Zhang et al., Towards Building the Federated GPT: Federated Instruction
+arXiv 1602.05629; with LoRA: Zhang et al., Towards Building the Federated GPT: Federated Instruction
 Tuning, arXiv 2305.05644. With p_i = |D_i| / |D|:
 
     A = sum_i p_i A_i,  B = sum_i p_i B_i
 
-Adapts nothing. With k or r = the smallest client's it is the trivial baseline of the FLAME paper; with
-k = K and r = R it is the bound that no unequal federation can afford. The product of the means is not
-the mean of the products: `fedex_lora`, `ffa_lora` and `rolora` are ways to make it that.
+The method does not adapt to unequal clients. With the k or r of the smallest client it is the trivial
+baseline of the FLAME paper. With k = K and r = R it is an upper bound, which unequal clients cannot afford.
+The product of the mean factors is not the mean of the products; `fedex_lora`, `ffa_lora` and `rolora` avoid
+this error.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from fedflame.strategies.base import (
 
 @dataclass(frozen=True)
 class FedAvg:
-    """Plain weighted averaging at one k for all, without a rescaler."""
+    """Weighted average of A and B, with one k for all clients and without a rescaler."""
 
     active_experts: int
     """Experts per token on every client (k)."""
     rank: int | None = None
-    """LoRA rank on every client; None for what each affords. Ranks that nobody trains stay as they are."""
+    """LoRA rank on every client; None: each client's own. Ranks that no client trains keep their values."""
     counted_rows: CountedRows = "held"
-    """What |D_i| is: all rows of a client, or those it trained on in the round."""
+    """What |D_i| counts: all rows of a client, or the rows that it trained on in the round."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
         return ServerState(adapter, {k: torch.ones(num_layers) for k in {*tiers, self.active_experts}})

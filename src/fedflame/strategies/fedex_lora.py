@@ -1,4 +1,4 @@
-"""FedEx-LoRA: A and B are averaged, and what the means miss goes into the frozen base.
+"""FedEx-LoRA: A and B are averaged, and the error of this average is added to the frozen base.
 
 Singhal et al.: FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
 Models, ACL 2025, arXiv 2410.09432. With p_i = |D_i| / |D|:
@@ -6,9 +6,10 @@ Models, ACL 2025, arXiv 2410.09432. With p_i = |D_i| / |D|:
     A = sum_i p_i A_i,  B = sum_i p_i B_i
     W becomes W + (alpha/r) R,  R = sum_i p_i B_i A_i - B A = sum_i p_i (B_i - B) (A_i - A)
 
-Exact. Adapts nothing to the client. The right-hand form of R keeps it in low-rank factors, r of every
-client, without the cancellation of the left: they travel down from then on and grow with every round.
-The paper weighs clients alike; here rows are the weight, as in FedAvg.
+The aggregation is exact. It does not adapt to unequal clients. We compute the right-hand form of R: it stays
+in low-rank factors (r ranks per client) and avoids the cancellation of the left-hand form. These factors are
+sent to the clients from then on, and grow with every round. The paper gives all clients the same weight; here
+the weight is the number of rows, as in FedAvg.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fedflame.strategies.fedavg import FedAvg
 
 @dataclass(frozen=True)
 class FedExLoRA(FedAvg):
-    """FedAvg with its error added to the base."""
+    """FedAvg of A and B, with the error of the averaged product added to the base."""
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         received = list(updates)
@@ -42,5 +43,5 @@ class FedExLoRA(FedAvg):
 
 
 def _less(delta: Adapter, mean: Adapter) -> Adapter:
-    """B_i - B and A_i - A of the ranks that the client trained."""
+    """Return B_i - B and A_i - A for the ranks that the client trained."""
     return delta.combine(mean.with_rank(delta.rank), torch.sub)

@@ -1,24 +1,24 @@
-"""FLAME: every client trains the full-rank adapter with k_i experts; experts are averaged by use.
+"""FLAME: every client trains the full-rank adapter with k_i experts; the server weighs experts by their use.
 
-Le, Tran, Hua, Chawla: FLAME, arXiv 2506.16600. The server weighs expert j of layer l of client i by
-gamma_i[l,j] = (c_i[l,j] / T_i)^t * |D_i|, with c the activation counts, T the tokens trained on and
-|D| the rows; attention LoRA is weighed by |D_i|. Adapts the compute: k_i experts per token; bytes and
-memory of the adapter are those of the full rank, but experts without a token are not sent.
+Le, Tran, Hua, Chawla: FLAME, arXiv 2506.16600. The server averages expert j of layer l with the weight
+gamma_i[l,j] = (c_i[l,j] / T_i)^t * |D_i| of client i. Here c are the activation counts, T the tokens trained
+on and |D| the rows. Attention LoRA has the weight |D_i|. The method adapts the compute to the client: k_i
+experts per token. The adapter has the full rank on every client, but experts without a token are not sent.
 
-Four things here are ours; the defaults of `Flame` are the paper's, those of the configuration are what we
-found best (benchmarks/). Frequencies c / T of a client sum to k_i over the experts of a layer, so that
-clients with large k have more weight by construction; with `slot` the frequency is that among routed
-slots, c / (T k_i), and sums to one for every client.
+Four options are ours. The defaults of `Flame` are the paper's; the defaults of the configuration are those
+that we measured to be best (benchmarks/).
 
-What is best with 8 experts per token is not best with one: the server may keep an adapter for every
-tier k. Client i is given that of the k_i it trains with, and its delta is averaged into each of them, in
-that of k with its weights times beta^|log2 k - log2 k_i|: nearer tiers count more. beta = 1 is one adapter
-for all, as in the paper; with beta = 0 tiers learn nothing from one another. What travels is the same.
-
-With few experts per token a larger learning rate is best: it may grow with a power of K/k_i.
-
-|D_i| may be the rows that the client trained on in the round instead of all it holds. Where a round does
-not go over all rows, clients with many would decide alone, with no more work in it than the others.
+- `count_normalization`: the frequencies c / T of a client sum to k_i over the experts of a layer, so clients
+  with a large k weigh more. With `slot` the frequency is c / (T k_i), which sums to one for every client.
+- `tier_affinity`: the best adapter for 8 experts per token is not the best for one. With beta < 1 the server
+  keeps one adapter per tier k. Client i trains the adapter of its k_i. Its delta is averaged into the adapter
+  of every k, with its weights times beta^|log2 k - log2 k_i|. With beta = 1 all tiers have one adapter, as in
+  the paper; with beta = 0 the tiers share nothing. The bytes sent are the same.
+- `learning_rate_exponent`: a larger learning rate is best with few experts per token. It may grow with a
+  power of K/k_i.
+- `counted_rows`: |D_i| may be the rows that the client trained on in the round instead of all that it holds.
+  If a round covers only part of the rows, clients with many rows would otherwise dominate without training
+  more.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ from fedflame.strategies.base import (
 
 @dataclass(frozen=True)
 class Flame:
-    """Activation-aware aggregation at temperature t; a rescaler and, with beta < 1, an adapter per tier."""
+    """Activation-aware aggregation with rescalers and, for beta < 1, one adapter per tier."""
 
     num_experts_per_tok: int
-    """K of the model: at k = K the rescaler is 1 and fixed."""
+    """K of the model. For k = K the rescaler is fixed at 1."""
     temperature: float = 1.0
+    """t, the exponent of the activation frequency in the weights."""
     rescaler: RescalerRule = "learned"
     count_normalization: CountNormalization = "token"
     tier_affinity: float = 1.0
-    """beta, from 0 to 1; 1 is one adapter for all tiers (the paper's)."""
+    """beta, from 0 to 1; 1 is one adapter for all tiers (the paper's choice)."""
     learning_rate_exponent: float = 0.0
-    """The learning rate at k is that of K times (K/k) to this power; 0 is the paper's."""
+    """The learning rate at k is that of K times (K/k) to this power; 0 is the paper's choice."""
     counted_rows: CountedRows = "held"
-    """What |D_i| is: all rows of a client (the paper's), or those it trained on in the round."""
+    """What |D_i| counts: all rows of a client (the paper), or the rows that it trained on in the round."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
-        """`adapter` is the largest tier's, and that of every k without an adapter of its own."""
+        """Return the state before round 1. With beta < 1, each k but the largest gets a copy of `adapter`."""
         rescalers = {k: torch.full((num_layers,), self._initial_rescaler(k)) for k in tiers}
         smaller = sorted(rescalers, reverse=True)[1:] if self.tier_affinity < 1 else []
         # Copies, because a safetensors file must not hold the same tensor twice.
@@ -97,7 +98,7 @@ class Flame:
         return mean_rescalers(replace(state, adapter=adapter, tier_adapters=adapters), rescalers)
 
     def _affinity(self, k: int, trained: int) -> float:
-        """What an update that was trained with `trained` experts counts in the adapter of k."""
+        """Return the factor on the weights of an update from `trained` experts, in the adapter of tier k."""
         return math.pow(self.tier_affinity, abs(math.log2(k / trained)))
 
 
@@ -106,13 +107,13 @@ def _copy(adapter: Adapter) -> Adapter:
 
 
 class _AdapterMean:
-    """The weighted mean of deltas, experts by their own weights and attention by rows."""
+    """Weighted mean of deltas: each expert has its own weight; attention has the client's rows."""
 
     def __init__(self) -> None:
         self._experts, self._attention = WeightedMean(), WeightedMean()
 
     def add(self, update: ClientUpdate, weights: Tensor, rows: int, affinity: float) -> None:
-        """Take a delta in: experts with `weights` [L,E], attention with `rows`, all times `affinity`."""
+        """Add a delta: experts with `weights` [L,E], attention with `rows`, all times `affinity`."""
         if not affinity:
             return
         for name, delta in update.delta.experts.items():
@@ -121,7 +122,7 @@ class _AdapterMean:
             self._attention.add(name, delta, rows * affinity)
 
     def applied(self, adapter: Adapter) -> Adapter:
-        """The adapter plus the mean; itself without a delta."""
+        """Return the adapter plus the mean, or the adapter itself if no delta was added."""
         if not self._experts.names():
             return adapter
         experts = {name: self._experts.mean(name) for name in self._experts.names()}
@@ -132,7 +133,7 @@ class _AdapterMean:
 def expert_weights(
     update: ClientUpdate, rows: int, temperature: float, count_normalization: CountNormalization
 ) -> Tensor:
-    """gamma_i [L,E] = f^t * |D_i|, f = c / T the activation frequency (the paper's), or c / (T k_i)."""
+    """Return gamma_i [L,E] = f^t * |D_i|; f is c / T (the paper) or, with `slot`, c / (T k_i)."""
     slots = update.active_experts if count_normalization == "slot" else 1
     frequency = update.counts.to(torch.float32) / (update.tokens * slots)
     return frequency**temperature * rows

@@ -1,13 +1,14 @@
-"""FLoRA: the clients' factors are stacked and merged into the base, and LoRA starts again.
+"""FLoRA: the clients' factors are stacked and merged into the base, and LoRA is initialized again.
 
 Wang et al.: FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
 Adaptations, NeurIPS 2024, arXiv 2409.05976. With p_i = |D_i| / |D| and client i of rank r_i:
 
     W becomes W + (alpha/r) [p_1 B_1, p_2 B_2, ...] [A_1; A_2; ...]
-    then A is drawn anew and B is zero
+    then A is drawn again and B is zero
 
-Exact. Adapts the rank: bytes up, optimizer memory and the LoRA part of the compute; each client runs all K
-experts. The stacked factors, sum of all r_i ranks, travel down from then on and grow with every round.
+The aggregation is exact. The method adapts the rank, and with it the bytes sent to the server, the optimizer
+memory and the LoRA part of the compute. Each client runs all K experts. The stacked factors, whose rank is
+the sum of all r_i, are sent to the clients from then on, and grow with every round.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from fedflame.strategies.fedavg import FedAvg
 
 @dataclass(frozen=True)
 class FLoRA(FedAvg):
-    """Stacking: every client's product, weighed by its rows, becomes part of the base."""
+    """Every client's product, weighted by its rows, becomes part of the base."""
 
     seed: int = 0
-    """What each round's A is drawn from."""
+    """The seed from which A is drawn after each round."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
-        """An adapter that is something already becomes part of the base: no cut may lose its last ranks."""
+        """Merge an adapter that is not zero into the base: clients of smaller rank would lose part of it."""
         state = super().initialize(adapter, tiers, num_layers)
         if not any(b.any() for b, _ in adapter.factors().values()):
             return state
@@ -46,7 +47,7 @@ class FLoRA(FedAvg):
 
 
 def _drawn_anew(adapter: Adapter, seed: int, merged_ranks: int) -> Adapter:
-    """B zero and A uniform in +-1/sqrt(fan-in), as a run starts; another draw for every number of ranks."""
+    """Draw A uniformly in +-1/sqrt(fan-in), another A for each `merged_ranks`, and set B to zero."""
     factors = {}
     for name, (b, a) in adapter.factors().items():
         bound = a.shape[-1] ** -0.5

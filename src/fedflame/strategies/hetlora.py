@@ -1,20 +1,20 @@
-"""HetLoRA: a client trains the first r_i ranks; the server averages A and B padded with zeros.
+"""HetLoRA: client i trains the first r_i ranks; the server pads A and B with zeros and averages them.
 
 Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024,
-arXiv 2401.06432. The FLAME paper calls it HLoRA. With pad() the zeros after the client's ranks:
+arXiv 2401.06432. The FLAME paper calls it HLoRA. pad() adds zeros after the client's ranks:
 
     A = sum_i w_i pad(A_i),  B = sum_i w_i pad(B_i),  w_i = n_i / sum_j n_j
     n_i = ||B_i A_i||_F over all modules of the client
 
-Adapts the rank: bytes, optimizer memory and the LoRA part of the compute; each client runs all K experts.
-A client has one weight, not one for each module: what it learned stays together. Rows do not count. The
-zeros of the padding take part in the mean, so that ranks that few clients train shrink. Ranks beyond
-those of every client of the round stay as they are: with A and B at zero they would never move again.
+The method adapts the rank, and with it the bytes, the optimizer memory and the LoRA part of the compute. Each
+client runs all K experts. A client has one weight for all its modules, and its rows do not count. The padding
+zeros are part of the mean, so ranks that few clients train shrink. Ranks that no client of the round trains
+keep their values: with A and B at zero they would never change again.
 
-Rank self-pruning, with gamma = `rank_decay` > 0: the client's objective has lambda ||B_>|| ||A_>|| more,
-of the ranks after the first gamma r_i over all modules together. Where ||B_>|| ||A_>|| is smaller after
-the training than before, r_i is gamma r_i, at least one, from the end of this round on. The server sees
-that in the update and keeps r_i in its state.
+Rank self-pruning, with gamma = `rank_decay` > 0: lambda ||B_>|| ||A_>|| is added to the client's objective.
+B_> and A_> are the ranks after the first gamma r_i, over all modules together. If ||B_>|| ||A_>|| is smaller
+after training than before, the client's rank becomes gamma r_i (at least one) at the end of the round. The
+server computes this from the update and keeps the rank in its state.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from fedflame.strategies.fedavg import FedAvg
 
 @dataclass(frozen=True)
 class HetLoRA(FedAvg):
-    """Zero-padded averaging, clients weighed by the norm of their product."""
+    """Zero-padded averaging; the norm of its product is a client's weight."""
 
     rank_decay: float = 0.0
-    """gamma; 0 for no self-pruning."""
+    """gamma; 0 means no self-pruning."""
     rank_penalty: float = 0.01
-    """lambda."""
+    """lambda, the strength of the self-pruning penalty."""
 
     def configure_train(self, state: ServerState, client: ClientProfile) -> TrainInstructions:
         rank = min(client.rank, state.ranks.get(client.client, client.rank))
@@ -53,7 +53,7 @@ class HetLoRA(FedAvg):
         return replace(told, rank_penalty=self.rank_penalty, kept_rank=kept) if kept < rank else told
 
     def _kept(self, rank: int) -> int:
-        """Ranks that are left of these when the client prunes itself: at least one."""
+        """Return the rank that remains when a client of this rank prunes itself: at least one."""
         return max(1, int(self.rank_decay * rank)) if self.rank_decay else rank
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
@@ -77,7 +77,7 @@ class HetLoRA(FedAvg):
 
 
 def product_norm(adapter: Adapter) -> float:
-    """||B A||_F over all products together, from Gram matrices: ||B A||^2 = sum of (B'B) * (A A')."""
+    """Return ||B A||_F over all modules together, from Gram matrices: ||B A||^2 = sum of (B'B) * (A A')."""
     squares = 0.0
     for b, a in adapter.factors().values():
         b, a = b.double(), a.double()

@@ -1,11 +1,12 @@
-"""RoLoRA: B is trained in one round and A in the next.
+"""RoLoRA: clients train B in one round and A in the next.
 
 Chen et al.: Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, arXiv 2409.02346.
 
     odd rounds: B = sum_i p_i B_i, A fixed;  even rounds: A = sum_i p_i A_i, B fixed;  p_i = |D_i| / |D|
 
-Exact, as one factor is the same for all in every round. Adapts nothing to the client, but only one half
-travels up and has optimizer state. B comes first: while it is zero A has no gradient.
+The aggregation is exact, because in every round one factor is the same on all clients. The method does not
+adapt to unequal clients. Only the trained half is sent to the server and has optimizer state. B comes first:
+while it is zero, A has no gradient.
 """
 
 from __future__ import annotations
@@ -27,6 +28,6 @@ class RoLoRA(FedAvg):
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
         averaged = super().aggregate_train(state, updates)
-        if averaged is state:  # without an update the half keeps its turn
+        if averaged is state:  # without an update the same half is trained again
             return state
         return replace(averaged, trainable="A" if state.trainable == "B" else "B")

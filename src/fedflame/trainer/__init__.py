@@ -1,6 +1,6 @@
-"""The resident process of a site: it holds the base model, the site's rows and its k, and no engine's code.
+"""The trainer: a site's long-running process, which holds the base model and the site's rows.
 
-`site` is what the site's owner has written down, `service` decides about requests and trains, `server` is
-the unix socket at which whichever engine runs there asks, and `ask` the other end of it. `job` is what hub
-and trainer must agree on.
+`site` is the site's settings file. `service` checks requests and trains. `server` is the unix socket at which
+an engine on this machine asks, and `ask` is the client of that socket. `job` holds the settings on which hub
+and trainer must agree. The trainer runs no engine's code.
 """

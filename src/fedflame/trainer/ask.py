@@ -1,4 +1,4 @@
-"""Ask the trainer of this machine, from whichever engine process runs here; no torch, no engine's code."""
+"""Send a request from an engine's process to the trainer on this machine. It needs no torch."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from fedflame.errors import InvalidMessage
 from fedflame.wire.envelope import Bytes, Envelope, header_of, receive, send_pieces
 
 SOCKET_VARIABLE = "FEDFLAME_TRAINER"
-"""Environment variable of the site with the path of the trainer's socket: it is nobody else's business."""
+"""Environment variable at the site with the path of the trainer's socket. Only the site knows this path."""
 PATIENCE_SECONDS = 60.0
-"""For which an engine lets a trainer be away; its supervisor needs some ten to bring it back."""
+"""Seconds that an engine waits for a trainer that is away; its supervisor restarts it in about ten."""
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = 0.5
 
 
 def ask(path: Path, request: Envelope, patience: float, timeout: float | None = None) -> Envelope:
-    """The trainer's answer.
+    """Send a request to the trainer and return its answer.
 
-    A trainer that ends while it works is asked again once it is back: asked for what it has computed already,
-    it answers without training twice.
+    If the trainer ends while it works, it is asked again once it is back. It does not train again for an
+    answer that it has already computed.
 
     Args:
-        path: its socket.
-        request: what it is asked.
-        patience: seconds for which a trainer may be away.
-        timeout: seconds that an answer may take; None for any.
+        path: the trainer's socket.
+        request: the request.
+        patience: seconds for which the trainer may be away.
+        timeout: seconds that an answer may take; None for no limit.
 
     Raises:
-        OSError: it was away for longer, or did not answer in time.
-        InvalidMessage: it answered something that is no envelope.
+        OSError: the trainer was away for longer than `patience`, or did not answer within `timeout`.
+        InvalidMessage: the answer is no envelope.
     """
     return _ask(path, request.pieces(), patience, timeout)
 
 
 def answer_pieces(path: Path, request: Sequence[Bytes], patience: float) -> tuple[Bytes, ...]:
-    """As `ask`, with the pieces that an engine carries; whatever goes wrong here is an answer, too."""
+    """Ask as `ask` does, with a request in pieces. An error becomes an answer of kind "failed"."""
     try:
         header = header_of(request)
     except InvalidMessage as error:

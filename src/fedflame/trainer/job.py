@@ -1,4 +1,4 @@
-"""What every trainer of a run must agree on with the hub: base model, adapter and encoding of rows."""
+"""The settings on which hub and trainers of a run must agree: base model, adapter and encoding of rows."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from fedflame.errors import InvalidMessage
 
 
 class TrainingJob(BaseModel):
-    """The part of a run's configuration that does not change from round to round and that clients need."""
+    """The part of a run's configuration that clients need and that is the same in all rounds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model_name_or_path: str
-    """As the hub calls it; a site says in its file what it has under this name."""
+    """The hub's name of the base model. The site's file says which model has this name at the site."""
     model_digest: str
-    """Of `base.files.model_digest`."""
+    """The digest of the base model, from `base.files.model_digest`."""
     dtype: Dtype
     r: Annotated[int, Field(ge=1)]
     lora_alpha: Annotated[float, Field(gt=0)]
     target_modules: str
     """Attention projections, comma-separated."""
     max_length: Annotated[int, Field(ge=8)]
-    """Tokens per row."""
+    """Largest number of tokens per row."""
     num_server_rounds: Annotated[int, Field(ge=1)]
 
     @property
@@ -37,7 +37,7 @@ class TrainingJob(BaseModel):
 
     @classmethod
     def from_request(cls, value: Any) -> TrainingJob:
-        """From the field of a request. Raises InvalidMessage."""
+        """Read the job from a request. Raises InvalidMessage if a field is missing, unknown or wrong."""
         try:
             return cls.model_validate(value)
         except ValidationError as error:

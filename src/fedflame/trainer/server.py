@@ -1,4 +1,4 @@
-"""The trainer's door: a unix socket that only its owner may open."""
+"""The trainer's server at a unix socket, which answers only processes of the same user."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fedflame.wire.envelope import receive, send
 
 @contextmanager
 def sole_trainer(site: Site) -> Iterator[None]:
-    """Hold the site's lock.
+    """Hold the site's lock within the block, so that only one trainer serves the site.
 
     Raises:
-        UserError: another trainer holds it, or the state folder cannot be written.
+        UserError: another trainer holds the lock, or the state folder cannot be written.
     """
     path = site.state_path / "trainer.lock"
     try:
@@ -37,7 +37,7 @@ def sole_trainer(site: Site) -> Iterator[None]:
 
 
 def serve(listener: socket.socket, service: TrainerService, say: Callable[[str], None]) -> None:
-    """Answer whoever connects, each on a thread of its own, until the listener is closed."""
+    """Answer all connections, each in a thread of its own, until the listener is closed."""
     while True:
         try:
             connection, _ = listener.accept()

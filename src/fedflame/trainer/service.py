@@ -1,8 +1,8 @@
-"""What a trainer answers: it accepts or refuses a plan, trains once, and remembers its last answer.
+"""The trainer's service: it accepts or refuses a plan, trains once, and keeps its last answer.
 
-An answer is known by run and plan. Asked for it again, after a crash of the engine or of its own, the trainer
-answers again with the same bytes, from its state folder or, where that has another answer by now, by training
-again from the same seeds.
+An answer is identified by run and plan. After a crash of the engine or of the trainer, the same request gets
+the same bytes: from the state folder or, if that holds a later answer by then, by training again from the
+same seeds.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _RUN = re.compile(r"[0-9a-f]{32}")
 
 
 class Refusal(Exception):
-    """The site does not do what it is asked for; the message is the reason."""
+    """The site refuses a request. The message is the reason."""
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """All that a job needs, loaded."""
+    """A job with its loaded model, tokenizer and encoded rows."""
 
     job: TrainingJob
     adapted: AdaptedModel
@@ -57,14 +57,14 @@ class _Ready:
 
 
 class TrainerService:
-    """One site's rows and at most one resident model; requests may come from several threads."""
+    """Answers requests for one site. It holds at most one model; several threads may call it."""
 
     def __init__(self, site: Site, say: Callable[[str], None]) -> None:
         """Read the site's rows.
 
         Args:
-            site: the site's file.
-            say: where a line for the log goes.
+            site: the settings of the site's file.
+            say: called with each line for the log.
 
         Raises:
             UserError: the data cannot be read, or has no usable row.
@@ -77,11 +77,11 @@ class TrainerService:
 
     @property
     def num_examples(self) -> int:
-        """Rows the site holds."""
+        """The number of rows that the site holds."""
         return len(self._rows)
 
     def answer(self, request: Envelope) -> Envelope:
-        """The answer to any request, whatever is wrong with it."""
+        """Answer a request. An error becomes an answer of kind "refused" or "failed", never an exception."""
         echoed = {name: request.header.get(name) for name in ("ticket", "run")} | {"site": self._site.name}
         try:
             header, body = self._answer(request)
@@ -117,7 +117,8 @@ class TrainerService:
             except InvalidMessage as error:
                 return {"kind": "lacking", "reason": str(error)}, b""
         answer = self._train(run, job, message)
-        # Neither atomic nor synced, and a full disk costs no answer: what is not there is sent again.
+        # A lost or damaged copy does no harm, because the hub then sends the whole plan. So the write is not
+        # atomic, and a full disk is ignored.
         with suppress(OSError):
             self._held_path(run).write_bytes(message)
         return answer
@@ -126,7 +127,7 @@ class TrainerService:
         return self._site.state_path / run / "plan"
 
     def _held(self, run: str) -> bytes:
-        """The run's last plan that was answered; empty where there is none."""
+        """Return the last plan of the run that was answered; empty if there is none."""
         try:
             return self._held_path(run).read_bytes()
         except OSError:
@@ -153,10 +154,10 @@ class TrainerService:
         return {"kind": "update", "steps": learned.steps, "tokens": learned.tokens}, update
 
     def _make_room(self, run: str) -> None:
-        """For the state of a new run: an adapter's bytes twice, and no run says that it is over."""
+        """Remove the state of the oldest runs (`trainer.kept_runs`), since no run reports its end."""
         state = self._site.state_path
         others = [path for path in state.glob("*") if _RUN.fullmatch(path.name) and path.name != run]
-        others.sort(key=lambda path: path.stat().st_mtime)  # its files are renamed into it in every round
+        others.sort(key=lambda path: path.stat().st_mtime)  # a run's folder changes in every round
         for old in others[: max(0, len(others) + 1 - self._site.trainer.kept_runs)]:
             self._say(f"run {old.name[:8]}: its state is removed (trainer.kept_runs)")
             shutil.rmtree(old, ignore_errors=True)
@@ -167,9 +168,9 @@ class TrainerService:
         return encode_with_feedback(update, plan, Residuals(state / "residuals"))
 
     def _loaded(self, job: TrainingJob) -> _Ready:
-        """The model with the job's adapter, and the rows in its tokens; loaded where another job's are."""
+        """Return the model with the job's adapter and the encoded rows; load them unless they are loaded."""
         if self._ready is None or self._ready.job != job:
-            self._ready = None  # before the next is loaded: two may not fit
+            self._ready = None  # free it first: two models may not fit into memory
             self._say(f"loading {job.model_name_or_path} in {job.dtype}")
             path = self._site.models[job.model_name_or_path]
             checkpointing = self._site.trainer.gradient_checkpointing
@@ -179,7 +180,7 @@ class TrainerService:
         return self._ready
 
     def _require_allowed(self, job: TrainingJob, plan: RoundPlan) -> None:
-        """Refuse what the site's file does not allow, before anything is loaded."""
+        """Raise Refusal if the site's file does not allow the job or the plan, before anything is loaded."""
         limits = self._site.limits
         if job.model_name_or_path not in self._site.models:
             allowed = ", ".join(self._site.models)
@@ -225,7 +226,7 @@ def _load_rows(site: Site) -> tuple[list[Instruction], list[SkippedRow]]:
 
 
 def _remembered(path: Path, digest: str, plan: RoundPlan) -> tuple[bytes, ClientUpdate] | None:
-    """The answer in the file and what it says, if it is the one to this plan; a damaged file is none."""
+    """Return the stored answer, encoded and decoded, or None if it is for another plan or damaged."""
     try:
         content = path.read_bytes()
         known, update = content[: len(digest)], content[len(digest) :]

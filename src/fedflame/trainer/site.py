@@ -1,4 +1,4 @@
-"""The site's file: what its owner has, affords and allows. It never leaves the site."""
+"""The site's file: its data, its machine, and what it allows a run to do. It never leaves the site."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 class SiteData(Section):
-    """The rows that are trained on."""
+    """The rows to train on."""
 
     dataset_name: str
-    """A .jsonl, .jsonl.gz, .parquet or .csv file, from the folder of the site's file, or a hub id."""
+    """A .jsonl, .jsonl.gz, .parquet or .csv file, relative to the folder of this file, or a hub id."""
     split: str = "train"
     """Split of a hub data set."""
     dataset_config_name: str = ""
     """Configuration of a hub data set that has several."""
     instruction_field: str = ""
-    """Column of the instruction; empty to recognise Alpaca, Dolly and question/answer names."""
+    """Column of the instruction. Empty: the names of Alpaca, Dolly and question/answer are recognised."""
     context_field: str = ""
     """Column of the context or input."""
     response_field: str = ""
@@ -32,41 +32,41 @@ class SiteData(Section):
 
 
 class SiteTrainer(Section):
-    """The machine."""
+    """What the site's machine affords, and where the trainer keeps its files."""
 
     active_experts: Annotated[int, Field(ge=1)]
-    """Experts per token that it affords."""
+    """Experts per token that the machine affords (k_i)."""
     max_active_experts: Annotated[int, Field(ge=0)] = 0
-    """Experts per token that a plan may ask for, in a turn with fewer steps (`strategy.k_rotation = "all"`);
-    more is refused. 0 for no more than `active_experts`."""
+    """Largest k that a plan may ask for; a larger one is refused. With `strategy.k_rotation = "all"` plans
+    ask for a k above `active_experts` in some rounds, with fewer steps. 0: `active_experts`."""
     socket: str = "trainer.sock"
-    """Where the engine's processes ask, from the folder of the site's file; at most about 100 letters."""
+    """The trainer's socket, relative to the folder of this file; a path of at most about 100 letters."""
     state_dir: str = "state"
-    """What must survive a crash: the last answers, and what rounding took from them."""
+    """Folder for state that must survive a crash: the last answers and their rounding errors."""
     kept_runs: Annotated[int, Field(ge=1)] = 10
-    """Runs of which that is kept: when another begins, the one that was asked for longest ago goes."""
+    """Number of runs whose state is kept. When another run begins, the state of the oldest is removed."""
     gradient_checkpointing: Checkpointed = "none"
-    """Keep less for the backward, with the same result."""
+    """Recompute values in the backward pass to save memory; the result is the same."""
 
 
 class SiteLimits(Section):
-    """What a plan may ask for; more is refused with the reason."""
+    """The most that a plan may ask for. A plan that asks for more is refused with the reason."""
 
     max_rounds: Annotated[int, Field(ge=1)] = 1000
-    """Rounds of one run."""
+    """Largest number of rounds of a run."""
     max_steps: Annotated[int, Field(ge=1)] = 10_000
-    """Optimizer steps of one round."""
+    """Largest number of optimizer steps in a round."""
     max_tokens: Annotated[int, Field(ge=1)] = 50_000_000
-    """Tokens of one round, padding counted."""
+    """Largest number of tokens in a round, with padding."""
     max_flops: Annotated[float, Field(ge=0)] = 0.0
-    """FLOPs of one round; 0 for any number."""
+    """Largest number of FLOPs in a round; 0 means no limit."""
 
 
 class SiteNvflare(Section):
     """How the site takes part over NVIDIA FLARE."""
 
     kit: str = ""
-    """The folder that the hub made for this site, from that of the site's file; `site check` reads it."""
+    """The startup kit from the hub, relative to the folder of this file; `site check` reads it."""
 
 
 class SiteFlower(Section):
@@ -75,11 +75,11 @@ class SiteFlower(Section):
     superlink: str = ""
     """The SuperLink's host and port, such as "hub.example:8000"."""
     root_certificates: str = ""
-    """PEM file of who signed the SuperLink's certificate, from the folder of the site's file."""
+    """PEM file of the authority that signed the SuperLink's certificate, relative to this file's folder."""
 
 
 class Site(SettingsFile):
-    """The whole file."""
+    """The content of the site's file."""
 
     name: Annotated[str, Field(pattern=f"^{SITE_NAME}$")]
     """The site's name on the engine."""
@@ -89,7 +89,7 @@ class Site(SettingsFile):
     nvflare: SiteNvflare = SiteNvflare()
     flower: SiteFlower = SiteFlower()
     models: dict[str, str] = Field(default_factory=lambda: {EMBEDDED_MODEL: EMBEDDED_MODEL})
-    """The base models that may be trained: the hub's name for it, and the folder or hub id here."""
+    """The base models that may be trained: the hub's name -> the folder or hub id at this site."""
 
     @field_validator("models")
     @classmethod
@@ -100,22 +100,22 @@ class Site(SettingsFile):
 
     @property
     def most_experts(self) -> int:
-        """Experts per token of the largest plan that is accepted."""
+        """The largest k that a plan may ask for."""
         return max(self.trainer.active_experts, self.trainer.max_active_experts)
 
     @property
     def socket_path(self) -> Path:
-        """Where the trainer listens."""
+        """The path of the trainer's socket."""
         return self.folder / self.trainer.socket
 
     @property
     def state_path(self) -> Path:
-        """Where the trainer keeps what must survive it."""
+        """The folder of the state that must survive a crash."""
         return self.folder / self.trainer.state_dir
 
     @property
     def dataset(self) -> str:
-        """The data file with its folder, or the hub id."""
+        """The path of the data file, or the hub id."""
         local = self.folder / self.data.dataset_name
         return str(local) if local.exists() or self.data.dataset_name.count(".") else self.data.dataset_name
 

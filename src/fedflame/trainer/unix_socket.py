@@ -1,4 +1,4 @@
-"""Unix sockets that only their owner may open. Needs the standard library alone."""
+"""Unix sockets that only their owner may open. Needs only the standard library."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fedflame.errors import UserError
 
 _CREDENTIALS = struct.Struct("3i")
 _LONGEST_PATH = 107
-"""Of a unix socket's address on Linux."""
+"""Longest path of a unix socket on Linux, in bytes."""
 
 
 @contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """A socket at this path with rights for its owner alone; what an earlier one left there goes.
+    """Listen at a socket that only its owner may open; remove an old socket at this path first.
 
     Raises:
-        UserError: the path is too long, or nothing can be put there.
+        UserError: the path is too long, or the socket cannot be created there.
     """
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise UserError(f"socket {path}: longer than the {_LONGEST_PATH} letters that the system allows")
@@ -48,7 +48,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
 
 
 def same_user(connection: socket.socket) -> bool:
-    """Whether the process at the other end is of this process's user, as the kernel knows it."""
+    """Return whether the process at the other end has the same user, according to the kernel."""
     size = _CREDENTIALS.size
     _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return int(user) == os.getuid()

@@ -1,5 +1,5 @@
-"""A client's round and what a score is: `fine_tune` trains on local rows, `evaluation` scores held-out ones.
+"""Training and evaluation on a client: `fine_tune` trains on local rows, `evaluation` scores held-out rows.
 
-`token_loss` is the loss of both, `regularizers` what a method adds to it, and `error_feedback` keeps what
-rounding took from an update.
+`token_loss` computes the loss of both. `regularizers` holds the terms that a method adds to it.
+`error_feedback` remembers the rounding errors of updates.
 """

@@ -1,8 +1,8 @@
-"""Error feedback: what rounding took from a client's delta is added to its next one.
+"""Error feedback: the client remembers the rounding error of an update and adds it to its next update.
 
 Seide et al., 1-bit SGD (Interspeech 2014); Karimireddy et al., Error Feedback Fixes SignSGD, arXiv
-1901.09847. What is owed stays with the client, on disk: memory does not grow with the number of clients, and
-a run that goes on after a crash owes what it owed.
+1901.09847. The error (residual) stays with the client, on disk. So memory does not grow with the number of
+clients, and a resumed run has the same residuals as before.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from fedflame.wire.buffer import pack, unpack
 from fedflame.wire.codec import decode_update, encode_update
 
 _KEPT = 2
-"""Rounds that are kept: the last, and the one before it, in case that the server asks for the last again."""
+"""Rounds whose residuals are kept: the last, and the one before in case the server repeats the last."""
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """What each client owes after each of its last rounds; one folder per client."""
+    """The residuals of each client after its last rounds; one folder per client."""
 
     folder: Path
 
     def before(self, client: int, round_number: int) -> Adapter | None:
-        """What the client owes from rounds before this one; None for nothing.
+        """Return the client's residual from the last round before this one; None if there is none.
 
         Raises:
             UserError: the file is damaged.
@@ -46,7 +46,7 @@ class Residuals:
             ) from error
 
     def keep(self, client: int, round_number: int, residual: Adapter) -> None:
-        """Write down what the client owes after this round. Raises UserError where the disk is full."""
+        """Store the client's residual after this round. Raises UserError if the disk is full."""
         path = self.folder / str(client) / f"{round_number}.safetensors"
         write_atomically(path, pack(residual.tensors(), {"round": round_number}))
         for old in self._files(client)[:-_KEPT]:
@@ -54,14 +54,17 @@ class Residuals:
                 old.unlink()
 
     def _files(self, client: int) -> list[Path]:
-        """In rising order of rounds."""
+        """Return the client's files in ascending order of rounds."""
         return sorted((self.folder / str(client)).glob("*.safetensors"), key=lambda path: int(path.stem))
 
 
 def encode_with_feedback(update: ClientUpdate, plan: RoundPlan, residuals: Residuals) -> bytes:
-    """`encode_update` of the delta plus what the client owes, where the plan asks for that.
+    """Encode an update. With `error_feedback` in the plan, add the residual first and store the new one.
 
-    What does not travel (experts without activation, a frozen half) is owed on.
+    Parts that are not sent (experts without activation, a frozen half) stay in the residual.
+
+    Raises:
+        UserError: the stored residual is damaged, or the disk is full.
     """
     if not plan.error_feedback:
         return encode_update(update, plan)

@@ -1,4 +1,4 @@
-"""The global model on held-out rows at one k: response loss, exact match, ROUGE-L by generation."""
+"""Evaluate the global model on held-out rows at one k: loss and, by generation, exact match and ROUGE-L."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedflame.training.scores import Scores
 from fedflame.training.token_loss import token_losses
 
 BATCH_ROWS, BATCH_TOKENS = 50, 16_384
-"""What a batch holds at most: long rows share it with fewer others, so that memory has a bound."""
+"""Largest number of rows and of tokens in a batch. The limit on tokens bounds the memory for long rows."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class HeldOut:
     """In the order of `rows`."""
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    """Tokens of prompt and answer together."""
+    """Largest number of tokens of prompt and answer together."""
     max_new_tokens: int
-    """Tokens generated per row; 0 for loss alone."""
+    """Largest number of tokens generated per row; 0 means loss only."""
     batch_rows: int = BATCH_ROWS
-    """At most, in a batch; the scores do not depend on it."""
+    """Largest number of rows in a batch. The scores do not depend on it."""
 
 
 def evaluate(
@@ -48,7 +48,20 @@ def evaluate(
     generate: bool,
     merged: Adapter = NOTHING,
 ) -> dict[str, Scores]:
-    """Scores by category of the adapter with k active experts, that tier's s [L] and `merged` in the base."""
+    """Return category -> scores of an adapter on held-out rows with k active experts.
+
+    Args:
+        adapted: the base model; it loads `adapter`, `rescaler_values` and `merged`.
+        held_out: the rows, and how answers are generated.
+        adapter: the LoRA values.
+        k: experts per token.
+        rescaler_values: [L] s per MoE layer of tier k.
+        generate: whether to generate answers for exact match and ROUGE-L.
+        merged: factors merged into the base; see `ServerState.merged`.
+
+    Raises:
+        UserError: the values do not fit the model, or k is not between 1 and the model's K.
+    """
     adapted.load(adapter, rescaler_values, merged)
     # Rows of similar length share a batch; the scores do not depend on it.
     order = sorted(range(len(held_out.rows)), key=lambda index: len(held_out.encoded[index].ids))
@@ -62,7 +75,7 @@ def evaluate(
 
 
 def _batches(rising: Sequence[int], held_out: HeldOut) -> Iterator[list[int]]:
-    """Row indices of rising length, in batches that stay below `BATCH_TOKENS` with padding and answers."""
+    """Yield batches of row indices, in ascending length, within `BATCH_TOKENS` with padding and answers."""
     batch: list[int] = []
     for index in rising:
         width = len(held_out.encoded[index].ids) + held_out.max_new_tokens
@@ -96,7 +109,7 @@ def _score_rows(adapted: AdaptedModel, held_out: HeldOut, indices: list[int], ge
 
 
 def generate_responses(adapted: AdaptedModel, held_out: HeldOut, rows: Sequence[Instruction]) -> list[str]:
-    """Greedy answers by transformers' `generate`, prompts padded on the left, as text without blanks."""
+    """Generate greedy answers with prompts padded on the left; return them as stripped text."""
     pad, room = pad_token(held_out.tokenizer), held_out.max_length - held_out.max_new_tokens
     prompts = [encode_prompt(row, held_out.tokenizer, room) for row in rows]
     width = max(len(prompt) for prompt in prompts)

@@ -1,4 +1,4 @@
-"""The client: train the adapter on local rows with k_i experts per token, and say what was used."""
+"""Train the adapter of a client on its rows with k_i experts per token, and count the activated experts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from fedflame.training.regularizers import regularizer
 from fedflame.training.token_loss import token_losses
 
 MASS_BATCHES = 4
-"""Batches on which `mass` measures the routers: enough for a mean over a thousand tokens or so."""
+"""Batches on which the rescaler `mass` is measured: enough for a mean over about a thousand tokens."""
 
 LOSS_SCALE = 2.0**12
-"""At the start of a round in float16. Every step skipped is lost to a short round, and torch's 2^16 costs
-the embedded model two of its first four; the gradients that 2^12 still loses are below 1e-11."""
+"""Loss scale at the start of a round in float16. A scale that is too large skips steps, which a short round
+cannot afford: torch's default of 2^16 skips two of the embedded model's first four steps. With 2^12 only
+gradients below 1e-11 are lost."""
 
 
 def fine_tune(
@@ -38,15 +39,15 @@ def fine_tune(
     """Train one client for one round and return what it learned as a delta.
 
     Args:
-        adapted: the resident model; its adapter, rescalers and merged factors become the plan's.
+        adapted: the base model; it loads the plan's adapter, rescalers and merged factors.
         examples: the client's rows.
         plan: what to train; the same plan and examples give the same bytes.
-        pad_token_id: fills batches on the right, hidden from attention, loss and counts.
-        on_step: called after each optimizer step with the step's tokens.
+        pad_token_id: pads batches on the right; padding is left out of attention, loss and counts.
+        on_step: called after each optimizer step with the number of its tokens.
 
     Raises:
-        UserError: the plan asks for a k that the model does not have, or for values that do not fit it,
-            or activations overflow in float16.
+        UserError: the plan's k is not between 1 and the model's K, its values do not fit the model, or
+            activations overflow in float16.
     """
     adapted.load(plan.adapter, plan.rescaler_values, plan.merged)
     if plan.rescaler == "mass":
@@ -62,7 +63,7 @@ def fine_tune(
             rows += len(batch.input_ids)
             tokens += batch.tokens
             on_step(batch.tokens)
-    del optimizer  # its moments are twice the adapter, and the delta is as large
+    del optimizer  # free the moments, twice the adapter's size, before the delta is made
     return ClientUpdate(
         round=plan.round,
         client=plan.client,
@@ -72,7 +73,7 @@ def fine_tune(
         counts=adapted.counts.total.clone(),
         tokens=tokens,
         num_examples=len(examples),
-        trained_examples=min(rows, len(examples)),  # epoch by epoch: none comes twice before all came once
+        trained_examples=min(rows, len(examples)),  # no row repeats before the epoch's end
         steps=len(losses),
         loss=sum(losses) / len(losses),
         trainable=plan.trainable,
@@ -81,14 +82,14 @@ def fine_tune(
 
 @torch.no_grad()
 def measure_mass(adapted: AdaptedModel, batches: Iterator[Batch], k: int) -> Tensor:
-    """[L] routing mass at the model's K over that at k, from the first `MASS_BATCHES` batches."""
+    """Return [L]: the routing mass at the model's K divided by that at k, on `MASS_BATCHES` batches."""
     measured = list(itertools.islice(batches, MASS_BATCHES))
     at_full_k = _routing_mass(adapted, measured, adapted.num_experts_per_tok)
     return mass_ratio(at_full_k, _routing_mass(adapted, measured, k))
 
 
 def _routing_mass(adapted: AdaptedModel, batches: Sequence[Batch], k: int) -> Tensor:
-    """[L] summed routing weight over the tokens that are not padding, with k active experts."""
+    """Return [L]: the sum of the routing weights over non-padding tokens, with k active experts."""
     mass = torch.zeros(len(adapted.layers))
     mask = torch.empty(0, dtype=torch.bool)
 
@@ -130,9 +131,9 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
 def _train_step(
     adapted: AdaptedModel, optimizer: ExpertAdamW, scaler: GradScaler, batch: Batch, plan: RoundPlan
 ) -> float:
-    """One optimizer step; returns the batch's mean response loss, without `regularizers`.
+    """Run one optimizer step and return the batch's mean response loss, without `regularizers`.
 
-    A scaler that is enabled skips the update if a gradient is not finite, but not its counts.
+    An enabled scaler skips the update if a gradient is not finite. The step's counts are still added.
     """
     adapted.counts.begin_step(batch.attention_mask)
     try:
@@ -145,7 +146,7 @@ def _train_step(
             optimizer.backward(objective, touched)
         adapted.counts.end_step()
     finally:
-        # The rounds go on with this model: no half or skipped step may reach the next step or client.
+        # The next step or client uses this model too: nothing of a failed or skipped step may remain.
         adapted.counts.abandon_step()
         adapted.model.zero_grad()
     return float(loss.detach())
@@ -158,7 +159,7 @@ def _scaled_step(optimizer: ExpertAdamW, scaler: GradScaler, loss: Tensor, touch
             "try model.dtype=bfloat16 or float32"
         )
     scaler.scale(loss).backward()
-    # Of an optimizer it uses `param_groups` and `step` alone.
+    # The scaler uses only `param_groups` and `step` of an optimizer.
     scaler.step(optimizer, touched)  # type: ignore[arg-type]
     scaler.update()
 

@@ -1,6 +1,6 @@
-"""What a client's objective has beside the loss.
+"""Terms that a method adds to the loss in a client's objective.
 
-As weight decay, it moves neither s nor experts without a token in the step, which the optimizer skips.
+Like weight decay, they change neither s nor experts without a token in the step, which the optimizer skips.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fedflame.messages import Adapter, RoundPlan
 
 
 def regularizer(parameters: Adapter, plan: RoundPlan) -> Tensor | float:
-    """The terms that the plan asks for; zero without any."""
+    """Return the sum of the terms that the plan asks for; zero if it asks for none."""
     terms: Tensor | float = 0.0
     if plan.proximal_mu:
         terms += plan.proximal_mu / 2 * squared_distance(parameters, plan.adapter)
@@ -22,7 +22,7 @@ def regularizer(parameters: Adapter, plan: RoundPlan) -> Tensor | float:
 
 
 def squared_distance(parameters: Adapter, start: Adapter) -> Tensor:
-    """||w - w_0||^2.
+    """Return ||w - w_0||^2 over all LoRA values, the proximal term of FedProx.
 
     Li et al.: Federated Optimization in Heterogeneous Networks (FedProx), arXiv 1812.06127.
     """
@@ -32,7 +32,7 @@ def squared_distance(parameters: Adapter, start: Adapter) -> Tensor:
 
 
 def rank_penalty(parameters: Adapter, kept: int) -> Tensor:
-    """||B|| ||A||, both of the ranks after the first `kept`; see `Adapter.tail_norms`.
+    """Return ||B|| ||A|| without the first `kept` ranks; see `Adapter.tail_norms`.
 
     Cho et al.: HetLoRA, arXiv 2401.06432 (rank self-pruning).
     """

@@ -1,4 +1,4 @@
-"""What held-out rows score, as sums that add up over rows and categories. No torch."""
+"""Scores of held-out rows: sums that add up over rows and categories. No torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over rows; `+` merges, the properties are the means."""
+    """Sums over rows. `+` adds two sums; the properties are the means."""
 
     rows: int
     loss_sum: float
-    """Nats, over all response tokens."""
+    """Sum over all response tokens, in nats."""
     response_tokens: int
     exact_matches: int | None = None
-    """Rows answered exactly; None where nothing was generated."""
+    """Rows answered exactly; None if no answer was generated."""
     rouge_l_sum: float | None = None
-    """Of the rows' ROUGE-L F-measures, each between 0 and 1; None where nothing was generated."""
+    """Sum of the rows' ROUGE-L F-measures, each from 0 to 1; None if no answer was generated."""
 
     def __add__(self, other: Scores) -> Scores:
         return Scores(
@@ -29,7 +29,7 @@ class Scores:
 
     @property
     def loss(self) -> float:
-        """Nats per response token."""
+        """Mean loss in nats per response token."""
         return self.loss_sum / self.response_tokens
 
     @property
@@ -43,7 +43,7 @@ class Scores:
         return None if self.rouge_l_sum is None else self.rouge_l_sum / self.rows
 
     def to_json(self) -> dict[str, float | int | None]:
-        """The means and what they are over, as plain values."""
+        """Return the means, and the numbers of rows and tokens, as plain values."""
         return {
             "loss": self.loss,
             "exact_match": self.exact_match,
@@ -54,6 +54,6 @@ class Scores:
 
 
 def total(scores: dict[str, Scores]) -> Scores:
-    """All categories together."""
+    """Return the scores of all categories together."""
     first, *rest = scores.values()
     return sum(rest, first)

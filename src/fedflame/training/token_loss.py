@@ -1,8 +1,8 @@
-"""Negative log-likelihood of labelled tokens, without the logits of all of them at once.
+"""Compute the negative log-likelihood of labelled tokens in chunks, so that not all logits exist at once.
 
-The output embedding is frozen, so that of every chunk only the gradient of its hidden states is
-needed later: it is taken while the chunk's logits exist, as fused linear cross entropy does (Hsu et
-al.: Liger Kernel, arXiv 2410.10989).
+The output embedding is frozen, so the backward needs only the gradient of each chunk's hidden states. This
+gradient is computed while the chunk's logits exist, as in fused linear cross entropy (Hsu et al.: Liger
+Kernel, arXiv 2410.10989).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from fedflame.data.batches import IGNORE_INDEX, Batch
 from fedflame.moe.adapted_model import AdaptedModel
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states [T,H] to logits [T,V], with all that the family does on the way."""
+"""Maps hidden states [T,H] to logits [T,V], including the family's scaling and caps."""
 
 CHUNK = 128
-"""Tokens whose logits exist together: with a vocabulary of 50,000, 26 MB in float32."""
+"""Tokens per chunk: with a vocabulary of 50,000 its logits take 26 MB in float32."""
 
 
 def token_losses(adapted: AdaptedModel, batch: Batch) -> Tensor:
-    """Negative log-likelihood of each labelled token in nats, rows of the batch one after another.
+    """Return the negative log-likelihood of each labelled token in nats, row by row, [T] in float32.
 
-    The output embedding is applied at labelled positions only, most of its cost for instructions.
+    The output embedding is applied only at labelled positions; this saves its cost for the prompt tokens.
     """
     decoder = adapted.model.get_decoder()
     output = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -47,9 +47,9 @@ def token_losses(adapted: AdaptedModel, batch: Batch) -> Tensor:
 
 @contextmanager
 def _returning(module: nn.Module, output: object) -> Iterator[None]:
-    """Within the block the module returns `output` at once.
+    """Let the module return `output` at once within the block.
 
-    So the model itself does to hidden states and logits what its family does (scaling, caps).
+    The model around it then computes logits from `output` exactly as its family does (scaling, caps).
     """
     module.forward = lambda *_, **__: output
     try:
@@ -59,12 +59,12 @@ def _returning(module: nn.Module, output: object) -> Iterator[None]:
 
 
 def token_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """Loss of each token in nats, [T] in float32; gradients reach `hidden` and nothing in `head`.
+    """Return the loss of each token in nats, [T] in float32. Gradients flow to `hidden`, but not into `head`.
 
     Args:
         hidden: [T,H] states that predict the labels.
         labels: [T] token ids.
-        head: frozen; the output embedding.
+        head: the frozen output embedding.
     """
     losses: Tensor = _TokenLoss.apply(hidden, labels, head)  # type: ignore[no-untyped-call]
     return losses

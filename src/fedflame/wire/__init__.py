@@ -1,6 +1,7 @@
-"""Messages as bytes: one sealed buffer each, because thousands of small arrays ruin every transport.
+"""Messages as bytes. Each message is one buffer, because thousands of small arrays are slow in any transport.
 
-`codec` turns messages into bytes and back, with tensors and their header in a `buffer`, deltas rounded as
-`values` says, and all of it sealed by a `frame`. Reading is strict: what is not exactly what was asked for is
-refused with a reason, before it takes more memory than its own bytes and the plan's adapter explain.
+`codec` encodes and decodes messages. `buffer` holds tensors and a header. `values` rounds deltas. `planes`
+compresses. `frame` adds version and checksum. `addition` encodes a plan as its difference to an earlier one.
+`envelope` carries messages between processes. Decoding is strict: a message that does not match its plan is
+refused with a reason, before it can take more memory than its bytes and the plan's adapter explain.
 """

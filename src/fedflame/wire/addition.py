@@ -1,8 +1,8 @@
-"""A plan as what it adds to one that the client holds: adapters that are there are not sent again.
+"""Encode a plan as its difference to a plan that the client already holds.
 
-Of a value as large as before only the rows (experts, in a bank) with other bits travel; of merged factors,
-which only grow, the ranks that are new. The client puts the plan together again, byte for byte: its digest
-says so.
+If the shape of a value is unchanged, only its changed rows are sent (in a bank, a row is an expert). Merged
+factors only grow, so only their new ranks are sent. The client rebuilds the plan byte for byte and verifies
+its digest.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from fedflame.wire.envelope import Bytes
 from fedflame.wire.frame import opened, seal, seal_digest, unseal
 
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
-"""What putting together parts that do not fit can raise."""
+"""The exceptions that damaged or mismatched parts can raise."""
 _ROWS = "@rows"
-"""After the name of a value of which only rows travel, their indices."""
+"""Suffix of a name: the indices of the rows, if only some rows of the value are sent."""
 
 
 def plan_digest(plan: Bytes) -> str:
-    """What hub and client know an encoded plan by."""
+    """Return the digest by which hub and client identify an encoded plan."""
     return seal_digest(plan)
 
 
 def encode_addition(plan: Bytes, held: Bytes) -> bytes | None:
-    """`plan` for a client that holds `held`, both as `encode_plan` made them here; one sealed buffer.
+    """Encode `plan` for a client that holds `held`, as one sealed buffer; None if all values are new.
 
-    None where all values of the plan are new, so that nothing is won.
+    Both plans must come from `encode_plan` in this process: they are not checked again.
     """
     wanted, header = views(opened(plan))
     there, _ = views(opened(held))
@@ -50,10 +50,11 @@ def encode_addition(plan: Bytes, held: Bytes) -> bytes | None:
 
 
 def decode_addition(message: Bytes, held: bytes) -> bytes:
-    """The plan, byte for byte.
+    """Return the encoded plan, byte for byte as the server has it.
 
     Raises:
-        InvalidMessage: damaged, against another plan than `held`, or no plan comes out.
+        InvalidMessage: the addition is damaged, belongs to another plan than `held`, or gives another plan
+            than the server sent.
     """
     try:
         parts, about = unpack(unseal(message))
@@ -63,7 +64,7 @@ def decode_addition(message: Bytes, held: bytes) -> bytes:
     except _DAMAGE as error:
         raise InvalidMessage(f"not a fedflame addition: {type(error).__name__}: {error}") from error
     if plan_digest(plan) != about.get("plan"):
-        raise InvalidMessage("what is held and its addition make another plan than was sent")
+        raise InvalidMessage("the held plan and its addition do not give the plan that was sent")
     return plan
 
 
@@ -81,7 +82,7 @@ def _values(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All but the merged factors."""
+    """Return all tensors except the merged factors."""
     return {name: value for name, value in tensors.items() if not name.startswith(MERGED_PREFIX)}
 
 
@@ -103,7 +104,7 @@ def _with_changes(name: str, own: Mapping[str, Tensor], before: Tensor | None) -
 
 
 def _begins_with(merged: Adapter, before: Adapter) -> bool:
-    """Whether the first ranks of `merged` are `before`, to the bit."""
+    """Return whether the first ranks of `merged` equal `before` bit for bit."""
     if not before.rank or merged.rank < before.rank or merged.tensors().keys() != before.tensors().keys():
         return False
     first = merged.with_rank(before.rank).tensors()
@@ -111,7 +112,7 @@ def _begins_with(merged: Adapter, before: Adapter) -> bool:
 
 
 def _without_ranks(merged: Adapter, kept: int) -> Adapter:
-    """The ranks after the first `kept`."""
+    """Return the ranks after the first `kept`."""
     if kept == merged.rank:
         return NOTHING
     return Adapter.from_factors(
@@ -120,5 +121,5 @@ def _without_ranks(merged: Adapter, kept: int) -> Adapter:
 
 
 def _bits(value: Tensor) -> Tensor:
-    """0.0 equals -0.0, and a plan must come out to the byte."""
+    """View fp32 as int32: comparing floats would take 0.0 and -0.0 for equal."""
     return value.contiguous().view(torch.int32)

@@ -1,4 +1,4 @@
-"""Tensors and a JSON object about them in one safetensors buffer."""
+"""Pack tensors and a JSON header into one safetensors buffer, and read them again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEY = "fedflame"
 
 
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
-    """The tensors, of any dtype and stride, with the header under `fedflame` in the file's metadata."""
+    """Pack tensors of any dtype and stride. The header goes into the safetensors metadata, as `fedflame`."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     return save(contiguous, metadata={_KEY: json.dumps(header)})
 
@@ -27,9 +27,9 @@ def unpack(buffer: Bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The inverse of `pack`, bit for bit.
 
     Raises:
-        ValueError: the buffer is truncated or foreign.
+        ValueError: the buffer is truncated, or `pack` did not make it.
     """
-    buffer = bytes(buffer)  # of a view a copy, since safetensors reads no other
+    buffer = bytes(buffer)  # safetensors reads bytes only, so a view is copied
     try:
         size = int.from_bytes(buffer[:8], "little")
         tensors = load(buffer)
@@ -42,10 +42,10 @@ def unpack(buffer: Bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def views(buffer: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As `unpack`, of float32 tensors that this process has packed: nothing is checked or copied.
+    """Read float32 tensors that this process has packed, as `unpack` does but without checks or copies.
 
-    The layout is that of https://huggingface.co/docs/safetensors. A buffer that cannot be written is copied
-    after all, because torch takes none.
+    The layout is described at https://huggingface.co/docs/safetensors. A read-only buffer is copied, because
+    torch needs a writable one.
     """
     writable = memoryview(bytearray(buffer)) if buffer.readonly else buffer
     start = 8 + int.from_bytes(buffer[:8], "little")

@@ -1,8 +1,8 @@
-"""`RoundPlan` and `ClientUpdate` as bytes and back.
+"""Encode `RoundPlan` and `ClientUpdate` as bytes, and decode them.
 
-Of an update only the experts that the client activated are written, and only the half that it trained.
-That is lossless: what had no activation or was frozen did not move, so its delta is zero. What is written is
-compressed (`planes`), without loss, too; plans are not, because they are compared with what clients hold.
+An update contains only the experts that the client activated, and only the half that it trained. This is
+lossless: the rest did not change, so its delta is zero. Updates are compressed without loss (`planes`). Plans
+are not, because they are compared with the plans that clients hold (`addition`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from fedflame.wire.planes import compress, decompress
 from fedflame.wire.values import layout, restored, rounded
 
 _NAMES_AND_SCALARS = 1 << 20
-"""Bytes that an update may be longer than its values: the names and shapes of thousands of tensors."""
+"""Bytes allowed beyond the values of an update: the names and shapes of thousands of tensors."""
 
 
 def encode_plan(plan: RoundPlan) -> bytes:
-    """One sealed buffer with everything the client needs."""
+    """Encode a plan as one sealed buffer with everything that the client needs."""
     tensors = plan.adapter.tensors() | plan.merged.tensors(MERGED_PREFIX)
     return seal(_packed("plan", plan, tensors | {"rescaler_values": plan.rescaler_values}))
 
 
 def decode_plan(message: bytes) -> RoundPlan:
-    """The inverse of `encode_plan`, bit for bit. Raises InvalidMessage."""
+    """Decode a plan, bit for bit. Raises InvalidMessage if it is damaged or no plan."""
     tensors, header = _unpack("plan", unseal(message))
     adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
     known = {*adapter.tensors(), *merged.tensors(MERGED_PREFIX), "rescaler_values"}
@@ -43,7 +43,7 @@ def decode_plan(message: bytes) -> RoundPlan:
 
 
 def encode_update(update: ClientUpdate, plan: RoundPlan) -> bytes:
-    """One sealed buffer, as the plan asks for it, with only the trained half and the activated experts."""
+    """Encode an update in the plan's `update_dtype`: only the trained half of the activated experts."""
     attention = {
         name: delta if is_trained(name, update.trainable) else delta.narrow(rank_dim(name), 0, 0)
         for name, delta in update.delta.attention.items()
@@ -55,13 +55,11 @@ def encode_update(update: ClientUpdate, plan: RoundPlan) -> bytes:
 
 
 def decode_update(message: Bytes, plan: RoundPlan) -> ClientUpdate:
-    """The inverse of `encode_update`: what did not travel comes back as zeros.
-
-    The rest of what an answer to `plan` must be is in `messages.validate_update`.
+    """Decode an update; parts that were not sent are zero. `messages.validate_update` checks the values.
 
     Raises:
-        InvalidMessage: larger than any answer to this plan, damaged, or of other fields, names, shapes or
-            dtypes.
+        InvalidMessage: the message is larger than any answer to this plan, is damaged, or has wrong fields,
+            names, shapes or dtypes.
     """
     limit = update_limit(plan)
     if len(message) > limit:
@@ -84,7 +82,7 @@ def decode_update(message: Bytes, plan: RoundPlan) -> ClientUpdate:
 
 
 def update_limit(plan: RoundPlan) -> int:
-    """Bytes that no answer to this plan exceeds."""
+    """Return the largest size in bytes that an answer to this plan can have."""
     values = sum(value.numel() for value in plan.adapter.tensors().values()) + plan.rescaler_values.numel()
     layers, experts = _counts_shape(plan)
     return 4 * values + 8 * layers * experts + _NAMES_AND_SCALARS
@@ -95,7 +93,7 @@ def _counts_shape(plan: RoundPlan) -> tuple[int, int]:
 
 
 def _moved_experts(bank: str, update: ClientUpdate) -> Tensor:
-    """Indices of the experts whose slice of this bank travels."""
+    """Return the indices of the experts whose slice of this bank is sent."""
     activated = update.counts[int(bank.split(".")[0])] > 0
     return torch.nonzero(activated & is_trained(bank, update.trainable)).squeeze(1)
 
@@ -114,7 +112,7 @@ def _packed_shapes(update: ClientUpdate, plan: RoundPlan) -> dict[str, tuple[int
 
 
 def _unpacked(travelled: Adapter, update: ClientUpdate, plan: RoundPlan) -> Adapter:
-    """The delta in the plan's shapes: zeros where nothing travelled."""
+    """Return the delta in the plan's shapes, with zeros where nothing was sent."""
     experts = {
         name: torch.zeros(value.shape).index_copy(0, _moved_experts(name, update), travelled.experts[name])
         for name, value in plan.adapter.experts.items()
@@ -147,7 +145,7 @@ def _build(cls: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], *
     given = [*scalars, *arrays, *parts]
     hints = get_type_hints(cls)
     types = {field.name: hints[field.name] for field in fields(cls)}
-    if sorted(given) != sorted(types):  # defaults are for callers: on the wire every field is said once
+    if sorted(given) != sorted(types):  # defaults are for callers: a message has every field once
         wrong = sorted(set(given) ^ set(types)) or sorted(name for name in types if given.count(name) > 1)
         raise InvalidMessage(f"fields missing, unknown or said twice: {', '.join(wrong)}")
     message = cls(**scalars, **arrays, **parts)
@@ -157,10 +155,10 @@ def _build(cls: type[Any], header: dict[str, Any], tensors: dict[str, Tensor], *
 
 
 def _require_type(name: str, wanted: Any, value: object) -> None:
-    """Refuse what JSON can hold and the field cannot: NaN tokens or rows would pass every comparison."""
+    """Refuse values of a wrong type: JSON allows NaN for `tokens`, which would pass every comparison."""
     if isinstance(value, int) and abs(value) >= 2**63:
         raise InvalidMessage(f"{name} is an integer of more than 64 bits")
-    choices = get_args(wanted)  # of a Literal; other fields have none
+    choices = get_args(wanted)  # the values of a Literal; empty for other types
     if choices and value not in choices:
         raise InvalidMessage(f"{name} is {value!r}; {', '.join(choices)} are allowed")
     allowed = {int: (int,), float: (float, int), bool: (bool,), Tensor: (Tensor,)}.get(wanted)

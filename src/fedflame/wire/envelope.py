@@ -1,7 +1,7 @@
-"""What passes between hub, engine and trainer: a JSON object and a body, with their lengths before them.
+"""The envelope between hub, engine and trainer: both lengths, a JSON header, and a body.
 
-The body is a sealed message or empty; an engine carries the whole as bytes that it need not understand.
-Only the standard library is used, so that no engine process needs torch.
+The body is a sealed message or empty. An engine carries an envelope as bytes and need not understand it. This
+file uses only the standard library, so that no engine process needs torch.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from fedflame.errors import InvalidMessage
 
 _MAGIC = b"flamelet"
 _HEAD = struct.Struct("<8sQQ")
-"""Magic, bytes of the JSON object, bytes of the body."""
+"""Magic, length of the header in bytes, length of the body in bytes."""
 _LONGEST_HEADER = 1 << 20
 LONGEST_BODY = 8 << 30
-"""Bytes; above any adapter that travels, below what a wrong length would claim."""
+"""In bytes: larger than any message, smaller than most lengths that random bytes would claim."""
 Bytes = bytes | memoryview
-"""Bodies are large, so that most are passed on as views, and in pieces, instead of copied."""
+"""Bodies are large, so they are passed as views, and in pieces, instead of being copied."""
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A JSON object about a body."""
+    """A JSON header and a body."""
 
     header: dict[str, Any]
     body: Bytes = b""
 
     def text(self, name: str) -> str:
-        """A field that must be a string. Raises InvalidMessage."""
+        """Return a field of the header. Raises InvalidMessage if it is not a string."""
         value = self.header.get(name)
         if not isinstance(value, str):
             raise InvalidMessage(f"field {name} is {value!r}; a string is needed")
@@ -44,44 +44,44 @@ class Envelope:
         return b"".join(self.pieces())
 
     def pieces(self) -> tuple[bytes, Bytes]:
-        """`to_bytes` in two: all but the body, and the body."""
+        """Return the bytes of the envelope in two pieces: all before the body, and the body."""
         return _before_body(self.header, len(self.body)), self.body
 
     @classmethod
     def from_bytes(cls, content: Bytes) -> Envelope:
-        """Its body is a view of `content`. Raises InvalidMessage as `header_of` does."""
+        """Read an envelope; its body is a view of `content`. Raises InvalidMessage as `header_of` does."""
         view = memoryview(content)
         header, start = _opened(view, len(view))
         return cls(header, view[start:])
 
 
 def header_of(pieces: Sequence[Bytes]) -> dict[str, Any]:
-    """The JSON object of an envelope in pieces, the first of which must hold all of it.
+    """Return the header of an envelope that comes in pieces. The first piece must hold the whole header.
 
     Raises:
-        InvalidMessage: no envelope, or one with a byte too few or too many.
+        InvalidMessage: this is no envelope, or its length is not the one that it states.
     """
     first = memoryview(pieces[0] if pieces else b"")
     return _opened(first, sum(map(len, pieces)))[0]
 
 
 def send(connection: socket.socket, header: Mapping[str, Any], *body: Bytes) -> None:
-    """Send an envelope whose body comes in pieces. Raises OSError where the other side has gone."""
+    """Send an envelope whose body comes in pieces. Raises OSError if the other side has gone."""
     send_pieces(connection, (_before_body(header, sum(map(len, body))), *body))
 
 
 def send_pieces(connection: socket.socket, pieces: Sequence[Bytes]) -> None:
-    """Send one after another, because to join them would copy them. Raises OSError as `send` does."""
+    """Send pieces one after another, because joining them would copy them. Raises OSError as `send` does."""
     for piece in pieces:
         connection.sendall(piece)
 
 
 def receive(connection: socket.socket, longest_body: int = LONGEST_BODY) -> Envelope:
-    """The next envelope; memory is taken only as its bytes arrive.
+    """Receive the next envelope. Memory is used only as its bytes arrive, whatever length it states.
 
     Raises:
-        EOFError: the other side has gone, between two envelopes or within one.
-        InvalidMessage: something else than an envelope, or a longer one.
+        EOFError: the other side has closed the connection, between two envelopes or within one.
+        InvalidMessage: this is no envelope, or its body is longer than `longest_body` bytes.
         OSError: the connection is broken, or its timeout has passed.
     """
     header_size, body_size = _sizes(_exactly(connection, _HEAD.size))
@@ -99,7 +99,7 @@ def _before_body(header: Mapping[str, Any], body_size: int) -> bytes:
 
 
 def _opened(first: memoryview, size: int) -> tuple[dict[str, Any], int]:
-    """The header of an envelope of `size` bytes that begins with `first`, and where its body begins."""
+    """Return the header of an envelope of `size` bytes, from its first piece, and the body's offset."""
     header_size, body_size = _sizes(first[: _HEAD.size])
     start = _HEAD.size + header_size
     if size != start + body_size:
@@ -129,8 +129,8 @@ def _object(text: bytes) -> dict[str, Any]:
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
-    # With a buffer of one byte the reader takes nothing beyond, and fills one block without a copy between;
-    # the system gives that block memory only where bytes arrive.
+    # With a buffer of one byte the reader reads nothing beyond `size` and fills one block without a copy.
+    # The system gives this block memory only where bytes arrive.
     with connection.makefile("rb", buffering=1) as reader:
         received = reader.read(size)
     if len(received) < size:

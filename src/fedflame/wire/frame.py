@@ -1,6 +1,6 @@
-"""The seal around a message: what it is, which version, and a checksum over all that follows.
+"""The seal before a message: a magic number, the format version, and a checksum of the body.
 
-It finds damage, not forgery: who may send is the engine's business (certificates).
+The checksum detects damage, not forgery. The engine's certificates decide who may send.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from fedflame.wire.envelope import Bytes
 FORMAT_VERSION = 3
 _MAGIC = b"fedflame"
 _HEAD = struct.Struct("<8sQ32s")
-"""Magic, version and BLAKE2b-256 of the body."""
+"""Magic, version, BLAKE2b-256 of the body."""
 _DIGEST_SIZE = 32
 
 
 def seal(body: bytes) -> bytes:
-    """The body after its head."""
+    """Return the seal followed by the body."""
     return _HEAD.pack(_MAGIC, FORMAT_VERSION, _digest(body)) + body
 
 
 def unseal(message: Bytes) -> memoryview:
-    """The body of a sealed message, as a view of it.
+    """Check a sealed message and return its body, as a view.
 
     Raises:
-        InvalidMessage: no message of ours, one of another version, or damaged on the way.
+        InvalidMessage: this is no fedflame message, has another version, or is damaged.
     """
     if len(message) < _HEAD.size or message[: len(_MAGIC)] != _MAGIC:
         raise InvalidMessage(f"{len(message)} bytes that are no fedflame message")
@@ -41,12 +41,12 @@ def unseal(message: Bytes) -> memoryview:
 
 
 def opened(message: Bytes) -> memoryview:
-    """The body of a message that this process has sealed or unsealed before: nothing is checked again."""
+    """Return the body without checks, for messages that this process has sealed or unsealed before."""
     return memoryview(message)[_HEAD.size :]
 
 
 def seal_digest(message: Bytes) -> str:
-    """What the seal says of the body, which `unseal` holds it to."""
+    """Return the body's checksum as the seal states it, in hexadecimal."""
     return message[_HEAD.size - _DIGEST_SIZE : _HEAD.size].hex()
 
 

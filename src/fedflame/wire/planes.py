@@ -1,7 +1,8 @@
-"""Numbers as fewer bytes, without loss: the bytes of each place in four words by Huffman codes of their own.
+"""Lossless compression: split the bytes into four byte planes and Huffman-code each plane.
 
-Sign and exponent of trained values take few of 256 values and mantissas nearly all, so that a code pays for
-the former alone; of int8 values it pays for all. After ZipNN (Hershcovitch et al., arXiv 2411.05239).
+Byte plane i has the bytes i, i+4, i+8 and so on; for float32 one plane holds sign and exponent. Sign and
+exponent of trained values take few of the 256 byte values, so their plane compresses well; mantissas do not.
+int8 values compress in every plane. After ZipNN (Hershcovitch et al., arXiv 2411.05239).
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ import numpy as np
 from fedflame.wire.envelope import Bytes
 
 _PLACES = 4
-"""Bytes of the longest number that counts: of float32. A bfloat16 has two of these places in turn."""
+"""Number of planes: the bytes of a float32. A bfloat16 takes two of them in turn."""
 _HEAD = struct.Struct(f"<{1 + _PLACES}Q")
-"""Bytes of the whole, then of each place as written."""
+"""Length of the body, then the stored length of each plane, in bytes."""
 _WORTH_BITS = 7.8
-"""Of entropy per byte, above which no code is tried."""
+"""Bits of entropy per byte; above this, no code is tried."""
 _RAW_DEFLATE = -15
 
 
 def compress(body: bytes) -> bytes:
-    """The inverse of `decompress`; at most 40 bytes longer than `body`."""
+    """Compress a body without loss. The result is at most 40 bytes longer than `body`."""
     values = np.frombuffer(body, np.uint8)
     written = [_shorter(values[place::_PLACES]) for place in range(_PLACES)]
     return b"".join((_HEAD.pack(len(body), *map(len, written)), *written))
 
 
 def decompress(message: Bytes, longest: int) -> bytes:
-    """The body, in memory that follows `longest`, whatever the message claims.
+    """Return the body. `longest`, in bytes, limits the memory used, whatever the message claims.
 
     Raises:
-        ValueError: it is none, claims more than `longest` bytes, or has a byte too few or too many.
+        ValueError: the message is no compressed body, claims more than `longest` bytes, or has a wrong
+            length.
     """
     if len(message) < _HEAD.size:
         raise ValueError(f"{len(message)} bytes that are no compressed body")
@@ -51,7 +53,7 @@ def decompress(message: Bytes, longest: int) -> bytes:
 
 
 def _shorter(plane: np.ndarray) -> bytes:
-    """Its Huffman code where that is shorter."""
+    """Return the Huffman code of the plane, or the plane itself if that is shorter."""
     if _entropy_bits(plane) > _WORTH_BITS:
         return plane.tobytes()
     coder = zlib.compressobj(wbits=_RAW_DEFLATE, strategy=zlib.Z_HUFFMAN_ONLY)
@@ -65,7 +67,7 @@ def _whole(written: memoryview, size: int) -> np.ndarray:
     decoder = zlib.decompressobj(_RAW_DEFLATE)
     try:
         plane = decoder.decompress(written, size) if size else b""
-        beyond = decoder.decompress(decoder.unconsumed_tail, 1)  # nothing but the mark of its end is left
+        beyond = decoder.decompress(decoder.unconsumed_tail, 1)  # only the end mark may be left
     except zlib.error as error:
         raise ValueError(f"a place of numbers that cannot be read: {error}") from error
     if len(plane) != size or beyond or not decoder.eof or decoder.unused_data or len(written) > size:
@@ -74,7 +76,7 @@ def _whole(written: memoryview, size: int) -> np.ndarray:
 
 
 def _entropy_bits(plane: np.ndarray) -> float:
-    """Per byte; 0 for none."""
+    """Return the entropy in bits per byte; 0 for an empty plane."""
     share = np.bincount(plane, minlength=256) / max(1, len(plane))
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())

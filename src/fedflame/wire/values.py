@@ -1,4 +1,4 @@
-"""How the values of an update travel: fp32 as they are, bfloat16, or int8 with a scale per expert."""
+"""Round the values of an update for sending: fp32 (unchanged), bfloat16, or int8 with a scale per matrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DTYPES: dict[UpdateDtype, torch.dtype] = {
 
 
 def rounded(values: Mapping[str, Tensor], dtype: UpdateDtype) -> dict[str, Tensor]:
-    """What travels of fp32 matrices [..., m, n]; for int8 also their scales [...], one per matrix."""
+    """Round fp32 matrices [..., m, n] to `dtype`; int8 adds scales [...], one per matrix."""
     if dtype == "float32":
         return dict(values)
     if dtype == "bfloat16":
@@ -31,7 +31,7 @@ def rounded(values: Mapping[str, Tensor], dtype: UpdateDtype) -> dict[str, Tenso
 
 
 def restored(travelled: Mapping[str, Tensor], dtype: UpdateDtype) -> dict[str, Tensor]:
-    """fp32 again, from what `rounded` gave and `layout` describes."""
+    """Return fp32 values from the tensors that `rounded` made."""
     if dtype == "int8":
         return {
             name: value * travelled[_SCALES + name][..., None, None]
@@ -44,7 +44,7 @@ def restored(travelled: Mapping[str, Tensor], dtype: UpdateDtype) -> dict[str, T
 def layout(
     shapes: Mapping[str, tuple[int, ...]], dtype: UpdateDtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor that `rounded` gives for values of these shapes."""
+    """Return the shape and dtype of every tensor that `rounded` makes from values of these shapes."""
     found = {name: (shape, _DTYPES[dtype]) for name, shape in shapes.items()}
     if dtype == "int8":
         found |= {_SCALES + name: (shape[:-2], torch.float32) for name, shape in shapes.items()}
@@ -52,9 +52,9 @@ def layout(
 
 
 def _quantize(value: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 steps and the step of each matrix: its largest magnitude is 127 of them.
+    """Return int8 steps and the step size of each matrix: its largest magnitude is 127 steps.
 
-    What is not finite makes its matrix's step so, and the receiver refuses it.
+    A value that is not finite makes the step size not finite, and the receiver refuses the update.
     """
     if not value.numel():
         return value.to(torch.int8), value.new_zeros(value.shape[:-2])

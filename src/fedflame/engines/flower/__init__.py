@@ -1,1 +1,1 @@
-"""Flower as the engine: a ServerApp and a ClientApp of installed modules, which carry bytes, no torch."""
+"""Flower as the engine. A ServerApp and a ClientApp from installed modules carry bytes, without torch."""

@@ -1,4 +1,4 @@
-"""The traffic of one job: requests from the driver out to nodes, their replies back."""
+"""Carry the messages of one job: requests from the driver to the nodes, and replies back."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from fedflame.engines.link import HubLink
 from fedflame.wire.envelope import Bytes
 
 POLL_SECONDS = 0.5
-"""Between two looks at the SuperLink. Flower's own `send_and_receive` takes 3, and waits for the slowest."""
+"""Seconds between two polls of the SuperLink. Flower's `send_and_receive` takes 3 and waits for all nodes."""
 
 
 class Carrier:
-    """Ends when the driver closes its connection.
+    """Carries messages until the driver closes its connection.
 
-    A reply is known by the message that it replies to: of an error, the sender is the SuperLink.
+    A reply is identified by the message that it answers, not by its sender: errors come from the SuperLink.
     """
 
     def __init__(self, grid: Grid, link: HubLink, nodes: Nodes, ttl: float) -> None:
-        """Nothing is sent yet.
+        """Prepare; nothing is sent yet.
 
         Args:
-            grid: Flower's.
-            link: to the driver.
-            nodes: which node is which site.
+            grid: Flower's grid.
+            link: the connection to the driver.
+            nodes: tells which node belongs to which site.
             ttl: seconds after which the SuperLink may drop a message or its reply.
         """
         self._grid, self._link, self._nodes, self._ttl = grid, link, nodes, ttl
         self._open: dict[str, tuple[str, str]] = {}
-        """Message -> ticket and site, of those without a reply."""
+        """Message id -> ticket and site, for messages without a reply."""
         self.reached: dict[str, int] = {}
-        """Site -> node, of those that were online at the last look."""
+        """Site -> node, for sites that were online at the last poll."""
 
     def run(self) -> None:
-        """Carry until the driver has no more. Raises OSError where the driver is gone amid a word."""
+        """Carry until the driver closes. Raises OSError if the driver ends in the middle of a message."""
         requests = self._link.requests()
         self._look()
-        while self._nodes.asking:  # no site is missed that is only about to say its name
+        while self._nodes.asking:  # wait for sites that have not yet answered with their name
             time.sleep(POLL_SECONDS)
             self._look()
         while True:
@@ -56,7 +56,7 @@ class Carrier:
             self._carry(*request)
 
     def _look(self) -> None:
-        """Who is there, and what has come back."""
+        """Poll the SuperLink: which sites are online, and which replies have come."""
         reached = self._nodes.reached(self._grid)
         if reached.keys() != self.reached.keys():
             self._link.sites(reached)
@@ -85,6 +85,6 @@ class Carrier:
 
 
 def _reason(reply: Message) -> str:
-    """The first line of Flower's, with its number of the error."""
+    """Return the first line of Flower's reason, with its error number."""
     words = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
     return f"its engine says {words[0]} (error {reply.error.code})"

@@ -1,8 +1,8 @@
-"""Runs of Flower, through its own command: submit, watch, stop.
+"""Start, watch and stop Flower runs through the `flwr` command.
 
-The command is a process of its own, and is told nothing but where the SuperLink is; it never reads or changes
-the user's Flower configuration. Its JSON counts, not its exit code, which is 0 for a failed run that was
-streamed.
+The command gets a temporary Flower configuration that holds only the SuperLink's address. It never reads or
+changes the user's own configuration. We trust its JSON output and not its exit code, which is 0 even for a
+failed run that was streamed.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from fedflame.errors import UserError
 COMMAND_SECONDS = 60.0
 CONNECT_SECONDS = 5.0
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-"""Environment of every process of Flower that we start; both phone home without it."""
+"""Environment of every Flower process that we start. It switches off telemetry and the update check."""
 _CONNECTION = "hub"
 
 
 class FlowerEngine:
-    """One SuperLink, as whoever may start runs at it sees it."""
+    """One SuperLink, for a user who may start runs at it."""
 
     def __init__(self, hub: Hub) -> None:
-        """From the hub's file.
+        """Read the settings from the hub's file and check that the SuperLink listens.
 
         Raises:
-            UserError: flwr is not installed, the file has no or a wrong [flower] section, or nothing listens
-                at its address.
+            UserError: flwr is not installed, the [flower] section of the file is missing or wrong, or nothing
+                listens at its address.
         """
         self._command, self._hub, self._watch = installed_command("flwr", "flower"), hub, JobWatch()
         check_nodes(hub)
@@ -57,17 +57,17 @@ class FlowerEngine:
         return run
 
     def ended(self, job: str) -> str | None:
-        """See `Engine.ended`; what the last question found."""
+        """See `Engine.ended`; the result of the last status query."""
         return self._watch.ended(job)
 
     def stop(self, job: str) -> None:
-        """See `Engine.stop`: one that has spoken ends with the driver's connection, others are told to."""
+        """See `Engine.stop`. A connected run ends with the driver's connection; this stops others too."""
         self._watch.forget(job)
-        with suppress(OSError):  # it is over already, or its SuperLink is away
+        with suppress(OSError):  # the run is over already, or the SuperLink is away
             self._ask("stop", job, _CONNECTION)
 
     def connected(self) -> set[str] | None:
-        """See `Engine.connected`; nodes without keys only say in a run who they are."""
+        """See `Engine.connected`. Without node authentication, nodes give their names only during a run."""
         nodes = self._hub.flower.nodes
         if not nodes:
             return None
@@ -78,18 +78,18 @@ class FlowerEngine:
         return {site for site, node in nodes.items() if node in online}
 
     def online(self) -> set[int]:
-        """The nodes that the SuperLink reaches. Raises OSError where it does not answer."""
+        """Return the nodes that the SuperLink reaches. Raises OSError if it does not answer."""
         nodes = self._ask("supernode", "list", _CONNECTION)["nodes"]
         return {int(node["node-id"]) for node in nodes if node["status"] == "online"}
 
     def _over(self, run: str) -> str | None:
-        """Why the run is over; None while it is not."""
+        """Return why the run is over; None while it runs."""
         [found] = self._ask("list", _CONNECTION, "--run-id", run)["runs"]
         status = str(found["status"])
         return f"{status} ({found['status-details']})" if status.startswith("finished") else None
 
     def _ask(self, *arguments: str) -> dict[str, Any]:
-        """The command's JSON. Raises OSError with the command's own words."""
+        """Run `flwr` and return its JSON. Raises OSError with the command's own message if it fails."""
         said = f"flwr {arguments[0]}"
         with tempfile.TemporaryDirectory(prefix="fedflame-flwr-") as home:
             (Path(home) / "config.toml").write_text(self._connection)
@@ -104,13 +104,13 @@ class FlowerEngine:
         answer = _json_object(done.stdout)
         if answer.get("success") is not True:
             words = str(answer.get("error-message") or done.stderr or done.stdout)
-            reason = words.strip().rpartition("\n\n")[2]  # after what it was about to do
-            raise OSError(f"{said}: {' '.join(reason.split()) or 'no word'}")
+            reason = words.strip().rpartition("\n\n")[2]  # the part after the description of the step
+            raise OSError(f"{said}: {' '.join(reason.split()) or 'no output'}")
         return answer
 
 
 def _connection(hub: Hub) -> str:
-    """Flower's configuration with this SuperLink alone."""
+    """Return a Flower configuration (TOML) with only this SuperLink, after a check that it listens."""
     flower = hub.flower
     where = host_and_port(flower.address, "hub file: flower.address")
     try:
@@ -131,7 +131,7 @@ def _connection(hub: Hub) -> str:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """The command's last word, after whatever it says before; empty where that is no JSON object."""
+    """Return the JSON object at the end of the command's output; empty if there is none."""
     try:
         value = json.loads(text[text.find("{") :])
     except ValueError:

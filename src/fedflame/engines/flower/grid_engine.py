@@ -1,6 +1,6 @@
-"""The run of Flower that this process belongs to, as the engine: its own grid is what is carried over.
+"""The engine for a ServerApp that runs the rounds itself: it uses the grid of the Flower run that it is in.
 
-For a ServerApp that runs the rounds itself; the driver and its socket are then in the same process.
+The driver, its socket and the carrier are then in one process.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class _Carried:
 
 
 class GridEngine:
-    """A job is a thread."""
+    """Carries over the grid of this process. A job is a thread."""
 
     def __init__(self, grid: Grid, hub: Hub) -> None:
-        """From the grid that Flower hands a ServerApp.
+        """Take the grid that Flower passes to a ServerApp.
 
         Args:
-            grid: Flower's.
-            hub: its sites and nodes; the SuperLink's address is not needed.
+            grid: Flower's grid.
+            hub: the hub's file, of which the sites and nodes are used but not the SuperLink's address.
 
         Raises:
-            UserError: the file's nodes are not those of its sites.
+            UserError: the nodes in the file do not match its sites.
         """
         check_nodes(hub)
         self._grid, self._hub = grid, hub
@@ -55,7 +55,7 @@ class GridEngine:
         return job_key
 
     def ended(self, job: str) -> str | None:
-        """See `Engine.ended`; why a thread ended, it has said on stderr."""
+        """See `Engine.ended`. The thread prints its own error on stderr."""
         carried = self._jobs.get(job)
         if carried is None or carried.thread.is_alive():
             return None
@@ -69,7 +69,7 @@ class GridEngine:
             carried.thread.join(_END_SECONDS)
 
     def connected(self) -> set[str] | None:
-        """See `Engine.connected`: what the job that runs has seen last."""
+        """See `Engine.connected`; the sites that the current job reached at its last poll."""
         reached = [set(carried.carrier.reached) for carried in self._jobs.values()]
         return reached[-1] if reached else None
 

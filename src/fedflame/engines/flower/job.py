@@ -1,4 +1,4 @@
-"""A run as Flower reads it: a project file that names installed modules, and no code."""
+"""The app of a Flower run: a project file that names installed modules. It contains no code."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ message-seconds = 0.0
 sites = ""
 nodes = ""
 """
-"""The same for every run, so that nodes install it once."""
+"""The same project file for every run, so that nodes install the app only once."""
 
 LATE_SECONDS = 600.0
-"""For which a message outlives its round: a late answer still comes, and the driver names who was late."""
+"""Seconds that a message outlives its round, so that late answers arrive and the driver can report them."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the ServerApp must know, as Flower's run config carries it."""
+    """The values that the ServerApp needs; Flower's run config carries them."""
 
     hub_socket: Path
-    """Where the driver listens."""
+    """The driver's socket."""
     job_key: str
-    """What it drew for this job."""
+    """The key that the driver drew for this job."""
     message_seconds: float
-    """After which the SuperLink may drop a message or its reply."""
+    """Seconds after which the SuperLink may drop a message or its reply."""
     sites: Sequence[str]
     nodes: Mapping[str, int]
-    """Site -> registered node; empty to ask the nodes."""
+    """Site -> registered node. If empty, the nodes are asked for their names."""
 
     def to_run_config(self) -> dict[str, str | float]:
-        """The inverse of `from_run_config`."""
+        """Return the values for Flower's run config."""
         return {
             "hub-socket": str(self.hub_socket),
             "job-key": self.job_key,
@@ -64,7 +64,7 @@ class Assignment:
 
     @classmethod
     def from_run_config(cls, values: Mapping[str, object]) -> Assignment:
-        """From the context that Flower hands the ServerApp."""
+        """Read the run config that Flower passes to the ServerApp."""
         pairs = (pair.rpartition("=") for pair in str(values["nodes"]).split(",") if pair)
         return cls(
             Path(str(values["hub-socket"])),
@@ -76,7 +76,7 @@ class Assignment:
 
 
 def write_job(folder: Path, assignment: Assignment) -> tuple[Path, Path]:
-    """Write the app's folder and, beside it, the run config of one job; the paths of both."""
+    """Write the app's folder and, beside it, the run config of one job; return both paths."""
     app, run_config = folder / "app", folder / "run.toml"
     app.mkdir()
     (app / "pyproject.toml").write_text(PROJECT)
@@ -86,12 +86,12 @@ def write_job(folder: Path, assignment: Assignment) -> tuple[Path, Path]:
 
 
 def message_seconds(hub: Hub) -> float:
-    """For which a message to a site may be on its way."""
+    """Return the seconds that a message to a site and its reply may take."""
     return hub.rounds.round_timeout + LATE_SECONDS
 
 
 def check_nodes(hub: Hub) -> None:
-    """Raises UserError where only some sites have a node, a node no site, or two sites have the same."""
+    """Raise UserError if a site lacks a node, a node has no site, or two sites have the same node."""
     sites, nodes = hub.site_names(), hub.flower.nodes
     if not nodes:
         return

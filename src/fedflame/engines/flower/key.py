@@ -1,4 +1,4 @@
-"""The key by which a SuperLink knows a site's node."""
+"""Create the key that identifies a site's node to the SuperLink."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedflame.errors import UserError
 
 
 def make_key(path: Path) -> Path:
-    """Make a key where none is, readable by its owner alone, and the public one beside it, `NAME.pub`.
+    """Create a private key that only its owner can read, and the public key `NAME.pub`; keep existing keys.
 
     Returns:
         The path of the public key, for the hub.

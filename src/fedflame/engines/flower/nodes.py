@@ -1,8 +1,9 @@
-"""Which node is which site.
+"""Tell which Flower node belongs to which site.
 
-A node that was registered with a key has an id that the SuperLink lets nobody else use, so the hub's file
-maps sites to ids, and nothing that a node says of itself counts. Without node authentication anyone may join,
-and the nodes' own word is taken: for one machine, or a network whose every member is trusted.
+With node authentication, a registered node has an id that the SuperLink lets no other node use. The hub's
+file then maps sites to ids, and no name that a node gives itself counts. Without node authentication anyone
+can join, and the hub believes the name that a node gives itself. Use that only on one machine, or in a
+network that you trust.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from flwr.serverapp import Grid
 from fedflame.engines.flower.payload import from_name
 
 _QUERY_SECONDS = 60.0
-"""For which a node may think about its name; requests wait meanwhile."""
+"""Seconds in which a node must answer with its name; requests wait until then."""
 
 
 class Nodes(Protocol):
-    """Tells which node is which site."""
+    """Tells which node belongs to which site."""
 
     @property
     def asking(self) -> bool:
-        """Whether some have been asked who they are and have not answered yet."""
+        """Whether some nodes have not yet answered the question for their name."""
 
     def reached(self, grid: Grid) -> dict[str, int]:
-        """Site -> node, of those that are online now."""
+        """Return site -> node, for the nodes that are online now."""
 
 
 class RegisteredNodes:
-    """Known by the ids that the hub's file has."""
+    """Identifies nodes by the ids in the hub's file."""
 
     asking = False
 
@@ -45,14 +46,14 @@ class RegisteredNodes:
 
 
 class AskedNodes:
-    """Known by what they say, each asked once; of two with one name, the one that was asked last."""
+    """Asks each node once for its name. If two nodes give the same name, the one asked last counts."""
 
     def __init__(self, sites: Iterable[str]) -> None:
         self._sites = set(sites)
         self._names: dict[int, str] = {}
-        """Of every node that was asked; empty until it has answered, and where that is no name of a site."""
+        """Node -> site, for every node that was asked; empty before its answer, or if that names no site."""
         self._open: dict[str, int] = {}
-        """Question -> node."""
+        """Id of the question -> node, for questions without an answer."""
 
     @property
     def asking(self) -> bool:
@@ -75,5 +76,5 @@ class AskedNodes:
 
 
 def nodes_of(sites: Iterable[str], ids: Mapping[str, int]) -> Nodes:
-    """By their ids, or where there are none by what they say."""
+    """Return `RegisteredNodes` if there are ids, else `AskedNodes`."""
     return RegisteredNodes(ids) if ids else AskedNodes(sites)

@@ -1,4 +1,4 @@
-"""The hub's part of a run: carries between the driver's socket and the grid until the driver closes it."""
+"""The ServerApp on the hub: it carries messages between the driver's socket and Flower's grid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app = ServerApp()
 
 @app.main()
 def carry(grid: Grid, context: Context) -> None:
-    """Flower calls this once. Raises OSError where no driver is at the socket."""
+    """Carry until the driver closes; Flower calls this once. Raises OSError if no driver is at the socket."""
     given = Assignment.from_run_config(context.run_config)
     link = HubLink(given.hub_socket, given.job_key)
     try:

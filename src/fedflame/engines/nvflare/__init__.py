@@ -1,1 +1,1 @@
-"""NVIDIA FLARE as the engine: config-only jobs of two installed classes, which carry bytes, no torch."""
+"""NVIDIA FLARE as the engine. Jobs are configuration for two installed classes that carry bytes, no torch."""

@@ -1,4 +1,4 @@
-"""What a kit's certificate says: for whom, and for how long."""
+"""Read the certificate of a startup kit: its owner and its validity."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from fedflame.errors import UserError
 
 @dataclass(frozen=True)
 class Certificate:
-    """One of a kit, checked against the kit's authority."""
+    """The certificate of a kit, verified against the kit's certificate authority."""
 
     name: str
-    """Of its owner."""
+    """The name of its owner."""
     begins: datetime
     ends: datetime
-    """Or its authority does, whichever is first."""
+    """When it or its authority's certificate expires, whichever is first."""
 
     def days_left(self, now: datetime) -> float:
-        """Until it ends; below zero afterwards."""
+        """Return the days until it expires; negative afterwards."""
         return (self.ends - now).total_seconds() / 86400
 
 
 def read_certificate(kit: Path) -> Certificate:
-    """The certificate in `kit/startup`.
+    """Read the certificate in `kit/startup`.
 
     Raises:
-        UserError: there is none, it cannot be read, or the kit's authority has not signed it.
+        UserError: there is no certificate, it cannot be read, or the kit's authority has not signed it.
     """
     startup = kit / "startup"
     path = next((startup / name for name in ("client.crt", "server.crt") if (startup / name).is_file()), None)
@@ -55,5 +55,5 @@ def read_certificate(kit: Path) -> Certificate:
 
 
 def now() -> datetime:
-    """In the zone that certificates are written in."""
+    """Return the current time in UTC, the time zone of certificates."""
     return datetime.now(UTC)

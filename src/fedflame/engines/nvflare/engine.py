@@ -1,8 +1,8 @@
-"""Jobs of NVIDIA FLARE, through its own command: submit, watch, abort.
+"""Submit and watch NVIDIA FLARE jobs through the `nvflare` command.
 
-The command runs as a process of its own, so that nvflare and torch never share one. What it says is read from
-its JSON; a job is over when its status says so, or when the server that ran it has been started anew, which
-leaves its jobs `RUNNING` for ever.
+The command runs as its own process, so that nvflare and torch never share one. Its JSON output is read. A job
+is over when its status says so, or when its server has been restarted: jobs of the former server keep the
+status `RUNNING` for ever.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _NO_REPLY = "no_reply"
 
 
 def nvflare_command() -> str:
-    """See `installed_command`."""
+    """Return the path of `nvflare`. Raises UserError as `installed_command` does."""
     return installed_command("nvflare", "nvflare")
 
 
 class NvflareEngine:
-    """One federation, as an administrator who may submit jobs sees it."""
+    """One federation, for an administrator who may submit jobs."""
 
     def __init__(self, hub: Hub) -> None:
-        """From the hub's file.
+        """Read the administrator's kit from the hub's file.
 
         Raises:
-            UserError: nvflare is not installed, or the file names no kit of an administrator.
+            UserError: nvflare is not installed, or the file does not name an administrator's kit.
         """
         self._command = nvflare_command()
         self._kit = hub.folder / hub.nvflare.admin_kit
@@ -57,11 +57,11 @@ class NvflareEngine:
         return job
 
     def ended(self, job: str) -> str | None:
-        """See `Engine.ended`; what the last question found."""
+        """See `Engine.ended`; the result of the last status query."""
         return self._watch.ended(job)
 
     def stop(self, job: str) -> None:
-        """See `Engine.stop`: the relay ends by itself when the driver's connection does."""
+        """See `Engine.stop`. The relay ends by itself when the driver closes its connection."""
         self._watch.forget(job)
 
     def connected(self) -> set[str] | None:
@@ -74,7 +74,7 @@ class NvflareEngine:
         return {str(site["client_name"]) for site in answers if site["status"] != _NO_REPLY}
 
     def _over(self, job: str, server_start: float) -> str | None:
-        """Why the job is over; None while it is not."""
+        """Return why the job is over; None while it runs."""
         if self._status()["server_start_time"] != server_start:
             return "FINISHED: its server has been started anew"
         status = str(self._ask("job", "meta", job)["status"])
@@ -84,7 +84,7 @@ class NvflareEngine:
         return self._ask("system", "status")
 
     def _ask(self, *arguments: str) -> dict[str, Any]:
-        """The `data` of the command's answer. Raises OSError with the command's own words."""
+        """Run `nvflare` and return `data` of its answer. Raises OSError with its message if it fails."""
         command = [self._command, *arguments, "--startup-kit", str(self._kit), "--format", "json"]
         try:
             done = subprocess.run(
@@ -97,13 +97,13 @@ class NvflareEngine:
         answer = _json_object(done.stdout)
         data = answer.get("data")
         if answer.get("status") != "ok" or not isinstance(data, dict):
-            words = str(answer.get("message") or done.stderr.strip() or done.stdout.strip() or "no word")
+            words = str(answer.get("message") or done.stderr.strip() or done.stdout.strip() or "no output")
             raise OSError(f"nvflare {' '.join(arguments[:2])}: {words.splitlines()[-1]}")
         return data
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """The last line that is a JSON object; empty where there is none."""
+    """Return the JSON object of the last line that starts with one; empty if there is none."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             try:

@@ -1,4 +1,4 @@
-"""The site's part of a job: whatever it is handed goes to the site's trainer, and its answer back."""
+"""The executor at a site: it passes each request to the site's trainer, and returns the answer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fedflame.trainer.ask import PATIENCE_SECONDS, SOCKET_VARIABLE, answer_piece
 
 
 class FedflameExecutor(Executor):  # type: ignore[misc] # nvflare ships no types
-    """Holds nothing: the trainer outlives this process."""
+    """Passes requests to the trainer. It holds no state, because the trainer outlives this process."""
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
     ) -> Shareable:
-        """Ask the trainer. Other tasks than ours are unknown."""
+        """Ask the trainer; return TASK_UNKNOWN for any task but ours."""
         path = os.environ.get(SOCKET_VARIABLE)
         if task_name != TASK:
             return make_reply(ReturnCode.TASK_UNKNOWN)

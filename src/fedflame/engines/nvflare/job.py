@@ -1,4 +1,4 @@
-"""A job as nvflare reads it: three JSON files that name installed classes, and no code."""
+"""An nvflare job: three JSON files that name installed classes. It contains no code."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _NAME = "fedflame"
 
 
 def write_job(folder: Path, hub_socket: Path, job_key: str) -> None:
-    """Write a job into a folder that is not there yet."""
+    """Write a job into a new folder."""
     relay = {"hub_socket": str(hub_socket), "job_key": job_key}
     server = {
         "format_version": 2,
-        # The whole floor of a round; nvflare's default is 2 seconds.
+        # Seconds. This is the shortest time that a round can take; nvflare's default is 2.
         "server": {"task_request_interval": 0.2},
         "task_data_filters": [],
         "task_result_filters": [],

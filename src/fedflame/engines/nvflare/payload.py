@@ -1,4 +1,4 @@
-"""How an envelope travels in nvflare: as arrays of bytes, which it streams one by one."""
+"""Put an envelope into nvflare messages, as arrays of bytes that nvflare streams one by one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fedflame.wire.envelope import Bytes
 TASK = "fedflame"
 _KEY = "envelope"
 _LARGEST = 8_000_000
-"""Bytes of an array. Nvflare holds several copies of the array that it sends, at both ends and between."""
+"""Largest array, in bytes. Nvflare holds several copies of the array that it sends, so it must be small."""
 
 
 def to_shareable(pieces: Iterable[Bytes]) -> Shareable:
-    """The inverse of `from_shareable`, but for where the pieces begin."""
+    """Put the pieces of an envelope into a Shareable, in arrays of at most `_LARGEST` bytes."""
     shareable = Shareable()
     shareable[_KEY] = [
         whole[start : start + _LARGEST]
@@ -27,7 +27,7 @@ def to_shareable(pieces: Iterable[Bytes]) -> Shareable:
 
 
 def from_shareable(shareable: Shareable) -> list[Bytes]:
-    """The envelope's bytes in pieces; none where there are no arrays of bytes."""
+    """Return the bytes of the envelope in pieces; an empty list if the Shareable has none."""
     arrays = shareable.get(_KEY)
     if not isinstance(arrays, list) or not all(_is_bytes(array) for array in arrays):
         return []

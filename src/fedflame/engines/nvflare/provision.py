@@ -1,7 +1,7 @@
-"""Kits for a federation: certificates by nvflare's own provisioning, and rights that we narrow in each.
+"""Make the startup kits of a federation with nvflare's own provisioning, and narrow the rights in each kit.
 
-In every kit a job may build our two classes alone, none of nvflare's own, some of which read files that a job
-names; nobody may send code, whatever his role; and no site's log goes to the hub.
+In every kit, a job may use only our two classes. nvflare's own classes are not allowed, because some read
+files that a job names. No role may send code. No site's log is sent to the hub.
 """
 
 from __future__ import annotations
@@ -22,36 +22,37 @@ CLASSES = (
     "fedflame.engines.nvflare.executor.FedflameExecutor",
 )
 _LOGS = ("site_log_streamer", "log_receiver")
-"""Nvflare's components that bring the sites' error logs to the hub; the first adds a class to every job."""
+"""nvflare's components that send the sites' error logs to the hub; the first adds a class to every job."""
 _CODE = ("byoc", "server-predeployed-flwr", "shell_commands")
-"""Rights to bring code of one's own, or commands."""
+"""Rights to send code or commands."""
 DEAD_AFTER_SECONDS = 60
-"""Without a sign of a site, it is gone; nvflare's default is 600."""
+"""Seconds without a heartbeat after which a site counts as gone; nvflare's default is 600."""
 JOBS = 1000
-"""Of which nvflare runs at once: a server that was killed counts its last job as running for ever."""
+"""Jobs that nvflare may run at once. It is large because a killed server counts its last job as running."""
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Who takes part."""
+    """The participants of a federation."""
 
     host: str
-    """The hub's name as the sites resolve it; the server's certificate is for this name."""
+    """The hub's host name, as the sites resolve it. The server's certificate is issued for it."""
     port: int
     sites: Sequence[str]
     admin: str
-    """Mail address of who may start runs."""
+    """Mail address of the administrator, who may start runs."""
 
 
 def provision(command: str, folder: Path, federation: Federation) -> None:
-    """Make a kit for the server, each site and the administrator in `folder/kits`, where there is none yet.
+    """Make kits for the server, each site and the administrator in `folder/kits`; keep those that exist.
 
-    The certificate authority stays in `folder/provision`: called again with more sites, it signs theirs.
+    The certificate authority stays in `folder/provision`. A later call with more sites lets it sign their
+    kits.
 
     Args:
-        command: nvflare's.
-        folder: the hub's.
-        federation: who takes part.
+        command: path of the `nvflare` command.
+        folder: the hub's folder.
+        federation: the participants.
 
     Raises:
         UserError: nvflare refuses the names, or the folder cannot be written.
@@ -71,7 +72,7 @@ def provision(command: str, folder: Path, federation: Federation) -> None:
 
 
 def _project(federation: Federation) -> str:
-    """YAML of nvflare's project file; JSON is YAML."""
+    """Return nvflare's project file. It is YAML, of which JSON is a part."""
     participants: list[dict[str, Any]] = [
         {"name": federation.host, "type": "server", "org": "hub", "fed_learn_port": federation.port}
     ]
@@ -99,12 +100,12 @@ def _project(federation: Federation) -> str:
 
 
 def _organisation(site: str) -> str:
-    """One per site, so that no site's rights follow from another's; letters, digits and _ are allowed."""
+    """Return an organisation of the site alone, so that sites share no rights; only letters, digits and _."""
     return "".join(letter if letter.isalnum() else "_" for letter in site)
 
 
 def _run(command: str, project: Path, workspace: Path) -> Path:
-    """The folder of the kits that nvflare made last."""
+    """Run the provisioning and return the folder of the new kits."""
     asked = [command, "provision", "-p", str(project), "-w", str(workspace), "--force"]
     with tempfile.TemporaryDirectory() as elsewhere:
         done = subprocess.run(asked, cwd=elsewhere, capture_output=True, text=True, check=False)
@@ -119,7 +120,7 @@ def _run(command: str, project: Path, workspace: Path) -> Path:
 
 
 def _narrow(kit: Path) -> None:
-    """Write the `local` files that the kit's owner may change further."""
+    """Narrow the rights in the kit's `local` files. The owner of the kit may change these files later."""
     local = kit / "local"
     resources = json.loads((local / "resources.json.default").read_text())
     if "class_allow_list" in resources:
@@ -149,7 +150,7 @@ def _keep_out_of_the_temporary_folder(component: dict[str, Any], kit: Path) -> N
 
 
 def _without_code(permissions: str | dict[str, str]) -> dict[str, str]:
-    """The role's rights but for those in `_CODE`."""
+    """Return the role's rights without those in `_CODE`."""
     rights = dict.fromkeys(
         ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate"), permissions
     )

@@ -1,4 +1,4 @@
-"""The server's part of a job: requests from the driver out to the sites, their answers back."""
+"""The controller on the hub: it carries requests from the driver to the sites, and answers back."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from fedflame.wire.envelope import Bytes
 
 _POLL_SECONDS = 0.1
 SILENT_SECONDS = 60.0
-"""A site's process of this job that says nothing for so long is gone; its heartbeat comes every 10 seconds.
+"""A site whose job process is silent for this long counts as gone; heartbeats come every 10 seconds.
 
-Nvflare itself misses a site only while its parent process is away. That may be back within a second, without
-the process of the job."""
+nvflare itself reports a site as gone only while the site's parent process is away. The parent may be back
+within a second, but without the job process."""
 
 
 class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
-    """Ends when the driver closes its connection, or when the job is aborted."""
+    """Carries messages until the driver closes its connection or the job is aborted."""
 
     def __init__(self, hub_socket: str, job_key: str) -> None:
-        """From the job's configuration.
+        """Take the arguments from the job's configuration.
 
         Args:
-            hub_socket: where the driver listens.
-            job_key: what it drew for this job.
+            hub_socket: path of the driver's socket.
+            job_key: the random key that the driver gave this job.
         """
         super().__init__(task_check_period=_POLL_SECONDS)
         self._hub_socket, self._job_key = Path(hub_socket), job_key
         self._link: HubLink | None = None
         self._open: dict[str, str] = {}
-        """Ticket -> site, of requests without an answer."""
+        """Ticket -> site, for requests without an answer."""
         self._lock = threading.Lock()
         self._heard: dict[str, float] = {}
-        """Site -> when its process of this job said something, in seconds of the monotonic clock."""
+        """Site -> time of the last message of its job process, in seconds of the monotonic clock."""
         self._begun = time.monotonic()
 
     def set_communicator(self, communicator: Any) -> None:
-        """Note every sign of life that it is told of."""
+        """Record the time of every heartbeat that the communicator reports."""
         super().set_communicator(communicator)
         told = communicator.client_is_active
 
@@ -60,7 +60,7 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
         communicator.client_is_active = heard
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Connect to the driver; without one there is nothing to do."""
+        """Connect to the driver; end the job if there is none."""
         try:
             self._link = HubLink(self._hub_socket, self._job_key)
         except OSError as error:
@@ -68,7 +68,7 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
             return
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Carry until the driver has no more, or the job is aborted."""
+        """Carry until the driver closes its connection or the job is aborted."""
         if self._link is None:
             return
         requests, reached = self._link.requests(), set[str]()
@@ -87,7 +87,7 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
             self._carry(*request, fl_ctx)
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Leave no task and no connection behind."""
+        """Cancel all tasks and close the connection."""
         self.cancel_all_tasks(fl_ctx=fl_ctx)
         if self._link is not None:
             self._link.close()
@@ -95,7 +95,7 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
     def process_result_of_unknown_task(
         self, client: Any, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
-        """A late answer: the driver has stopped to wait for it."""
+        """Drop a late answer, for which the driver no longer waits."""
         self.log_warning(fl_ctx, f"late answer of {client.name} is dropped")
 
     def _reachable(self) -> set[str]:
@@ -122,7 +122,7 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
         self.send(task=task, fl_ctx=fl_ctx, targets=[site])
 
     def _received(self, ticket: str, client_task: ClientTask, fl_ctx: FLContext) -> None:
-        """Nvflare calls with the names `client_task` and `fl_ctx`."""
+        """Return an answer to the driver. nvflare passes `client_task` and `fl_ctx` by name."""
         result, site = client_task.result, client_task.client.name
         client_task.result = None
         if result.get_return_code() != ReturnCode.OK:
@@ -146,6 +146,6 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
             self._link.failed(ticket, site, reason)
 
     def _settle(self, ticket: str) -> str | None:
-        """The ticket's site if it was open; it is not any longer."""
+        """Close the ticket; return its site, or None if it was not open."""
         with self._lock:
             return self._open.pop(ticket, None)
