@@ -51,7 +51,7 @@ class Cell:
     config: RunConfig
     """The resolved configuration; its output_dir is the cell's run folder."""
     folder: Path
-    """Contains the run folder and log.txt; error.txt if the run failed; its results until they are taken over."""
+    """Contains the run folder and log.txt; error.txt if the run failed; results until they are taken over."""
 
     @property
     def name(self) -> str:
