@@ -28,9 +28,9 @@ class ThreadEngine:
     jobs: dict[str, HubLink] = field(default_factory=dict)
     over: dict[str, str] = field(default_factory=dict)
 
-    def submit(self, hub_socket: Path, segment: str) -> str:
+    def submit(self, hub_socket: Path, job_key: str) -> str:
         job = f"job-{len(self.jobs) + 1}"
-        link = self.jobs[job] = HubLink(hub_socket, segment)
+        link = self.jobs[job] = HubLink(hub_socket, job_key)
         threading.Thread(target=self._carry_all, args=(link, set(self.reachable)), daemon=True).start()
         return job
 

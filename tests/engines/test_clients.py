@@ -19,7 +19,7 @@ from tests.message_samples import a_plan
 from fedflame.clients.answers import Answer
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.hub import HubRounds
-from fedflame.engines.jobs import segments
+from fedflame.engines.jobs import engine_jobs
 from fedflame.engines.link import HubLink
 from fedflame.errors import UserError
 from fedflame.wire.addition import decode_addition, encode_addition, plan_digest
@@ -38,7 +38,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedflame.engines.clients.BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr("fedflame.engines.clients.POLL_SECONDS", 0.02)
     monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 0.02)
-    monkeypatch.setattr("fedflame.engines.segment.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("fedflame.engines.jobs.POLL_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def driver(
     **rounds: float,
 ) -> Iterator[Driver]:
     carrier, said = engine(deliver, set(SITES)), list[str]()
-    with segments(carrier, said.append) as jobs:
+    with engine_jobs(carrier, said.append) as jobs:
         limits = HubRounds(**{"rejoin_timeout": 0.1, **rounds})
         clients = EngineClients(carrier, jobs, RUN, {}, SITES, limits, quorum, tmp_path, said.append)
         yield Driver(clients, carrier, said)
@@ -148,12 +148,12 @@ def test_job_after_job_that_fails_ends_the_run_with_what_is_kept(tmp_path: Path)
 
 
 class Closed(ThreadEngine):
-    def submit(self, hub_socket: Path, segment: str) -> str:
+    def submit(self, hub_socket: Path, job_key: str) -> str:
         raise OSError("not authorized to submit")
 
 
 class Silent(ThreadEngine):
-    def submit(self, hub_socket: Path, segment: str) -> str:
+    def submit(self, hub_socket: Path, job_key: str) -> str:
         return "silent"
 
 
@@ -384,9 +384,9 @@ def test_after_a_resumption_a_site_that_trained_the_round_is_not_sent_it_again(
 def test_a_stranger_at_the_hubs_socket_is_sent_away(tmp_path: Path) -> None:
     with driver(honest, tmp_path) as hub:
         hub.round()
-        path = hub.clients.segments._path
+        path = hub.clients.engine_jobs._path
         assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o077 == 0
-        link = HubLink(path, "not-the-segment")
+        link = HubLink(path, "not-the-job")
         assert link.next_request() is None
         assert hub.heard("refused: a job that is not the one that was submitted last")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:

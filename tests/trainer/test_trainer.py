@@ -18,7 +18,6 @@ from tests.tiny_models import TOP_K
 
 from fedflame.base.adapted import load_adapted_model
 from fedflame.base.files import model_digest
-from fedflame.config.run_config import RunConfig
 from fedflame.data.encoding import encode, pad_token
 from fedflame.data.instructions import load_instructions
 from fedflame.errors import UserError
@@ -63,21 +62,12 @@ def job(tiny_folder: Path) -> TrainingJob:
 
 @pytest.fixture(scope="module")
 def plan(tiny_folder: Path, job: TrainingJob) -> RoundPlan:
-    adapted, _ = load_adapted_model(run_config(tiny_folder, job), "float32")
+    adapted, _ = load_adapted_model(str(tiny_folder), "float32", job.adapter)
     return RoundPlan(
         round=2, client=1, seed=5, active_experts=2, rescaler="learned",
         rescaler_values=torch.ones(len(adapted.layers)),
         adapter=adapted.initial_adapter(0), learning_rate=0.01, weight_decay=0.0, batch_size=2, max_steps=3,
     )  # fmt: skip
-
-
-def run_config(model: Path, job: TrainingJob) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "model": {"model_name_or_path": str(model)},
-            "adapter": {"r": job.r, "lora_alpha": job.lora_alpha, "target_modules": job.target_modules},
-        }
-    )
 
 
 class Told(list[str]):
@@ -113,7 +103,7 @@ def test_its_update_is_that_of_training_the_same_rows_here(
     tiny_folder: Path,
 ) -> None:
     answer = make_service().answer(request(job, plan))
-    adapted, tokenizer = load_adapted_model(run_config(tiny_folder, job), "float32")
+    adapted, tokenizer = load_adapted_model(str(tiny_folder), "float32", job.adapter)
     rows = [encode(row, tokenizer, job.max_length) for row in load_instructions(dataset_name=str(data)).rows]
     expected = fine_tune(adapted, rows, plan, pad_token(tokenizer))
     assert answer.body == encode_update(expected, plan)
