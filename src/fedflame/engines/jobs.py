@@ -19,6 +19,8 @@ from fedflame.trainer.unix_socket import listening, same_user
 from fedflame.wire.envelope import Bytes, Envelope, receive, send
 
 POLL_SECONDS = 1.0
+HELLO_SECONDS = 10.0
+"""In which whoever connects has to say which job it is."""
 
 
 class EngineJobEnded(Exception):
@@ -57,12 +59,11 @@ class EngineJobs:
         return self._job
 
     def start(self, timeout: float) -> EngineJob:
-        """Submit a job and wait for its first word.
+        """Submit a job, where none runs, and wait for its first word.
 
         Raises:
             EngineJobEnded: the engine did not take it, or it ended or said nothing within `timeout` seconds.
         """
-        self.stop()
         key = self._expected = secrets.token_hex(8)
         try:
             job = self._engine.submit(self._path, key)
@@ -98,7 +99,7 @@ class EngineJobs:
         """The job's next word; None if there is none within `timeout` seconds. Raises EngineJobEnded."""
         assert self._job is not None
         try:
-            key, envelope = self._events.get(timeout=max(0.0, timeout))
+            key, envelope = self._events.get(timeout=timeout)
         except queue.Empty:
             if (how := self._engine.ended(self._job.id)) is not None:
                 raise self._ended(how) from None
@@ -142,7 +143,7 @@ class EngineJobs:
     def _greet(self, connection: socket.socket) -> None:
         """Let the expected job in, and nobody else."""
         try:
-            connection.settimeout(10)
+            connection.settimeout(HELLO_SECONDS)
             hello = receive(connection, longest_body=0)
             connection.settimeout(None)
             key = hello.text("job_key")
