@@ -483,7 +483,8 @@ def test_after_a_resumption_a_site_that_trained_the_round_is_not_sent_it_again(
 
     def has_it(site: str, request: bytes) -> bytes:
         if Envelope.from_bytes(request).header["kind"] == "describe":
-            return answer(request, kind="description", held=plan_digest(plan) if site == "south" else "")
+            held = plan_digest(plan) if site == "south" else ""
+            return answer(request, kind="description", num_examples=1, held=held)
         bodies.append(bytes(Envelope.from_bytes(request).body))
         return answer(request)
 
@@ -542,6 +543,25 @@ def test_what_sites_say_of_themselves_is_known_and_who_says_nothing_is_named(
         assert hub.clients.num_examples() == [5, 0, 4]
         assert [line for line in hub.said if not line.startswith("job")] == ["south: ValueError: x"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rows", ["7", None, 7.0, True, [7], 0, -7, 2**63, float("inf"), float("nan")])
+def test_a_site_that_says_nonsense_of_its_rows_is_one_that_says_nothing(rows: Any, tmp_path: Path) -> None:
+    def odd_south(site: str, request: bytes) -> bytes:
+        return answer(request, kind="description", num_examples=rows if site == "south" else 7)
+
+    with driver(odd_south, tmp_path) as hub:
+        assert set(hub.clients.describe()) == {"north", "west"}
+        assert hub.clients.num_examples() == [7, 0, 7]
+        assert hub.heard(f"south: its answer is refused: it has {rows!r} rows; a number from 1 is needed")
+
+
+def test_an_update_is_no_description_and_a_description_no_update(tmp_path: Path) -> None:
+    with driver(honest, tmp_path) as hub:
+        assert hub.clients.describe() == {}
+        assert hub.heard("south: its answer is refused: it is of kind 'update'")
+        hub.engine.deliver = lambda site, request: answer(request, kind="description", num_examples=7)
+        assert {got.failure for got in hub.round()} == {"its answer is refused: it is of kind 'description'"}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from fedflame.wire.buffer import pack, unpack, views
 from fedflame.wire.envelope import Bytes
 from fedflame.wire.frame import opened, seal, seal_digest, unseal
 
-_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+_DAMAGE = (ValueError, LookupError, RuntimeError, ArithmeticError)
 """What putting together parts that do not fit can raise."""
 _ROWS = "@rows"
 """After the name of a value of which only rows travel, their indices."""
@@ -104,7 +104,7 @@ def _with_changes(name: str, own: Mapping[str, Tensor], before: Tensor | None) -
 
 def _begins_with(merged: Adapter, before: Adapter) -> bool:
     """Whether the first ranks of `merged` are `before`, to the bit."""
-    if not before.rank or merged.rank < before.rank or merged.tensors().keys() != before.tensors().keys():
+    if merged.rank < before.rank or merged.tensors().keys() != before.tensors().keys():
         return False
     first = merged.with_rank(before.rank).tensors()
     return all(torch.equal(_bits(first[name]), _bits(value)) for name, value in before.tensors().items())
