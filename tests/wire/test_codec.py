@@ -206,6 +206,14 @@ def test_a_frozen_half_does_not_travel_and_comes_back_as_zeros(trainable: str) -
     assert tensor_bytes(buffer) == 4 * (floats + layers) + 8 * update.counts.numel()
 
 
+@pytest.mark.parametrize("trainable", ["A", "B"])
+def test_of_a_frozen_half_there_is_no_scale_either(trainable: str) -> None:
+    update = half_update(trainable)
+    got = read_update(update_bytes(update, "int8"), "int8").delta.tensors()
+    for name, value in update.delta.tensors().items():
+        assert bool(got[name].any()) == bool(value.any()) == (half_of(name) == trainable), name
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [("attention__layers.0.q_proj.A", torch.ones(3, IN)), ("experts__0.A2", torch.ones(3, 3, 4))],
