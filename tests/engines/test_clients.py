@@ -445,6 +445,7 @@ def test_what_a_site_holds_is_not_sent_again(tmp_path: Path, monkeypatch: pytest
         (whole,) = hub.clients.train([(1, first)], hub.tokens.append)
         (added,) = hub.clients.train([(1, second)], hub.tokens.append)
         (other,) = hub.clients.train([(2, second)], hub.tokens.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["south.held", "west.held"]
     assert got[0].body == first and got[2].body == second
     assert decode_addition(bytes(got[1].body), first) == second
     assert whole.bytes_down == len(got[0].to_bytes()) and other.bytes_down == len(got[2].to_bytes())

@@ -98,11 +98,15 @@ def test_a_job_that_is_stopped_loses_its_connection_and_the_engine_hears_of_it()
 
 
 def test_with_the_driver_goes_its_job() -> None:
-    engine = Bare()
+    engine, before = Bare(), threading.active_count()
     with pytest.raises(KeyboardInterrupt), jobs_of(engine) as (jobs, _):
         jobs.start(5)
         raise KeyboardInterrupt
     assert engine.stopped == ["job-1"] and is_at_its_end(engine.links[0])
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before, "no thread is left"
 
 
 def test_a_job_that_says_no_word_is_stopped() -> None:
@@ -137,6 +141,16 @@ def test_a_job_whose_end_the_engine_knows_is_over_though_its_connection_stands()
         with pytest.raises(EngineJobEnded, match="job job-1 is over: FINISHED:ABORTED"):
             word(jobs)
         assert jobs.current is None and is_at_its_end(engine.links[0]) and engine.stopped == ["job-1"]
+
+
+def test_why_a_job_ended_is_the_engines_word_where_it_has_one() -> None:
+    engine = Bare()
+    with jobs_of(engine) as (jobs, _):
+        jobs.start(5)
+        engine.over["job-1"] = "FINISHED:ABORTED"
+        engine.links[0].close()
+        with pytest.raises(EngineJobEnded, match="job job-1 is over: FINISHED:ABORTED"):
+            jobs.carry("ticket", "north", b"request")
 
 
 def test_a_job_whose_connection_ends_is_over_though_the_engine_knows_of_no_end() -> None:

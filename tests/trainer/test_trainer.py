@@ -342,8 +342,11 @@ def test_a_plan_that_is_none_is_refused_and_one_that_does_not_fit_fails(
 def door(make_service: Callable[..., TrainerService], tmp_path: Path, told: Told) -> Iterator[Path]:
     path = tmp_path / "door" / "trainer.sock"
     with listening(path) as listener:
-        threading.Thread(target=serve, args=(listener, make_service(), told.append), daemon=True).start()
+        server = threading.Thread(target=serve, args=(listener, make_service(), told.append), daemon=True)
+        server.start()
         yield path
+    server.join(5)
+    assert not server.is_alive() and not path.exists()
 
 
 DESCRIBE = Envelope({"kind": "describe", "ticket": "t", "run": RUN, "site": "north"})
