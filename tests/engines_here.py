@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,25 +28,24 @@ class ThreadEngine:
     jobs: dict[str, HubLink] = field(default_factory=dict)
     over: dict[str, str] = field(default_factory=dict)
 
-    def submit(self, hub_socket: Path, segment: str) -> str:
+    def submit(self, hub_socket: Path, job_key: str) -> str:
         job = f"job-{len(self.jobs) + 1}"
-        link = self.jobs[job] = HubLink(hub_socket, segment)
+        link = self.jobs[job] = HubLink(hub_socket, job_key)
         threading.Thread(target=self._carry_all, args=(link, set(self.reachable)), daemon=True).start()
         return job
 
     def _carry_all(self, link: HubLink, sites: set[str]) -> None:
-        link.sites(sites)
+        with suppress(OSError):  # the driver has gone
+            link.sites(sites)
         while (request := link.next_request()) is not None:
             threading.Thread(target=self._carry, args=(link, sites, *request), daemon=True).start()
 
     def _carry(self, link: HubLink, sites: set[str], ticket: str, site: str, content: bytes) -> None:
-        try:
+        with suppress(OSError):  # the driver has gone, or this job has been ended
             if site in sites and site in self.reachable:
                 link.answered(ticket, site, self.deliver(site, content))
             else:
                 link.failed(ticket, site, "not connected")
-        except (OSError, EOFError):
-            pass  # the driver has gone, or this job has been ended
 
     def end(self, job: str, reason: str) -> None:
         """As a crash would."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedflame.atomic_file import write_atomically
+from fedflame.atomic_file import write_atomically, write_json, write_missing
 from fedflame.errors import UserError
 
 resource = pytest.importorskip("resource", reason="limits of the system, POSIX only")
@@ -56,6 +57,33 @@ def test_content_is_on_disk_before_the_rename_and_the_folder_after_it(
     monkeypatch.setattr(Path, "replace", watched_replace)
     write_atomically(tmp_path / "file", b"12345")
     assert events == ["fsync 5 bytes", "rename file.partial to file", "fsync folder"]
+
+
+def test_json_is_written_as_it_reads(tmp_path: Path) -> None:
+    write_json(tmp_path / "file.json", {"b": [1, None], "a": "x"})
+    text = (tmp_path / "file.json").read_text()
+    assert json.loads(text) == {"b": [1, None], "a": "x"} and text.endswith("}\n")
+
+
+def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("mine")
+    write_missing({tmp_path / "there": "yours", tmp_path / "folder" / "new": "yours"})
+    assert (tmp_path / "there").read_text() == "mine"
+    assert (tmp_path / "folder" / "new").read_text() == "yours"
+
+
+def test_no_file_stays_open_whatever_the_disk_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.listdir("/dev/fd")
+    write_atomically(tmp_path / "file", b"content")
+    monkeypatch.setattr(os, "fsync", fails_for_folders)
+    with pytest.raises(UserError):
+        write_atomically(tmp_path / "file", b"content")
+    assert os.listdir("/dev/fd") == before
+
+
+def fails_for_folders(descriptor: int) -> None:
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def failing(number: int) -> Callable[..., None]:

@@ -195,6 +195,7 @@ REFUSED: list[tuple[str, Callable[[ClientUpdate], ClientUpdate], str]] = [
         "update claims to have trained on 9 rows; 1 to 8 are possible",
     ),
     ("no steps", with_fields(steps=0), "update has 40 examples and 0 steps; both must be >= 1"),
+    ("more steps than the plan", with_fields(steps=26), "update has 26 steps; at most 25 were asked for"),
 ]
 
 
@@ -215,6 +216,20 @@ def test_more_rows_trained_on_than_the_steps_hold_are_refused() -> None:
     validate_update(update, plan)
     with pytest.raises(InvalidMessage, match="trained on 21 rows; 1 to 20 are possible"):
         validate_update(replace(update, trained_examples=21), plan)
+
+
+def test_another_rescaler_than_the_fixed_one_is_refused() -> None:
+    plan, update = replace(a_plan(), rescaler="fixed"), valid_update()
+    validate_update(replace(update, rescaler_values=plan.rescaler_values.clone()), plan)
+    with pytest.raises(InvalidMessage, match="other rescaler_values than the fixed ones of the plan"):
+        validate_update(update, plan)
+
+
+def test_the_smallest_update_and_all_steps_of_the_plan_are_accepted() -> None:
+    smallest = {"num_examples": 1, "trained_examples": 1, "tokens": 1, "steps": 1}
+    counts = torch.zeros(SHAPE[:2], dtype=torch.int64)
+    validate_update(replace(valid_update(), **smallest, counts=counts), a_plan())
+    validate_update(replace(valid_update(), steps=a_plan().max_steps), a_plan())
 
 
 def test_an_update_at_the_limits_is_accepted() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from tests.tiny_models import VOCABULARY
-from tests.tiny_runs import tiny_config
 
 from fedflame.base.adapted import load_adapted_model
 from fedflame.clients.local import LocalClients
 from fedflame.clients.workers import WorkerClients, WorkerSetup
+from fedflame.config.sections import AdapterConfig
 from fedflame.data.encoding import EncodedRow
 from fedflame.messages import RoundPlan
 from fedflame.training.error_feedback import Residuals
@@ -30,13 +30,22 @@ def setup(tiny_folder: Path) -> WorkerSetup:
     for client in range(CLIENTS):
         ids = torch.randint(3, VOCABULARY, (3 + client, 12), generator=generator).tolist()
         rows.append([EncodedRow(row, 5, False) for row in ids])
-    config = tiny_config(tiny_folder, tiny_folder.parent / "no-run")
-    return WorkerSetup(config, "float32", rows, 0, Residuals(Path("never-written")), torch.get_num_threads())
+    return WorkerSetup(
+        model_name_or_path=str(tiny_folder),
+        dtype="float32",
+        adapter=AdapterConfig(r=3),
+        gradient_checkpointing="none",
+        rows=rows,
+        pad_token_id=0,
+        residuals=Residuals(Path("never-written")),
+        threads=torch.get_num_threads(),
+        processes=1,
+    )
 
 
 @pytest.fixture(scope="module")
 def local(setup: WorkerSetup) -> LocalClients:
-    adapted, _ = load_adapted_model(setup.config, setup.dtype)
+    adapted, _ = load_adapted_model(setup.model_name_or_path, setup.dtype, setup.adapter)
     return LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals)
 
 

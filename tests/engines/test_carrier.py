@@ -26,7 +26,7 @@ from fedflame.engines.flower.grid_engine import GridEngine
 from fedflame.engines.flower.nodes import AskedNodes, RegisteredNodes
 from fedflame.engines.flower.payload import from_content, from_name, to_content, to_name
 from fedflame.engines.hub import FlowerHub, Hub, HubRounds
-from fedflame.engines.jobs import segments
+from fedflame.engines.jobs import engine_jobs
 from fedflame.errors import UserError
 from fedflame.trainer.ask import SOCKET_VARIABLE
 from fedflame.trainer.unix_socket import listening
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """And with the identity that Flower gives a ServerApp's process, without which it makes no message."""
-    for name in ("fedflame.engines.clients", "fedflame.engines.segment"):
+    for name in ("fedflame.engines.clients", "fedflame.engines.jobs"):
         monkeypatch.setattr(f"{name}.POLL_SECONDS", 0.02)
     monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 0.02)
     monkeypatch.setattr("fedflame.engines.clients.encode_addition", lambda plan, held: plan)
@@ -110,7 +110,7 @@ def driver(grid: FakeGrid, folder: Path, hub: Hub | None = None) -> Iterator[Dri
     hub = hub or a_hub(NODES)
     fake: Any = grid
     engine, said = GridEngine(fake, hub), list[str]()
-    with segments(engine, said.append) as jobs:
+    with engine_jobs(engine, said.append) as jobs:
         clients = EngineClients(engine, jobs, RUN, {}, SITES, hub.rounds, 1, folder, said.append)
         yield Driver(clients, engine, said)
 
@@ -203,7 +203,7 @@ def test_an_answer_that_is_no_array_of_ours_is_refused(array: Array | None, tmp_
         assert answers[2].failure == "its answer is refused: 0 bytes that are no envelope"
 
 
-def test_a_superlink_that_is_lost_ends_the_segment_and_the_next_asks_again(
+def test_a_superlink_that_is_lost_ends_the_job_and_the_next_asks_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedflame.engines.clients.BACKOFF_SECONDS", 0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from tests.message_samples import a_plan
 from fedflame.clients.answers import Answer
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.hub import HubRounds
-from fedflame.engines.jobs import segments
+from fedflame.engines.jobs import engine_jobs
 from fedflame.engines.link import HubLink
 from fedflame.errors import UserError
 from fedflame.wire.addition import decode_addition, encode_addition, plan_digest
@@ -38,7 +40,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedflame.engines.clients.BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr("fedflame.engines.clients.POLL_SECONDS", 0.02)
     monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 0.02)
-    monkeypatch.setattr("fedflame.engines.segment.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("fedflame.engines.jobs.POLL_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def driver(
     **rounds: float,
 ) -> Iterator[Driver]:
     carrier, said = engine(deliver, set(SITES)), list[str]()
-    with segments(carrier, said.append) as jobs:
+    with engine_jobs(carrier, said.append) as jobs:
         limits = HubRounds(**{"rejoin_timeout": 0.1, **rounds})
         clients = EngineClients(carrier, jobs, RUN, {}, SITES, limits, quorum, tmp_path, said.append)
         yield Driver(clients, carrier, said)
@@ -103,7 +105,7 @@ def test_answers_come_in_the_order_of_the_plans_whichever_site_is_first(
     monkeypatch.setattr("fedflame.engines.clients.ANSWER_MEMORY", memory)
 
     def slow_first(site: str, request: bytes) -> bytes:
-        time.sleep(0.2 * (2 - SITES.index(site)))
+        time.sleep(0.05 * (2 - SITES.index(site)))
         return answer(request)
 
     with driver(slow_first, tmp_path) as hub:
@@ -122,7 +124,7 @@ def test_after_the_end_of_a_job_the_next_is_asked_for_what_is_open_only(tmp_path
     def crash_once(site: str, request: bytes) -> bytes:
         asked[site] += 1
         if site != "north" and len(hubs[0].engine.jobs) == 1:
-            time.sleep(1)  # north has answered by then
+            time.sleep(0.3)  # north has answered by then
             hubs[0].engine.end("job-1", "FINISHED:EXECUTION_EXCEPTION")
         return answer(request)
 
@@ -147,13 +149,31 @@ def test_job_after_job_that_fails_ends_the_run_with_what_is_kept(tmp_path: Path)
         assert len(hub.engine.jobs) == 3
 
 
+def test_a_job_that_fails_in_every_round_is_not_one_that_fails_again_and_again(tmp_path: Path) -> None:
+    hubs: list[Driver] = []
+    crashed: set[int] = set()
+
+    def crash_once_a_round(site: str, request: bytes) -> bytes:
+        number = len(hubs[0].tokens)
+        if number not in crashed:
+            crashed.add(number)
+            hubs[0].engine.end(f"job-{len(hubs[0].engine.jobs)}", "FINISHED:EXECUTION_EXCEPTION")
+        return answer(request)
+
+    with driver(crash_once_a_round, tmp_path, max_resubmissions=1) as hub:
+        hubs.append(hub)
+        for _ in range(3):
+            assert updates(hub.round()) == LEARNED
+        assert len(hub.engine.jobs) == 4
+
+
 class Closed(ThreadEngine):
-    def submit(self, hub_socket: Path, segment: str) -> str:
+    def submit(self, hub_socket: Path, job_key: str) -> str:
         raise OSError("not authorized to submit")
 
 
 class Silent(ThreadEngine):
-    def submit(self, hub_socket: Path, segment: str) -> str:
+    def submit(self, hub_socket: Path, job_key: str) -> str:
         return "silent"
 
 
@@ -181,6 +201,18 @@ def test_an_engine_that_starts_no_job_is_tried_again_and_then_given_up(
         assert sum(words in line for line in hub.said) == 2
 
 
+def test_between_jobs_that_fail_the_driver_waits_longer_and_longer_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps: list[float] = []
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=naps.append)
+    monkeypatch.setattr("fedflame.engines.clients.time", clock)
+    monkeypatch.setattr("fedflame.engines.clients.BACKOFF_SECONDS", 2.0)
+    with driver(honest, tmp_path, engine=Closed, max_resubmissions=6) as hub, pytest.raises(UserError):
+        hub.round()
+    assert naps == [2.0, 4.0, 6.0, 8.0, 10.0, 10.0, 10.0]
+
+
 def test_a_site_without_an_answer_in_time_is_left_out_and_refused_when_it_is_late(tmp_path: Path) -> None:
     released = threading.Event()
 
@@ -189,12 +221,12 @@ def test_a_site_without_an_answer_in_time_is_left_out_and_refused_when_it_is_lat
             released.wait(20)
         return answer(request)
 
-    with driver(late, tmp_path, round_timeout=2) as hub:
+    with driver(late, tmp_path, round_timeout=1) as hub:
         answers = hub.round()
         assert updates(answers) == [LEARNED[0], b"", LEARNED[2]]
-        assert answers[1].failure == "no answer within 2 s (rounds.round_timeout)"
+        assert answers[1].failure == "no answer within 1 s (rounds.round_timeout)"
         released.set()
-        time.sleep(0.5)
+        time.sleep(0.1)
         assert updates(hub.round()) == LEARNED
         assert hub.heard("refused: a late or repeated answer of south")
 
@@ -214,6 +246,15 @@ def test_with_a_quorum_the_others_have_the_grace_and_no_longer(tmp_path: Path) -
         assert updates(answers) == [LEARNED[0], LEARNED[1], b""]
         assert "straggler_grace" in answers[2].failure
         end.set()
+
+
+def test_the_grace_begins_with_the_quorum_and_not_before(tmp_path: Path) -> None:
+    def slow(site: str, request: bytes) -> bytes:
+        time.sleep(0 if site == "north" else 0.6)
+        return answer(request)
+
+    with driver(slow, tmp_path, quorum=3, straggler_grace=0.2) as hub:
+        assert updates(hub.round()) == LEARNED
 
 
 class Twice(ThreadEngine):
@@ -282,23 +323,96 @@ def test_a_refusal_carries_the_sites_reason(tmp_path: Path) -> None:
 
 
 def test_a_site_that_is_gone_is_waited_for_once_and_used_again_when_it_is_back(tmp_path: Path) -> None:
-    with driver(honest, tmp_path, rejoin_timeout=2) as hub:
+    with driver(honest, tmp_path, rejoin_timeout=0.5) as hub:
         hub.engine.reachable.discard("south")
         start = time.monotonic()
         answers = hub.round()
-        assert answers[1].failure == "not connected" and time.monotonic() - start >= 2
+        assert answers[1].failure == "not connected" and time.monotonic() - start >= 0.5
         start = time.monotonic()
-        assert hub.round()[1].failure == "not connected" and time.monotonic() - start < 2
+        assert hub.round()[1].failure == "not connected" and time.monotonic() - start < 0.5
         hub.engine.reachable.add("south")
         assert updates(hub.round()) == LEARNED
         assert len(hub.engine.jobs) == 2, "a new job reaches the site that came back"
+
+
+def test_a_site_that_is_back_is_asked_at_once_and_not_after_all_others_have_answered(tmp_path: Path) -> None:
+    asked, in_time = threading.Event(), list[bool]()
+
+    def answer_after_south(site: str, request: bytes) -> bytes:
+        if site == "south":
+            asked.set()
+        elif "south" in hubs[0].engine.reachable:
+            in_time.append(asked.wait(3))
+        return answer(request)
+
+    with driver(answer_after_south, tmp_path, rejoin_timeout=0) as hub:
+        hubs = [hub]
+        hub.engine.reachable.discard("south")
+        assert updates(hub.round()) == [LEARNED[0], b"", LEARNED[2]]
+        assert updates(hub.round()) == [LEARNED[0], b"", LEARNED[2]]
+        assert len(hub.engine.jobs) == 1, "nobody is back: the job stays"
+        hub.engine.reachable.add("south")
+        assert updates(hub.round()) == LEARNED
+        assert in_time == [True, True] and len(hub.engine.jobs) == 2
 
 
 def test_a_site_that_comes_back_within_the_round_still_takes_part_in_it(tmp_path: Path) -> None:
     with driver(honest, tmp_path, rejoin_timeout=20) as hub:
         hub.engine.reachable.discard("south")
         threading.Timer(0.3, hub.engine.reachable.add, ["south"]).start()
+        start = time.monotonic()
         assert updates(hub.round()) == LEARNED
+        assert time.monotonic() - start < 10, "it is looked for all the time"
+
+
+def test_a_site_that_was_back_is_waited_for_again_when_it_is_gone_again(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, rejoin_timeout=0.5) as hub:
+        hub.engine.reachable.discard("south")
+        hub.round()
+        hub.engine.reachable.add("south")
+        hub.round()
+        hub.engine.reachable.discard("south")
+        start = time.monotonic()
+        assert hub.round()[1].failure == "not connected" and time.monotonic() - start >= 0.5
+
+
+def test_where_no_site_is_waited_for_a_round_takes_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 30.0)
+    with driver(honest, tmp_path, rejoin_timeout=0) as hub:
+        hub.engine.reachable.discard("south")
+        start = time.monotonic()
+        assert hub.round()[1].failure == "not connected" and time.monotonic() - start < 10
+
+
+class Blind(ThreadEngine):
+    """Cannot say who is connected."""
+
+    def connected(self) -> set[str] | None:
+        return None
+
+
+def test_an_engine_that_cannot_say_who_is_there_is_not_started_again_for_who_is_not(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, engine=Blind) as hub:
+        hub.engine.reachable.discard("south")
+        for _ in range(2):
+            assert [answer.failure for answer in hub.round()] == ["", "not connected", ""]
+        assert len(hub.engine.jobs) == 1
+
+
+class Mute(ThreadEngine):
+    """Does not say which sites it reaches."""
+
+    def _carry_all(self, link: HubLink, sites: set[str]) -> None:
+        link.sites = lambda names: None  # type: ignore[method-assign]
+        super()._carry_all(link, sites)
+
+
+def test_a_job_that_has_not_said_whom_it_reaches_is_let_work(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, engine=Mute) as hub:
+        assert updates(hub.round()) == updates(hub.round()) == LEARNED
+        assert len(hub.engine.jobs) == 1
 
 
 def test_a_site_that_is_there_but_never_answers_does_not_cost_job_after_job(tmp_path: Path) -> None:
@@ -331,6 +445,7 @@ def test_what_a_site_holds_is_not_sent_again(tmp_path: Path, monkeypatch: pytest
         (whole,) = hub.clients.train([(1, first)], hub.tokens.append)
         (added,) = hub.clients.train([(1, second)], hub.tokens.append)
         (other,) = hub.clients.train([(2, second)], hub.tokens.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["south.held", "west.held"]
     assert got[0].body == first and got[2].body == second
     assert decode_addition(bytes(got[1].body), first) == second
     assert whole.bytes_down == len(got[0].to_bytes()) and other.bytes_down == len(got[2].to_bytes())
@@ -369,7 +484,8 @@ def test_after_a_resumption_a_site_that_trained_the_round_is_not_sent_it_again(
 
     def has_it(site: str, request: bytes) -> bytes:
         if Envelope.from_bytes(request).header["kind"] == "describe":
-            return answer(request, kind="description", held=plan_digest(plan) if site == "south" else "")
+            held = plan_digest(plan) if site == "south" else ""
+            return answer(request, kind="description", num_examples=1, held=held)
         bodies.append(bytes(Envelope.from_bytes(request).body))
         return answer(request)
 
@@ -381,12 +497,98 @@ def test_after_a_resumption_a_site_that_trained_the_round_is_not_sent_it_again(
     assert len(bodies[0]) < len(plan) / 5
 
 
+def test_a_process_of_another_user_is_sent_away_even_with_the_jobs_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says whose the process at the other end is; this one is told that it is another user's."""
+    user = os.getuid()
+    with driver(honest, tmp_path, max_resubmissions=0, start_timeout=0.2) as hub:
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+        with pytest.raises(UserError, match="1 jobs ended"):
+            hub.round()
+        assert hub.heard("refused: a job that is not the one that was submitted last")
+        assert hub.heard("job job-1 did not say a word in time")
+
+
+def test_a_plan_that_a_site_refused_is_not_taken_for_one_that_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.encode_addition", encode_addition)
+    first, second = encode_plan(a_plan(LARGE)), encode_plan(replace(a_plan(LARGE), round=4))
+    bodies: list[bytes] = []
+
+    def refuse_once(site: str, request: bytes) -> bytes:
+        bodies.append(bytes(Envelope.from_bytes(request).body))
+        return answer(request, kind="update" if len(bodies) > 1 else "refused", reason="not now")
+
+    with driver(refuse_once, tmp_path) as hub:
+        for plan in (first, second):
+            list(hub.clients.train([(1, plan)], hub.tokens.append))
+    assert bodies == [first, second]
+    assert [path.name for path in tmp_path.iterdir()] == ["south.held"]
+
+
+def test_what_sites_say_of_themselves_is_known_and_who_says_nothing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.ANSWER_MEMORY", 0)
+
+    def shy_south(site: str, request: bytes) -> bytes:
+        if site == "south":
+            return answer(request, kind="failed", reason="ValueError: x")
+        return answer(request, kind="description", num_examples=len(site))
+
+    with driver(shy_south, tmp_path) as hub:
+        assert hub.clients.num_examples() == [0, 0, 0], "before they are asked"
+        assert set(hub.clients.describe()) == {"north", "west"}
+        assert hub.clients.num_examples() == [5, 0, 4]
+        assert [line for line in hub.said if not line.startswith("job")] == ["south: ValueError: x"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rows", ["7", None, 7.0, True, [7], 0, -7, 2**63, float("inf"), float("nan")])
+def test_a_site_that_says_nonsense_of_its_rows_is_one_that_says_nothing(rows: Any, tmp_path: Path) -> None:
+    def odd_south(site: str, request: bytes) -> bytes:
+        return answer(request, kind="description", num_examples=rows if site == "south" else 7)
+
+    with driver(odd_south, tmp_path) as hub:
+        assert set(hub.clients.describe()) == {"north", "west"}
+        assert hub.clients.num_examples() == [7, 0, 7]
+        assert hub.heard(f"south: its answer is refused: it has {rows!r} rows; a number from 1 is needed")
+
+
+def test_an_update_is_no_description_and_a_description_no_update(tmp_path: Path) -> None:
+    with driver(honest, tmp_path) as hub:
+        assert hub.clients.describe() == {}
+        assert hub.heard("south: its answer is refused: it is of kind 'update'")
+        hub.engine.deliver = lambda site, request: answer(request, kind="description", num_examples=7)
+        assert {got.failure for got in hub.round()} == {"its answer is refused: it is of kind 'description'"}
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"steps": 10**9, "tokens": 10**9}, 1_000_000),
+        ({"steps": 0}, 0),
+        ({"steps": "2"}, 0),
+        ({"tokens": None}, 0),
+        ({"tokens": 1.5}, 0),
+    ],
+)
+def test_what_a_site_says_of_its_steps_shows_progress_and_no_more(
+    said: dict[str, Any], told: int, tmp_path: Path
+) -> None:
+    with driver(lambda site, request: answer(request, **said), tmp_path) as hub:
+        (got,) = hub.clients.train([(0, b"plan 0")], hub.tokens.append)
+        assert got.update == LEARNED[0] and len(hub.tokens) == told
+
+
 def test_a_stranger_at_the_hubs_socket_is_sent_away(tmp_path: Path) -> None:
     with driver(honest, tmp_path) as hub:
         hub.round()
-        path = hub.clients.segments._path
+        path = hub.clients.engine_jobs._path
         assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o077 == 0
-        link = HubLink(path, "not-the-segment")
+        link = HubLink(path, "not-the-job")
         assert link.next_request() is None
         assert hub.heard("refused: a job that is not the one that was submitted last")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:

@@ -38,7 +38,7 @@ Which = tuple[int, int]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedflame.engines.clients.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("fedflame.engines.segment.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("fedflame.engines.jobs.POLL_SECONDS", 0.02)
 
 
 def asked_for(request: bytes) -> Which | None:

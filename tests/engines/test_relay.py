@@ -36,7 +36,7 @@ class Link:
 
 @pytest.fixture
 def relay(tmp_path: Path) -> FedflameRelay:
-    made = FedflameRelay(str(tmp_path / "hub.sock"), "segment")
+    made = FedflameRelay(str(tmp_path / "hub.sock"), "key")
     made._engine = SimpleNamespace(get_clients=lambda: [SimpleNamespace(name=name) for name in ("a", "b")])
     made.set_communicator(WFCommServer())
     return made

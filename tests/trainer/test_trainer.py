@@ -18,7 +18,6 @@ from tests.tiny_models import TOP_K
 
 from fedflame.base.adapted import load_adapted_model
 from fedflame.base.files import model_digest
-from fedflame.config.run_config import RunConfig
 from fedflame.data.encoding import encode, pad_token
 from fedflame.data.instructions import load_instructions
 from fedflame.errors import UserError
@@ -63,21 +62,12 @@ def job(tiny_folder: Path) -> TrainingJob:
 
 @pytest.fixture(scope="module")
 def plan(tiny_folder: Path, job: TrainingJob) -> RoundPlan:
-    adapted, _ = load_adapted_model(run_config(tiny_folder, job), "float32")
+    adapted, _ = load_adapted_model(str(tiny_folder), "float32", job.adapter)
     return RoundPlan(
         round=2, client=1, seed=5, active_experts=2, rescaler="learned",
         rescaler_values=torch.ones(len(adapted.layers)),
         adapter=adapted.initial_adapter(0), learning_rate=0.01, weight_decay=0.0, batch_size=2, max_steps=3,
     )  # fmt: skip
-
-
-def run_config(model: Path, job: TrainingJob) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "model": {"model_name_or_path": str(model)},
-            "adapter": {"r": job.r, "lora_alpha": job.lora_alpha, "target_modules": job.target_modules},
-        }
-    )
 
 
 class Told(list[str]):
@@ -113,7 +103,7 @@ def test_its_update_is_that_of_training_the_same_rows_here(
     tiny_folder: Path,
 ) -> None:
     answer = make_service().answer(request(job, plan))
-    adapted, tokenizer = load_adapted_model(run_config(tiny_folder, job), "float32")
+    adapted, tokenizer = load_adapted_model(str(tiny_folder), "float32", job.adapter)
     rows = [encode(row, tokenizer, job.max_length) for row in load_instructions(dataset_name=str(data)).rows]
     expected = fine_tune(adapted, rows, plan, pad_token(tokenizer))
     assert answer.body == encode_update(expected, plan)
@@ -334,8 +324,12 @@ def test_a_plan_that_is_none_is_refused_and_one_that_does_not_fit_fails(
     assert service.answer(garbage).header["reason"] == "7 bytes that are no fedflame message"
     tampered = Envelope(garbage.header, encode_plan(plan)[:-1] + b"x")
     assert "its checksum is wrong" in service.answer(tampered).header["reason"]
-    misfit = service.answer(request(job, replace(plan, adapter=plan.adapter.with_rank(2))))
-    assert misfit.header["kind"] in ("failed", "update")
+    misfit = service.answer(request(job, replace(plan, adapter=plan.adapter.with_rank(job.r + 1))))
+    assert (
+        misfit.header["kind"] == "failed" and "is (4, 24); the model needs (3, 24)" in misfit.header["reason"]
+    )
+    smaller = service.answer(request(job, replace(plan, adapter=plan.adapter.with_rank(job.r - 1))))
+    assert smaller.header["kind"] == "update", "some methods give a client fewer ranks"
     other = service.answer(request(job.model_copy(update={"target_modules": "nonsense"}), plan))
     assert other.header["kind"] == "failed"
     assert service.answer(request(job, plan)).header["kind"] == "update", "it goes on after both"
@@ -348,8 +342,11 @@ def test_a_plan_that_is_none_is_refused_and_one_that_does_not_fit_fails(
 def door(make_service: Callable[..., TrainerService], tmp_path: Path, told: Told) -> Iterator[Path]:
     path = tmp_path / "door" / "trainer.sock"
     with listening(path) as listener:
-        threading.Thread(target=serve, args=(listener, make_service(), told.append), daemon=True).start()
+        server = threading.Thread(target=serve, args=(listener, make_service(), told.append), daemon=True)
+        server.start()
         yield path
+    server.join(5)
+    assert not server.is_alive() and not path.exists()
 
 
 DESCRIBE = Envelope({"kind": "describe", "ticket": "t", "run": RUN, "site": "north"})
@@ -363,7 +360,9 @@ def test_only_the_owner_has_rights_on_the_socket(door: Path) -> None:
 def test_another_user_is_sent_away_even_through_an_open_door(
     door: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedflame.trainer.server.same_user", lambda connection: False)
+    """The kernel says whose the process at the other end is; this one is told that it is another user's."""
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(str(door))
         with pytest.raises(EOFError):
@@ -371,23 +370,44 @@ def test_another_user_is_sent_away_even_through_an_open_door(
     assert told.heard("refused: a connection of another user")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_cannot_open_the_socket(door: Path) -> None:
-    door.parent.chmod(0o755)
-    for folder in door.parent.parents:
+def of_another_user(door: Path, try_it: Callable[[socket.socket], bool]) -> bool:
+    """What comes of it where a process of another user tries it, whom every folder on the way lets pass."""
+    for folder in door.parents:
         if folder.owner() == "root" and str(folder).startswith("/tmp/"):
-            folder.chmod(folder.stat().st_mode | 0o005)
+            folder.chmod(folder.stat().st_mode | 0o055)  # the group stays root's
     child = os.fork()
     if not child:
-        code = 1
+        went_so = False
         try:
             os.setuid(65534)
-            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).connect(str(door))
-        except PermissionError:
-            code = 0
+            went_so = try_it(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            os._exit(0 if went_so else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+only_root_can_try = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+@only_root_can_try
+def test_another_user_cannot_open_the_socket(door: Path) -> None:
+    def is_kept_out(connection: socket.socket) -> bool:
+        with pytest.raises(PermissionError):
+            connection.connect(str(door))
+        return True
+
+    assert of_another_user(door, is_kept_out)
+
+
+@only_root_can_try
+def test_another_user_whom_the_socket_lets_in_is_sent_away(door: Path, told: Told) -> None:
+    def is_sent_away(connection: socket.socket) -> bool:
+        connection.connect(str(door))
+        return connection.recv(1) == b""
+
+    door.chmod(0o777)
+    assert of_another_user(door, is_sent_away)
+    assert told.heard("refused: a connection of another user")
 
 
 def test_nonsense_at_the_door_ends_that_connection_only(door: Path, told: Told) -> None:

@@ -153,4 +153,16 @@ def test_a_damaged_file_is_named_and_the_client_may_go_on_without(tmp_path: Path
     with pytest.raises(UserError, match=r"1\.safetensors: cannot be read .* owes nothing"):
         send(update_of(2), residuals, "int8")
     path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"1\.safetensors: cannot be read .*Is a directory"):
+        send(update_of(2), residuals, "int8")
+    path.rmdir()
     send(update_of(2), residuals, "int8")
+
+
+def test_what_is_kept_no_longer_and_cannot_be_removed_costs_no_answer(tmp_path: Path) -> None:
+    residuals = Residuals(tmp_path)
+    (tmp_path / "7" / "0.safetensors" / "inside").mkdir(parents=True)
+    for number in (1, 2):
+        residuals.keep(7, number, update_of(number).delta)
+    assert sorted(path.stem for path in (tmp_path / "7").iterdir()) == ["0", "1", "2"]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.message_samples import SHAPE, a_plan, an_adapter, assert_same_bits, random_bits, random_numbers
+from torch import Tensor
 
 from fedflame.errors import InvalidMessage
 from fedflame.messages import NOTHING, Adapter, RoundPlan
 from fedflame.wire.addition import decode_addition, encode_addition, plan_digest
-from fedflame.wire.buffer import unpack, views
+from fedflame.wire.buffer import pack, unpack, views
 from fedflame.wire.codec import decode_plan, encode_plan
-from fedflame.wire.frame import opened
+from fedflame.wire.frame import opened, seal, unseal
 
 
 def moved(plan: RoundPlan, bank: str, expert: int) -> RoundPlan:
@@ -39,6 +42,11 @@ def travelled(plan: RoundPlan, held: RoundPlan) -> bytes:
         return wanted
     assert decode_addition(message, there) == wanted
     return message
+
+
+def parts_of(message: bytes) -> dict[str, Tensor]:
+    """The values that travel."""
+    return unpack(unseal(message))[0]
 
 
 def addition(plan: bytes, held: bytes) -> bytes:
@@ -67,8 +75,8 @@ def test_views_of_a_packed_plan_are_its_values() -> None:
 
 def test_of_what_did_not_change_nothing_travels() -> None:
     plan = a_plan((3, 40, 4, 30, 20))
-    whole = len(encode_plan(plan))
-    assert len(travelled(replace(plan, round=4), plan)) < whole / 20
+    message = travelled(replace(plan, round=4), plan)
+    assert parts_of(message) == {} and len(message) < len(encode_plan(plan)) / 20
 
 
 def test_of_one_expert_that_changed_its_slice_travels() -> None:
@@ -77,6 +85,24 @@ def test_of_one_expert_that_changed_its_slice_travels() -> None:
     nothing = len(travelled(replace(plan, round=4), plan))
     one = len(travelled(moved(plan, "1.B1", 7), plan))
     assert slice_bytes <= one - nothing < slice_bytes + 300  # with its name, index and shape
+
+
+def test_of_a_bank_that_changed_everywhere_no_index_travels() -> None:
+    plan = a_plan()
+    turned = plan
+    for expert in range(SHAPE[1]):
+        turned = moved(turned, "1.B1", expert)
+    assert set(parts_of(travelled(turned, plan))) == {"experts.1.B1"}
+
+
+def test_a_value_that_is_not_held_travels_and_one_that_is_no_longer_wanted_is_refused() -> None:
+    plan = a_plan()
+    bare = replace(plan, adapter=Adapter(plan.adapter.experts, {}))
+    assert set(parts_of(travelled(replace(plan, round=4), bare))) == set(plan.adapter.tensors()) - set(
+        bare.adapter.tensors()
+    )
+    with pytest.raises(InvalidMessage, match="make another plan than was sent"):
+        travelled(bare, plan)
 
 
 def test_a_zero_that_changed_its_sign_travels() -> None:
@@ -90,13 +116,23 @@ def test_of_merged_factors_that_grew_the_new_ranks_travel() -> None:
     first, second = factors(5, 1), factors(2, 2)
     held = a_plan()
     grown = replace(held, merged=first.concatenate(second))
-    new = sum(4 * value.numel() for value in second.tensors().values())
-    known = len(travelled(replace(held, merged=first), replace(held, merged=first)))
-    assert new <= len(travelled(grown, replace(held, merged=first))) - known < new + 3000
+    parts = parts_of(travelled(grown, replace(held, merged=first)))
+    assert parts.keys() == second.tensors("merged.").keys()
+    for name, value in second.tensors("merged.").items():
+        assert_same_bits(parts[name], value, name)
     travelled(grown, held)
     travelled(held, grown)
     travelled(replace(held, merged=second.concatenate(first)), replace(held, merged=first))
     assert decode_plan(encode_plan(held)).merged == NOTHING
+
+
+def test_merged_factors_of_fewer_ranks_or_other_names_travel_whole() -> None:
+    held, merged = a_plan(), factors(2, 1)
+    longer = merged.with_rank(5)  # the ranks that are gone were zero: what is left begins alike
+    experts_alone = Adapter(merged.experts, {})
+    for wanted, there in ((merged, longer), (experts_alone, merged), (merged, experts_alone)):
+        message = travelled(replace(held, merged=wanted), replace(held, merged=there))
+        assert parts_of(message).keys() == wanted.tensors("merged.").keys()
 
 
 def test_an_adapter_of_another_rank_travels_whole() -> None:
@@ -120,11 +156,45 @@ def test_against_another_plan_than_the_one_that_is_held_it_is_refused() -> None:
         decode_addition(held, held)
 
 
+def no_downs(parts: dict[str, Tensor], about: dict[str, Any]) -> None:
+    for name in [name for name in parts if name.endswith("A2")]:
+        del parts[name]
+
+
+FORGED: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
+    "another kind": lambda parts, about: about.update(kind="plan"),
+    "another plan's": lambda parts, about: about.update(held="0" * 64),
+    "another result": lambda parts, about: about.update(plan="0" * 64),
+    "no header of the plan": lambda parts, about: about.pop("header"),
+    "no word of merged ranks": lambda parts, about: about.pop("kept_merged_rank"),
+    "merged ranks that are not kept": lambda parts, about: about.update(kept_merged_rank=0),
+    "rows without their values": lambda parts, about: parts.update({"x@rows": torch.tensor([0])}),
+    "rows of a value that is not held": lambda parts, about: parts.update(
+        {"x": torch.ones(1, 2), "x@rows": torch.tensor([0])}
+    ),
+    "rows that there are not": lambda parts, about: parts.update({"experts.1.B2@rows": torch.tensor([9])}),
+    "more rows than values": lambda parts, about: parts.update({"experts.1.B2@rows": torch.arange(3)}),
+    "merged factors without a rank": no_downs,
+    "merged factors of one dimension": lambda parts, about: parts.update(
+        {"merged.experts.0.A2": torch.ones(3)}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_an_addition_that_does_not_fit_is_refused(kind: str) -> None:
+    first = factors(5, 1)
+    held = replace(a_plan(), merged=first)
+    plan = replace(moved(held, "1.B2", 2), merged=first.concatenate(factors(2, 2)))
+    parts, about = unpack(unseal(addition(encode_plan(plan), encode_plan(held))))
+    FORGED[kind](parts, about)
+    with pytest.raises(InvalidMessage):
+        decode_addition(seal(pack(parts, about)), encode_plan(held))
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_a_damaged_addition_is_refused_under_a_new_seal_too(data: st.DataObject) -> None:
-    from fedflame.wire.frame import seal, unseal
-
     held = encode_plan(a_plan())
     wanted = encode_plan(moved(a_plan(), "1.B2", 2))
     body = bytearray(unseal(addition(wanted, held)))

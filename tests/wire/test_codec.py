@@ -206,6 +206,14 @@ def test_a_frozen_half_does_not_travel_and_comes_back_as_zeros(trainable: str) -
     assert tensor_bytes(buffer) == 4 * (floats + layers) + 8 * update.counts.numel()
 
 
+@pytest.mark.parametrize("trainable", ["A", "B"])
+def test_of_a_frozen_half_there_is_no_scale_either(trainable: str) -> None:
+    update = half_update(trainable)
+    got = read_update(update_bytes(update, "int8"), "int8").delta.tensors()
+    for name, value in update.delta.tensors().items():
+        assert bool(got[name].any()) == bool(value.any()) == (half_of(name) == trainable), name
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [("attention__layers.0.q_proj.A", torch.ones(3, IN)), ("experts__0.A2", torch.ones(3, 3, 4))],
@@ -306,6 +314,8 @@ def test_more_bytes_than_any_answer_has_are_refused_before_they_are_read() -> No
     assert len(dense) <= update_limit(plan)
     with pytest.raises(InvalidMessage, match=r"update of .* bytes; an answer has at most"):
         decode_update(b"x" * (update_limit(plan) + 1), plan)
+    with pytest.raises(InvalidMessage, match="no fedflame message"):
+        decode_update(b"x" * update_limit(plan), plan)
 
 
 def test_counts_of_a_million_experts_take_no_memory_for_their_banks() -> None:
@@ -386,9 +396,9 @@ def test_a_header_that_is_no_object_is_refused(kind: str, metadata: str) -> None
 @both_kinds
 def test_a_header_with_a_field_too_few_or_too_many_is_refused(kind: str) -> None:
     decode, buffer = DECODERS[kind]
-    for header in ({"client": ...}, {"colour": "blue"}, {"counts": [1]}, {"delta": 1}, {"adapter": 1}):
-        with pytest.raises(InvalidMessage):
-            decode(forge(buffer, header))
+    for name, value in (("client", ...), ("colour", "blue"), ("counts", [1]), ("delta", 1), ("adapter", 1)):
+        with pytest.raises(InvalidMessage, match=f"fields missing, unknown or said twice: {name}$"):
+            decode(forge(buffer, {name: value}))
 
 
 @both_kinds
@@ -398,6 +408,13 @@ def test_a_tensor_too_few_is_refused(kind: str) -> None:
         decode(forge(buffer, rescaler_values=None))
     with pytest.raises(InvalidMessage):
         decode(forge(buffer, {"rescaler_values": [1.0, 1.0]}, rescaler_values=None))
+
+
+@both_kinds
+def test_a_tensor_too_many_is_refused(kind: str) -> None:
+    decode, buffer = DECODERS[kind]
+    with pytest.raises(InvalidMessage, match=r"tensors missing or unknown: x$"):
+        decode(forge(buffer, x=torch.ones(3)))
 
 
 NO_INTEGERS = ("7", None, [7], {"a": 7}, 7.5, True, math.nan, math.inf, 2**63, 10**400)

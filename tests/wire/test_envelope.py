@@ -98,6 +98,32 @@ def test_a_length_that_is_claimed_takes_no_memory(header_size: int, body_size: i
             receive(theirs, longest_body=1000)
 
 
+def test_lengths_at_the_limits_are_read() -> None:
+    text = b'{"a": "' + b"x" * ((1 << 20) - 9) + b'"}'
+    content = struct.pack("<8sQQ", b"flamelet", len(text), 1000) + text + bytes(1000)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        writer = threading.Thread(target=ours.sendall, args=(content,))
+        writer.start()
+        assert len(receive(theirs, longest_body=1000).body) == 1000
+        writer.join()
+    with pytest.raises(InvalidMessage, match="bytes that are no envelope"):
+        Envelope.from_bytes(struct.pack("<8sQQ", b"flamelet", (1 << 20) + 1, 0) + b'{"a": "x' + text[7:])
+
+
+def test_a_header_of_another_protocol_is_refused() -> None:
+    with pytest.raises(InvalidMessage, match="bytes that are no envelope"):
+        Envelope.from_bytes(struct.pack("<8sQQ", b"flamexxx", 2, 0) + b"{}")
+
+
+def test_a_first_piece_that_ends_within_its_header_is_refused_though_that_could_be_read() -> None:
+    """Spaces after an object are JSON."""
+    head = struct.pack("<8sQQ", b"flamelet", 4, 0)
+    assert header_of([head + b"{}  "]) == {}
+    with pytest.raises(InvalidMessage, match="first piece ends within its header"):
+        header_of([head + b"{}", b"  "])
+
+
 @pytest.mark.parametrize("value", [None, 3, ["x"], True])
 def test_a_field_that_must_be_a_string_is_asked_for_as_one(value: object) -> None:
     with pytest.raises(InvalidMessage, match=r"field kind is .*; a string is needed"):

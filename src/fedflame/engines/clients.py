@@ -108,7 +108,7 @@ class EngineClients:
     _known: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def num_examples(self) -> list[int]:
-        return [int(self._known.get(site, {}).get("num_examples", 0)) for site in self.sites]
+        return [self._known[site]["num_examples"] if site in self._known else 0 for site in self.sites]
 
     def name(self, client: int) -> str:
         return self.sites[client]
@@ -225,7 +225,7 @@ class EngineClients:
         """Handle one message of the job, and settle the request that it answers."""
         kind = event.header.get("kind")
         if kind == "sites" and self.engine_jobs.current is not None:
-            self.engine_jobs.current.sites = set(event.header.get("sites") or ())
+            self.engine_jobs.current.sites = set(event.header["sites"])
             return
         found = [request for request in requests if request.ticket == event.header.get("ticket")]
         if not found or found[0].settled:
@@ -304,9 +304,13 @@ def _require_answer(answer: Envelope, event: Envelope, request: _Request, run: s
     for name, wanted in (("ticket", request.ticket), ("run", run)):
         if answer.header.get(name) != wanted:
             raise InvalidMessage(f"its {name} is not the one that was asked for")
-    kinds = ("update", "description", "refused", "failed", *(["lacking"] if request.addition else []))
-    if answer.header.get("kind") not in kinds:
-        raise InvalidMessage(f"it is of kind {answer.header.get('kind')!r}")
+    wanted = "description" if request.kind == "describe" else "update"
+    kind = answer.header.get("kind")
+    if kind not in (wanted, "refused", "failed", *(["lacking"] if request.addition else [])):
+        raise InvalidMessage(f"it is of kind {kind!r}")
+    rows = answer.header.get("num_examples")
+    if kind == "description" and (type(rows) is not int or not 1 <= rows < 2**63):
+        raise InvalidMessage(f"it has {rows!r} rows; a number from 1 is needed")
 
 
 def _answer(request: _Request, on_step: OnStep) -> Answer:

@@ -19,6 +19,8 @@ from fedflame.trainer.unix_socket import listening, same_user
 from fedflame.wire.envelope import Bytes, Envelope, receive, send
 
 POLL_SECONDS = 1.0
+HELLO_SECONDS = 10.0
+"""In which whoever connects has to say which job it is."""
 
 
 class EngineJobEnded(Exception):
@@ -57,13 +59,12 @@ class EngineJobs:
         return self._job
 
     def start(self, timeout: float) -> EngineJob:
-        """Submit a job and wait for its first message.
+        """Submit a job, when none runs, and wait for its first message.
 
         Raises:
             EngineJobEnded: the engine refused the job, or the job ended or sent nothing within `timeout`
                 seconds.
         """
-        self.stop()
         key = self._expected = secrets.token_hex(8)
         try:
             job = self._engine.submit(self._path, key)
@@ -99,7 +100,7 @@ class EngineJobs:
         """Return the job's next message, or None after `timeout` seconds. Raises EngineJobEnded."""
         assert self._job is not None
         try:
-            key, envelope = self._events.get(timeout=max(0.0, timeout))
+            key, envelope = self._events.get(timeout=timeout)
         except queue.Empty:
             if (how := self._engine.ended(self._job.id)) is not None:
                 raise self._ended(how) from None
@@ -143,7 +144,7 @@ class EngineJobs:
     def _greet(self, connection: socket.socket) -> None:
         """Accept the connection only if it comes from this user and sends the expected job key."""
         try:
-            connection.settimeout(10)
+            connection.settimeout(HELLO_SECONDS)
             hello = receive(connection, longest_body=0)
             connection.settimeout(None)
             key = hello.text("job_key")

@@ -20,6 +20,8 @@ _LONGEST_PATH = 107
 def listening(path: Path) -> Iterator[socket.socket]:
     """Listen at a socket that only its owner may open; remove an old socket at this path first.
 
+    At its end a thread that waits for a connection gets an OSError.
+
     Raises:
         UserError: the path is too long, or the socket cannot be created there.
     """
@@ -42,6 +44,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
     try:
         yield listener
     finally:
+        listener.shutdown(socket.SHUT_RDWR)  # whoever waits for a connection learns of the end
         listener.close()
         with suppress(OSError):
             path.unlink()

@@ -19,8 +19,8 @@ from fedflame.wire.buffer import pack, unpack, views
 from fedflame.wire.envelope import Bytes
 from fedflame.wire.frame import opened, seal, seal_digest, unseal
 
-_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
-"""The exceptions that damaged or mismatched parts can raise."""
+_DAMAGE = (ValueError, LookupError, RuntimeError, ArithmeticError)
+"""The exceptions that mismatched parts can raise."""
 _ROWS = "@rows"
 """Suffix of a name: the indices of the rows, if only some rows of the value are sent."""
 
@@ -105,7 +105,7 @@ def _with_changes(name: str, own: Mapping[str, Tensor], before: Tensor | None) -
 
 def _begins_with(merged: Adapter, before: Adapter) -> bool:
     """Return whether the first ranks of `merged` equal `before` bit for bit."""
-    if not before.rank or merged.rank < before.rank or merged.tensors().keys() != before.tensors().keys():
+    if merged.rank < before.rank or merged.tensors().keys() != before.tensors().keys():
         return False
     first = merged.with_rank(before.rank).tensors()
     return all(torch.equal(_bits(first[name]), _bits(value)) for name, value in before.tensors().items())

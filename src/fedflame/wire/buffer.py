@@ -34,7 +34,7 @@ def unpack(buffer: Bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         size = int.from_bytes(buffer[:8], "little")
         tensors = load(buffer)
         header = json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"][_KEY])
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:  # of JSON: a ValueError already
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
