@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
+from tests.cli_process import CliProcess
 from typer.testing import CliRunner, Result
 
 from fedflame.cli import app
@@ -38,17 +34,9 @@ SETTINGS = (
 )
 
 
-def start_cli(*arguments: str | Path) -> subprocess.Popen[str]:
+def start_cli(*arguments: str | Path) -> CliProcess:
     """`fedflame` as a process of its own, on the threads that this one has."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "fedflame", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        # A shell's background jobs ignore SIGINT, and their children inherit it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    return CliProcess([str(argument) for argument in arguments])
 
 
 def tiny_config(model: Path, run: Path, *overrides: str) -> RunConfig:

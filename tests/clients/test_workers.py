@@ -39,7 +39,6 @@ def setup(tiny_folder: Path) -> WorkerSetup:
         pad_token_id=0,
         residuals=Residuals(Path("never-written")),
         threads=torch.get_num_threads(),
-        processes=1,
     )
 
 

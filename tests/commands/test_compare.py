@@ -7,13 +7,13 @@ import json
 import multiprocessing
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.cli_process import CliProcess
 from tests.tiny_runs import SETTINGS, adapter_bytes, invoke, start_cli
 
 from fedflame.base.mapped import CACHE_VARIABLE
@@ -139,7 +139,7 @@ def test_interrupted_and_killed_and_resumed_it_ends_the_same(
         children = descendants(process.pid)
         assert children
         process.send_signal(end)
-        _, errors = process.communicate(timeout=60)
+        errors = process.stderr(60)
         assert process.returncode == (130 if end == signal.SIGINT else -end)
         assert end == signal.SIGKILL or errors == "fedflame: interrupted; the same command goes on\n"
         wait_until_gone(children)
@@ -325,12 +325,12 @@ def test_the_last_line_of_a_log(tmp_path: Path) -> None:
     assert _last_line(tmp_path / "log.txt") == "round 1: é"
 
 
-def start(grid: Path, out: Path) -> subprocess.Popen[str]:
+def start(grid: Path, out: Path) -> CliProcess:
     """`fedflame compare` as a process of its own."""
     return start_cli("compare", grid, "--output-dir", out)
 
 
-def wait_for_cell(process: subprocess.Popen[str], out: Path, begun: int) -> None:
+def wait_for_cell(process: CliProcess, out: Path, begun: int) -> None:
     """Until so many cells are finished, at least, and another is in the middle of its rounds."""
     deadline = time.monotonic() + 200
     while True:

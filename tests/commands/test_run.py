@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.cli_process import CliProcess
 from tests.random_rounds import assert_same_bits
 from tests.tiny_models import EXPERTS, LAYERS, TOP_K, tiny_olmoe
 from tests.tiny_runs import (
@@ -38,6 +38,7 @@ from fedflame.wire.buffer import unpack
 from fedflame.wire.codec import decode_update
 from fedflame.wire.frame import unseal
 from fedflame.wire.planes import decompress
+from loopback import alive, descendants
 
 Misbehave = Callable[[RoundPlan, ClientUpdate], ClientUpdate]
 
@@ -238,7 +239,7 @@ def test_an_interrupt_says_how_to_go_on_and_keeps_the_checkpoint(tiny_folder: Pa
     process = start(tiny_folder, tmp_path / "run")
     wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 34)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)  # workers that import hold its stderr
+    errors = process.stderr(120)
     assert process.returncode == 130
     kept = read_checkpoint(tmp_path / "run").round
     assert errors == f"fedflame: interrupted; the same command with --resume goes on after round {kept}\n"
@@ -260,16 +261,18 @@ def test_no_worker_outlives_a_run_that_is_ended(
 ) -> None:
     process = start(tiny_folder, tmp_path / "run", "--workers", "2", "--set", "training.max_steps=1000")
     wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 20)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) >= 2
+    deadline = time.monotonic() + 60
+    while len(children := descendants(process.pid)) < 3:  # the fork server and two workers
+        assert time.monotonic() < deadline, children
+        time.sleep(0.02)
     process.send_signal(end)
-    _, errors = process.communicate(timeout=120)  # workers that import hold its stderr
+    errors = process.stderr(120)
     assert process.returncode == (130 if end == signal.SIGINT else -end)
     assert end == signal.SIGKILL or errors.startswith("fedflame: interrupted; "), errors
     deadline = time.monotonic() + 60  # one that is still importing finds out when it is done
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < deadline, f"one of {children} is still there"
-        time.sleep(0.05)
+    while left := [child for child in children if alive(child)]:
+        assert time.monotonic() < deadline, f"{left} are still there"
+        time.sleep(0.02)
 
 
 def test_an_existing_run_is_neither_touched_nor_forgotten(finished: Path, tiny_folder: Path) -> None:
@@ -502,12 +505,12 @@ def test_a_fraction_of_the_clients_is_sampled(tiny_folder: Path, tmp_path: Path)
     assert len({clients[0] for clients in per_round}) > 1
 
 
-def start(model: Path, run: Path, *flags: str) -> subprocess.Popen[str]:
+def start(model: Path, run: Path, *flags: str) -> CliProcess:
     """`fedflame run` as a process of its own."""
     return start_cli(*arguments(model, run), *flags)
 
 
-def wait_for_lines(process: subprocess.Popen[str], metrics: Path, goal: int) -> None:
+def wait_for_lines(process: CliProcess, metrics: Path, goal: int) -> None:
     """Until metrics.jsonl has `goal` lines; fails if the process ends before."""
     deadline = time.monotonic() + 60
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < goal:

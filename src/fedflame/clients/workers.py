@@ -6,7 +6,6 @@ closes, so none is left when this process is killed.
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from transformers.utils import logging
 
 from fedflame.base.adapted import load_adapted_model
 from fedflame.clients.answers import Answer, OnStep
+from fedflame.clients.fork_server import process_context
 from fedflame.clients.local import LocalClients
 from fedflame.config.sections import AdapterConfig
 from fedflame.config.words import Checkpointed, Dtype
@@ -132,8 +132,7 @@ class WorkerClients:
         return answers
 
     def _start(self) -> _Worker:
-        # Not forked, because torch's threads and a GPU do not survive a fork.
-        context = multiprocessing.get_context("spawn")
+        context = process_context()
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._setup), daemon=True)
         process.start()

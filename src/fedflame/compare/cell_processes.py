@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from fedflame.atomic_file import write_atomically
 from fedflame.base.files import model_config_path
+from fedflame.clients.fork_server import process_context
 from fedflame.compare.grid import Cell, Grid
 from fedflame.compare.results import RESULTS, leave_result, read_results, take_over
 from fedflame.cost.model_shape import read_model_shape
@@ -89,11 +90,8 @@ def _failure(cell: Cell, process: BaseProcess) -> str:
 
 
 def _start(cell: Cell) -> BaseProcess:
-    # Forking is not safe once the frameworks of macOS are loaded.
-    context: Any = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
-    context.set_forkserver_preload([__name__, "fedflame.experiment.run"])
     (cell.folder / "error.txt").unlink(missing_ok=True)
-    process: BaseProcess = context.Process(target=_run_cell, args=(cell,), daemon=True)
+    process: BaseProcess = process_context().Process(target=_run_cell, args=(cell,), daemon=True)
     process.start()
     return process
 

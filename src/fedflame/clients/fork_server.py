@@ -1,0 +1,25 @@
+"""Processes that start in milliseconds: forked from one that has imported all and computed nothing.
+
+A process that has computed must not be forked: torch's threads and a GPU do not survive it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from typing import Any
+
+PRELOADED = ["fedflame.experiment.run"]
+"""What the server imports once. The name is text: a room on a higher floor, which imports all below it."""
+
+
+def process_context() -> Any:
+    """The `multiprocessing` context for worker processes and for the cells of a comparison.
+
+    macOS has none but `spawn`: forking is not safe once its frameworks are loaded.
+    """
+    if sys.platform == "darwin":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
