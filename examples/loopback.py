@@ -1,6 +1,6 @@
 """A hub and three sites on this machine, over NVIDIA FLARE with mutual TLS: one command, one experiment.
 
-    pip install 'fedflame[nvflare]'
+    pip install '.[nvflare]'
     python examples/loopback.py
 
 Everything is done as on four machines, by the same commands: kits from `fedflame hub init`, the rows of each
