@@ -29,6 +29,8 @@ include_patterns = [
 exclude_patterns = [".*", "runs", "dist", "build", "docs/_build"]
 
 myst_heading_anchors = 4
+highlight_language = "none"  # most blocks are commands and what they print
+smartquotes = False  # it would turn the two hyphens of an option into a dash
 default_role = "code"  # docstrings write names of the code in single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -40,6 +42,8 @@ html_additional_pages = {"index": "front.html"}  # whoever opens the folder come
 html_theme = "furo"
 html_title = f"fedflame {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 
 def _escape_bars(
