@@ -24,7 +24,7 @@ lint: $(READY) ## Check style and format
 types: $(READY) ## Check types
 	$(BIN)/mypy
 
-docs: $(READY) ## Build the documentation site: docs/_build/html/index.html
+docs: $(READY) ## Build the documentation site, docs/_build/html/index.html
 	$(BIN)/sphinx-build -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
 
 check: lint types docs test ## Everything that CI checks

@@ -202,9 +202,9 @@ def page() -> str:
 
 This page is made by `python -m tests.families`, and a test keeps it true. A family is named by the
 `model_type` of its `config.json`. fedflame trains every causal language model whose experts transformers 5
-routes through its experts interface. `tests/moe/test_every_family.py` holds a tiny random model of each family
-against transformers: outputs at the model's own K and at smaller k, loss, gradients, training, counts, and a
-merged checkpoint.
+routes through its experts interface. `tests/moe/test_every_family.py` holds a tiny random model of each
+family against transformers: outputs at the model's own K and at smaller k, loss, gradients, training, counts,
+and a merged checkpoint.
 
 Every family can be exported as a merged checkpoint. A PEFT adapter ([formats](formats.md)) can be exported of
 all but those with transposed weights, interleaved gate and up, or no gate.
