@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from collections import defaultdict
@@ -17,6 +18,7 @@ from typer.main import get_command
 
 import fedflame
 from fedflame.cli import app
+from fedflame.config.load import load_config
 from fedflame.config.methods import METHODS, Method
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import StrategyConfig
@@ -118,6 +120,17 @@ def test_every_relative_link_in_a_document_leads_somewhere(document: Path) -> No
     targets = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
     local = {target for target in targets if "://" not in target}
     assert {target for target in local if not (document.parent / target).exists()} == set()
+
+
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", ROOT / "docs" / "python-api.md"], ids=lambda path: path.name
+)
+def test_the_configuration_of_a_python_example_loads(document: Path) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.M | re.S)
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    (config,) = [ast.literal_eval(node.args[0]) for node in calls if ast.unparse(node.func) == "run"]
+    assert load_config(config).server.num_server_rounds == 3
+    assert len(block.splitlines()) <= 15
 
 
 def test_security_and_faults_name_a_test_in_every_row() -> None:
