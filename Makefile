@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types check clean
+.PHONY: help run test lint types docs check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "make %-7s %s\n", $$1, $$2 }'
@@ -24,10 +24,13 @@ lint: $(READY) ## Check style and format
 types: $(READY) ## Check types
 	$(BIN)/mypy
 
-check: lint types test ## Everything that CI checks
+docs: $(READY) ## Build the documentation site, docs/_build/html/index.html
+	$(BIN)/sphinx-build -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
+
+check: lint types docs test ## Everything that CI checks
 
 clean: ## Remove .venv, caches and builds; runs/ stays
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --no-build-isolation: the build back end is pinned beside everything else, so nothing unpinned is fetched.

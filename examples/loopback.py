@@ -1,6 +1,6 @@
 """A hub and three sites on this machine, over NVIDIA FLARE with mutual TLS: one command, one experiment.
 
-    pip install 'fedflame[nvflare]'
+    pip install '.[nvflare]'
     python examples/loopback.py
 
 The program uses the same commands as on four machines. `fedflame hub init` makes the kits. `fedflame split`

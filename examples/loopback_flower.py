@@ -1,6 +1,6 @@
 """A hub and three sites on this machine, over Flower with TLS and node keys: one command, one experiment.
 
-    pip install 'fedflame[flower]'
+    pip install '.[flower]'
     python examples/loopback_flower.py
 
 The program does the same as examples/loopback.py, with a SuperLink and three SuperNodes. The commands are

@@ -200,15 +200,17 @@ def page() -> str:
     refused = "\n".join(f"| {family} | {reason} |" for family, reason in REFUSED_FAMILIES.items())
     return f"""# Model families
 
-Written by `python -m tests.families`; a test keeps it true. A family is named by the `model_type` of its
-`config.json`. fedflame trains every causal language model whose experts transformers 5 routes through its
-experts interface; `tests/moe/test_every_family.py` holds a tiny random model of each against transformers:
-outputs at the model's own K and at smaller k, loss, gradients, training, counts, and a merged checkpoint.
+This page is made by `python -m tests.families`, and a test keeps it true. A family is named by the
+`model_type` of its `config.json`. fedflame trains every causal language model whose experts transformers 5
+routes through its experts interface. `tests/moe/test_every_family.py` holds a tiny random model of each
+family against transformers: outputs at the model's own K and at smaller k, loss, gradients, training, counts,
+and a merged checkpoint.
 
-A merged checkpoint can be exported of every family, and a PEFT adapter ([formats.md](formats.md)) of all but
-those with transposed weights, interleaved gate and up, or no gate.
-`fedflame plan` counts the experts and the adapter of every family exactly; of families not named in
-[flops.md](flops.md) the rest is an estimate, every token mixer counted as attention.
+Every family can be exported as a merged checkpoint. A PEFT adapter ([formats](formats.md)) can be exported of
+all but those with transposed weights, interleaved gate and up, or no gate.
+
+`fedflame plan` counts the experts and the adapter of every family exactly. For families that the page on
+[FLOPs](flops.md) does not name, the rest is an estimate: every token mixer is counted as attention.
 
 ## Supported: {len(FAMILIES)}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from typer.main import get_command
 
 import fedflame
 from fedflame.cli import app
+from fedflame.config.load import load_config
+from fedflame.config.methods import METHODS, Method
 from fedflame.config.run_config import RunConfig
+from fedflame.config.sections import StrategyConfig
 from fedflame.config.settings import keys_of
 from fedflame.engines.hub import Hub
 from fedflame.messages import ClientUpdate
@@ -27,7 +31,10 @@ from fedflame.trainer.site import Site
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(fedflame.__file__).parent
-DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+DOCUMENTS = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+]
 NEW_METHOD = ROOT / "docs" / "new-method.md"
 ROLE_PAGES = ("hub-administrator.md", "site-administrator.md", "researcher.md")
 FILE_ENDINGS = {"py", "md", "json", "jsonl", "toml", "html", "csv", "parquet", "gz", "css", "safetensors"}
@@ -116,12 +123,14 @@ def test_every_relative_link_in_a_document_leads_somewhere(document: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("page", "keys"), [("site-administrator.md", keys_of(Site)), ("researcher.md", keys_of(Hub))]
+    "document", [ROOT / "README.md", ROOT / "docs" / "python-api.md"], ids=lambda path: path.name
 )
-def test_every_key_of_a_file_is_in_its_page(page: str, keys: list[str]) -> None:
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    first_cells = " ".join(re.findall(r"^\| (`.*?) \|", text, re.M))
-    assert [key for key in keys if f"`{key}`" not in first_cells] == []
+def test_the_configuration_of_a_python_example_loads(document: Path) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.M | re.S)
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    (config,) = [ast.literal_eval(node.args[0]) for node in calls if ast.unparse(node.func) == "run"]
+    assert load_config(config).server.num_server_rounds == 3
+    assert len(block.splitlines()) <= 15
 
 
 def test_security_and_faults_name_a_test_in_every_row() -> None:
@@ -202,6 +211,15 @@ def test_the_sketch_with_equal_steps_is_fedavg(sketch: dict[str, Any]) -> None:
         torch.testing.assert_close(new.adapter.tensors()[name], value, rtol=0, atol=1e-6)
     moved = new.adapter.combine(state.adapter, torch.sub).tensors()
     assert all(value.abs().max() > 0.01 for value in moved.values())
+
+
+def test_the_row_of_the_sketch_names_options_that_there_are(sketch: dict[str, Any]) -> None:
+    (block,) = re.findall(r"^```py\n(.*?)^```", NEW_METHOD.read_text(encoding="utf-8"), re.M | re.S)
+    ((name, row),) = eval(f"{{{block}}}", {"Method": Method}).items()
+    assert row.strategy == f"fedflame.strategies.{name}:FedNova" and name not in METHODS
+    assert row.options == {*StrategyConfig.model_fields} & {
+        field.name for field in fields(sketch["FedNova"])
+    } - {"counted_rows"}
 
 
 def test_the_sketch_without_updates_changes_nothing(sketch: dict[str, Any]) -> None:
