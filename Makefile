@@ -6,16 +6,19 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types docs check clean
+.PHONY: help run test test-slow lint types docs check clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "make %-7s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "make %-9s %s\n", $$1, $$2 }'
 
 run: $(READY) ## Fine-tune the embedded model on unequal simulated clients, and write the report
 	OMP_NUM_THREADS=1 $(BIN)/fedflame run --overwrite --workers 2 # its products are too small to share by threads
 
-test: $(READY) ## Run the tests (PYTEST_FLAGS="-k name" picks some)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_FLAGS)
+test: $(READY) ## Run the tests but those marked federation or slow (PYTEST_FLAGS="-k name" picks some)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not federation and not slow" $(PYTEST_FLAGS)
+
+test-slow: $(READY) ## Run the tests marked federation or slow, one after another
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "federation or slow" $(PYTEST_FLAGS)
 
 lint: $(READY) ## Check style and format
 	$(BIN)/ruff check
@@ -27,7 +30,9 @@ types: $(READY) ## Check types
 docs: $(READY) ## Build the documentation site, docs/_build/html/index.html
 	$(BIN)/sphinx-build -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
 
-check: lint types docs test ## Everything that CI checks
+# Federations mostly wait, so that they run beside all the rest.
+check: $(READY) ## Everything that CI checks: style, types, the documentation site, all tests
+	$(MAKE) --keep-going --jobs=2 --output-sync=target test-slow lint types docs test
 
 clean: ## Remove .venv, caches and builds; runs/ stays
 	rm -rf .venv dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,9 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads both once
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+settings.register_profile("local", max_examples=25, deadline=None)
+if not os.environ.get("CI"):
+    settings.load_profile("local")  # CI draws the 100 examples of hypothesis' own profile
 
 CHECKOUT = Path(__file__).parents[1]
 SHARED_DATA = Path(os.environ.get("FEDFLAME_SHARED_DATA", CHECKOUT.parent / "shared" / "data"))

@@ -27,7 +27,10 @@ from loopback import Loopback, descendants, fedflame, free_port
 from loopback_flower import BIN, QUIET, flwr, loopback_flower, start_node
 
 pytest.importorskip("flwr")
-pytestmark = pytest.mark.timeout(300, func_only=True)
+pytestmark = [
+    pytest.mark.federation,
+    pytest.mark.timeout(300, func_only=True),
+]
 APP = Path(__file__).parents[2] / "examples" / "flower"
 
 

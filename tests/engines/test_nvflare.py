@@ -27,7 +27,10 @@ from fedflame.engines.nvflare.provision import CLASSES
 from loopback import SITES, Loopback, Service, descendants, fedflame, loopback
 
 pytest.importorskip("nvflare")
-pytestmark = pytest.mark.timeout(300, func_only=True)
+pytestmark = [
+    pytest.mark.federation,
+    pytest.mark.timeout(300, func_only=True),
+]
 
 
 @pytest.fixture(scope="module")

@@ -50,12 +50,13 @@ def run(
         strategy: a federated method instead of `strategy.name`: any object with the three hooks
             `initialize`, `configure_train` and `aggregate_train` of `Strategy`.
         on_event: called with each object that goes into metrics.jsonl, as it happens.
-        workers: processes that train clients side by side, with the same result.
+        workers: processes that train clients side by side, with the same result. A script that asks for more
+            than one must not run anything when it is imported: `if __name__ == "__main__":`.
         resume: go on with the run in the run folder.
         overwrite: replace the run in the run folder.
 
     Returns:
-        The finished run: its scores, adapters, metrics and report.
+        The finished run with its scores, adapters, metrics and report.
 
     Raises:
         UserError: what the caller can mend, such as a value that is not allowed, rows that cannot be used, or
@@ -108,7 +109,7 @@ def evaluate(
         overrides: `section.key=value` over the run's own configuration, or over the defaults.
 
     Returns:
-        Scores by k and category: loss in nats per response token, exact match and ROUGE-L from 0 to 1.
+        k -> category -> scores. The loss is in nats per response token, exact match and ROUGE-L go from 0 to 1.
 
     Raises:
         UserError: a source that is none of these, or a k that the model does not have.

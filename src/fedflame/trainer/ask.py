@@ -14,7 +14,7 @@ from fedflame.wire.envelope import Bytes, Envelope, header_of, receive, send_pie
 SOCKET_VARIABLE = "FEDFLAME_TRAINER"
 """Environment variable at the site with the path of the trainer's socket. Only the site knows this path."""
 PATIENCE_SECONDS = 60.0
-"""Seconds that an engine waits for a trainer that is away; its supervisor restarts it in about ten."""
+"""Seconds that an engine waits for a trainer that is away; systemd restarts it in about ten."""
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = 0.5
 
