@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, OlmoeForCausalLM
 
 from fedflame.bench.block import sharing_copy
 from fedflame.bench.measurement import one_thread, peak_bytes, seconds
-from fedflame.config.sections import AdapterConfig, parse_integers
+from fedflame.config.lists import parse_integers
+from fedflame.config.sections import AdapterConfig
 from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.data.batches import IGNORE_INDEX, Batch

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedflame.config.lists import parse_integers
 from fedflame.config.load import load_config
 from fedflame.config.methods import METHODS
 from fedflame.config.run_config import RunConfig
-from fedflame.config.sections import parse_integers
 from fedflame.config.settings import keys_of
 from fedflame.errors import UserError
 

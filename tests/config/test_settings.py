@@ -52,6 +52,8 @@ def test_a_broken_site_file_gets_one_line(text: str, reason: str, tmp_path: Path
         ("sites", "not TOML"),
         ("", "sites is missing"),
         ('sites = "a,a"\n', "sites = 'a,a': "),
+        ('sites = ["a", ""]\n', "sites = ['a', '']: "),
+        ("sites = []\n", "sites = []: "),
         (
             HUB + "[round]\nround_timeout = 1\n",
             "unknown key 'round.round_timeout'; the nearest valid key is ",

@@ -102,7 +102,7 @@ class Driver:
 
 def a_hub(nodes: dict[str, int], **rounds: float) -> Hub:
     limits = HubRounds(**{"rejoin_timeout": 0.1, **rounds})
-    return Hub(sites=",".join(SITES), rounds=limits, flower=FlowerHub(nodes=nodes))
+    return Hub(sites=tuple(SITES), rounds=limits, flower=FlowerHub(nodes=nodes))
 
 
 @contextmanager

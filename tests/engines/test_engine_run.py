@@ -43,7 +43,7 @@ def site_files(tiny_folder: Path, tmp_path: Path) -> list[Path]:
 
 
 def hub(**rounds: float) -> Hub:
-    return Hub(sites=",".join(NAMES), rounds=HubRounds(**rounds))
+    return Hub(sites=tuple(NAMES), rounds=HubRounds(**rounds))
 
 
 def run_over(

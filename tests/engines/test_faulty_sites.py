@@ -80,7 +80,7 @@ def make_sites(model: Path, folder: Path, ks: Iterable[int], *overrides: str) ->
 def run_over(
     engine: ThreadEngine, model: Path, run: Path, *overrides: str, existing: Existing = "refuse"
 ) -> str:
-    hub = Hub(sites=",".join(sorted(engine.reachable)), rounds=HubRounds(rejoin_timeout=0, round_timeout=60))
+    hub = Hub(sites=tuple(sorted(engine.reachable)), rounds=HubRounds(rejoin_timeout=0, round_timeout=60))
     shown = io.StringIO()
     console = Console(file=shown, width=200)
     print_run(prepare(tiny_config(model, run, *overrides), existing, Sites(hub, engine)), "", console)

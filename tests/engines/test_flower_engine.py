@@ -79,7 +79,7 @@ def address() -> Iterator[str]:
 def a_hub(folder: Path, where: str, **flower: Any) -> Hub:
     values = {"address": where, "root_certificates": "ca.crt", "nodes": {"a": 7, "b": int(ID)}} | flower
     rounds = HubRounds(round_timeout=1000.0)
-    return Hub(sites="a,b", rounds=rounds, flower=FlowerHub(**values), folder=folder)
+    return Hub(sites=("a", "b"), rounds=rounds, flower=FlowerHub(**values), folder=folder)
 
 
 def test_a_run_is_an_app_without_code_and_nothing_of_the_users_own_configuration(

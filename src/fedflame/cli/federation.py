@@ -44,9 +44,10 @@ def split(
     console = Console()
     with user_errors(debug):
         config = config_of(config_file, overrides, data, model)
-        from fedflame.commands.split import split as write_parts
+        from fedflame.commands.split import write_parts
+        from fedflame.data.federation import load_federation
 
-        write_parts(config, output_dir, console)
+        write_parts(load_federation(config), config.afforded_experts(), output_dir, console)
 
 
 @hub_app.command("init")
@@ -79,8 +80,8 @@ def hub_check(
         from fedflame.commands.hub import check_hub
         from fedflame.engines.hub import load_hub
 
-        config = load_config(config_file, []) if config_file else None
-        if not check_hub(load_hub(hub), config, Console()):
+        model = load_config(config_file).model.model_name_or_path if config_file else None
+        if not check_hub(load_hub(hub), model, Console()):
             raise typer.Exit(CHECK_FAILED)
 
 

@@ -67,8 +67,8 @@ def run(
         print_run(prepared, text, Console(), workers)
 
 
-@app.command()
-def plan(
+@app.command("plan")
+def print_plan_of(
     config_file: ConfigFile = None,
     overrides: Overrides = None,
     data: Data = None,
@@ -84,8 +84,9 @@ def plan(
     with user_errors(debug):
         config = config_of(config_file, overrides, data, model)
         from fedflame.commands.plan import print_plan
+        from fedflame.experiment.api import plan
 
-        print_plan(config, sequence_length, as_json, Console())
+        print_plan(plan(config, sequence_length=sequence_length), as_json, Console())
 
 
 @app.command()

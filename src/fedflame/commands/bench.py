@@ -15,7 +15,7 @@ from fedflame.bench.block import Geometry, frozen_model
 from fedflame.bench.measurement import measure, one_thread, require_equal
 from fedflame.bench.methods import METHODS
 from fedflame.commands.tables import bench_table
-from fedflame.config.sections import parse_integers
+from fedflame.config.lists import parse_integers
 from fedflame.errors import UserError
 from fedflame.experiment.environment import environment
 

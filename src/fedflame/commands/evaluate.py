@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from fedflame.commands.tables import score_table
-from fedflame.config.sections import parse_integers
+from fedflame.config.lists import parse_integers
 from fedflame.errors import UserError
 from fedflame.experiment.api import evaluate
 from fedflame.training.scores import Scores, total

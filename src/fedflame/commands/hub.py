@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Set
 from importlib.metadata import version
@@ -22,7 +23,6 @@ from fedflame.commands.check import (
     read_admin,
 )
 from fedflame.commands.service_units import service_unit
-from fedflame.config.run_config import RunConfig
 from fedflame.engines.flower.engine import FlowerEngine
 from fedflame.engines.hub import Hub, load_hub
 from fedflame.engines.nvflare.engine import NvflareEngine, nvflare_command
@@ -50,10 +50,10 @@ def init_hub(folder: Path, federation: Federation, console: Console) -> None:
     console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
-def check_hub(hub: Hub, config: RunConfig | None, console: Console) -> bool:
+def check_hub(hub: Hub, model: str | None, console: Console) -> bool:
     """Look at everything that a run over this hub needs; whether all is well."""
     package, server = ("flwr", _superlink(hub)) if hub.flower.address else ("nvflare", _server(hub))
-    return print_findings(after_each_other(_machine(hub, package), server, _model(config)), console)
+    return print_findings(after_each_other(_machine(hub, package), server, _model(model)), console)
 
 
 def _machine(hub: Hub, package: str) -> Iterator[Finding]:
@@ -101,16 +101,15 @@ def _sites(hub: Hub, connected: Set[str]) -> Iterator[Finding]:
         yield Finding(there, what, "its owner's `fedflame site check` says more")
 
 
-def _model(config: RunConfig | None) -> Iterator[Finding]:
-    if config is not None:
-        name = config.model.model_name_or_path
+def _model(name: str | None) -> Iterator[Finding]:
+    if name is not None:
         yield Finding(True, f"model {name} has digest {model_digest(name)}; every site must have the same")
 
 
 def _hub_file(federation: Federation) -> str:
     return (
         "# The hub of a federation: `fedflame run CONFIG --engine nvflare --hub hub.toml`\n"
-        f'sites = "{",".join(federation.sites)}" # the first is client 0 of a run\n\n'
+        f"sites = {json.dumps(list(federation.sites))} # the first is client 0 of a run\n\n"
         f'[nvflare]\nadmin_kit = "kits/{federation.admin}"\n\n'
         "[rounds]\n"
         "# round_timeout = 3600.0   # seconds; a site without an answer by then is left out of the round\n"

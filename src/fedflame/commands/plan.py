@@ -7,31 +7,18 @@ import json
 from rich.console import Console
 
 from fedflame.commands.tables import cost_table, partition_table
-from fedflame.config.run_config import RunConfig
-from fedflame.experiment.api import plan
 from fedflame.experiment.plan import Plan
 
 
-def print_plan(config: RunConfig, sequence_length: int | None, as_json: bool, console: Console) -> None:
-    """Print the plan as tables or JSON; see `fedflame.plan`.
-
-    Args:
-        config: the run that is planned.
-        sequence_length: of the rows that FLOPs are for; None for the rows of the data.
-        as_json: print one JSON object.
-        console: where tables go.
-
-    Raises:
-        UserError: unusable data or model, or tiers that the model cannot run.
-    """
-    planned = plan(config, sequence_length=sequence_length)
+def print_plan(plan: Plan, as_json: bool, console: Console) -> None:
+    """Print a plan as tables, or as one JSON object."""
     if as_json:
-        print(json.dumps(planned.to_json(), indent=2))
+        print(json.dumps(plan.to_json(), indent=2))
         return
-    console.print(partition_table(planned.clients, planned.cost.clients, planned.truncated_rows))
-    console.print(cost_table(planned.cost))
-    console.print(f"memory for the base in {planned.dtype.name} ({planned.dtype.reason})")
-    console.print(_adapter_line(planned))
+    console.print(partition_table(plan.clients, plan.cost.clients, plan.truncated_rows))
+    console.print(cost_table(plan.cost))
+    console.print(f"memory for the base in {plan.dtype.name} ({plan.dtype.reason})")
+    console.print(_adapter_line(plan))
 
 
 def _adapter_line(plan: Plan) -> str:

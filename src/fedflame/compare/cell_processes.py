@@ -1,8 +1,8 @@
 """Run the cells of a comparison, each in a process of its own, several at a time.
 
 Each cell has its own process, so that a cell that crashes cannot affect another. The processes are forked
-from a server that has imported everything and computed nothing. So a start takes milliseconds. Each process ends when the main process does. A run may be killed at any
-time and goes on from its last round.
+from a server that has imported everything and computed nothing, so that a start takes milliseconds. Each
+process ends when the main process does. A run may be killed at any time and goes on from its last round.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@ docs/configuration.md is made from this file.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from fedflame.config.lists import Integers, IntegersOrNone, Names, is_integer
 from fedflame.config.methods import METHODS, NAMED_METHODS
 from fedflame.config.settings import Section
 from fedflame.config.words import Checkpointed, CountedRows, CountNormalization, RescalerRule, UpdateDtype
@@ -18,35 +19,9 @@ EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
 
 
-def parse_integers(value: object) -> tuple[int, ...]:
-    """`"8,4,2,1"`, `[8, 4, 2, 1]` and, for one of them, `8`; ValueError on anything but positive integers."""
-    parts = _parts(value)
-    numbers = [int(part) for part in parts if _is_integer(part)]
-    if not parts or len(numbers) < len(parts) or min(numbers) < 1:
-        raise ValueError('must be integers of at least 1, such as [8, 4, 2, 1] or "8,4,2,1"')
-    return tuple(numbers)
-
-
-def _is_integer(part: Any) -> bool:
-    return type(part) is int or (
-        isinstance(part, str) and part.isascii() and part.isdecimal() and len(part) < 10
-    )
-
-
-def _parts(value: object) -> list[Any]:
-    if isinstance(value, str):
-        text = value.strip().removeprefix("[").removesuffix("]")
-        return [part.strip().strip("\"'") for part in text.split(",")] if text.strip() else []
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _integers_or_none(value: object) -> tuple[int, ...]:
-    return parse_integers(value) if _parts(value) else ()
-
-
 def _min_full_or_number(value: object) -> str:
     text = str(value) if type(value) is int else value
-    if not isinstance(text, str) or not (text in ("min", "full") or (_is_integer(text) and int(text) >= 1)):
+    if not isinstance(text, str) or not (text in ("min", "full") or (is_integer(text) and int(text) >= 1)):
         raise ValueError("must be 'min', 'full' or an integer of at least 1")
     return text
 
@@ -58,9 +33,6 @@ def _known_method(name: str) -> str:
     return name
 
 
-Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers)]
-IntegersOrNone = Annotated[tuple[int, ...], BeforeValidator(_integers_or_none)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from fedflame.config.lists import Names
 from fedflame.config.settings import Section, SettingsFile, load_file
 
 
@@ -51,23 +52,22 @@ class FlowerHub(Section):
 class Hub(SettingsFile):
     """The content of the hub's file."""
 
-    sites: str
-    """Names of the sites, comma-separated. The first is client 0 of the run, the next client 1, and so on."""
+    sites: Names
+    """Names of the sites. The first is client 0 of the run, the next client 1, and so on."""
     rounds: HubRounds = HubRounds()
     nvflare: NvflareHub = NvflareHub()
     flower: FlowerHub = FlowerHub()
 
     @field_validator("sites")
     @classmethod
-    def _names(cls, value: str) -> str:
-        names = [name.strip() for name in value.split(",")]
-        if not all(names) or len(set(names)) < len(names):
-            raise ValueError('must be different names, comma-separated, such as "site-1,site-2"')
-        return value
+    def _different_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names or not all(names) or len(set(names)) < len(names):
+            raise ValueError('must be different names, such as ["site-1", "site-2"]')
+        return names
 
     def site_names(self) -> list[str]:
         """Return the names of the sites in client order."""
-        return [name.strip() for name in self.sites.split(",")]
+        return list(self.sites)
 
 
 def load_hub(path: Path) -> Hub:

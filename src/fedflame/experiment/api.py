@@ -109,7 +109,8 @@ def evaluate(
         overrides: `section.key=value` over the run's own configuration, or over the defaults.
 
     Returns:
-        k -> category -> scores. The loss is in nats per response token, exact match and ROUGE-L go from 0 to 1.
+        k -> category -> scores. The loss is in nats per response token; exact match and ROUGE-L are from 0
+        to 1.
 
     Raises:
         UserError: a source that is none of these, or a k that the model does not have.

@@ -48,7 +48,7 @@ def prepare(
     """
     check_run_folder(Path(config.output_dir), config, existing)
     if sites is not None:
-        check_sites(config, sites)
+        check_sites(config.clients.num_clients, sites)
     shape = require_runnable(config)
     return Prepared(config, existing, shape, load_federation(config, given), sites)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fedflame.config.run_config import RunConfig
 from fedflame.engines.engine import Engine
 from fedflame.engines.hub import Hub
 from fedflame.errors import UserError
@@ -31,11 +30,11 @@ def open_sites(name: EngineName, hub: Hub) -> Sites:
     return Sites(hub, engines[name](hub))
 
 
-def check_sites(config: RunConfig, sites: Sites) -> None:
+def check_sites(num_clients: int, sites: Sites) -> None:
     """Raises UserError where the run has not one client per site."""
     names = sites.hub.site_names()
-    if len(names) != config.clients.num_clients:
+    if len(names) != num_clients:
         raise UserError(
-            f"clients.num_clients = {config.clients.num_clients}: the hub's file has {len(names)} sites "
+            f"clients.num_clients = {num_clients}: the hub's file has {len(names)} sites "
             f"({', '.join(names)}); each is one client"
         )

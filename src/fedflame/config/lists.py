@@ -1,0 +1,39 @@
+"""Lists in settings, written as a list or as text: `[8, 4, 2, 1]` and `"8,4,2,1"` are the same value."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+
+def parse_integers(value: object) -> tuple[int, ...]:
+    """`"8,4,2,1"`, `[8, 4, 2, 1]` and, for one of them, `8`; ValueError on anything but positive integers."""
+    parts = _parts(value)
+    numbers = [int(part) for part in parts if is_integer(part)]
+    if not parts or len(numbers) < len(parts) or min(numbers) < 1:
+        raise ValueError('must be integers of at least 1, such as [8, 4, 2, 1] or "8,4,2,1"')
+    return tuple(numbers)
+
+
+def is_integer(part: Any) -> bool:
+    """Whether it is an integer, or the digits of one that a setting can have."""
+    return type(part) is int or (
+        isinstance(part, str) and part.isascii() and part.isdecimal() and len(part) < 10
+    )
+
+
+def _parts(value: object) -> list[Any]:
+    if isinstance(value, str):
+        text = value.strip().removeprefix("[").removesuffix("]")
+        return [part.strip().strip("\"'") for part in text.split(",")] if text.strip() else []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _integers_or_none(value: object) -> tuple[int, ...]:
+    return parse_integers(value) if _parts(value) else ()
+
+
+Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers)]
+IntegersOrNone = Annotated[tuple[int, ...], BeforeValidator(_integers_or_none)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
