@@ -440,6 +440,23 @@ def test_where_no_site_is_waited_for_a_round_takes_no_longer(
         assert hub.round()[1].failure == "not connected" and time.monotonic() - start < 10
 
 
+def test_the_engine_is_not_asked_without_a_pause_who_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 0.2)
+    asked: list[float] = []
+
+    class Asked(ThreadEngine):
+        def connected(self) -> set[str]:
+            asked.append(time.monotonic())
+            return super().connected()
+
+    with driver(honest, tmp_path, engine=Asked, rejoin_timeout=0.5) as hub:
+        hub.engine.reachable.discard("south")
+        hub.round()
+    assert 2 <= len(asked) <= 5
+
+
 class Blind(ThreadEngine):
     """Cannot say who is connected."""
 
