@@ -100,6 +100,31 @@ def test_a_trainer_that_stays_away_is_given_up_once_patience_is_at_its_end(tmp_p
     assert os.listdir("/dev/fd") == before, "no connection is left open"
 
 
+def test_without_patience_a_trainer_is_asked_once(tmp_path: Path) -> None:
+    with a_trainer(tmp_path / "s", hangs_up, answers) as seen:
+        with pytest.raises(OSError, match=r"no trainer at .*/s: the connection ended"):
+            ask(tmp_path / "s", REQUEST, patience=0)
+        assert seen in ([], ["hangs_up"])
+        assert ask(tmp_path / "s", REQUEST, patience=20) == ANSWER
+    assert seen == ["hangs_up", "answers"]
+
+
+def test_a_trainer_that_is_away_is_looked_for_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Path] = []
+
+    def nobody(path: Path) -> socket.socket:
+        looked.append(path)
+        raise FileNotFoundError
+
+    monkeypatch.setattr("fedflame.trainer.ask._connected", nobody)
+    monkeypatch.setattr("fedflame.trainer.ask.RETRY_SECONDS", 0.1)
+    with pytest.raises(OSError):
+        ask(tmp_path / "s", REQUEST, patience=0.25)
+    assert 2 <= len(looked) <= 4
+
+
 def test_an_answer_may_take_longer_than_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedflame.trainer.ask.CONNECT_SECONDS", 0.1)
 
