@@ -26,7 +26,7 @@ _ROWS = "@rows"
 
 
 def plan_digest(plan: Bytes) -> str:
-    """What hub and client know an encoded plan by."""
+    """What hub and client know an encoded plan by; empty for no bytes."""
     return seal_digest(plan)
 
 
