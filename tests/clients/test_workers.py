@@ -3,6 +3,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +89,7 @@ def test_answers_have_the_bytes_of_one_process_and_the_order_of_the_plans(
     assert len({answer.update for answer in answers}) == CLIENTS
     assert {answer.failure for answer in answers} == {""}
     assert sorted(tokens) == sorted(told) and len(told) == 2 * len(order), "every step was told"
+    assert len(multiprocessing.active_children()) == 2, "workers train one client after another"
 
 
 @pytest.mark.timeout(120)
@@ -96,7 +99,7 @@ def test_plans_are_taken_when_they_are_needed(local: LocalClients, workers: Work
     def plans() -> Iterator[tuple[int, bytes]]:
         for client in [0, 1, 2, 3, 4] * 3:
             taken.append(client)
-            yield plan(local, client)
+            yield plan(local, client, steps=2 if taken[1:] else 100)  # all others wait for the first
 
     answers = workers.train(plans(), lambda _: None)
     next(answers)
@@ -113,6 +116,64 @@ def test_a_client_that_raises_is_a_failure_and_the_others_go_on(
     assert [bool(answer.update) for answer in answers] == [True, False, False, True]
     assert answers[1].failure == "IndexError: list index out of range"
     assert answers[2].failure == "8 bytes that are no fedflame message"
+
+
+@pytest.mark.timeout(120)
+def test_a_stream_that_is_left_leaves_no_worker_at_work(local: LocalClients, workers: WorkerClients) -> None:
+    stepped: list[int] = []
+    answers = workers.train([plan(local, 0, steps=1), plan(local, 1, steps=100_000)], stepped.append)
+    next(answers)
+    start, before = time.monotonic(), len(multiprocessing.active_children())
+    answers.close()
+    assert len(multiprocessing.active_children()) == before - 1 and time.monotonic() - start < 8
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_which_reaches_all_processes_ends_no_worker(
+    local: LocalClients, workers: WorkerClients
+) -> None:
+    def interrupt(tokens: int) -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, signal.SIGINT)
+
+    (got,) = workers.train([plan(local, 3)], interrupt)
+    (expected,) = local.train([plan(local, 3)], lambda _: None)
+    assert got.update == expected.update
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_ends_with_its_connection_whether_it_rests_or_works(
+    local: LocalClients, workers: WorkerClients
+) -> None:
+    """As it does where the main process is killed."""
+    list(workers.train([plan(local, 0), plan(local, 1)], lambda _: None))
+    resting, working = workers._idle
+    workers._idle = []
+    working.connection.send_bytes(plan(local, 0, steps=20)[1])
+    assert isinstance(working.connection.recv(), int)
+    for worker in (resting, working):
+        worker.connection.close()
+        worker.process.join(30)
+        assert worker.process.exitcode == 0
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_was_killed_before_it_took_its_plan_is_a_failure(
+    setup: WorkerSetup, local: LocalClients
+) -> None:
+    """While it rests, and while it loads the model with the plan before its door."""
+    with WorkerClients(setup, 1) as clients:
+        (loading,) = clients._idle
+        killer = threading.Timer(0.2, loading.process.kill)
+        killer.start()
+        (answer,) = clients.train([plan(local, 0)], lambda _: None)
+        assert answer.failure == "its worker process ended with exit code -9"
+        resting = clients._start()
+        resting.process.kill()
+        resting.process.join(30)
+        clients._idle.append(resting)
+        (answer,) = clients.train([plan(local, 0)], lambda _: None)
+        assert answer.failure == "its worker process ended with exit code -9"
 
 
 @pytest.mark.timeout(120)

@@ -110,11 +110,30 @@ def test_answers_come_in_the_order_of_the_plans_whichever_site_is_first(
 
     with driver(slow_first, tmp_path) as hub:
         assert updates(hub.round()) == LEARNED
-        assert updates(hub.round()) == LEARNED
+        answers = hub.round()
+        assert updates(answers) == LEARNED
+        assert answers[0].seconds > 0.1 and all(got.seconds > 0 for got in answers)
         assert hub.tokens == [5] * 12, "two steps of half the tokens each, for three sites and two rounds"
         assert len(hub.engine.jobs) == 1
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [f"{site}.held" for site in SITES], "nothing that was on its way is left"
+
+
+@pytest.mark.parametrize(("memory", "on_disk"), [(0, 2), (25, 1), (10**6, 0)])
+def test_answers_wait_in_memory_as_far_as_it_goes_and_then_on_disk(
+    memory: int, on_disk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.ANSWER_MEMORY", memory)
+
+    def north_last(site: str, request: bytes) -> bytes:
+        time.sleep(0.2 if site == "north" else 0)
+        return answer(request)
+
+    with driver(north_last, tmp_path) as hub:
+        answers = hub.clients.train([(client, b"a plan") for client in range(3)], hub.tokens.append)
+        next(answers)
+        assert len(list(tmp_path.glob("*.answer"))) == on_disk
+        assert len(list(answers)) == 2 and not list(tmp_path.glob("*.answer"))
 
 
 def test_after_the_end_of_a_job_the_next_is_asked_for_what_is_open_only(tmp_path: Path) -> None:
@@ -269,6 +288,24 @@ def test_an_answer_counts_once_however_often_it_comes(tmp_path: Path) -> None:
         assert hub.heard("refused: a late or repeated answer of")
 
 
+def test_of_two_answers_to_one_request_the_first_counts(tmp_path: Path) -> None:
+    changed = threading.Event()
+
+    class Changing(ThreadEngine):
+        def _carry(self, link: HubLink, sites: set[str], ticket: str, site: str, content: bytes) -> None:
+            if site != "north":
+                changed.wait(20)
+            super()._carry(link, sites, ticket, site, content)
+            if site == "north":
+                link.answered(ticket, site, answer(content, steps=9).replace(b"learned", b"LEARNED"))
+                changed.set()
+
+    with driver(honest, tmp_path, engine=Changing) as hub:
+        assert updates(hub.round()) == LEARNED
+        assert hub.heard("refused: a late or repeated answer of north")
+        assert hub.tokens == [5] * 6
+
+
 OTHER_RUN = "f" * 32
 
 
@@ -320,6 +357,7 @@ def test_a_refusal_carries_the_sites_reason(tmp_path: Path) -> None:
 
     with driver(strict, tmp_path) as hub:
         assert hub.round()[2].failure == "the site refuses: k = 8 is too much"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["north.held", "south.held"]
 
 
 def test_a_site_that_is_gone_is_waited_for_once_and_used_again_when_it_is_back(tmp_path: Path) -> None:
@@ -328,6 +366,7 @@ def test_a_site_that_is_gone_is_waited_for_once_and_used_again_when_it_is_back(t
         start = time.monotonic()
         answers = hub.round()
         assert answers[1].failure == "not connected" and time.monotonic() - start >= 0.5
+        assert hub.heard("south: not connected")
         start = time.monotonic()
         assert hub.round()[1].failure == "not connected" and time.monotonic() - start < 0.5
         hub.engine.reachable.add("south")
@@ -365,6 +404,21 @@ def test_a_site_that_comes_back_within_the_round_still_takes_part_in_it(tmp_path
         assert time.monotonic() - start < 10, "it is looked for all the time"
 
 
+def test_a_site_that_is_back_does_not_interrupt_those_that_work(tmp_path: Path) -> None:
+    asked = Counter[str]()
+
+    def slow_north(site: str, request: bytes) -> bytes:
+        asked[site] += 1
+        time.sleep(0.6 if site == "north" else 0)
+        return answer(request)
+
+    with driver(slow_north, tmp_path, rejoin_timeout=20) as hub:
+        hub.engine.reachable.discard("south")
+        threading.Timer(0.2, hub.engine.reachable.add, ["south"]).start()
+        assert updates(hub.round()) == LEARNED
+    assert asked == {"north": 1, "south": 1, "west": 1}
+
+
 def test_a_site_that_was_back_is_waited_for_again_when_it_is_gone_again(tmp_path: Path) -> None:
     with driver(honest, tmp_path, rejoin_timeout=0.5) as hub:
         hub.engine.reachable.discard("south")
@@ -384,6 +438,26 @@ def test_where_no_site_is_waited_for_a_round_takes_no_longer(
         hub.engine.reachable.discard("south")
         start = time.monotonic()
         assert hub.round()[1].failure == "not connected" and time.monotonic() - start < 10
+
+
+def test_the_engine_is_asked_who_is_there_only_where_somebody_is_not_and_not_without_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask may start a process."""
+    monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 0.2)
+    asked: list[float] = []
+
+    class Asked(ThreadEngine):
+        def connected(self) -> set[str]:
+            asked.append(time.monotonic())
+            return super().connected()
+
+    with driver(honest, tmp_path, engine=Asked, rejoin_timeout=0.5) as hub:
+        assert updates(hub.round()) == updates(hub.round()) == LEARNED
+        assert not asked
+        hub.engine.reachable.discard("south")
+        hub.round()
+        assert 2 <= len(asked) <= 5
 
 
 class Blind(ThreadEngine):

@@ -13,10 +13,12 @@ from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, state_bytes
 
 from fedflame.commands.run import print_run
 from fedflame.engines.hub import Hub, HubRounds
+from fedflame.engines.link import HubLink
 from fedflame.errors import UserError
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run_folder import Existing
 from fedflame.experiment.sites import Sites
+from fedflame.wire.envelope import Envelope
 
 NAMES = ("north", "south", "west")
 KS = (4, 2, 1)
@@ -80,6 +82,26 @@ def test_the_half_that_a_method_freezes_is_sent_once(
     first, *later = ([e["bytes_down"] for e in events(tmp_path / "run", "client") if e["round"] == number]
                      for number in (1, 2, 3))  # fmt: skip
     assert all(max(sizes) < 0.7 * min(first) for sizes in later)
+
+
+class SouthComesLate(ThreadEngine):
+    """It is there once another site has trained."""
+
+    def _carry(self, link: HubLink, sites: set[str], ticket: str, site: str, content: bytes) -> None:
+        super()._carry(link, sites, ticket, site, content)
+        if Envelope.from_bytes(content).header["kind"] == "train":
+            self.reachable.add("south")
+
+
+@pytest.mark.timeout(120)
+def test_a_site_that_nobody_knew_at_the_start_takes_part_from_when_it_is_there(
+    site_files: list[Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    with trainers(site_files) as sites:
+        engine = SouthComesLate(asking(sites), {"north", "west"})
+        run_over(engine, hub(rejoin_timeout=0.0), tiny_folder, tmp_path / "run")
+    took_part = {(event["round"], event["client"]) for event in events(tmp_path / "run", "client")}
+    assert took_part >= {(number, client) for number in (1, 2, 3) for client in (0, 2)} | {(2, 1), (3, 1)}
 
 
 def test_turns_at_a_larger_k_than_an_owner_allows_end_the_run_before_it_starts(

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from tests.tiny_runs import events, state_bytes, tiny_run
 
+from fedflame.clients.local import LocalClients
 from fedflame.server.rounds import sample_clients
 from fedflame.strategies.base import ClientProfile
 
@@ -34,3 +37,25 @@ def test_samples_differ_by_round_and_by_seed_and_reach_every_client() -> None:
     assert set(seen) == set(range(9))
     # 40 rounds of 4 of 9: 17.8 on average, 5 standard deviations are 15.7.
     assert max(seen.values()) < 34
+
+
+def test_a_run_that_ended_within_its_first_round_does_not_evaluate_twice_before_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    one_round = "server.num_server_rounds=1"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalClients, "answer", end)
+        tiny_run(tiny_folder, tmp_path / "ended", one_round)
+    tiny_run(tiny_folder, tmp_path / "ended", one_round, existing="resume")
+    tiny_run(tiny_folder, tmp_path / "undisturbed", one_round)
+    assert state_bytes(tmp_path / "ended") == state_bytes(tmp_path / "undisturbed")
+    for kind in ("evaluation", "round"):
+        ended, undisturbed = (events(tmp_path / run, kind) for run in ("ended", "undisturbed"))
+        assert [without_time(event) for event in ended] == [without_time(event) for event in undisturbed]
+
+
+def without_time(event: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in event.items() if "seconds" not in name}

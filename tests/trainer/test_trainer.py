@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -266,6 +267,43 @@ def test_what_the_sites_file_does_not_allow_is_refused_before_anything_is_loaded
     assert told.heard("refused: ")
 
 
+def test_a_plan_that_asks_for_just_what_is_allowed_is_trained(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan
+) -> None:
+    service = make_service(LIMITS + "max_rounds = 5\nmax_steps = 3\nmax_tokens = 192\nmax_flops = 1e15", k=2)
+    assert service.answer(request(job, replace(plan, round=5))).header["kind"] == "update"
+
+
+def test_a_model_is_loaded_once_for_a_job_and_goes_before_the_next_is_loaded(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    service, digests, held = make_service(), list[str](), list[bool]()
+
+    def noted_digest(path: str) -> str:
+        digests.append(path)
+        return model_digest(path)
+
+    def noted_load(*arguments: Any) -> Any:
+        held.append(service._ready is not None)
+        return load_adapted_model(*arguments)
+
+    monkeypatch.setattr("fedflame.trainer.service.model_digest", noted_digest)
+    monkeypatch.setattr("fedflame.trainer.service.load_adapted_model", noted_load)
+    smaller = job.model_copy(update={"r": 2}), replace(plan, adapter=plan.adapter.with_rank(2))
+    for asked, its in ((job, plan), (job, replace(plan, round=3)), smaller):
+        assert service.answer(request(asked, its)).header["kind"] == "update"
+    assert told.heard("loading the-model in float32") == 2 and held == [False, False]
+    assert len(digests) == 1, "gigabytes are read once"
+
+
+def test_a_file_without_a_usable_row_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "say nothing", "response": ""}\n')
+    site = load_site(write_site(tmp_path, "north", tmp_path / "rows.jsonl", 2, {MODEL: str(tiny_folder)}))
+    with pytest.raises(UserError, match=r"rows\.jsonl: no usable row"):
+        TrainerService(site, lambda _: None)
+
+
 def test_a_larger_k_is_trained_where_the_owner_allows_it(
     make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan
 ) -> None:
@@ -435,7 +473,36 @@ def test_a_second_trainer_of_a_site_is_refused(data: Path, tmp_path: Path) -> No
     with sole_trainer(site), refusal, sole_trainer(site):
         pass
     with sole_trainer(site):
+        assert stat.S_IMODE(site.state_path.stat().st_mode) == 0o700
+
+
+def test_a_state_folder_that_cannot_be_is_refused(data: Path, tmp_path: Path) -> None:
+    site = load_site(write_site(tmp_path, "north", data, 2, {"m": "m"}))
+    site.state_path.touch()
+    with (
+        pytest.raises(UserError, match=r"trainer\.lock: cannot be opened: (File exists|Not a directory)"),
+        sole_trainer(site),
+    ):
         pass
+
+
+def test_whoever_hangs_up_ends_that_connection_only(door: Path, told: Told) -> None:
+    for said in (b"", b"flame", DESCRIBE.to_bytes()):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(str(door))
+            connection.sendall(said)
+    assert ask(door, DESCRIBE, patience=1).header["kind"] == "description"
+    while any("_converse" in thread.name for thread in threading.enumerate()):
+        time.sleep(0.01)  # what one of them raised would fail this test
+    assert not told
+
+
+def test_one_connection_may_ask_again_and_again(door: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(str(door))
+        for _ in range(3):
+            connection.sendall(DESCRIBE.to_bytes())
+            assert receive(connection).header["num_examples"] == ROWS
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:

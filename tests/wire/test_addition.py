@@ -73,6 +73,13 @@ def test_views_of_a_packed_plan_are_its_values() -> None:
             assert_same_bits(values[name], value, name)
 
 
+def test_views_are_of_the_buffer_where_it_can_be_written() -> None:
+    buffer = memoryview(bytearray(pack({"x": torch.ones(2, 3), "none": torch.ones(0, 3)}, {})))
+    values, _ = views(buffer)
+    buffer[len(buffer) - 24 :] = torch.full((6,), 7.0).numpy().tobytes()
+    assert values["x"].tolist() == [[7.0] * 3] * 2 and values["none"].shape == (0, 3)
+
+
 def test_of_what_did_not_change_nothing_travels() -> None:
     plan = a_plan((3, 40, 4, 30, 20))
     message = travelled(replace(plan, round=4), plan)
@@ -173,6 +180,7 @@ FORGED: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
         {"x": torch.ones(1, 2), "x@rows": torch.tensor([0])}
     ),
     "rows that there are not": lambda parts, about: parts.update({"experts.1.B2@rows": torch.tensor([9])}),
+    "rows of another shape": lambda parts, about: parts.update({"experts.1.B2": torch.ones(1, 2, 2)}),
     "more rows than values": lambda parts, about: parts.update({"experts.1.B2@rows": torch.arange(3)}),
     "merged factors without a rank": no_downs,
     "merged factors of one dimension": lambda parts, about: parts.update(
@@ -208,4 +216,5 @@ def test_a_damaged_addition_is_refused_under_a_new_seal_too(data: st.DataObject)
 
 
 def test_plans_have_different_digests() -> None:
+    assert plan_digest(b"") == ""
     assert plan_digest(encode_plan(a_plan())) != plan_digest(encode_plan(a_plan(seed=5)))

@@ -72,7 +72,6 @@ class WorkerClients:
     ) -> None:
         for worker in [*self._idle, *self._busy]:
             _stop(worker)
-        self._idle, self._busy = [], []
 
     def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
         tickets, done, coming = 0, dict[int, Answer](), iter(plans)

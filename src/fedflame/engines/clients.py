@@ -315,7 +315,7 @@ def _require_answer(answer: Envelope, event: Envelope, request: _Request, run: s
 
 def _answer(request: _Request, on_step: OnStep) -> Answer:
     """Take the answer from memory or from disk, and delete it there."""
-    if request.failure or request.header is None:
+    if request.header is None:
         return Answer(b"", request.failure, request.seconds, request.bytes_down)
     update, request.body = request.body, None
     if update is None:

@@ -54,7 +54,7 @@ def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
         UserError: a round has fewer than `server.min_clients` usable updates, or the disk is full. The last
             checkpoint stays, and the run can be resumed from it.
     """
-    if checkpoint.round == 0 and checkpoint.metrics_bytes == 0:
+    if checkpoint.metrics_bytes == 0:
         _evaluate_tiers(server, checkpoint.state, 0)
         checkpoint = _keep(server, 0, checkpoint.state)
     for round_number in range(checkpoint.round + 1, server.config.server.num_server_rounds + 1):

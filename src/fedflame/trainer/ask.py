@@ -51,18 +51,20 @@ def answer_pieces(path: Path, request: Sequence[Bytes], patience: float) -> tupl
 
 
 def _ask(path: Path, request: Sequence[Bytes], patience: float, timeout: float | None) -> Envelope:
-    away_since = time.monotonic()
+    away_since: float | None = None
     while True:
         try:
             with _connected(path) as connection:
-                away_since = time.monotonic()
+                away_since = None
                 connection.settimeout(timeout)
                 send_pieces(connection, request)
                 return receive(connection)
         except TimeoutError:
             raise
         except (OSError, EOFError) as error:
-            if time.monotonic() - away_since > patience:
+            now = time.monotonic()
+            away_since = now if away_since is None else away_since
+            if now - away_since >= patience:
                 since = f" for {patience:.0f} s" if patience else ""
                 raise OSError(f"no trainer at {path}{since}: {error}") from error
             time.sleep(RETRY_SECONDS)

@@ -100,13 +100,12 @@ class TrainerService:
         if not _RUN.fullmatch(run):
             raise InvalidMessage(f"run is {run[:40]!r}; 32 hexadecimal digits are needed")
         if kind == "describe":
-            held = self._held(run)
             return {
                 "kind": "description",
                 "num_examples": self.num_examples,
                 "active_experts": self._site.trainer.active_experts,
                 "max_active_experts": self._site.most_experts,
-                "held": plan_digest(held) if held else "",
+                "held": plan_digest(self._held(run)),
             }, b""
         if kind != "train":
             raise InvalidMessage(f"request of kind {kind!r}; describe and train are known")

@@ -26,7 +26,7 @@ _ROWS = "@rows"
 
 
 def plan_digest(plan: Bytes) -> str:
-    """Return the digest by which hub and client identify an encoded plan."""
+    """Return the digest by which hub and client identify an encoded plan; empty for no bytes."""
     return seal_digest(plan)
 
 
