@@ -416,8 +416,3 @@ def test_a_second_trainer_of_a_site_is_refused(data: Path, tmp_path: Path) -> No
         pass
     with sole_trainer(site):
         pass
-
-
-def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="longer than the 107 letters"), listening(tmp_path / ("x" * 110)):
-        pass
