@@ -123,7 +123,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {},
     "hy_v3": {},
     "hy_v4": {**INDEXED, "swiglu_limit": 0.5},
-    "inkling2_text": {},
+    "inkling2_text": {"vocab_size": VOCABULARY + 2, "unpadded_vocab_size": VOCABULARY},
     "inkling_text": {"logits_mup_width_multiplier": 3.0},
     "jamba": {
         "expert_layer_period": 1,
@@ -136,6 +136,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "kimi_linear": LINEAR_MLA,
     "kolibri1": {},
     "laguna": {},
+    "lara_mini": {**DELTA_NET, "layer_types": ["linear_attention", "sliding_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mellum": {},
     "mimo_v2_flash": {},

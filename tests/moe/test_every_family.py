@@ -32,6 +32,7 @@ from fedflame.training.token_loss import token_losses
 
 R, ALPHA = 2, 3.0
 S = torch.tensor([0.7, 1.3])
+LOOPED = {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -249,11 +250,21 @@ def test_other_families_are_refused_by_name_with_the_reason(family: str, tmp_pat
         ("phimoe", {}),
         ("deepseek_v4", {"mlp_layer_types": ["hash_moe", "moe"]}),
         ("zaya", {"num_experts_per_tok": 1}),
+        ("inkling2_loop_text", LOOPED),
     ],
 )
-def test_a_model_whose_routers_cannot_obey_is_refused_by_name(family: str, sizes: dict[str, object]) -> None:
+def test_a_model_that_routes_in_another_way_is_refused_by_name(family: str, sizes: dict[str, object]) -> None:
     with pytest.raises(UserError, match=f"^{family} is not supported: {REFUSED_FAMILIES[family]}$"):
         find_moe_layers(tiny(family, **sizes))
+
+
+def test_a_looped_layer_runs_its_experts_several_times_for_a_token() -> None:
+    model, calls = tiny("inkling2_loop_text", **LOOPED), []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_hook(lambda *_, layer=name: calls.append(layer))
+    logits(model, random_batch())
+    assert calls == [f"model.layers.{layer}.mlp.experts" for layer in (0, 1, 1, 1)]
 
 
 def test_every_family_that_transformers_routes_is_supported_or_refused() -> None:

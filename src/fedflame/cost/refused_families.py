@@ -12,6 +12,8 @@ REFUSED_FAMILIES = {
     "ernie4_5_vl_moe": _NO_CAUSAL_LM,
     "glm4v_moe": _NO_CAUSAL_LM,
     "glm5_next": _NO_CAUSAL_LM,
+    "hy_v4_vl": _NO_CAUSAL_LM,
+    "inkling2_loop_text": "some of its layers run several times, and only their first run would be counted",
     "jetmoe": "its attention is a mixture of experts, too, and outside transformers' experts interface",
     "llama4": "routing weights multiply the experts' inputs, outside transformers' experts interface",
     "llama4_text": "routing weights multiply the experts' inputs, outside transformers' experts interface",

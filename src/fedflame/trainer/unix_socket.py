@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedflame.errors import UserError
 
-_CREDENTIALS = struct.Struct("3i")
-_LONGEST_PATH = 107
-"""Longest path of a unix socket on Linux, in bytes."""
+LONGEST_PATH = 103 if sys.platform == "darwin" else 107
+"""Longest path of a unix socket, in bytes: macOS has 104 for it, Linux 108, and one of them ends the path."""
+_UCRED = struct.Struct("3i")
+"""What SO_PEERCRED gives on Linux: process, user, group."""
+_XUCRED = struct.Struct("IIh16I")
+"""What LOCAL_PEERCRED gives on macOS: version, user, number of groups, groups (sys/ucred.h)."""
+_XUCRED_VERSION = 0
+_SOL_LOCAL, _LOCAL_PEERCRED = 0, 1  # sys/un.h of macOS; Python does not name the first
 
 
 @contextmanager
@@ -25,8 +31,8 @@ def listening(path: Path) -> Iterator[socket.socket]:
     Raises:
         UserError: the path is too long, or the socket cannot be created there.
     """
-    if len(os.fsencode(path)) > _LONGEST_PATH:
-        raise UserError(f"socket {path}: longer than the {_LONGEST_PATH} letters that the system allows")
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        raise UserError(f"socket {path}: longer than the {LONGEST_PATH} letters that the system allows")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -52,6 +58,8 @@ def listening(path: Path) -> Iterator[socket.socket]:
 
 def same_user(connection: socket.socket) -> bool:
     """Return whether the process at the other end has the same user, according to the kernel."""
-    size = _CREDENTIALS.size
-    _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    if sys.platform == "darwin":
+        version, user, *_ = _XUCRED.unpack(connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED.size))
+        return (version, user) == (_XUCRED_VERSION, os.getuid())
+    _, user, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return int(user) == os.getuid()
