@@ -130,6 +130,14 @@ def test_a_stream_that_is_left_leaves_no_worker_at_work(local: LocalClients, wor
 
 
 @pytest.mark.timeout(120)
+def test_workers_that_are_not_wanted_any_longer_do_not_load_the_model_first(setup: WorkerSetup) -> None:
+    before = set(multiprocessing.active_children())
+    with WorkerClients(setup, 1):
+        start = time.monotonic()
+    assert time.monotonic() - start < 1.5 and set(multiprocessing.active_children()) <= before
+
+
+@pytest.mark.timeout(120)
 def test_ctrl_c_which_reaches_all_processes_ends_no_worker(
     local: LocalClients, workers: WorkerClients
 ) -> None:
