@@ -53,8 +53,11 @@ def local(setup: WorkerSetup) -> LocalClients:
 
 @pytest.fixture(scope="module")
 def workers(setup: WorkerSetup) -> Iterator[WorkerClients]:
+    # A shell's background jobs ignore SIGINT, and their children inherit it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with WorkerClients(setup, 2) as clients:
         yield clients
+    signal.signal(signal.SIGINT, before)
     assert multiprocessing.active_children() == []
 
 
