@@ -52,8 +52,11 @@ def local(setup: WorkerSetup) -> LocalClients:
 
 @pytest.fixture(scope="module")
 def workers(setup: WorkerSetup) -> Iterator[WorkerClients]:
+    # A shell's background jobs ignore SIGINT, and their children inherit it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with WorkerClients(setup, 2) as clients:
         yield clients
+    signal.signal(signal.SIGINT, before)
     assert multiprocessing.active_children() == []
 
 
@@ -126,6 +129,14 @@ def test_a_stream_that_is_left_leaves_no_worker_at_work(local: LocalClients, wor
     start, before = time.monotonic(), len(multiprocessing.active_children())
     answers.close()
     assert len(multiprocessing.active_children()) == before - 1 and time.monotonic() - start < 8
+
+
+@pytest.mark.timeout(120)
+def test_workers_that_are_not_wanted_any_longer_do_not_load_the_model_first(setup: WorkerSetup) -> None:
+    before = set(multiprocessing.active_children())
+    with WorkerClients(setup, 1):
+        start = time.monotonic()
+    assert time.monotonic() - start < 1.5 and set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.timeout(120)

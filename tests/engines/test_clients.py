@@ -244,6 +244,7 @@ def test_a_site_without_an_answer_in_time_is_left_out_and_refused_when_it_is_lat
         answers = hub.round()
         assert updates(answers) == [LEARNED[0], b"", LEARNED[2]]
         assert answers[1].failure == "no answer within 1 s (rounds.round_timeout)"
+        assert answers[1].seconds >= 1
         released.set()
         time.sleep(0.1)
         assert updates(hub.round()) == LEARNED
@@ -402,6 +403,12 @@ def test_a_site_that_comes_back_within_the_round_still_takes_part_in_it(tmp_path
         start = time.monotonic()
         assert updates(hub.round()) == LEARNED
         assert time.monotonic() - start < 10, "it is looked for all the time"
+
+
+def test_at_the_end_of_a_rounds_time_a_site_that_is_gone_is_said_to_be_gone(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, rejoin_timeout=20, round_timeout=0.5) as hub:
+        hub.engine.reachable.discard("south")
+        assert [got.failure for got in hub.round()] == ["", "not connected", ""]
 
 
 def test_a_site_that_is_back_does_not_interrupt_those_that_work(tmp_path: Path) -> None:

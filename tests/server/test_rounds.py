@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.tiny_runs import events, state_bytes, tiny_run
+from tests.tiny_runs import events, state_bytes, tiny_config, tiny_run
 
 from fedflame.clients.local import LocalClients
+from fedflame.experiment.prepare import prepare
+from fedflame.experiment.run import run_experiment
+from fedflame.server.progress import Reporter
 from fedflame.server.rounds import sample_clients
 from fedflame.strategies.base import ClientProfile
 
@@ -59,3 +64,39 @@ def test_a_run_that_ended_within_its_first_round_does_not_evaluate_twice_before_
 
 def without_time(event: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in event.items() if "seconds" not in name}
+
+
+class Noted:
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.progress: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def start_client(self, round_number: int, name: str, active_experts: int) -> None:
+        self.progress.append(f"{name} begins round {round_number} with k={active_experts}")
+
+    def end_client(self, name: str) -> None:
+        self.progress.append(f"{name} has answered")
+
+    def step(self, tokens: int) -> None:
+        self.progress.append("step")
+
+
+def test_who_watches_is_told_of_every_client_step_and_score(tiny_folder: Path, tmp_path: Path) -> None:
+    noted = Noted()
+
+    @contextmanager
+    def watch(_: object) -> Iterator[Reporter]:
+        yield noted
+
+    config = tiny_config(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+    run_experiment(prepare(config, "refuse"), config_text="", workers=1, watch=watch)
+    expected = []
+    for event in events(tmp_path / "run", "client"):
+        name, k = f"client {event['client']}", event["active_experts"]
+        expected += [f"{name} begins round 1 with k={k}", "step", "step", f"{name} has answered"]
+    assert noted.progress == expected and len(expected) == 12
+    scored = [text.partition(": loss ")[0] for text in noted.messages if "global model" in text]
+    assert scored == [f"round {number}: global model at k={k}" for number in (0, 1) for k in (4, 2, 1)]

@@ -238,7 +238,19 @@ def test_of_many_runs_the_states_of_the_last_are_kept(
         service.answer(request(job, replace(plan, round=3), run=run))
     assert {path.name for path in state.iterdir() if path.is_dir()} == {"mine", runs[0], runs[2]}
     assert told.heard(f"run {runs[1][:8]}: its state is removed (trainer.kept_runs)") == 1
+    assert told.heard("its state is removed") == 1
     assert service.answer(request(job, plan, run=runs[1])).body == first.body, "it trains again"
+
+
+def test_of_few_runs_all_states_are_kept(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, tmp_path: Path
+) -> None:
+    """Half as many as may be kept, and one more."""
+    others = {f"{number:032x}" for number in range(6)}
+    for name in others:
+        (tmp_path / "state" / name).mkdir(parents=True)
+    make_service().answer(request(job, plan))
+    assert {path.name for path in (tmp_path / "state").iterdir()} == others | {RUN}
 
 
 LIMITS = "[limits]\n"
@@ -270,7 +282,9 @@ def test_what_the_sites_file_does_not_allow_is_refused_before_anything_is_loaded
 def test_a_plan_that_asks_for_just_what_is_allowed_is_trained(
     make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan
 ) -> None:
-    service = make_service(LIMITS + "max_rounds = 5\nmax_steps = 3\nmax_tokens = 192\nmax_flops = 1e15", k=2)
+    flops = 192 * make_service()._flops_per_token(job, plan)
+    limits = f"max_rounds = 5\nmax_steps = 3\nmax_tokens = 192\nmax_flops = {flops!r}"
+    service = make_service(LIMITS + limits, k=2)
     assert service.answer(request(job, replace(plan, round=5))).header["kind"] == "update"
 
 

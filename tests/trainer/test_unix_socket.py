@@ -57,6 +57,13 @@ def test_where_nothing_can_be_put_the_reason_is_one_line_and_nothing_stays_open(
     assert os.listdir("/dev/fd") == files and the_umask() == before
 
 
+def test_a_path_of_just_as_many_letters_as_the_system_allows_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * (106 - len(str(tmp_path))))
+    assert len(str(path)) == 107
+    with listening(path):
+        assert path.is_socket()
+
+
 def test_a_socket_that_somebody_removed_meanwhile_costs_nothing(tmp_path: Path) -> None:
     with listening(tmp_path / "socket"):
         (tmp_path / "socket").unlink()

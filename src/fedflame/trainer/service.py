@@ -28,7 +28,7 @@ from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.data.encoding import EncodedRow, encode_rows, pad_token
 from fedflame.data.instructions import Instruction, SkippedRow, load_instructions
-from fedflame.errors import InvalidMessage, UserError
+from fedflame.errors import InvalidMessage
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.trainer.job import TrainingJob
@@ -219,8 +219,6 @@ class TrainerService:
 def _load_rows(site: Site) -> tuple[list[Instruction], list[SkippedRow]]:
     columns = site.data.model_dump(exclude={"dataset_name"})
     loaded = load_instructions(dataset_name=site.dataset, **columns)
-    if not loaded.rows:
-        raise UserError(f"{site.dataset}: no usable row")
     return loaded.rows, loaded.skipped
 
 
