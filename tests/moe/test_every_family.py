@@ -15,6 +15,7 @@ from tests.tiny_models import random_adapter, random_batch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedflame.config.words import Checkpointed
 from fedflame.cost.adapter_size import adapter_parameters
@@ -242,6 +243,13 @@ def test_other_families_are_refused_by_name_with_the_reason(family: str, tmp_pat
     with pytest.raises(UserError) as caught:
         read_model_shape(config)
     assert str(caught.value) == f"model {config}: {family} is not supported: {REFUSED_FAMILIES[family]}"
+
+
+@pytest.mark.parametrize("family", ["hy_v4_vl", "qwen3_vl_moe"])
+def test_a_model_that_sees_images_is_refused_by_its_own_name(family: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_MAPPING[family]().to_dict(), default=str))
+    with pytest.raises(UserError, match=f": {family} is not supported: {REFUSED_FAMILIES[family]}$"):
+        read_model_shape(tmp_path)
 
 
 @pytest.mark.parametrize(

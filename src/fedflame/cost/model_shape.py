@@ -77,10 +77,11 @@ def read_model_shape(path: Path) -> ModelShape:
         UserError: there is no such file, it is not JSON, the model is dense or of a refused family, or a key
             is missing or wrong.
     """
-    config = _read_config(path)
-    refused = refusal(config.get("model_type", ""))
-    if refused:
-        raise UserError(f"model {path}: {refused}")
+    whole = _read_config(path)
+    config = _of_the_text(whole)
+    for family in (whole.get("model_type", ""), config.get("model_type", "")):
+        if refused := refusal(family):
+            raise UserError(f"model {path}: {refused}")
     if not any(config.get(key) for key in _EXPERT_KEYS):
         raise UserError(
             f"model {path}: {config.get('model_type', 'config.json')} is no sparse mixture of experts: "
@@ -165,8 +166,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"model {path}: {file.name} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"model {path}: {file.name} is not a JSON object")
-    text = config.get("text_config")
-    config = config | text if isinstance(text, dict) else config
+    return config
+
+
+def _of_the_text(whole: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of the language model; a model that sees images has them one level down."""
+    text = whole.get("text_config")
+    config = whole | text if isinstance(text, dict) else dict(whole)
     if isinstance(config.get("layers_block_type"), list):
         config["num_hidden_layers"] = len(config["layers_block_type"])
     return config
