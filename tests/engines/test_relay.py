@@ -67,11 +67,11 @@ def says_something(relay: FedflameRelay, site: str) -> None:
 def test_a_site_that_fell_silent_is_no_longer_reached_and_its_tickets_end(
     relay: FedflameRelay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_module, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(relay_module, "SILENT_SECONDS", 0.4)
     link: Any = Link()
     relay._link, relay._open = link, {"ticket-a": "a", "ticket-b": "b"}
     assert relay._reachable() == {"a", "b"}, "at the start nobody had the time to say something"
-    time.sleep(1.1)
+    time.sleep(0.5)
     says_something(relay, "a")
     assert relay._reachable() == {"a"}
     relay._give_up_on_the_dead(relay._reachable())

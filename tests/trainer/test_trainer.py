@@ -416,6 +416,7 @@ def test_another_user_is_sent_away_even_through_an_open_door(
     user = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(5)
         connection.connect(str(door))
         with pytest.raises(EOFError):
             receive(connection)
@@ -432,7 +433,9 @@ def of_another_user(door: Path, try_it: Callable[[socket.socket], bool]) -> bool
         went_so = False
         try:
             os.setuid(65534)
-            went_so = try_it(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(5)
+            went_so = try_it(connection)
         finally:
             os._exit(0 if went_so else 1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

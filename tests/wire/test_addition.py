@@ -127,6 +127,7 @@ def test_of_merged_factors_that_grew_the_new_ranks_travel() -> None:
     assert parts.keys() == second.tensors("merged.").keys()
     for name, value in second.tensors("merged.").items():
         assert_same_bits(parts[name], value, name)
+    assert parts_of(travelled(replace(grown, round=9), grown)) == {}
     travelled(grown, held)
     travelled(held, grown)
     travelled(replace(held, merged=second.concatenate(first)), replace(held, merged=first))
