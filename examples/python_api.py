@@ -15,7 +15,7 @@ from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies import FedAvg
 from fedflame.strategies.base import ServerState, in_client_order
 
-SIZES = {"a clinic": 60, "a hospital": 120, "a university": 180}
+SIZES = {"a clinic": 30, "a hospital": 60, "a university": 90}
 
 
 def sums(first: int, rows: int) -> list[dict[str, str]]:
@@ -31,9 +31,9 @@ data = [sums(200 * client, rows) for client, rows in enumerate(SIZES.values())]
 settings = {
     "output_dir": "runs/python-api/flame",
     "clients": {"active_experts": [1, 4, 8]},
-    "training": {"max_steps": 5},
+    "training": {"max_steps": 4},
     "server": {"num_server_rounds": 2},
-    "evaluation": {"rows_per_category": 20, "max_new_tokens": 0},
+    "evaluation": {"rows_per_category": 10, "max_new_tokens": 0},
 }
 plan = fedflame.plan(settings, data=data)
 for name, client, cost in zip(SIZES, plan.clients, plan.cost.clients, strict=False):

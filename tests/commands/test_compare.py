@@ -129,6 +129,7 @@ def test_the_table_holds_what_the_runs_measured(finished: Path) -> None:
         assert record["rounds"][-1]["simulated_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_interrupted_and_killed_and_resumed_it_ends_the_same(
     finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from tests.tiny_runs import adapter_bytes, arguments, events, invoke, tiny_run
 from transformers import AutoModelForCausalLM
 
 from fedflame.compare.grid import Cell
-from fedflame.compare.results import CellResult, read_cell, write_cell
+from fedflame.compare.results import CellResult, leave_result, take_over
 from fedflame.config.methods import METHODS, NAMED_METHODS
 from fedflame.experiment.run_folder import Existing, saved_config
 from fedflame.report.records import read_run
@@ -91,8 +91,8 @@ def cell_of(name: str, model: Path, folder: Path, *overrides: str) -> CellResult
     a_run(name, model, folder / "run", *overrides)
     run = read_run(folder / "run")
     cell = Cell(name, (), saved_config(folder / "run"), folder)
-    write_cell(cell, run, dict.fromkeys((4, 2, 1), 1.0))
-    return read_cell(cell)
+    leave_result(cell, run, dict.fromkeys((4, 2, 1), 1.0))
+    return take_over(folder / "cells.jsonl", {}, [cell])[cell.name]
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,7 @@ def test_killed_at_three_instants_and_resumed_it_ends_in_the_same_bytes(
     assert timeless(run) == timeless(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_with_rounded_updates_bytes_shrink_and_what_clients_owe_survives_a_kill(
     finished: Path, tiny_folder: Path, tmp_path: Path

@@ -15,6 +15,7 @@ import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.examples_drawn import MANY
 
 from fedflame.data.instructions import (
     Instruction,
@@ -134,7 +135,7 @@ def test_parquet_with_broken_rows(tmp_path: Path) -> None:
     )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=MANY // 2, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(noise=st.lists(st.binary(max_size=40) | st.text('{}[]":,a\n', max_size=20).map(str.encode)))
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_noise_between_rows_is_skipped_or_refused(tmp_path: Path, suffix: str, noise: list[bytes]) -> None:

@@ -152,6 +152,7 @@ def failing_as(kinds: dict[Which, str], deliver: Deliver) -> Deliver:
     return answer
 
 
+@pytest.mark.slow
 def test_with_thirty_percent_failing_at_random_fifty_rounds_equal_those_that_skip_them(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

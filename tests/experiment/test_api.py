@@ -226,7 +226,7 @@ def test_a_run_with_a_method_of_its_own_goes_on_and_is_scored_and_exported(
 
 def test_scores_of_a_run_on_rows_in_memory_need_the_rows_again(tiny_folder: Path, tmp_path: Path) -> None:
     run = fedflame.run(config_of(tiny_folder, tmp_path / "run"), data=ROWS)
-    with pytest.raises(UserError, match="a program handed these rows over; it must do so again"):
+    with pytest.raises(UserError, match="a program passed these rows in; it must do so again"):
         fedflame.evaluate(run)
     again = fedflame.evaluate(run, data=ROWS, active_experts=[4])
     assert total(again[4]).loss == pytest.approx(run.scores[1][4]["loss"], rel=1e-6)

@@ -106,6 +106,7 @@ def test_the_learning_rate_rises_and_falls_twice() -> None:
     assert rates[-1] == pytest.approx(1e-3 / 3000)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its model and its curve are those of a run that was not, and the model loads as a stock OLMoE."""
     write_open_text(tmp_path)

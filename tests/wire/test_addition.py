@@ -108,7 +108,7 @@ def test_a_value_that_is_not_held_travels_and_one_that_is_no_longer_wanted_is_re
     assert set(parts_of(travelled(replace(plan, round=4), bare))) == set(plan.adapter.tensors()) - set(
         bare.adapter.tensors()
     )
-    with pytest.raises(InvalidMessage, match="make another plan than was sent"):
+    with pytest.raises(InvalidMessage, match="do not give the plan that was sent"):
         travelled(bare, plan)
 
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
+from tests.examples_drawn import MANY
 from tests.message_samples import (
     IN,
     OUT,
@@ -532,7 +533,7 @@ def test_garbage_is_refused(kind: str, garbage: bytes) -> None:
 
 
 @both_kinds
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=MANY, deadline=None)
 @given(data=st.data())
 def test_changed_bytes_are_refused_and_under_a_new_seal_too_or_come_back(
     kind: str, data: st.DataObject
@@ -558,7 +559,7 @@ json_values = st.recursive(
 
 
 @both_kinds
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=MANY, deadline=None)
 @given(data=st.data())
 def test_a_header_with_changed_fields_is_refused_or_comes_back(kind: str, data: st.DataObject) -> None:
     buffer = DECODERS[kind][1]
@@ -588,7 +589,7 @@ def test_counts_of_more_dimensions_are_refused_also_where_the_experts_are_as_man
 
 
 @both_kinds
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=MANY, deadline=None)
 @given(data=st.data())
 def test_a_buffer_with_other_tensors_is_refused_or_comes_back(kind: str, data: st.DataObject) -> None:
     buffer = DECODERS[kind][1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples_drawn import MANY
 
 from fedflame.wire.planes import compress, decompress
 
@@ -72,7 +73,7 @@ def test_bytes_without_a_pattern_are_not_even_tried(monkeypatch: pytest.MonkeyPa
     assert decompress(compress(body), len(body)) == body
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=MANY, deadline=None)
 @given(few_numbers, st.data())
 def test_changed_bytes_are_refused_or_other_bytes_of_the_size_that_is_claimed(
     body: bytes, data: st.DataObject

@@ -6,6 +6,7 @@ The driver, its socket and the carrier are then in one process.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,7 @@ class GridEngine:
 
 def _carry(carrier: Carrier, link: HubLink) -> None:
     try:
-        carrier.run()
+        with suppress(OSError):  # the driver has closed the connection while an answer was on its way
+            carrier.run()
     finally:
         link.close()
