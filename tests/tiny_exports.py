@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,37 +67,63 @@ MODELS = {
 }
 
 FRESH_PROCESS = """
-import sys, torch
+import json, sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-tokens, result, *jobs = sys.argv[1:]
-tokens, outputs = torch.load(tokens), []
-with torch.no_grad():
-    for base, adapter in zip(jobs[::2], jobs[1::2]):
-        plain = AutoModelForCausalLM.from_pretrained(base)
-        before = plain(tokens).logits
-        outputs.append((before, PeftModel.from_pretrained(plain, adapter)(tokens).logits))
-assert not any(name.startswith("fedflame") for name in sys.modules)
-torch.save(outputs, result)
+tokens, result = sys.argv[1:]
+tokens = torch.load(tokens)
+for line in sys.stdin:
+    outputs = []
+    with torch.no_grad():
+        for base, adapter in json.loads(line):
+            plain = AutoModelForCausalLM.from_pretrained(base)
+            before = plain(tokens).logits
+            outputs.append((before, PeftModel.from_pretrained(plain, adapter)(tokens).logits))
+    assert not any(name.startswith("fedflame") for name in sys.modules)
+    torch.save(outputs, result)
+    print("done", flush=True)
 """
 
 
-def peft_logits(jobs: list[tuple[Path, Path]], work: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits of each base alone and under its adapter folder, by `from_pretrained` in one fresh process."""
-    torch.save(TOKENS, work / "tokens.pt")
-    arguments = [work / "tokens.pt", work / "result.pt", *(path for job in jobs for path in job)]
-    run = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "missing" not in run.stderr.lower()
-    assert "unexpected" not in run.stderr.lower()
-    result: list[tuple[torch.Tensor, torch.Tensor]] = torch.load(work / "result.pt")
-    return result
+class FreshProcess:
+    """A process that knows transformers and PEFT alone, and runs models for the tests of this process."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="fedflame-peft-"))
+        self._said, self._result = self._folder / "stderr.txt", self._folder / "result.pt"
+        torch.save(TOKENS, self._folder / "tokens.pt")
+        with self._said.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", FRESH_PROCESS, str(self._folder / "tokens.pt"), str(self._result)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+        atexit.register(self._end)
+
+    def logits(self, jobs: list[tuple[Path, Path]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        before = self._said.stat().st_size
+        self._process.stdin.write(json.dumps([[str(path) for path in job] for job in jobs]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        said = self._said.read_bytes()[before:].decode()
+        assert answer == "done\n", said
+        assert "missing" not in said.lower() and "unexpected" not in said.lower()
+        result: list[tuple[torch.Tensor, torch.Tensor]] = torch.load(self._result)
+        return result
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+fresh_process = functools.cache(FreshProcess)
+
+
+def peft_logits(jobs: list[tuple[Path, Path]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of each base alone and under its adapter folder, by `from_pretrained` in a fresh process."""
+    return fresh_process().logits(jobs)
 
 
 def save_base(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

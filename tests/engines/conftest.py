@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.preloaded import command_words
 
 from loopback import fedflame
 
@@ -25,6 +27,14 @@ generate_every = 0
 """
 
 
+@pytest.fixture(scope="session")
+def forked_commands() -> Iterator[None]:
+    """`fedflame` commands of federations start from a process that has imported torch once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loopback.FEDFLAME", command_words())
+        yield
+
+
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("experiment") / "experiment.toml"
@@ -33,7 +43,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(experiment: Path) -> Path:
+def finished(experiment: Path, forked_commands: None) -> Path:
     """The experiment in one process."""
     run = experiment.parent / "one-process"
     done = fedflame("run", experiment, "--output-dir", run)

@@ -29,13 +29,16 @@ from loopback_flower import BIN, QUIET, flwr, loopback_flower, start_node
 pytest.importorskip("flwr")
 pytestmark = [
     pytest.mark.federation,
+    pytest.mark.usefixtures("forked_commands"),
     pytest.mark.timeout(300, func_only=True),
 ]
 APP = Path(__file__).parents[2] / "examples" / "flower"
 
 
 @pytest.fixture(scope="module")
-def federation(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+def federation(
+    forked_commands: None, experiment: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Loopback]:
     with loopback_flower(tmp_path_factory.mktemp("federation"), experiment) as found:
         yield found
 

@@ -29,12 +29,15 @@ from loopback import SITES, Loopback, Service, descendants, fedflame, loopback
 pytest.importorskip("nvflare")
 pytestmark = [
     pytest.mark.federation,
+    pytest.mark.usefixtures("forked_commands"),
     pytest.mark.timeout(300, func_only=True),
 ]
 
 
 @pytest.fixture(scope="module")
-def federation(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+def federation(
+    forked_commands: None, experiment: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Loopback]:
     with loopback(tmp_path_factory.mktemp("federation"), experiment) as found:
         yield found
 

@@ -79,7 +79,7 @@ def test_peft_in_a_fresh_process_gives_our_logits(
 ) -> None:
     state, exported = with_merged(state, merged_rank) if merged_rank else state, tmp_path / "adapter"
     export_adapter(state, trained_run(run_config(base), 4), adapted.model, exported)
-    [(plain, peft)] = peft_logits([(base, exported)], tmp_path)
+    [(plain, peft)] = peft_logits([(base, exported)])
     ours = our_logits(adapted, state, K)
     torch.testing.assert_close(peft, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
     assert float((plain - ours).abs().max()) > 0.1 * float(ours.abs().max())
@@ -154,9 +154,7 @@ def test_adapters_of_one_k_are_adapter_folders_below(
     for k, adapter in {3: load_adapter(folder, adapted, seed=0), **back}.items():
         for name, value in state.adapter_at(k).tensors().items():
             assert torch.equal(adapter.tensors()[name], value), (k, name)
-    for k, (_, peft) in zip(
-        (2, 1), peft_logits([(base, folder / "k2"), (base, folder / "k1")], tmp_path), strict=True
-    ):
+    for k, (_, peft) in zip((2, 1), peft_logits([(base, folder / "k2"), (base, folder / "k1")]), strict=True):
         ours = our_logits(adapted, replace(state, adapter=state.adapter_at(k)), K)
         torch.testing.assert_close(peft, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
 

@@ -84,7 +84,7 @@ def in_peft(
     exports: dict[str, Export], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     jobs = [(exports[kind].base, exports[kind].folders[layout]) for kind, layout in CASES]
-    return dict(zip(CASES, peft_logits(jobs, tmp_path_factory.mktemp("fresh")), strict=True))
+    return dict(zip(CASES, peft_logits(jobs), strict=True))
 
 
 def assert_same_bits(one: Adapter, other: Adapter) -> None:
