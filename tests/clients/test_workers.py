@@ -175,6 +175,8 @@ def test_a_worker_that_was_killed_before_it_took_its_plan_is_a_failure(
     """While it rests, and while it loads the model with the plan before its door."""
     with WorkerClients(setup, 1) as clients:
         (loading,) = clients._idle
+        assert loading.process.pid is not None
+        os.kill(loading.process.pid, signal.SIGSTOP)  # so that it cannot be quicker than what kills it
         killer = threading.Timer(0.2, loading.process.kill)
         killer.start()
         (answer,) = clients.train([plan(local, 0)], lambda _: None)
