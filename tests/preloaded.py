@@ -1,8 +1,8 @@
 """`fedflame` as processes that start in milliseconds: forked from one process that has imported torch.
 
-`Fork` starts a command and knows its process. `command_words` gives words to run instead of `python -m
-fedflame`: this file then hands its streams over, passes signals on, and ends as the fork does. If whoever asked
-for a fork is killed, the fork ends at once.
+`Fork` starts a command and knows its process. `command_words` gives words to run instead of
+`python -m fedflame`: this file then hands its streams over, passes signals on, and ends as the fork does. If
+whoever asked for a fork is killed, the fork ends at once.
 """
 
 from __future__ import annotations

@@ -175,6 +175,8 @@ def test_rows_by_client_stay_with_their_client(table: bool, tiny_folder: Path, t
     run = fedflame.run(config, data=data)
     assert run.config.clients.num_clients == 2
     partition = json.loads((run.folder / "partition.json").read_text())
+    assert (partition["partition"], partition["alpha"]) == ("given", None)
+    assert "in-memory, given" in run.report.read_text(encoding="utf-8")
     held_out = partition["held_out_rows"]
     assert sum(client["rows"] for client in partition["clients"]) == 50 - held_out and held_out > 0
     for client, part in zip(partition["clients"], parts, strict=True):

@@ -40,6 +40,8 @@ class Federation:
     training: list[Instruction]
     parts: list[list[int]]
     """For each client, the indices of its rows in `training`."""
+    partition: str
+    """How the rows came to the clients: as `data.partition` says, or `given` with them by a program."""
     held_out: list[Instruction]
     """The rows of `evaluation.split`. The training rows are the same for both splits."""
     skipped: list[SkippedRow]
@@ -100,7 +102,7 @@ def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federa
     labels = [row.category for row in training]
     seed = derive_seed(config.seed, "partition")
     parts = partition(labels, config.clients.num_clients, config.data.partition, config.data.alpha, seed)
-    return Federation(training, parts, held_out, skipped)
+    return Federation(training, parts, config.data.partition, held_out, skipped)
 
 
 _Rows = tuple[list[Instruction], list[Instruction], list[SkippedRow]]
@@ -136,7 +138,7 @@ def _of_clients(config: RunConfig, given: GivenRows) -> Federation:
     if not all(parts):
         source = given.sources[parts.index([])].name
         raise UserError(f"{source}: no row is left to train on after rows for evaluation were held out")
-    return Federation(training, parts, held_out, [row for of in loaded for row in of.skipped])
+    return Federation(training, parts, "given", held_out, [row for of in loaded for row in of.skipped])
 
 
 def _columns(data: DataConfig) -> dict[str, str]:

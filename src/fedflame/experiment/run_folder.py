@@ -119,8 +119,8 @@ def _partition(experiment: Experiment) -> dict[str, Any]:
     data, federation = experiment.config.data, experiment.federation
     return {
         "data_digest": federation.digest,
-        "partition": data.partition,
-        "alpha": data.alpha if data.partition == "dirichlet" else None,
+        "partition": federation.partition,
+        "alpha": data.alpha if federation.partition == "dirichlet" else None,
         "rows": len(federation.training),
         "categories": federation.categories,
         "clients": experiment.clients,

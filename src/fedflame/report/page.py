@@ -80,9 +80,11 @@ def _strategy(run: Run) -> str:
 
 
 def _data(run: Run) -> str:
+    """The data and how they were split, as it was done; as it was asked for where that is not known."""
     data: dict[str, Any] = run.config.get("data", {})
-    text = f"{data.get('dataset_name')}, {data.get('partition')}"
-    return f"{text} (alpha {data.get('alpha')})" if data.get("partition") == "dirichlet" else text
+    split = run.partition if "partition" in run.partition else data
+    text = f"{data.get('dataset_name')}, {split.get('partition')}"
+    return f"{text} (alpha {split.get('alpha')})" if split.get("partition") == "dirichlet" else text
 
 
 def _rounds(run: Run) -> str:
