@@ -112,7 +112,7 @@ def require_usable(update: ClientUpdate, plan: RoundPlan) -> None:
 
 def mutate(message: bytes, mutation: str, rng: random.Random, others: list[bytes]) -> bytes:
     """Another message, sealed anew unless it is `damaged` or `garbage`; `compressed` changes what is under
-    the seal, the others the safetensors buffer of a plan or, below its squeezing, of an update.
+    the seal, the others the safetensors buffer of a plan or, below its compression, of an update.
     """
     if mutation == "garbage":
         return rng.randbytes(rng.randrange(400))

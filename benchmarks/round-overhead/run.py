@@ -41,7 +41,7 @@ from fedflame.engines.clients import EngineClients
 from fedflame.engines.engine import Engine
 from fedflame.engines.flower.engine import FlowerEngine
 from fedflame.engines.hub import HubRounds, load_hub
-from fedflame.engines.jobs import segments
+from fedflame.engines.jobs import engine_jobs
 from fedflame.engines.nvflare.engine import NvflareEngine
 from fedflame.experiment.environment import environment
 from fedflame.wire.buffer import pack
@@ -187,10 +187,10 @@ def measure(engine: str, setting: str, rounds: int) -> dict[str, Any]:
 
         with (
             ENGINES[engine](folder, sites, start_trainer) as running,
-            segments(running.engine, print) as jobs,
+            engine_jobs(running.engine, print) as jobs,
         ):
             clients = EngineClients(
-                engine=running.engine, segments=jobs, run=secrets.token_hex(16), job={}, sites=sites,
+                engine=running.engine, engine_jobs=jobs, run=secrets.token_hex(16), job={}, sites=sites,
                 rounds=HubRounds(), quorum=count, folder=requests, say=print,
             )  # fmt: skip
             measured = all_rounds(clients, running, size, rounds)

@@ -274,8 +274,8 @@ LIST_ERROR = 'Value error, must be integers of at least 1, such as [8, 4, 2, 1] 
         ),
         (
             "strategy.name=fedprox",
-            "config: strategy.name = 'fedprox': Value error, must be one of 'flame', 'fedavg', 'ffa_lora', "
-            "'rolora', 'fedex_lora', 'hetlora', 'flexlora', 'flora'",
+            "config: strategy.name = 'fedprox': Input should be 'flame', 'fedavg', 'ffa_lora', 'rolora', "
+            "'fedex_lora', 'hetlora', 'flexlora' or 'flora'",
         ),
         ("clients.ranks=8,x", f"config: clients.ranks = '8,x': {LIST_ERROR}"),
         ("clients.ranks=8,9", "config: clients.ranks = 9: must be at most adapter.r = 8"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from fedflame.config.lists import Integers, IntegersOrNone, Names, is_integer
 from fedflame.config.methods import METHODS, NAMED_METHODS
@@ -28,8 +29,8 @@ def _min_full_or_number(value: object) -> str:
 
 def _known_method(name: str) -> str:
     if name not in METHODS:
-        known = ", ".join(map(repr, NAMED_METHODS))
-        raise ValueError(f"must be one of {known}")
+        *known, last = map(repr, NAMED_METHODS)
+        raise PydanticCustomError("literal_error", f"Input should be {', '.join(known)} or {last}")
     return name
 
 
