@@ -6,10 +6,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint types docs check clean
+.PHONY: help run test test-slow test-federation lint types docs check clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "make %-9s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "make %-15s %s\n", $$1, $$2 }'
 
 run: $(READY) ## Fine-tune the embedded model on unequal simulated clients, and write the report
 	OMP_NUM_THREADS=1 $(BIN)/fedflame run --overwrite --workers 2 # its products are too small to share by threads
@@ -17,8 +17,11 @@ run: $(READY) ## Fine-tune the embedded model on unequal simulated clients, and 
 test: $(READY) ## Run the tests but those marked federation or slow (PYTEST_FLAGS="-k name" picks some)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not federation and not slow" $(PYTEST_FLAGS)
 
-test-slow: $(READY) ## Run the tests marked federation or slow, one after another
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "federation or slow" $(PYTEST_FLAGS)
+test-slow: $(READY) ## Run the tests marked slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m slow $(PYTEST_FLAGS)
+
+test-federation: $(READY) ## Run the tests marked federation, one after another
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m federation $(PYTEST_FLAGS)
 
 lint: $(READY) ## Check style and format
 	$(BIN)/ruff check
@@ -32,7 +35,7 @@ docs: $(READY) ## Build the documentation site, docs/_build/html/index.html
 
 # Federations mostly wait, so that they run beside all the rest.
 check: $(READY) ## Everything that CI checks: style, types, the documentation site, all tests
-	$(MAKE) --keep-going --jobs=2 --output-sync=target test-slow lint types docs test
+	$(MAKE) --keep-going --jobs=2 --output-sync=target test-federation lint types docs test test-slow
 
 clean: ## Remove .venv, caches and builds; runs/ stays
 	rm -rf .venv dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
