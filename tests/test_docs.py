@@ -105,6 +105,17 @@ def test_every_name_in_a_document_exists(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_key_in_a_document_exists(document: Path) -> None:
+    keys = {*keys_of(RunConfig), *keys_of(Hub), *keys_of(Site)}
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    named = re.findall(r"`(\w+\.\w+)\b", document.read_text(encoding="utf-8"))
+    known = {
+        name for name in named if name in keys or name.rpartition(".")[2] in FILE_ENDINGS or exists(name)
+    }
+    assert {name for name in set(named) - known if name.partition(".")[0] in sections} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_test_in_a_document_exists(document: Path) -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", document.read_text(encoding="utf-8"))
     missing = {
