@@ -28,6 +28,7 @@ from tests.tiny_runs import (
     tiny_run,
 )
 
+from fedflame.config.run_config import SCHEMA_VERSION
 from fedflame.errors import UserError
 from fedflame.experiment.adapter_folder import trained_run
 from fedflame.exports import export_adapter
@@ -312,7 +313,9 @@ def test_overwrite_removes_no_folder_that_is_not_a_run(tiny_folder: Path, tmp_pa
 def test_a_run_of_another_version_is_left_with_the_key_that_is_not_known(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / "config.json"
-    path.write_text(json.dumps({"seed": 0, "strategy": {"name": "flame", "k_rotation": "odd"}}))
+    values = json.loads(tiny_config(tmp_path, tmp_path / "run").model_dump_json())
+    values["strategy"]["k_rotation"] = "odd"
+    path.write_text(json.dumps({"schema_version": SCHEMA_VERSION} | values))
     with pytest.raises(UserError) as error:
         tiny_run(tmp_path, tmp_path / "run", existing="overwrite")
     assert str(error.value) == (

@@ -3,9 +3,12 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.tiny_models import (
     END,
     LAYERS,
@@ -249,3 +252,18 @@ def test_evaluation_restores_k_counts_nothing_and_tracks_no_gradient() -> None:
     assert [layer.router.top_k for layer in adapted.layers] == [TOP_K] * LAYERS
     assert not adapted.counts.total.any()
     assert all(parameter.grad is None for parameter in adapted.model.parameters())
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 20_000), min_size=1, max_size=120), st.integers(0, 40))
+def test_a_batch_of_long_rows_has_fewer_of_them(lengths: list[int], new_tokens: int) -> None:
+    encoded = [EncodedRow([5] * length, 1, False) for length in sorted(lengths)]
+    held_out = HeldOut([], encoded, TOKENIZER, 30_000, new_tokens)
+    batches = list(evaluation._batches(range(len(encoded)), held_out))
+    assert [index for batch in batches for index in batch] == list(range(len(encoded)))
+    for batch in batches:
+        widest = max(len(encoded[index].ids) for index in batch) + new_tokens
+        assert len(batch) == 1 or (len(batch) <= 50 and len(batch) * widest <= evaluation.BATCH_TOKENS)
+    for batch, (first, *_) in pairwise(batches):  # a batch ends only where the next row does not fit
+        width = len(encoded[first].ids) + new_tokens
+        assert len(batch) == 50 or (len(batch) + 1) * width > evaluation.BATCH_TOKENS

@@ -42,12 +42,8 @@ def is_run(folder: Path) -> bool:
 
 def is_old_run(run: Path) -> bool:
     """Whether it is a run folder of another version, which may be replaced but not gone on with."""
-    try:
-        values = json.loads((run / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    known = isinstance(values, dict) and values.keys() >= {"strategy", "server", "output_dir"}
-    return known and values.get("schema_version") != SCHEMA_VERSION
+    values = _run_settings(run)
+    return values is not None and not _has_version(values)
 
 
 def saved_config(run: Path) -> RunConfig:
@@ -56,20 +52,31 @@ def saved_config(run: Path) -> RunConfig:
     Raises:
         UserError: the folder is no run folder, which nothing may remove, or is one of another version.
     """
-    path = run / "config.json"
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run}: not a run folder (no config.json of a run); it is left as it is") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{run}: not a run folder (config.json holds no object); it is left as it is")
-    if is_old_run(run):
+    values = _run_settings(run)
+    if values is None:
+        raise UserError(f"{run}: not a run folder (no config.json of a run); it is left as it is")
+    if not _has_version(values):
         raise UserError(
             f"{run}: its settings have schema version {values.get('schema_version')!r}; this fedflame reads "
             f"version {SCHEMA_VERSION}. Use the fedflame that made it, or start a new run"
         )
-    values.pop("schema_version", None)
-    return validated(RunConfig, values, f"{path}, which is left as it is")
+    del values["schema_version"]
+    return validated(RunConfig, values, f"{run / 'config.json'}, which is left as it is")
+
+
+def _run_settings(run: Path) -> dict[str, Any] | None:
+    """What config.json holds; None where there is none, or one of something else than a run."""
+    try:
+        values = json.loads((run / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    is_of_run = isinstance(values, dict) and values.keys() >= {"strategy", "server", "output_dir"}
+    return values if is_of_run else None
+
+
+def _has_version(values: dict[str, Any]) -> bool:
+    version = values.get("schema_version")
+    return type(version) is int and version == SCHEMA_VERSION
 
 
 def saved_dtype(run: Path) -> DtypeChoice | None:

@@ -1,0 +1,54 @@
+"""A run folder says its schema version: one of another version is told apart, and may only be replaced."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.tiny_runs import checkpoint_bytes, invoke, tiny_run
+
+from fedflame.config.run_config import SCHEMA_VERSION
+from fedflame.errors import UserError
+from fedflame.experiment.run_folder import saved_config
+
+ONE_ROUND = "server.num_server_rounds=1"
+
+
+@pytest.mark.parametrize("version", [None, SCHEMA_VERSION + 1, "1"])
+def test_a_run_folder_of_another_version_is_refused_and_may_be_replaced(
+    version: int | str | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    tiny_run(tiny_folder, run, ONE_ROUND)
+    path = run / "config.json"
+    values = json.loads(path.read_text())
+    assert values.pop("schema_version") == SCHEMA_VERSION
+    path.write_text(json.dumps(values if version is None else values | {"schema_version": version}))
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    line = (
+        f"{run}: its settings have schema version {version!r}; this fedflame reads version {SCHEMA_VERSION}. "
+        "Use the fedflame that made it, or start a new run"
+    )
+    with pytest.raises(UserError) as refused:
+        tiny_run(tiny_folder, run, ONE_ROUND, existing="resume")
+    assert str(refused.value) == line
+    for command in (("evaluate", run), ("export", run, "--to", tmp_path / "out")):
+        result = invoke(*command)
+        assert (result.exit_code, result.stderr) == (2, f"fedflame: {line}\n")
+    with pytest.raises(UserError, match="exists already"):
+        tiny_run(tiny_folder, run, ONE_ROUND)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    tiny_run(tiny_folder, run, ONE_ROUND, "seed=5", existing="overwrite")
+    assert saved_config(run).seed == 5 and checkpoint_bytes(run)
+
+
+@pytest.mark.parametrize(
+    "content", ["[1, 2]", "{}", '{"schema_version": 1}', '{"schema_version": 7}', "null", "not JSON"]
+)
+def test_a_folder_with_another_config_json_is_no_run_and_stays(content: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(content)
+    with pytest.raises(UserError, match="left as it is"):
+        tiny_run(tmp_path, tmp_path / "mine", existing="overwrite")
+    assert (tmp_path / "mine" / "config.json").read_text() == content
