@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedflame.atomic_file import write_atomically, write_json
 from fedflame.base.dtype import DtypeChoice
 from fedflame.config.run_config import SCHEMA_VERSION, RunConfig
-from fedflame.config.settings import validated
+from fedflame.config.settings import flat, validated
 from fedflame.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def check_run_folder(run: Path, config: RunConfig, existing: Existing) -> None:
     """Raises UserError for a folder that must not be touched, and for a resumption with other settings."""
     if existing == "resume":
         saved = saved_config(run)
-        if differing := _differing_keys(saved.model_dump(), config.model_dump(exclude={"output_dir"})):
+        before, now = flat(saved.model_dump()), flat(config.model_dump(exclude={"output_dir"}))
+        if differing := [key for key, value in now.items() if before[key] != value]:
             raise UserError(
                 f"{run}: --resume needs the configuration it was started with; {differing[0]} differs "
                 f"(config.json in the run folder has it)"
@@ -135,14 +136,3 @@ def _partition(experiment: Experiment) -> dict[str, Any]:
         "truncated_rows": experiment.encoded.truncated,
         "skipped_rows": len(federation.skipped),
     }
-
-
-def _differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for name in other:
-        value = one[name]
-        if isinstance(value, dict):
-            keys += _differing_keys(value, other[name], f"{prefix}{name}.")
-        elif value != other[name]:
-            keys.append(prefix + name)
-    return keys
