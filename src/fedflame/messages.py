@@ -70,7 +70,7 @@ class Adapter:
         norms_b = [torch.linalg.vector_norm(b[..., kept:], dtype=torch.float64) for b, _ in pairs]
         norms_a = [torch.linalg.vector_norm(a[..., kept:, :], dtype=torch.float64) for _, a in pairs]
         # At zero, the gradient of a norm of norms is zero; that of a square root does not exist.
-        return torch.linalg.vector_norm(torch.stack(norms_b)), torch.linalg.vector_norm(torch.stack(norms_a))
+        return _norm_of(norms_b), _norm_of(norms_a)
 
     def concatenate(self, *others: Adapter) -> Adapter:
         """Join adapters along the rank: every product B A is the sum of their products.
@@ -138,6 +138,12 @@ def is_trained(name: str, trainable: Trainable) -> bool:
 def rank_dim(name: str) -> int:
     """Return the dimension of this value that has the length of the rank (in A1 twice: gate and up)."""
     return -2 if half_of(name) == "A" else -1
+
+
+def _norm_of(norms: list[Tensor]) -> Tensor:
+    """Return the norm of all values from those of the tensors, which may lie on several devices."""
+    whole: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return whole
 
 
 def _b_of(name: str) -> str:

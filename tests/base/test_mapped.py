@@ -164,7 +164,8 @@ def test_a_checkpoint_without_a_weight_is_refused_as_ever(
 def test_a_run_on_mapped_weights_has_the_adapter_of_one_without(
     tiny_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To rounding: a product's last bit may depend on the alignment of the weights in memory."""
+    """To rounding: base and LoRA are one product where the weights are held, and two where they are
+    mapped."""
     base = sum(value.nbytes for value in load_file(tiny_folder / "model.safetensors").values())
     for name, limit in (("held", SHARE * base), ("mapped", SHARE * base - 1)):
         monkeypatch.setattr("fedflame.base.memory_limit.memory_limit", lambda limit=limit: limit)
@@ -172,7 +173,7 @@ def test_a_run_on_mapped_weights_has_the_adapter_of_one_without(
         assert cache.exists() == (name == "mapped")
     held, mapped = (read_checkpoint(tmp_path / name).state for name in ("held", "mapped"))
     for name, value in held.adapter.tensors().items():
-        torch.testing.assert_close(mapped.adapter.tensors()[name], value, rtol=0, atol=1e-7)
+        torch.testing.assert_close(mapped.adapter.tensors()[name], value, rtol=0, atol=2e-6)
     assert len(list(cache.iterdir())) == 1
 
 

@@ -185,14 +185,19 @@ def logits(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("k", [1, 2, 3, TOP_K])
-def test_with_b_zero_and_s_one_the_logits_are_exactly_those_of_the_stock_model_built_with_k(
+def test_with_b_zero_and_s_one_the_logits_are_as_exact_as_those_of_the_stock_model_built_with_k(
     k: int, dtype: torch.dtype
 ) -> None:
+    """Joined products add zeros, and weigh before the last product: other roundings, no more of them."""
     adapted = AdaptedModel(tiny_olmoe(intermediate_size=40).to(dtype), 8, ALPHA, ["q_proj", "v_proj"])
     adapted.load(adapted.initial_adapter(3), torch.ones(LAYERS))
     stock = with_active_experts(k, intermediate_size=40).to(dtype)
+    oracle = copy.deepcopy(stock).double()
+    oracle.set_experts_implementation("eager")
+    exact = logits(oracle)
     with adapted.active_experts(k):
-        assert torch.equal(logits(adapted.model), logits(stock))
+        error = (logits(adapted.model) - exact).norm()
+    assert error <= 1.3 * (logits(stock) - exact).norm()
 
 
 def test_the_stock_models_of_two_k_differ() -> None:

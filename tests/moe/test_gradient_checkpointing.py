@@ -26,7 +26,7 @@ from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.moe.gradient_checkpointing import layers_checkpointed
+from fedflame.moe.gradient_checkpointing import require_checkpointable
 from fedflame.training.fine_tune import fine_tune
 from fedflame.training.token_loss import token_losses
 
@@ -90,5 +90,5 @@ def test_outside_of_training_nothing_of_it_is_left() -> None:
 
 def test_a_model_without_such_layers_is_refused() -> None:
     match = "training.gradient_checkpointing: transformers checkpoints no layer of Linear"
-    with pytest.raises(UserError, match=match), layers_checkpointed(nn.Linear(2, 3)):
-        pass
+    with pytest.raises(UserError, match=match):
+        require_checkpointable(nn.Linear(2, 3))

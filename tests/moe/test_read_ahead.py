@@ -26,7 +26,8 @@ LAYERS = 3
 
 
 def adapted_model(checkpointing: Checkpointed = "none") -> AdaptedModel:
-    return AdaptedModel(tiny_olmoe(num_hidden_layers=LAYERS), RANK, ALPHA, ATTENTION, checkpointing)
+    model = tiny_olmoe(num_hidden_layers=LAYERS)
+    return AdaptedModel(model, RANK, ALPHA, ATTENTION, checkpointing, mapped=True)
 
 
 def update_bytes(adapted: AdaptedModel) -> bytes:
@@ -88,7 +89,7 @@ def test_what_is_asked_for_becomes_resident(tmp_path: Path) -> None:
     for name, value in model.state_dict().items():
         save_file({name: value}, tmp_path / f"{name}.safetensors", metadata={"format": "pt"})
     mapped, _ = load_mapped(tmp_path, model.config, torch.float32)
-    adapted = AdaptedModel(mapped, RANK, ALPHA, ())
+    adapted = AdaptedModel(mapped, RANK, ALPHA, (), mapped=True)
     wanted: SimpleQueue[MoELayer] = SimpleQueue()
     module.Thread(target=module._read, args=(wanted,), daemon=True).start()
     above = "model.layers.1.mlp.experts.gate_up_proj"

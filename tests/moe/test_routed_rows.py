@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedflame.moe.expert_products import Padded
-from fedflame.moe.routed_rows import PADDING, RoutedRows
+from fedflame.moe.routed_rows import RoutedRows
+from fedflame.moe.row_passes import sum_per_token
 
 EXPERTS = 6
 
@@ -18,7 +18,10 @@ def test_sorted_rows_are_grouped_by_expert_in_their_old_order() -> None:
     assert rows.order.tolist() == expected
     assert rows.tokens.tolist() == [row // 2 for row in expected]
     assert rows.positions.flatten().tolist() == [expected.index(row) for row in range(len(flat))]
-    assert rows.per_expert.tolist() == [flat.count(expert) for expert in range(EXPERTS)]
+    counts = [flat.count(expert) for expert in range(EXPERTS)]
+    assert rows.per_expert.tolist() == counts
+    assert rows.offsets.tolist() == [sum(counts[: expert + 1]) for expert in range(EXPERTS)]
+    assert rows.offsets.dtype == torch.int32
 
 
 @st.composite
@@ -29,12 +32,12 @@ def choices(draw: st.DrawFn) -> torch.Tensor:
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=12)))
 
 
-@given(choices(), st.integers(1, 40), st.integers(1, EXPERTS), st.booleans())
+@given(choices(), st.integers(1, 40), st.integers(1, EXPERTS))
 def test_blocks_are_the_rows_of_consecutive_experts_in_order(
-    index: torch.Tensor, size: int, together: int, padded: bool
+    index: torch.Tensor, size: int, together: int
 ) -> None:
     rows = RoutedRows.sort(index, EXPERTS)
-    blocks = rows.blocks(size, together, padded)
+    blocks = rows.blocks(size, together)
     assert len(blocks) >= EXPERTS / together
     experts = [e for block in blocks for e in list(range(EXPERTS))[block.experts]]
     assert experts == list(range(EXPERTS))
@@ -42,14 +45,12 @@ def test_blocks_are_the_rows_of_consecutive_experts_in_order(
     seen = []
     for block in blocks:
         names, start = list(range(EXPERTS))[block.experts], 0
-        for expert, end in zip(names, block.wide.offsets.tolist(), strict=True):
+        for expert, end in zip(names, block.offsets.tolist(), strict=True):
             assert of_row[block.rows][start:end] == [expert] * (end - start)
             start = end
         assert start == len(of_row[block.rows])
         seen += of_row[block.rows]
         counts = [of_row.count(expert) for expert in names]
-        places, own = len(counts) * max(counts), sum(counts)
-        assert isinstance(block.thin, Padded) == (padded and 0 < places <= PADDING * own)
         others = counts[:-1]
         assert len(names) <= together
         assert sum(others) < size, "a block ends with the expert that fills it"
@@ -66,7 +67,7 @@ def test_the_sum_per_token_is_the_plain_sum_to_the_last_bit(dtype: torch.dtype, 
         own = [int(rows.positions[token, slot]) for slot in range(len(chosen))]
         assert [int(rows.tokens[row]) for row in own] == [token] * len(chosen)
         expected.append(torch.stack([values[row] for row in own]).sum(0))
-    assert torch.equal(rows.sum_per_token(values), torch.stack(expected))
+    assert torch.equal(sum_per_token(values, rows.positions), torch.stack(expected))
 
 
 def test_one_block_holds_all_rows() -> None:
@@ -74,5 +75,4 @@ def test_one_block_holds_all_rows() -> None:
     block = rows.one_block()
     assert rows.tokens[block.rows].tolist() == rows.tokens.tolist()
     assert list(range(EXPERTS))[block.experts] == list(range(EXPERTS))
-    assert block.wide.offsets.tolist() == [1, 1, 1, 3, 3, 4]
-    assert block.thin is block.wide
+    assert block.offsets.tolist() == [1, 1, 1, 3, 3, 4]

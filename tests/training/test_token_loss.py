@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedflame.training.token_loss import CHUNK, token_loss
+from fedflame.training.token_loss import token_loss
 
-HIDDEN, VOCABULARY = 7, 11
+HIDDEN, VOCABULARY, CHUNK = 7, 11, 16
 
 
 def problem(tokens: int) -> tuple[Tensor, Tensor, nn.Linear, Tensor]:
@@ -24,7 +24,7 @@ def problem(tokens: int) -> tuple[Tensor, Tensor, nn.Linear, Tensor]:
 @pytest.mark.parametrize("tokens", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
 def test_losses_and_gradient_equal_the_full_logits(tokens: int) -> None:
     hidden, labels, head, weights = problem(tokens)
-    losses = token_loss(hidden, labels, head)
+    losses = token_loss(hidden, labels, head, CHUNK)
     expected = cross_entropy(head(hidden).float(), labels, reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     (gradient,) = torch.autograd.grad((losses * weights).sum(), hidden)
@@ -35,7 +35,7 @@ def test_losses_and_gradient_equal_the_full_logits(tokens: int) -> None:
 def test_losses_are_float32_for_bfloat16_states_and_the_gradient_is_not() -> None:
     hidden, labels, head, _ = problem(5)
     states = hidden.detach().bfloat16().requires_grad_()
-    losses = token_loss(states, labels, head.bfloat16())
+    losses = token_loss(states, labels, head.bfloat16(), CHUNK)
     losses.mean().backward()
     assert losses.dtype == torch.float32
     assert states.grad is not None and states.grad.dtype == torch.bfloat16 and bool(states.grad.any())
@@ -55,7 +55,7 @@ def test_full_logits_never_exist() -> None:
         lambda kept: saved.append(kept.numel()) or kept,
         lambda kept: kept,  # type: ignore[func-returns-value]
     ):
-        token_loss(hidden, labels, watched)
+        token_loss(hidden, labels, watched, CHUNK)
     assert seen == [CHUNK] * 3
     assert max(saved) <= max(CHUNK * VOCABULARY, hidden.numel()), "kept: states of a chunk, or gradients"
 
@@ -63,6 +63,6 @@ def test_full_logits_never_exist() -> None:
 def test_without_gradients_none_is_formed() -> None:
     hidden, labels, head, _ = problem(4)
     with torch.no_grad():
-        losses = token_loss(hidden, labels, head)
+        losses = token_loss(hidden, labels, head, CHUNK)
     assert not losses.requires_grad
     torch.testing.assert_close(losses, cross_entropy(head(hidden), labels, reduction="none"))

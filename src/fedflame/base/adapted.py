@@ -38,7 +38,7 @@ def load_adapted_model(
     mapped = is_short_of_memory(base_bytes(shape, dtype))
     model, tokenizer = load_base_model(name_or_path, dtype, mapped)
     adapted = AdaptedModel(
-        model, adapter.r, adapter.lora_alpha, adapter.target_modules, gradient_checkpointing
+        model, adapter.r, adapter.lora_alpha, adapter.target_modules, gradient_checkpointing, mapped
     )
     if mapped:
         read_ahead(adapted.layers)

@@ -104,7 +104,7 @@ def _composed_experts(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_
     lora: Any = experts.fedflame
     a1, b1, a2, b2 = (bank.to(x.dtype) for bank in lora.banks().values())
     rows = RoutedRows.sort(top_k_index, len(a1))
-    offsets = _offsets(rows)
+    offsets = rows.offsets
 
     def times(left: Tensor, weights: Tensor) -> Tensor:
         return grouped_mm(left, weights.mT, offs=offsets)
@@ -148,7 +148,7 @@ def _gemm_pass(model: OlmoeForCausalLM, geometry: Geometry, tokens: int, k: int)
     count, width = len(rows.tokens), geometry.intermediate_size
     activation = random_rows(geometry, count, width, seed=2)
     d_inner = random_rows(geometry, count, 2 * width, seed=3)
-    experts, offsets = block.experts, _offsets(rows)
+    experts, offsets = block.experts, rows.offsets
 
     def forward() -> Tensor:
         output: Tensor = _FourProducts.apply(  # type: ignore[no-untyped-call]
@@ -186,10 +186,6 @@ class _FourProducts(torch.autograd.Function):
 def _input_and_gradient(geometry: Geometry, tokens: int) -> tuple[Tensor, Tensor]:
     x, d_output = (random_rows(geometry, tokens, geometry.hidden_size, seed) for seed in (0, 1))
     return x.requires_grad_(), d_output
-
-
-def _offsets(rows: RoutedRows) -> Tensor:
-    return rows.one_block().wide.offsets
 
 
 METHODS = {

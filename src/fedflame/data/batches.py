@@ -19,7 +19,10 @@ BATCHES_PER_WINDOW = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: `input_ids`, `attention_mask` and `labels`, each [batch, sequence]."""
+    """Right-padded rows: `input_ids`, `attention_mask` and `labels`, each [batch, sequence], on the CPU.
+
+    What a step must know of them is read here, because reading it on a GPU would wait for the GPU.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -29,6 +32,17 @@ class Batch:
     def tokens(self) -> int:
         """The number of tokens that are not padding."""
         return int(self.attention_mask.sum())
+
+    @property
+    def predictors(self) -> Tensor:
+        """[T] the positions in the flattened batch that predict a labelled token, row by row."""
+        return (self.labels[:, 1:] != IGNORE_INDEX).nonzero() @ torch.tensor([self.labels.shape[1], 1])
+
+    @property
+    def targets(self) -> Tensor:
+        """[T] the labelled tokens, row by row; the first of a row has nothing that predicts it."""
+        labels = self.labels[:, 1:]
+        return labels[labels != IGNORE_INDEX]
 
 
 def collate(rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ActivationCounts:
-    """Counts the tokens of each expert during training, each token once per step.
+    """Counts the tokens of each expert during training, each token once per step, without waiting for a GPU.
 
     `begin_step` opens a step with its padding mask, the experts function calls `record`, and
     `end_step` closes the step. Outside a step (evaluation, generation) nothing is counted. Gradient
@@ -15,8 +15,9 @@ class ActivationCounts:
     ignored.
     """
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self.total = torch.zeros(num_layers, num_experts, dtype=torch.int64)
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        """[L,E], on the device until somebody asks for the values: once, at a round's end."""
         self._step = torch.zeros_like(self.total)
         self._recorded: set[int] = set()
         self._open = False
@@ -28,10 +29,11 @@ class ActivationCounts:
         self.total.zero_()
 
     def begin_step(self, token_mask: Tensor) -> None:
-        """Open a step; `token_mask` [batch, sequence] is true for non-padding tokens."""
+        """Open a step; `token_mask` [batch, sequence] is true for non-padding tokens, and lies on the CPU."""
         mask = token_mask.reshape(-1).bool()
         self._open = True
-        self.real_tokens = None if bool(mask.all()) else mask.nonzero().flatten()
+        indices = None if bool(mask.all()) else mask.nonzero().flatten()
+        self.real_tokens = None if indices is None else indices.to(self.total.device, non_blocking=True)
         self._recorded.clear()
         self._step.zero_()
 
@@ -40,7 +42,7 @@ class ActivationCounts:
         if not self._open or layer in self._recorded:
             return
         self._recorded.add(layer)
-        self._step[layer] = per_expert.cpu()
+        self._step[layer] = per_expert
 
     def abandon_step(self) -> None:
         """Close the step without counting it."""

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from fedflame.config.words import Checkpointed, Dtype, Trainable
@@ -17,9 +18,19 @@ from fedflame.errors import UserError
 from fedflame.messages import NOTHING, Adapter, is_trained, rank_dim
 from fedflame.moe.activation_counts import ActivationCounts
 from fedflame.moe.active_experts import active_experts
-from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION, ExpertLoRA, initial_banks
+from fedflame.moe.compiled import CompiledLayers, can_compile
+from fedflame.moe.expert_lora import (
+    EXPERTS_IMPLEMENTATION,
+    ExpertLoRA,
+    initial_banks,
+    leave_experts_uncompiled,
+)
 from fedflame.moe.families import find_moe_layers, require_aligned
-from fedflame.moe.gradient_checkpointing import checkpointed_layers, layers_checkpointed
+from fedflame.moe.gradient_checkpointing import (
+    checkpointable_layers,
+    layers_checkpointed,
+    require_checkpointable,
+)
 from fedflame.moe.merged_base import MergedBase
 from fedflame.seeds import generator
 
@@ -34,6 +45,10 @@ class AdaptedModel:
         target_modules: attention projections that get LoRA through PEFT; empty for LoRA on experts only.
         gradient_checkpointing: what the backward pass recomputes to save memory; see
             `moe.gradient_checkpointing`.
+        mapped: the weights are mapped from files and stay there; otherwise those of the experts move into
+            buffers with their LoRA values (`moe.projection`).
+
+    The model must lie on its device already; what is attached lies on the device of its layer.
 
     Raises:
         UserError: the model is not a supported SMoE, or has none of the target modules.
@@ -46,9 +61,10 @@ class AdaptedModel:
         lora_alpha: float,
         target_modules: Iterable[str],
         gradient_checkpointing: Checkpointed = "none",
+        mapped: bool = False,
     ) -> None:
         if gradient_checkpointing == "layers":
-            checkpointed_layers(model)
+            require_checkpointable(model)
         self.gradient_checkpointing = gradient_checkpointing
         self.model = model.requires_grad_(False)
         self.layers = find_moe_layers(model)
@@ -56,13 +72,15 @@ class AdaptedModel:
         # First, because PEFT freezes every parameter that is not its own.
         self.attention = _inject_attention_lora(model, r, lora_alpha, list(target_modules))
         self.r = r
-        self.counts = ActivationCounts(len(self.layers), self.layers[0].num_experts)
+        self.counts = ActivationCounts(len(self.layers), self.layers[0].num_experts, self.device)
+        recompute = gradient_checkpointing == "experts"
         self.loras = [
-            ExpertLoRA(layer, index, r, lora_alpha, self.counts, gradient_checkpointing == "experts")
+            ExpertLoRA(layer, index, r, lora_alpha, self.counts, recompute, mapped)
             for index, layer in enumerate(self.layers)
         ]
         for layer, lora in zip(self.layers, self.loras, strict=True):
             layer.experts.fedflame = lora
+        self._compiled = self._compiled_layers()
         self._base = MergedBase(model, self.layers, self.attention, lora_alpha / r)
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
@@ -70,6 +88,11 @@ class AdaptedModel:
     def dtype(self) -> Dtype:
         """The dtype of the frozen base."""
         return cast(Dtype, str(self.model.dtype).removeprefix("torch."))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        return self.model.device
 
     @property
     def num_experts_per_tok(self) -> int:
@@ -130,17 +153,23 @@ class AdaptedModel:
         return Adapter(banks, self.attention)
 
     def adapter(self) -> Adapter:
-        """Return a copy of the current LoRA values."""
-        values = {name: value.detach().clone() for name, value in self.attached().tensors().items()}
+        """Return a copy of the current LoRA values on the CPU."""
+        values = {
+            name: value.detach().to("cpu", copy=True) for name, value in self.attached().tensors().items()
+        }
         return Adapter.from_tensors(values)
 
+    def beside(self, adapter: Adapter) -> Adapter:
+        """Return the adapter with each value on the device of the parameter that has its name."""
+        return self.attached().combine(adapter, lambda value, given: given.to(value.device))
+
     def learned_since(self, start: Adapter) -> Adapter:
-        """Return the current LoRA values minus `start`."""
-        return self.attached().combine(start, lambda value, before: value.detach() - before)
+        """Return the current LoRA values minus `start`, on the CPU."""
+        return self.attached().combine(start, lambda value, before: value.detach().cpu() - before)
 
     def rescaler_values(self) -> Tensor:
-        """Return a copy of the current rescalers s [L]."""
-        return torch.stack([lora.s.detach().clone() for lora in self.loras])
+        """Return a copy of the current rescalers s [L] on the CPU."""
+        return torch.stack([lora.s.detach().cpu() for lora in self.loras])
 
     @contextmanager
     def active_experts(self, k: int) -> Iterator[None]:
@@ -150,10 +179,22 @@ class AdaptedModel:
 
     @contextmanager
     def training(self, k: int) -> Iterator[None]:
-        """Run k experts per token within the block, with gradient checkpointing if it is switched on."""
+        """Run k experts per token within the block, as a client trains: checkpointed or compiled."""
         layers = self.gradient_checkpointing == "layers"
-        with self.active_experts(k), layers_checkpointed(self.model) if layers else nullcontext():
+        with (
+            self.active_experts(k),
+            layers_checkpointed(self.model) if layers else nullcontext(),
+            self._compiled.used() if self._compiled else nullcontext(),
+        ):
             yield
+
+    def _compiled_layers(self) -> CompiledLayers | None:
+        """Return the decoder layers compiled, on one GPU; torch compiles nothing within its checkpoints."""
+        devices = {lora.s.device for lora in self.loras}
+        if len(devices) > 1 or self.gradient_checkpointing == "layers" or not can_compile(self.device.type):
+            return None
+        leave_experts_uncompiled()
+        return CompiledLayers(checkpointable_layers(self.model))
 
 
 def _shapes(adapter: Adapter, rank: int) -> dict[str, tuple[int, ...]]:
@@ -192,9 +233,22 @@ def _inject_attention_lora(
     parameters = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            # PEFT uses the base's dtype here. We train fp32 weights; PEFT's forward casts its input to fp32.
-            for letter, linear in (("A", module.lora_A["default"]), ("B", module.lora_B["default"])):
-                parameter = linear.float().get_parameter("weight")
-                parameter.requires_grad_(True)
-                parameters[f"{name}.{letter}"] = parameter
+            module.cast_input_dtype_enabled = False
+            for letter, linears in (("A", module.lora_A), ("B", module.lora_B)):
+                linears["default"] = master = _MasterLinear(linears["default"].get_parameter("weight"))
+                parameters[f"{name}.{letter}"] = master.weight
     return parameters
+
+
+class _MasterLinear(nn.Module):
+    """A linear map whose weight is trained in float32, and multiplies in the dtype of its input.
+
+    PEFT's own holds the weight in the dtype of the base, or brings every input to float32.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.to(x.dtype))

@@ -1,7 +1,5 @@
 """AdamW that updates only the experts that saw a token.
 
-Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101.
-
 Plain AdamW also moves experts without tokens, by weight decay and old momentum, and the server would average
 this noise. Here each expert's slice of a bank has its own moments and step count, and a step updates only the
 slices of the experts that saw a token. Banks that require no gradient are not updated.
@@ -10,34 +8,19 @@ slices of the experts that saw a token. Banks that require no gradient are not u
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from fedflame.moe.expert_lora import ExpertLoRA
+from fedflame.moe.masked_adamw import BETAS, EPSILON, Moments, masked_adamw
 
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """A tensor that AdamW updates, with its moments and its step count."""
-
-    value: Tensor
-    mean: Tensor
-    mean_square: Tensor
-    steps: Tensor
-
-    @classmethod
-    def at_start(cls, value: Tensor) -> _Moments:
-        return cls(value, torch.zeros_like(value), torch.zeros_like(value), value.new_zeros(()))
+FUSED = {"cpu", "cuda"}
+"""Kinds of devices for which torch has AdamW as one kernel."""
 
 
 class ExpertAdamW:
-    """torch's fused AdamW over the experts' slices and over the parameters that every token uses.
+    """Masked AdamW over the banks, and torch's AdamW over the parameters that every token uses.
 
     Args:
         loras: the expert banks; each expert's slice is updated by itself.
@@ -56,20 +39,27 @@ class ExpertAdamW:
         unregularized: Iterable[nn.Parameter] = (),
     ) -> None:
         self._banks = [
-            (lora.index, bank, [_Moments.at_start(expert) for expert in bank.data])
+            (lora.index, bank, Moments.of(bank.data))
             for lora in loras
             for bank in lora.banks().values()
             if bank.requires_grad
         ]
-        self._shared = [(parameter, _Moments.at_start(parameter.data)) for parameter in shared]
-        self._unregularized = [(parameter, _Moments.at_start(parameter.data)) for parameter in unregularized]
+        groups = [(list(shared), weight_decay), (list(unregularized), 0.0)]
+        kinds = {parameter.device.type for parameters, _ in groups for parameter in parameters}
+        self._others = torch.optim.AdamW(
+            [{"params": parameters, "weight_decay": decay} for parameters, decay in groups],
+            lr=learning_rate,
+            betas=BETAS,
+            eps=EPSILON,
+            fused=kinds <= FUSED,
+        )
         self._learning_rate, self._weight_decay = learning_rate, weight_decay
 
     @property
     def param_groups(self) -> list[dict[str, list[nn.Parameter]]]:
         """All trained parameters, in the form in which `torch.amp.GradScaler` looks for their gradients."""
         banks = [bank for _, bank, _ in self._banks]
-        others = [parameter for parameter, _ in [*self._shared, *self._unregularized]]
+        others = [parameter for group in self._others.param_groups for parameter in group["params"]]
         return [{"params": [*banks, *others]}]
 
     def backward(self, loss: Tensor, touched: Tensor) -> None:
@@ -80,9 +70,8 @@ class ExpertAdamW:
         bit-identical to `loss.backward()` and then `step`. If the backward fails, some banks have already
         been updated.
         """
-        experts = _experts(touched)
         handles = [
-            bank.register_post_accumulate_grad_hook(lambda _, at=number: self._step_bank(at, experts))
+            bank.register_post_accumulate_grad_hook(lambda _, at=number: self._step_bank(at, touched))
             for number, (_, bank, _) in enumerate(self._banks)
         ]
         try:
@@ -94,47 +83,18 @@ class ExpertAdamW:
 
     def step(self, touched: Tensor) -> None:
         """Run one update from the gradients of the parameters, for the experts in `touched`, bool [L,E]."""
-        experts = _experts(touched)
         for number in range(len(self._banks)):
-            self._step_bank(number, experts)
+            self._step_bank(number, touched)
         self._step_others()
 
-    def _step_bank(self, number: int, experts: list[list[int]]) -> None:
+    @torch.no_grad()
+    def _step_bank(self, number: int, touched: Tensor) -> None:
         layer, bank, moments = self._banks[number]
-        gradients = _take_gradient(bank).unbind(0)
-        moved = [(gradients[expert], moments[expert]) for expert in experts[layer]]
-        self._update(moved, self._weight_decay)
+        gradient, bank.grad = bank.grad, None
+        assert gradient is not None, "backward reaches every parameter that is trained"
+        mask = touched[layer].to(bank.device)
+        masked_adamw(bank, moments, gradient, mask, self._learning_rate, self._weight_decay)
 
     def _step_others(self) -> None:
-        for parameters, weight_decay in ((self._shared, self._weight_decay), (self._unregularized, 0.0)):
-            moved = [(_take_gradient(parameter), moments) for parameter, moments in parameters]
-            self._update(moved, weight_decay)
-
-    def _update(self, moved: Sequence[tuple[Tensor, _Moments]], weight_decay: float) -> None:
-        adamw(
-            [moments.value for _, moments in moved],
-            [gradient for gradient, _ in moved],
-            [moments.mean for _, moments in moved],
-            [moments.mean_square for _, moments in moved],
-            [],
-            [moments.steps for _, moments in moved],
-            fused=True,
-            amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=self._learning_rate,
-            weight_decay=weight_decay,
-            eps=EPSILON,
-            maximize=False,
-        )
-
-
-def _experts(touched: Tensor) -> list[list[int]]:
-    """Return the indices of the touched experts of each layer."""
-    return [layer.nonzero().flatten().tolist() for layer in touched]
-
-
-def _take_gradient(parameter: nn.Parameter) -> Tensor:
-    gradient, parameter.grad = parameter.grad, None
-    assert gradient is not None, "backward reaches every parameter that is trained"
-    return gradient
+        self._others.step()
+        self._others.zero_grad()

@@ -10,16 +10,15 @@ Shapes: N tokens, k active experts, E experts, H hidden, I expert width, R rank.
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedflame.moe.activation_counts import ActivationCounts
 from fedflame.moe.families import MoELayer
-from fedflame.moe.fused_experts import FusedExperts
+from fedflame.moe.fused_experts import Experts, FusedExperts
+from fedflame.moe.projection import apart, joined
 from fedflame.moe.rescaler import rescale
 from fedflame.moe.routed_rows import RoutedRows
 
@@ -37,6 +36,8 @@ class ExpertLoRA(nn.Module):
         lora_alpha: the product B A is scaled by lora_alpha / r.
         counts: receives the tokens of each expert in training.
         recompute: the backward computes the experts' pre-activation again; see `FusedExperts`.
+        mapped: the base weights are mapped from files and stay there. Otherwise they move into one buffer
+            with the LoRA values; see `moe.projection`.
     """
 
     def __init__(
@@ -47,16 +48,23 @@ class ExpertLoRA(nn.Module):
         lora_alpha: float,
         counts: ActivationCounts,
         recompute: bool = False,
+        mapped: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.scaling = lora_alpha / r
+        self.experts = _experts(layer, r, lora_alpha / r, mapped)
         self.index = index
         self.counts = counts
         self.recompute = recompute
+        device = self.experts.up.weight.device
         for name, shape in layer.bank_shapes(r).items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        self.s = nn.Parameter(torch.ones(()))
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
+        self.s = nn.Parameter(torch.ones((), device=device))
+
+    @property
+    def scaling(self) -> float:
+        """C = alpha/r."""
+        return self.experts.up.scaling
 
     @property
     def r(self) -> int:
@@ -66,6 +74,14 @@ class ExpertLoRA(nn.Module):
     def banks(self) -> dict[str, nn.Parameter]:
         """Return A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] by name; n is 2 with a gate, else 1."""
         return {name: self.get_parameter(name) for name in BANKS}
+
+
+def _experts(layer: MoELayer, r: int, scaling: float, mapped: bool) -> Experts:
+    frozen, place = layer.frozen(), apart if mapped else joined
+    up = place(frozen.gate_up, frozen.gate_up_bias, layer.inner_rows, r, scaling)
+    down = place(frozen.down, frozen.down_bias, [slice(None)], r, scaling)
+    layer.keep_weights_in(up.weight, down.weight)
+    return Experts(up, down, frozen.gate)
 
 
 def initial_banks(layer: MoELayer, r: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -102,39 +118,14 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
     rows = RoutedRows.sort(top_k_index, lora.layer.num_experts)
     lora.counts.record(lora.index, rows.per_expert)
     output: Tensor = FusedExperts.apply(  # type: ignore[no-untyped-call]
-        x,
-        rescale(top_k_weights, lora.s),
-        *lora.banks().values(),
-        partial(_prepare_banks, lora.layer, lora.r),
-        lora.layer.frozen(),
-        lora.scaling,
-        rows,
-        lora.recompute,
+        x, rescale(top_k_weights, lora.s), *lora.banks().values(), lora.experts, rows, lora.recompute
     )
     return output
 
 
-def _prepare_banks(layer: MoELayer, rank: int, banks: list[Tensor]) -> list[Tensor]:
-    """Bring A1, B1, A2 and B2 into the form that `FusedExperts` multiplies: B1 becomes block-diagonal.
-
-    grouped_mm needs rows of a multiple of 16 bytes, so the rank is padded with zeros, which change no
-    product.
-    """
-    a1, b1, a2, b2 = banks
-    n, width = layer.inner_projections, layer.expert_width
-    spare = -rank % (16 // a1.dtype.itemsize)
-    filled = rank + spare
-    side_by_side = torch.cat(
-        [
-            pad(rows, (i * filled, (n - 1 - i) * filled + spare))
-            for i, rows in enumerate(b1.split(width, dim=1))
-        ],
-        dim=1,
-    )
-    if spare:
-        a1 = pad(a1.unflatten(1, (n, rank)), (0, 0, 0, spare)).flatten(1, 2)
-        a2, b2 = pad(a2, (0, 0, 0, spare)), pad(b2, (0, spare))
-    return [a1, layer.in_stored_order(side_by_side), a2, b2]
+def leave_experts_uncompiled() -> None:
+    """Keep `experts_forward` out of the graphs of compiled layers: it compiles its row passes itself."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, torch.compiler.disable(experts_forward))
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

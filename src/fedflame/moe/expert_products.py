@@ -1,88 +1,52 @@
-"""Multiply each row with the matrix of its expert, in one of two layouts with the same functions.
+"""Products of rows sorted by expert with the matrices of their experts, whatever the device.
 
-`Ragged` keeps the rows sorted by expert and multiplies expert by expert. It does no needless arithmetic and
-is best for the wide products of the base. `Padded` pads every expert to the same number of rows and
-multiplies all experts in one call. It is best for low-rank products of few rows, where a call costs more than
-its arithmetic.
+`torch.nn.functional.grouped_mm` is one call without a wait on a CPU, and for bfloat16 on GPUs of compute
+capability 9.x and 10.x. On other GPUs, and for other number formats, it copies the offsets to the host and
+loops over the experts (ATen/native/GroupedMMUtils.h). There our own kernel takes its place
+(`moe.triton_products`). Which of the two runs depends on the card and the number format alone.
 
-Shapes: S routed rows, E experts, m rows of the expert that has most.
+Shapes: S routed rows, E experts; offsets [E] int32, the index after each expert's last row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-
-@dataclass(frozen=True)
-class Ragged:
-    """Rows [S,*] sorted by expert."""
-
-    offsets: Tensor
-    """[E] int32: the index after each expert's last row."""
-
-    @classmethod
-    def of(cls, per_expert: Tensor) -> Self:
-        """Build the layout for `per_expert` [E] rows."""
-        return cls(torch.cumsum(per_expert, 0, dtype=torch.int32))
-
-    def take(self, rows: Tensor) -> Tensor:
-        """Bring sorted rows [S,*] into this layout."""
-        return rows
-
-    def give(self, rows: Tensor) -> Tensor:
-        """Bring rows of this layout back to sorted rows [S,*]."""
-        return rows
-
-    def scale_(self, rows: Tensor, factor: float) -> Tensor:
-        """Scale rows in place. Padding rows become zero, so that they add nothing to `outer`."""
-        return rows.mul_(factor)
-
-    def times(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Multiply rows of width a with the weights [E,a,b] of their expert; the result has width b."""
-        return grouped_mm(rows, weights, offs=self.offsets)
-
-    def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return [E,a,b]: the sum of left' right over each expert's rows; zero for experts without rows."""
-        return grouped_mm(left.mT, right, offs=self.offsets)
+ALIGNMENT = 16
+"""The rows of an operand are a multiple of so many bytes apart; grouped_mm needs this."""
+FUSED_CAPABILITIES = (9, 10)
+"""Major compute capabilities on which torch's grouped_mm in bfloat16 is one kernel."""
 
 
-@dataclass(frozen=True)
-class Padded:
-    """Rows [E,m,*]: each expert's own rows first, then arbitrary rows as padding."""
+def times(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply rows [S,a] with the weights [E,a,b] of their expert: [S,b]."""
+    if _torch_waits(rows.device, rows.dtype):
+        from fedflame.moe import triton_products  # here, because only CUDA builds of torch bring Triton
 
-    places: Tensor
-    """[E*m] the index of the sorted row in each place."""
-    back: Tensor
-    """[S] the place of each sorted row."""
-    real: Tensor
-    """[E,m,1] true for the expert's own rows, false for padding."""
+        return triton_products.times(rows, weights, offsets)
+    return grouped_mm(rows, weights, offs=offsets)
 
-    @classmethod
-    def of(cls, per_expert: Tensor) -> Self:
-        """Build the layout for `per_expert` [E] rows; at least one expert must have a row."""
-        ends = torch.cumsum(per_expert, 0)
-        place = torch.arange(int(per_expert.max()), device=per_expert.device)
-        real = place < per_expert.unsqueeze(1)
-        places = (ends - per_expert).unsqueeze(1) + place
-        back = real.flatten().nonzero().squeeze(1)
-        return cls(places.clamp_(max=len(back) - 1).flatten(), back, real.unsqueeze(2))
 
-    def take(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self.places).view(*self.real.shape[:2], -1)
+def outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """Return [E,a,b]: the sum of left' right over each expert's rows of left [S,a] and right [S,b].
 
-    def give(self, rows: Tensor) -> Tensor:
-        return rows.flatten(0, 1).index_select(0, self.back)
+    The product of an expert without rows is undefined on some cards, and zero on a CPU.
+    """
+    if _torch_waits(left.device, left.dtype):
+        from fedflame.moe import triton_products
 
-    def scale_(self, rows: Tensor, factor: float) -> Tensor:
-        return rows.mul_(self.real * factor)
+        return triton_products.outer(left, right, offsets)
+    return grouped_mm(left.mT, right, offs=offsets)
 
-    def times(self, rows: Tensor, weights: Tensor) -> Tensor:
-        return torch.bmm(rows, weights)
 
-    def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.bmm(left.mT, right)
+@cache
+def _torch_waits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped_mm would copy the offsets to the host on this device."""
+    if device.type != "cuda":
+        return False
+    major, _ = torch.cuda.get_device_capability(device)
+    return dtype != torch.bfloat16 or major not in FUSED_CAPABILITIES

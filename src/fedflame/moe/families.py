@@ -9,15 +9,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fedflame.cost.refused_families import refusal
 from fedflame.errors import UserError
-from fedflame.moe.fused_experts import FrozenExperts, Gate
+from fedflame.moe.row_passes import Gate
 
 CONFIGURED_ROUTERS = {"Gemma4TextRouter": "top_k_experts"}
 """Router class -> config key, for routers without `top_k`: they read k from this key in every forward."""
+
+
+@dataclass(frozen=True)
+class FrozenExperts:
+    """The frozen expert weights of an MoE layer, and its activation."""
+
+    gate_up: Tensor
+    """[E,nI,H]"""
+    down: Tensor
+    """[E,H,I]"""
+    gate_up_bias: Tensor | None
+    """[E,nI]"""
+    down_bias: Tensor | None
+    """[E,H]"""
+    gate: Gate
 
 
 @dataclass(frozen=True)
@@ -53,11 +67,29 @@ class MoELayer:
 
     def frozen(self) -> FrozenExperts:
         """Return the base weights as views [E,out,in], however the family stores them, and its activation."""
-        inner = "gate_up_proj" if self.experts.has_gate else "up_proj"
         gate: Gate = self.experts._apply_gate if self.experts.has_gate else self.experts.act_fn  # type: ignore[assignment]
+        inner = self._inner
         return FrozenExperts(
             self._weight(inner), self._weight("down_proj"), self._bias(inner), self._bias("down_proj"), gate
         )
+
+    def keep_weights_in(self, gate_up: Tensor, down: Tensor) -> None:
+        """Make the base weights views of these tensors [E,nI,H] and [E,H,I], which hold the same values."""
+        for name, held in ((self._inner, gate_up), ("down_proj", down)):
+            self.experts.get_parameter(name).data = held.mT if self.experts.is_transposed else held
+
+    @property
+    def inner_rows(self) -> list[slice]:
+        """For gate and up, or for up alone, its rows of `gate_up`; some families alternate the two."""
+        if not self.experts.has_gate:
+            return [slice(None)]
+        if self.experts.is_concatenated:
+            return [slice(0, self.expert_width), slice(self.expert_width, None)]
+        return [slice(0, None, 2), slice(1, None, 2)]
+
+    @property
+    def _inner(self) -> str:
+        return "gate_up_proj" if self.experts.has_gate else "up_proj"
 
     def _weight(self, name: str) -> Tensor:
         weight = self.experts.get_parameter(name)
@@ -65,13 +97,6 @@ class MoELayer:
 
     def _bias(self, name: str) -> Tensor | None:
         return self.experts.get_parameter(f"{name}_bias") if self.experts.has_bias else None
-
-    def in_stored_order(self, rows: Tensor) -> Tensor:
-        """Bring rows [..,2I,*], gate before up, into the family's order: some families alternate them."""
-        if self.experts.is_concatenated or not self.experts.has_gate:
-            return rows
-        gate, up = rows.chunk(2, dim=-2)
-        return torch.stack([gate, up], dim=-2).flatten(-3, -2)
 
     def bank_shapes(self, r: int) -> dict[str, tuple[int, int, int]]:
         """Return the shapes of the LoRA banks at rank r; see `messages.Adapter`."""

@@ -18,27 +18,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fedflame.errors import UserError
 
 
-def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """Return the layers that transformers can checkpoint.
+def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the decoder layers, as far as transformers can checkpoint them."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
-    Raises:
-        UserError: the model has no such layer.
-    """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
+
+def require_checkpointable(model: nn.Module) -> None:
+    """Raise UserError if the model has no layer that transformers can checkpoint."""
+    if not checkpointable_layers(model):
         kind = type(model).__name__
         raise UserError(f"training.gradient_checkpointing: transformers checkpoints no layer of {kind}")
-    return layers
 
 
 @contextmanager
 def layers_checkpointed(model: nn.Module) -> Iterator[None]:
-    """Checkpoint every layer of `checkpointed_layers` within the block; the result is bit-identical.
+    """Checkpoint every layer of `checkpointable_layers` within the block; the result is bit-identical.
 
     transformers checkpoints a layer only if the layer's own `training` flag is set. The flags of the modules
     inside it stay unset, so that no dropout begins.
     """
-    layers, run_again = checkpointed_layers(model), partial(checkpoint, use_reentrant=False)
+    layers, run_again = checkpointable_layers(model), partial(checkpoint, use_reentrant=False)
     for layer in layers:
         layer.gradient_checkpointing = layer.training = True
         layer._gradient_checkpointing_func = run_again  # type: ignore[assignment]

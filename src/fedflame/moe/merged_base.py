@@ -40,7 +40,7 @@ class MergedBase:
         self._merged = None  # if an exception interrupts the merge, the content of the weights is unknown
         weights = self._weights()
         if not self._pristine:
-            self._pristine = [weight.clone() for weight in weights]
+            self._pristine = [weight.to("cpu", copy=True) for weight in weights]  # a GPU may have no room
         for weight, pristine in zip(weights, self._pristine, strict=True):
             weight.copy_(pristine)
         if merged.tensors():
@@ -64,12 +64,15 @@ def merge_into(
     Each sum is computed in float32 and rounded to the weight's dtype once.
     """
     for index, (layer, s) in enumerate(zip(layers, scalars, strict=True)):
-        a1, b1, a2, b2 = (adapter.experts[f"{index}.{name}"] for name in ("A1", "B1", "A2", "B2"))
-        r, width, frozen = a2.shape[1], layer.expert_width, layer.frozen()
+        frozen = layer.frozen()
+        banks = (adapter.experts[f"{index}.{name}"] for name in ("A1", "B1", "A2", "B2"))
+        a1, b1, a2, b2 = (bank.to(frozen.down.device) for bank in banks)
+        r, width = a2.shape[1], layer.expert_width
         for expert in range(layer.num_experts):  # one at a time, so that only one expert is in float32
-            factors = zip(b1[expert].split(width), a1[expert].split(r), strict=True)
-            product = layer.in_stored_order(torch.cat([b @ a for b, a in factors]))
-            frozen.gate_up[expert] = frozen.gate_up[expert].float() + scaling * product
+            factors = zip(layer.inner_rows, b1[expert].split(width), a1[expert].split(r), strict=True)
+            for rows, b, a in factors:
+                part = frozen.gate_up[expert, rows]
+                part.copy_(part.float() + scaling * (b @ a))
             frozen.down[expert] = s * (frozen.down[expert].float() + scaling * (b2[expert] @ a2[expert]))
         if frozen.down_bias is not None:
             frozen.down_bias.copy_(s * frozen.down_bias.float())
@@ -77,7 +80,8 @@ def merge_into(
         if name.endswith(".A"):
             module = name.removesuffix(".A")
             weight = _weight(model, module)
-            weight.copy_(weight.float() + scaling * (adapter.attention[f"{module}.B"] @ a))
+            product = (adapter.attention[f"{module}.B"] @ a).to(weight.device)
+            weight.copy_(weight.float() + scaling * product)
 
 
 def _weight(model: nn.Module, module: str) -> nn.Parameter:

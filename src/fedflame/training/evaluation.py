@@ -90,7 +90,7 @@ def _batches(rising: Sequence[int], held_out: HeldOut) -> Iterator[list[int]]:
 def _score_rows(adapted: AdaptedModel, held_out: HeldOut, indices: list[int], generate: bool) -> list[Scores]:
     batch = collate([held_out.encoded[index] for index in indices], pad_token(held_out.tokenizer))
     lengths = (batch.labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()
-    losses = [float(row.sum()) for row in token_losses(adapted, batch).split(lengths)]
+    losses = [float(row.sum()) for row in token_losses(adapted, batch).cpu().split(lengths)]
     if not generate or held_out.max_new_tokens == 0:
         return [Scores(1, loss, tokens) for loss, tokens in zip(losses, lengths, strict=True)]
     rows = [held_out.rows[index] for index in indices]
@@ -117,8 +117,8 @@ def generate_responses(adapted: AdaptedModel, held_out: HeldOut, rows: Sequence[
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     model: Any = adapted.model
     output = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+        input_ids=input_ids.to(adapted.device),
+        attention_mask=attention_mask.to(adapted.device),
         do_sample=False,
         max_new_tokens=held_out.max_new_tokens,
         pad_token_id=pad,

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from fedflame.data.batches import Batch, training_batches
 from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
-from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.messages import NOTHING, Adapter, ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.moe.rescaler import mass_ratio
@@ -41,9 +41,13 @@ def fine_tune(
     Args:
         adapted: the base model; it loads the plan's adapter, rescalers and merged factors.
         examples: the client's rows.
-        plan: what to train; the same plan and examples give the same bytes.
+        plan: what to train; the same plan and examples give the same bytes on the same machine.
         pad_token_id: pads batches on the right; padding is left out of attention, loss and counts.
         on_step: called after each optimizer step with the number of its tokens.
+
+    Returns:
+        The update, on the CPU whatever the device of the model. Between two steps nothing waits for a GPU,
+        except in float16, whose loss scale depends on the gradients.
 
     Raises:
         UserError: the plan's k is not between 1 and the model's K, its values do not fit the model, or
@@ -55,14 +59,17 @@ def fine_tune(
         adapted.load(plan.adapter, measured, plan.merged)
     adapted.counts.reset()
     optimizer = _optimizer(adapted, plan)
-    scaler = GradScaler("cpu", LOSS_SCALE, enabled=adapted.dtype == "float16")
-    rows, tokens, losses = 0, 0, []
+    scaler = GradScaler(adapted.device.type, LOSS_SCALE, enabled=adapted.dtype == "float16")
+    start = adapted.beside(plan.adapter) if plan.proximal_mu else NOTHING
+    rows, tokens = 0, 0
+    losses: list[Tensor] = []  # they stay on the device until the round's end
     with adapted.training(plan.active_experts):
         for batch in itertools.islice(_batches(examples, plan, pad_token_id), plan.max_steps):
-            losses.append(_train_step(adapted, optimizer, scaler, batch, plan))
+            losses.append(_train_step(adapted, optimizer, scaler, batch, plan, start))
             rows += len(batch.input_ids)
             tokens += batch.tokens
             on_step(batch.tokens)
+    loss_values = torch.stack(losses).tolist()
     del optimizer  # free the moments, twice the adapter's size, before the delta is made
     return ClientUpdate(
         round=plan.round,
@@ -70,12 +77,12 @@ def fine_tune(
         active_experts=plan.active_experts,
         delta=adapted.learned_since(plan.adapter),
         rescaler_values=adapted.rescaler_values(),
-        counts=adapted.counts.total.clone(),
+        counts=adapted.counts.total.to("cpu", copy=True),
         tokens=tokens,
         num_examples=len(examples),
         trained_examples=min(rows, len(examples)),  # no row repeats before the epoch's end
         steps=len(losses),
-        loss=sum(losses) / len(losses),
+        loss=sum(loss_values) / len(loss_values),
         trainable=plan.trainable,
     )
 
@@ -90,12 +97,12 @@ def measure_mass(adapted: AdaptedModel, batches: Iterator[Batch], k: int) -> Ten
 
 def _routing_mass(adapted: AdaptedModel, batches: Sequence[Batch], k: int) -> Tensor:
     """Return [L]: the sum of the routing weights over non-padding tokens, with k active experts."""
-    mass = torch.zeros(len(adapted.layers))
-    mask = torch.empty(0, dtype=torch.bool)
+    masses = [torch.zeros((), device=lora.s.device) for lora in adapted.loras]
+    real = torch.empty(0, dtype=torch.int64)
 
     def hook(index: int) -> Callable[..., None]:
         def add(module: nn.Module, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            mass[index] += output[1][mask].float().sum().cpu()
+            masses[index] += output[1].index_select(0, real.to(output[1].device)).float().sum()
 
         return add
 
@@ -103,14 +110,16 @@ def _routing_mass(adapted: AdaptedModel, batches: Sequence[Batch], k: int) -> Te
     try:
         with adapted.active_experts(k):
             for batch in batches:
-                mask = batch.attention_mask.reshape(-1).bool()
+                real = batch.attention_mask.reshape(-1).nonzero().flatten().to(adapted.device)
                 adapted.model.get_decoder()(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+                    input_ids=batch.input_ids.to(adapted.device),
+                    attention_mask=batch.attention_mask.to(adapted.device),
+                    use_cache=False,
                 )
     finally:
         for handle in handles:
             handle.remove()
-    return mass
+    return torch.stack([mass.cpu() for mass in masses])
 
 
 def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
@@ -129,16 +138,21 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
 
 
 def _train_step(
-    adapted: AdaptedModel, optimizer: ExpertAdamW, scaler: GradScaler, batch: Batch, plan: RoundPlan
-) -> float:
-    """Run one optimizer step and return the batch's mean response loss, without `regularizers`.
+    adapted: AdaptedModel,
+    optimizer: ExpertAdamW,
+    scaler: GradScaler,
+    batch: Batch,
+    plan: RoundPlan,
+    start: Adapter,
+) -> Tensor:
+    """Run one optimizer step; return the batch's mean response loss, without `regularizers`, on the device.
 
     An enabled scaler skips the update if a gradient is not finite. The step's counts are still added.
     """
     adapted.counts.begin_step(batch.attention_mask)
     try:
         loss = token_losses(adapted, batch).mean()
-        objective = loss + regularizer(adapted.attached(), plan)
+        objective = loss + regularizer(adapted.attached(), plan, start)
         touched = adapted.counts.touched()
         if scaler.is_enabled():
             _scaled_step(optimizer, scaler, objective, touched)
@@ -149,7 +163,7 @@ def _train_step(
         # The next step or client uses this model too: nothing of a failed or skipped step may remain.
         adapted.counts.abandon_step()
         adapted.model.zero_grad()
-    return float(loss.detach())
+    return loss.detach()
 
 
 def _scaled_step(optimizer: ExpertAdamW, scaler: GradScaler, loss: Tensor, touched: Tensor) -> None:

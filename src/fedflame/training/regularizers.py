@@ -11,11 +11,17 @@ from torch import Tensor
 from fedflame.messages import Adapter, RoundPlan
 
 
-def regularizer(parameters: Adapter, plan: RoundPlan) -> Tensor | float:
-    """Return the sum of the terms that the plan asks for; zero if it asks for none."""
+def regularizer(parameters: Adapter, plan: RoundPlan, start: Adapter) -> Tensor | float:
+    """Return the sum of the terms that the plan asks for; zero if it asks for none.
+
+    Args:
+        parameters: the LoRA values that are trained.
+        plan: says which terms, and how strong.
+        start: the adapter of the plan, each value on the device of its parameter.
+    """
     terms: Tensor | float = 0.0
     if plan.proximal_mu:
-        terms += plan.proximal_mu / 2 * squared_distance(parameters, plan.adapter)
+        terms += plan.proximal_mu / 2 * squared_distance(parameters, start)
     if plan.rank_penalty:
         terms += plan.rank_penalty * rank_penalty(parameters, plan.kept_rank)
     return terms
@@ -28,7 +34,7 @@ def squared_distance(parameters: Adapter, start: Adapter) -> Tensor:
     """
     origin = start.tensors()
     squares = [(value - origin[name]).square().sum() for name, value in parameters.tensors().items()]
-    return torch.stack(squares).sum()
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum()
 
 
 def rank_penalty(parameters: Adapter, kept: int) -> Tensor:

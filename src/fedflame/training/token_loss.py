@@ -16,33 +16,42 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from fedflame.data.batches import IGNORE_INDEX, Batch
+from fedflame.data.batches import Batch
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.causal_attention import right_padded
 
 Head = Callable[[Tensor], Tensor]
 """Maps hidden states [T,H] to logits [T,V], including the family's scaling and caps."""
 
-CHUNK = 128
-"""Tokens per chunk: with a vocabulary of 50,000 its logits take 26 MB in float32."""
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
+"""Bytes of a chunk's logits in float32, by kind of device: they fit a CPU's cache, and fill a GPU."""
 
 
 def token_losses(adapted: AdaptedModel, batch: Batch) -> Tensor:
     """Return the negative log-likelihood of each labelled token in nats, row by row, [T] in float32.
 
     The output embedding is applied only at labelled positions; this saves its cost for the prompt tokens.
+    The result lies on the device of the model, and nothing has waited for it.
     """
-    decoder = adapted.model.get_decoder()
-    output = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    labels = batch.labels[:, 1:]
-    labelled = labels != IGNORE_INDEX
+    decoder, device = adapted.model.get_decoder(), adapted.device
+    input_ids, mask, predictors, targets = (
+        value.to(device, non_blocking=True)
+        for value in (batch.input_ids, batch.attention_mask, batch.predictors, batch.targets)
+    )
+    with right_padded(adapted.model):
+        output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
     def logits(states: Tensor) -> Tensor:
         output.last_hidden_state = states.unsqueeze(0)
         with _returning(decoder, output):
-            of_states: Tensor = adapted.model(input_ids=batch.input_ids[:1], use_cache=False).logits[0]
+            of_states: Tensor = adapted.model(input_ids=input_ids[:1], use_cache=False).logits[0]
         return of_states
 
-    return token_loss(output.last_hidden_state[:, :-1][labelled], labels[labelled], logits)
+    states = output.last_hidden_state.flatten(0, 1)
+    states, targets = states.index_select(0, predictors.to(states.device)), targets.to(states.device)
+    vocabulary = adapted.model.config.get_text_config().vocab_size
+    chunk = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
+    return token_loss(states, targets, logits, max(1, chunk))
 
 
 @contextmanager
@@ -58,23 +67,24 @@ def _returning(module: nn.Module, output: object) -> Iterator[None]:
         del module.forward
 
 
-def token_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+def token_loss(hidden: Tensor, labels: Tensor, head: Head, chunk: int) -> Tensor:
     """Return the loss of each token in nats, [T] in float32. Gradients flow to `hidden`, but not into `head`.
 
     Args:
         hidden: [T,H] states that predict the labels.
         labels: [T] token ids.
         head: the frozen output embedding.
+        chunk: tokens whose logits exist at a time.
     """
-    losses: Tensor = _TokenLoss.apply(hidden, labels, head)  # type: ignore[no-untyped-call]
+    losses: Tensor = _TokenLoss.apply(hidden, labels, head, chunk)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head, chunk: int) -> Tensor:
         losses, gradients = [], []
-        for states, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+        for states, wanted in zip(hidden.split(chunk), labels.split(chunk), strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 states = states.detach().requires_grad_(ctx.needs_input_grad[0])
                 loss = cross_entropy(head(states).float(), wanted, reduction="none")
@@ -87,6 +97,6 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor, None, None, None]:
         (gradients,) = ctx.saved_tensors
-        return gradients * d_losses.unsqueeze(1).to(gradients.dtype), None, None
+        return gradients * d_losses.unsqueeze(1).to(gradients.dtype), None, None, None

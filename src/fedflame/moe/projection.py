@@ -1,0 +1,162 @@
+"""One projection of all experts, base and LoRA, in the form that rows are multiplied by.
+
+A row x carries A x in its tail, behind the width of x. Then W x + c B A x is one product with [W, c B], and
+the gradient W' g + A' (c B' g) is one product with [W; A], where c = alpha/r: no pass over [S,out] adds the
+low-rank part, and the sum is rounded once. For this, W, c B and A lie in one buffer [E, out+n, in+n]: W upper
+left, c B to its right, A below it. The base's own parameter becomes a view of the buffer, so that its weights
+exist once.
+
+Weights that are mapped from files stay where they are: a buffer would bring them into memory. Base and LoRA
+are then two products.
+
+A bias is one more column beside c B, where each row has a one. In the backward g . bias comes out at the same
+place.
+
+Shapes: S rows sorted by expert, E experts, R rank. The tail has n = `room` columns: `filled` of them for each
+of the projections side by side (gate and up are two), which is R and zeros up to a multiple of 16 bytes, as
+the products need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedflame.moe.expert_products import ALIGNMENT, outer, times
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of all experts; see the module, and `joined` and `apart`, which make one."""
+
+    weight: Tensor
+    """W [E,out,in]."""
+    a: Tensor
+    """[E,n,in]: A of every part, and zeros."""
+    b: Tensor
+    """[E,out,n]: c B of every part, block-diagonal, then the bias and zeros."""
+    buffer: Tensor | None
+    """[E,out+n,in+n], of which the three are views; None if they are apart."""
+    parts: Sequence[slice]
+    """For each of the projections side by side, its rows of W."""
+    filled: int
+    """Columns of each part."""
+    constant: Tensor
+    """[n]: one in the column of the bias, otherwise zeros."""
+    scaling: float
+    """c = alpha/r."""
+
+    @property
+    def out(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def into(self) -> int:
+        return self.weight.shape[2]
+
+    @property
+    def low(self) -> int:
+        """Columns of all parts."""
+        return len(self.parts) * self.filled
+
+    @property
+    def has_bias(self) -> bool:
+        return len(self.constant) > self.low
+
+    def of(self, experts: slice) -> Projection:
+        """Return the same projection of these experts only, as views."""
+        buffer = None if self.buffer is None else self.buffer[experts]
+        return replace(self, weight=self.weight[experts], a=self.a[experts], b=self.b[experts], buffer=buffer)
+
+    def tail(self, rows: Tensor) -> Tensor:
+        """Return the view [S,low] of rows [S,in+n] that holds A x."""
+        return rows[:, self.into : self.into + self.low]
+
+    def write(self, a: Tensor, b: Tensor) -> None:
+        """Bring the banks A [E,nR,in] and c times B [E,out,R], parts in order, into the products."""
+        rank = b.shape[2]
+        if rank < self.filled:  # a client of a larger rank may have been here
+            self.a[:, : self.low].zero_()
+            self.b[:, :, : self.low].zero_()
+        a_parts, b_parts = a.split(rank, 1), b.chunk(len(self.parts), 1)
+        for part, rows in enumerate(self.parts):
+            at = self._columns(part, rank)
+            self.a[:, at].copy_(a_parts[part])
+            torch.mul(b_parts[part], self.scaling, out=self.b[:, rows, at])
+
+    def gradient_of_a(self, d_rows: Tensor, rows: Tensor, offsets: Tensor, rank: int) -> Tensor:
+        """Return the gradient of the bank A [E,nR,in] in float32; d_rows [S,out+n] and rows [S,in+n]."""
+        whole = outer(d_rows[:, self.out : self.out + self.low], rows[:, : self.into], offsets)
+        return whole.unflatten(1, (-1, self.filled))[:, :, :rank].flatten(1, 2).float()
+
+    def gradient_of_b(self, d_rows: Tensor, low: Tensor, offsets: Tensor, rank: int) -> Tensor:
+        """Return the gradient of the bank B [E,out,R] in float32; d_rows [S,out+n] and low = A x [S,low]."""
+        whole = outer(d_rows[:, : self.out], low, offsets)
+        parts = [whole[:, rows, self._columns(part, rank)] for part, rows in enumerate(self.parts)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).float().mul_(self.scaling)
+
+    def _columns(self, part: int, rank: int) -> slice:
+        return slice(part * self.filled, part * self.filled + rank)
+
+    def project(self, rows: Tensor, offsets: Tensor) -> None:
+        """Fill the tail of rows [S,in+n] with A x; the columns after it stay as they are."""
+        self.tail(rows).copy_(times(rows[:, : self.into], self.a[:, : self.low].mT, offsets))
+
+    def times(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Compute W x + c B A x + bias, [S,out], from rows [S,in+n] with their tail."""
+        if self.buffer is not None:
+            return times(rows, self.buffer[:, : self.out].mT, offsets)
+        base = times(rows[:, : self.into], self.weight.mT, offsets)
+        return base.add_(times(rows[:, self.into :], self.b.mT, offsets))
+
+    def project_back(self, d_rows: Tensor, offsets: Tensor) -> None:
+        """Fill the tail of d_rows [S,out+n], which begin with g, with c B' g and g . bias."""
+        d_rows[:, self.out :] = times(d_rows[:, : self.out], self.b, offsets)
+
+    def times_back(self, d_rows: Tensor, offsets: Tensor) -> Tensor:
+        """Compute W' g + A' (c B' g), [S,in], from d_rows [S,out+n] with their tail."""
+        if self.buffer is not None:
+            return times(d_rows, self.buffer[:, :, : self.into], offsets)
+        base = times(d_rows[:, : self.out], self.weight, offsets)
+        return base.add_(times(d_rows[:, self.out :], self.a, offsets))
+
+
+def joined(
+    weight: Tensor, bias: Tensor | None, parts: Sequence[slice], rank: int, scaling: float
+) -> Projection:
+    """Copy the weights [E,out,in] and their bias [E,out] into one buffer with room for LoRA of this rank."""
+    filled, room = _sizes(weight, bias, len(parts), rank)
+    experts, out, into = weight.shape
+    buffer = weight.new_zeros(experts, out + room, into + room)
+    buffer[:, :out, :into] = weight
+    views = buffer[:, :out, :into], buffer[:, out:, :into], buffer[:, :out, into:]
+    return Projection(*views, buffer, parts, filled, _with_bias(views[2], bias, len(parts) * filled), scaling)
+
+
+def apart(
+    weight: Tensor, bias: Tensor | None, parts: Sequence[slice], rank: int, scaling: float
+) -> Projection:
+    """Leave the weights [E,out,in] where they are, and make room for LoRA of this rank beside them."""
+    filled, room = _sizes(weight, bias, len(parts), rank)
+    experts, out, into = weight.shape
+    a, b = weight.new_zeros(experts, room, into), weight.new_zeros(experts, out, room)
+    return Projection(weight, a, b, None, parts, filled, _with_bias(b, bias, len(parts) * filled), scaling)
+
+
+def _sizes(weight: Tensor, bias: Tensor | None, parts: int, rank: int) -> tuple[int, int]:
+    """Return `filled` and the number of columns of the tail."""
+    multiple = ALIGNMENT // weight.itemsize
+    filled = rank + -rank % multiple
+    return filled, parts * filled + (0 if bias is None else multiple)
+
+
+def _with_bias(b: Tensor, bias: Tensor | None, column: int) -> Tensor:
+    """Put the bias into this column of `b`; return `constant`."""
+    constant = b.new_zeros(b.shape[2])
+    if bias is not None:
+        b[:, :, column] = bias
+        constant[column] = 1
+    return constant

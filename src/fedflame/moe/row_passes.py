@@ -1,0 +1,69 @@
+"""What happens to rows between the products of the experts: one source, eager on a CPU and compiled on CUDA.
+
+Each function is one pass over its rows once it is compiled; run eagerly it is a few. It reads no value, so
+that nothing waits for a GPU.
+
+Shapes: S rows sorted by expert, N tokens, k active experts, n projections side by side, I expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from fedflame.moe.compiled import compiled_on_cuda
+
+Gate = Callable[[Tensor], Tensor]
+"""The activation of the family, row by row: [S,nI], in the order of the weights, to [S,I]."""
+
+
+def with_tail(rows: Tensor, tail: Tensor) -> Tensor:
+    """Put the columns `tail` [S,n], or [n] for every row, behind rows [S,*]."""
+    return torch.cat([rows, tail.to(rows.dtype).expand(len(rows), -1)], 1)
+
+
+@compiled_on_cuda
+def weighted_gate(gate: Gate, inner: Tensor, weights: Tensor, constant: Tensor) -> Tensor:
+    """Return w * gate(inner), [S,I], with the tail w * constant [n] behind it; w [S,1] is the routing weight.
+
+    The weight multiplies the input of the last product, which is linear, so that only a sum is left after it.
+    """
+    return with_tail((gate(inner) * weights).to(inner.dtype), weights * constant)
+
+
+@compiled_on_cuda
+def gate_backward(
+    gate: Gate, inner: Tensor, d_weighted: Tensor, weights: Tensor, room: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run back through `weighted_gate`, computing its activation again.
+
+    Args:
+        gate: the activation. torch.func.vjp takes any family's, and compiles into one graph.
+        inner: [S,nI] what it was applied to.
+        d_weighted: [S,I] the gradient of the weighted activation.
+        weights: [S,1] routing weights.
+        room: columns of the tail behind the result's gradient.
+
+    Returns:
+        The weighted activation [S,I], the gradient of `inner` with its tail [S,nI+room], and the gradient of
+        the weights [S] in float32.
+    """
+    activation, backward = torch.func.vjp(gate, inner)
+    d_weights = (d_weighted.float() * activation.float()).sum(1)
+    (d_inner,) = backward((d_weighted * weights).to(activation.dtype))
+    weighted = (activation * weights).to(activation.dtype)
+    return weighted, with_tail(d_inner, d_inner.new_zeros(room)), d_weights
+
+
+@compiled_on_cuda
+def sum_per_token(rows: Tensor, positions: Tensor) -> Tensor:
+    """Add up the k rows of each token, [S,H] to [N,H]; `positions` [N,k] says where they are.
+
+    The order is fixed (no scattered additions), so the same run gives the same bytes.
+    """
+    if rows.dtype == torch.float32 and not rows.is_cuda:  # torch's sum bit for bit, without a copy
+        return embedding_bag(positions, rows, mode="sum")
+    return rows[positions].sum(1)

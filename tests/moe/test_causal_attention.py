@@ -1,0 +1,80 @@
+"""Attention without a mask over rows that are padded on the right, against transformers' own with its
+mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.families import FAMILIES, tiny
+from tests.tiny_models import random_batch, tiny_olmoe
+from torch import Tensor, nn
+from transformers.integrations import sdpa_attention
+
+from fedflame.data.batches import Batch
+from fedflame.moe import causal_attention
+from fedflame.moe.causal_attention import REPLACEMENT, right_padded
+
+
+def states(model: Any, batch: Batch) -> Tensor:
+    """The last hidden states of the tokens that are no padding."""
+    with torch.no_grad():
+        output = model.get_decoder()(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+    return output.last_hidden_state[batch.attention_mask.bool()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_of_every_family_are_as_with_a_mask(family: str) -> None:
+    """Its rows are longer than the windows of families that have some."""
+    model, batch = tiny(family), random_batch(lengths=(40, 23, 5))
+    expected = states(model, batch)
+    with right_padded(model):
+        found = states(model, batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+def masks_given(model: nn.Module, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    given: list[Tensor | None] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        given.append(attn_mask)
+        return kernel(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    states(model, batch)
+    return given
+
+
+def test_no_mask_is_made_within_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_olmoe(), random_batch()
+    with right_padded(model):
+        assert masks_given(model, batch, monkeypatch) == [None, None]
+    assert all(mask is not None for mask in masks_given(model, batch, monkeypatch))
+
+
+def test_a_window_that_is_shorter_than_the_rows_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mixtral", sliding_window=8)
+    with right_padded(model):
+        assert all(mask is not None for mask in masks_given(model, random_batch(), monkeypatch))
+        short = random_batch(lengths=(7, 4))
+        assert masks_given(model, short, monkeypatch) == [None, None]
+
+
+def test_a_model_that_attends_otherwise_keeps_what_it_has() -> None:
+    model = tiny_olmoe()
+    model.set_attn_implementation("eager")
+    with right_padded(model):
+        assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(KeyError), right_padded(model):
+        assert model.config._attn_implementation == REPLACEMENT
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa", "also after an error"
+
+
+def test_it_is_transformers_attention() -> None:
+    assert causal_attention.sdpa_attention_forward is sdpa_attention.sdpa_attention_forward

@@ -1,0 +1,97 @@
+"""What runs compiled on CUDA, compiled here by the same front end: one graph each, the same values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+from tests.tiny_models import ALPHA, ATTENTION, RANK, random_adapter, random_batch, tiny_olmoe
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from fedflame.moe import adapted_model, compiled, expert_lora, fused_experts
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.expert_adamw import ExpertAdamW
+from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION
+from fedflame.training.token_loss import token_losses
+
+LAYERS = 6
+BATCHES = [(4, (11, 7, 4)), (2, (9, 8)), (1, (14, 2)), (4, (5, 5, 5)), (4, (6,))]
+"""k and the lengths of rows: with and without padding, one row, one expert."""
+
+
+@pytest.fixture
+def _front_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compile on the CPU, by the front end alone: without kernels, which take minutes to build."""
+    compile_ = torch.compile
+
+    def traced(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return compile_(function, backend="aot_eager", **options)
+
+    dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(compiled, "can_compile", lambda kind: True)
+    monkeypatch.setattr(adapted_model, "can_compile", lambda kind: True)
+    monkeypatch.setattr(fused_experts, "_blocks", lambda rows, up: [rows.one_block()])
+    yield
+    compiled._compiled.cache_clear()
+    expert_lora.ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, expert_lora.experts_forward)
+    dynamo.reset()
+
+
+def trained() -> tuple[list[float], list[Tensor]]:
+    """The losses of a few steps, and the adapter after them."""
+    adapted = AdaptedModel(tiny_olmoe(num_hidden_layers=LAYERS), RANK, ALPHA, ATTENTION)
+    adapted.load(random_adapter(adapted), torch.ones(LAYERS))
+    scalars = [lora.s for lora in adapted.loras]
+    optimizer = ExpertAdamW(adapted.loras, adapted.attention.values(), 0.01, 0.1, scalars)
+    losses = []
+    for seed, (k, lengths) in enumerate(BATCHES):
+        batch = random_batch(seed, lengths)
+        with adapted.training(k):
+            adapted.counts.begin_step(batch.attention_mask)
+            loss = token_losses(adapted, batch).mean()
+            optimizer.backward(loss, adapted.counts.touched())
+            adapted.counts.end_step()
+        losses.append(loss.item())
+    return losses, list(adapted.adapter().tensors().values())
+
+
+@pytest.mark.slow
+def test_compiled_steps_compute_what_eager_steps_do(request: pytest.FixtureRequest) -> None:
+    losses, adapter = trained()
+    request.getfixturevalue("_front_end")
+    found, trained_adapter = trained()
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=0)
+    for one, other in zip(trained_adapter, adapter, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    (reason,) = counters["graph_break"]
+    assert "experts_forward" in reason, "the experts are the only break in a layer"
+    assert counters["stats"]["unique_graphs"] < 4 * len(BATCHES), "not one for every layer"
+
+
+@pytest.mark.parametrize("tools", [("triton", "cc"), ("triton",), ("cc",), ()])
+def test_cuda_compiles_where_triton_and_a_c_compiler_are(
+    tools: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(compiled, "find_spec", lambda name: name in tools or None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: name if name in tools else None)
+    compiled._has_compiler.cache_clear()
+    try:
+        assert compiled.can_compile("cuda") == (tools == ("triton", "cc"))
+        assert not compiled.can_compile("cpu")
+    finally:
+        compiled._has_compiler.cache_clear()
+
+
+def test_layers_run_as_they_were_after_the_block() -> None:
+    layers = tiny_olmoe().model.layers
+    compiled_layers = compiled.CompiledLayers(layers)
+    with compiled_layers.used():
+        assert all("forward" in layer.__dict__ for layer in layers)
+    assert not any("forward" in layer.__dict__ for layer in layers)
