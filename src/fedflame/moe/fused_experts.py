@@ -149,7 +149,7 @@ def _by_row(weights: Tensor, rows: RoutedRows) -> Tensor:
 
 
 def _blocks(rows: RoutedRows, up: Projection) -> list[Block]:
-    """Split the experts into blocks that fit a CPU's cache; on a GPU they are one, which waits for nothing."""
+    """Split the experts into blocks that fit a CPU's cache; on a GPU they are one: no wait."""
     if up.weight.device.type != "cpu":
         return [rows.one_block()]
     bank_bytes = up.a[0].nbytes + up.b[0].nbytes

@@ -52,10 +52,12 @@ def masked_adamw(
         learning_rate: of this step.
         weight_decay: subtracts learning_rate * weight_decay times the value.
     """
-    values = (bank, moments.mean, moments.mean_square, moments.steps, gradient, touched)
+    state = (bank, moments.mean, moments.mean_square, moments.steps)
     experts = max(1, CHUNK_BYTES // bank[0].nbytes) if bank.device.type == "cpu" else len(bank)
-    for chunk in zip(*(value.split(experts) for value in values), strict=True):
-        _step(*chunk, learning_rate, weight_decay)
+    for start in range(0, len(bank), experts):
+        at = slice(start, start + experts)
+        b, mean, mean_square, steps = (value[at] for value in state)
+        _step(b, mean, mean_square, steps, gradient[at], touched[at], learning_rate, weight_decay)
 
 
 @compiled_on_cuda

@@ -90,7 +90,8 @@ class Projection:
     def gradient_of_a(self, d_rows: Tensor, rows: Tensor, offsets: Tensor, rank: int) -> Tensor:
         """Return the gradient of the bank A [E,nR,in] in float32; d_rows [S,out+n] and rows [S,in+n]."""
         whole = outer(d_rows[:, self.out : self.out + self.low], rows[:, : self.into], offsets)
-        return whole.unflatten(1, (-1, self.filled))[:, :, :rank].flatten(1, 2).float()
+        by_part: Tensor = whole.unflatten(1, (-1, self.filled))
+        return by_part[:, :, :rank].flatten(1, 2).float()
 
     def gradient_of_b(self, d_rows: Tensor, low: Tensor, offsets: Tensor, rank: int) -> Tensor:
         """Return the gradient of the bank B [E,out,R] in float32; d_rows [S,out+n] and low = A x [S,low]."""

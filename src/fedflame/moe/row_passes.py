@@ -51,7 +51,7 @@ def gate_backward(
         The weighted activation [S,I], the gradient of `inner` with its tail [S,nI+room], and the gradient of
         the weights [S] in float32.
     """
-    activation, backward = torch.func.vjp(gate, inner)
+    activation, backward = torch.func.vjp(gate, inner)  # type: ignore[misc]
     d_weights = (d_weighted.float() * activation.float()).sum(1)
     (d_inner,) = backward((d_weighted * weights).to(activation.dtype))
     weighted = (activation * weights).to(activation.dtype)
