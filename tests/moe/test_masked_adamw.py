@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,16 @@ from fedflame.moe import masked_adamw as module
 from fedflame.moe.masked_adamw import Moments, masked_adamw
 
 EXPERTS, SHAPE = 5, (3, 4)
+
+
+@pytest.fixture(params=["by slices, as on a CPU", "by the mask, as on a GPU"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "mask" in request.param:
+
+        def by_mask(bank: Tensor, moments: Moments, *rest: Any) -> None:
+            module._update_all(bank, moments.mean, moments.mean_square, moments.steps, *rest)
+
+        monkeypatch.setattr(module, "_update_slices", by_mask)
 
 
 def run(decay: float, steps: int = 6) -> tuple[Tensor, Moments, Tensor]:
@@ -33,14 +45,18 @@ def run(decay: float, steps: int = 6) -> tuple[Tensor, Moments, Tensor]:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-@pytest.mark.parametrize("chunk", [1, 2 * 48, 2**20], ids=["an expert", "two experts", "the bank"])
-def test_every_expert_equals_torchs_adamw_on_that_expert_alone(
-    decay: float, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+def test_every_expert_equals_torchs_adamw_on_that_expert_alone(decay: float) -> None:
     bank, moments, theirs = run(decay)
     torch.testing.assert_close(bank.double(), theirs, rtol=0, atol=1e-6)
     assert len(moments.steps.unique()) > 1, "experts take steps at different times"
+
+
+def test_a_step_counts_as_a_change_of_the_bank() -> None:
+    """By this the products know that they hold old values."""
+    bank = torch.ones(2, *SHAPE)
+    before = bank._version
+    masked_adamw(bank, Moments.of(bank), torch.ones_like(bank), torch.tensor([True, False]), 0.01, 0.0)
+    assert bank._version > before
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])

@@ -60,10 +60,11 @@ class ExpertLoRA(nn.Module):
         for name, shape in layer.bank_shapes(r).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
         self.s = nn.Parameter(torch.ones((), device=device))
+        self._written: list[tuple[int, int]] = []
 
     @property
     def scaling(self) -> float:
-        """C = alpha/r."""
+        """The factor c = alpha/r of every product B A."""
         return self.experts.up.scaling
 
     @property
@@ -74,6 +75,20 @@ class ExpertLoRA(nn.Module):
     def banks(self) -> dict[str, nn.Parameter]:
         """Return A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] by name; n is 2 with a gate, else 1."""
         return {name: self.get_parameter(name) for name in BANKS}
+
+    def written(self) -> Experts:
+        """Return the experts with the banks' values of now in their products.
+
+        torch counts the changes of every tensor, so that values which are there already are not written
+        again: a token that is generated changes none.
+        """
+        a1, b1, a2, b2 = banks = list(self.banks().values())
+        changes = [(id(bank), bank._version) for bank in banks]
+        if changes != self._written:
+            self.experts.up.write(a1.detach(), b1.detach())
+            self.experts.down.write(a2.detach(), b2.detach())
+            self._written = changes
+        return self.experts
 
 
 def _experts(layer: MoELayer, r: int, scaling: float, mapped: bool) -> Experts:
@@ -118,7 +133,7 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
     rows = RoutedRows.sort(top_k_index, lora.layer.num_experts)
     lora.counts.record(lora.index, rows.per_expert)
     output: Tensor = FusedExperts.apply(  # type: ignore[no-untyped-call]
-        x, rescale(top_k_weights, lora.s), *lora.banks().values(), lora.experts, rows, lora.recompute
+        x, rescale(top_k_weights, lora.s), *lora.banks().values(), lora.written(), rows, lora.recompute
     )
     return output
 

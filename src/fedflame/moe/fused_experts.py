@@ -45,9 +45,9 @@ class Experts:
 class FusedExperts(torch.autograd.Function):
     """`apply(x, weights, A1, B1, A2, B2, experts, rows, recompute)` -> [N,H].
 
-    x is [N,H], the routing weights are [N,k]; the banks A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R]
-    are float32. With `recompute` the backward computes the pre-activation again, with the same bits, instead
-    of keeping it.
+    x is [N,H], the routing weights are [N,k]. The banks A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] are
+    float32; `experts` holds their values already. With `recompute` the backward computes the pre-activation
+    again, with the same bits, instead of keeping it.
     """
 
     @staticmethod
@@ -63,8 +63,6 @@ class FusedExperts(torch.autograd.Function):
         rows: RoutedRows,
         recompute: bool,
     ) -> Tensor:
-        experts.up.write(bank_a1, bank_b1)
-        experts.down.write(bank_a2, bank_b2)
         wide_x, row_weights = with_tail(x, experts.up.constant), _by_row(weights, rows)
         kept, outputs = [], _Collected(len(rows.order))
         blocks = _blocks(rows, experts.up)

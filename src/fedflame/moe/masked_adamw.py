@@ -7,16 +7,17 @@ mask on the device of the bank, so that nothing waits for a GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.adamw import adamw
 
 from fedflame.moe.compiled import compiled_on_cuda
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-CHUNK_BYTES = 2**20
-"""On a CPU a bank is updated in pieces of this size, so that their values stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Moments:
     mean_square: Tensor
     steps: Tensor
     """[E] float32."""
+
+    @cached_property
+    def slices(self) -> list[tuple[Tensor, ...]]:
+        """The three by expert."""
+        return [value.unbind(0) for value in (self.mean, self.mean_square, self.steps)]
 
     @classmethod
     def of(cls, bank: Tensor) -> Moments:
@@ -52,16 +58,46 @@ def masked_adamw(
         learning_rate: of this step.
         weight_decay: subtracts learning_rate * weight_decay times the value.
     """
-    state = (bank, moments.mean, moments.mean_square, moments.steps)
-    experts = max(1, CHUNK_BYTES // bank[0].nbytes) if bank.device.type == "cpu" else len(bank)
-    for start in range(0, len(bank), experts):
-        at = slice(start, start + experts)
-        b, mean, mean_square, steps = (value[at] for value in state)
-        _step(b, mean, mean_square, steps, gradient[at], touched[at], learning_rate, weight_decay)
+    if bank.device.type == "cpu":
+        _update_slices(bank, moments, gradient, touched, learning_rate, weight_decay)
+        increment_version(bank)  # a change through slices is not counted
+    else:
+        state = (moments.mean, moments.mean_square, moments.steps)
+        _update_all(bank, *state, gradient, touched, learning_rate, weight_decay)
+
+
+def _update_slices(
+    bank: Tensor,
+    moments: Moments,
+    gradient: Tensor,
+    touched: Tensor,
+    learning_rate: float,
+    weight_decay: float,
+) -> None:
+    """Update the touched experts by torch's kernel for a CPU, where `_update_all` takes longer."""
+    experts = touched.nonzero().flatten().tolist()
+    slices = [bank.unbind(0), gradient.unbind(0), *moments.slices]
+    values, gradients, means, mean_squares, counts = ([of[expert] for expert in experts] for of in slices)
+    adamw(
+        values,
+        gradients,
+        means,
+        mean_squares,
+        [],
+        counts,
+        fused=True,
+        amsgrad=False,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        eps=EPSILON,
+        maximize=False,
+    )
 
 
 @compiled_on_cuda
-def _step(
+def _update_all(
     bank: Tensor,
     mean: Tensor,
     mean_square: Tensor,
@@ -71,6 +107,7 @@ def _step(
     learning_rate: float,
     weight_decay: float,
 ) -> None:
+    """Go over the whole bank, and let the mask decide, on the device, which experts move."""
     steps += touched
     by_expert = (-1, *[1] * (bank.dim() - 1))
     moves = touched.view(by_expert)
@@ -79,7 +116,6 @@ def _step(
     gradient = torch.where(moves, gradient, 0)  # 0 times a value that is not finite would not be 0
     mean.lerp_(gradient, share * (1 - BETAS[0]))
     mean_square.lerp_(gradient * gradient, share * (1 - BETAS[1]))
-    root = mean_square.sqrt().mul_((1 - BETAS[1] ** count).rsqrt()).add_(EPSILON)
-    if weight_decay:
-        bank.mul_(1 - share * (learning_rate * weight_decay))
+    root = (mean_square / (1 - BETAS[1] ** count)).sqrt() + EPSILON
+    bank.mul_(1 - share * (learning_rate * weight_decay))
     bank.addcdiv_(mean * (share * (learning_rate / (1 - BETAS[0] ** count))), root, value=-1)
