@@ -45,9 +45,9 @@ class Experts:
 class FusedExperts(torch.autograd.Function):
     """`apply(x, weights, A1, B1, A2, B2, experts, rows, recompute)` -> [N,H].
 
-    x is [N,H], the routing weights are [N,k]. The banks A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] are
-    float32; `experts` holds their values already. With `recompute` the backward computes the pre-activation
-    again, with the same bits, instead of keeping it.
+    x is [N,H], the routing weights are [N,k]. The banks A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R]
+    are float32; `experts` holds their values already. With `recompute` the backward computes the
+    pre-activation again, with the same bits, instead of keeping it.
     """
 
     @staticmethod
