@@ -255,15 +255,49 @@ def test_evaluation_restores_k_counts_nothing_and_tracks_no_gradient() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 20_000), min_size=1, max_size=120), st.integers(0, 40))
-def test_a_batch_of_long_rows_has_fewer_of_them(lengths: list[int], new_tokens: int) -> None:
+@given(
+    st.lists(st.integers(1, 20_000), min_size=1, max_size=120),
+    st.integers(0, 40),
+    st.integers(1, 60),
+    st.integers(1, 30_000),
+)
+def test_a_batch_of_long_rows_has_fewer_of_them(
+    lengths: list[int], new_tokens: int, rows: int, tokens: int
+) -> None:
     encoded = [EncodedRow([5] * length, 1, False) for length in sorted(lengths)]
     held_out = HeldOut([], encoded, TOKENIZER, 30_000, new_tokens)
-    batches = list(evaluation._batches(range(len(encoded)), held_out))
+    batches = list(evaluation._batches(range(len(encoded)), held_out, rows, tokens))
     assert [index for batch in batches for index in batch] == list(range(len(encoded)))
     for batch in batches:
         widest = max(len(encoded[index].ids) for index in batch) + new_tokens
-        assert len(batch) == 1 or (len(batch) <= 50 and len(batch) * widest <= evaluation.BATCH_TOKENS)
+        assert len(batch) == 1 or (len(batch) <= rows and len(batch) * widest <= tokens)
     for batch, (first, *_) in pairwise(batches):  # a batch ends only where the next row does not fit
         width = len(encoded[first].ids) + new_tokens
-        assert len(batch) == 50 or (len(batch) + 1) * width > evaluation.BATCH_TOKENS
+        assert len(batch) == rows or (len(batch) + 1) * width > tokens
+
+
+class OnCard:
+    """What `_limits` asks of an adapted model, as if it lay on two cards."""
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self.layers, self.model = adapted.layers, adapted.model
+        self.devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
+        self.device = self.devices[0]
+
+
+def test_on_a_gpu_a_batch_has_the_tokens_that_its_free_memory_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapted, rows = adapted_model(), held_out()
+    assert evaluation._limits(adapted, rows, 2) == (rows.batch_rows, evaluation.BATCH_TOKENS)
+    card, per_token = OnCard(adapted), evaluation.bytes_per_token(adapted, 2)
+    assert per_token < evaluation.bytes_per_token(adapted, TOP_K)
+    free = {0: 5000 * per_token, 1: 2000 * per_token}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300 * per_token)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200 * per_token)
+    assert evaluation._limits(card, rows, 2) == (1024, 1024), "half of 2100 tokens on the fuller card"
+    free[1] = 0
+    assert evaluation._limits(card, rows, 2) == (32, 32)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 200 * per_token)
+    assert evaluation._limits(card, rows, 2) == (2, 2), "at least something: torch says what does not fit"

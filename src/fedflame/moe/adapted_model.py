@@ -95,6 +95,11 @@ class AdaptedModel:
         return self.model.device
 
     @property
+    def devices(self) -> list[torch.device]:
+        """Where its experts lie: one device, or several if the layers are spread over cards."""
+        return list(dict.fromkeys(lora.s.device for lora in self.loras))
+
+    @property
     def num_experts_per_tok(self) -> int:
         """K, the model's own number of active experts."""
         return self.layers[0].num_experts_per_tok
@@ -190,8 +195,11 @@ class AdaptedModel:
 
     def _compiled_layers(self) -> CompiledLayers | None:
         """Return the decoder layers compiled, on one GPU; torch compiles nothing within its checkpoints."""
-        devices = {lora.s.device for lora in self.loras}
-        if len(devices) > 1 or self.gradient_checkpointing == "layers" or not can_compile(self.device.type):
+        if (
+            len(self.devices) > 1
+            or self.gradient_checkpointing == "layers"
+            or not can_compile(self.device.type)
+        ):
             return None
         leave_experts_uncompiled()
         return CompiledLayers(checkpointable_layers(self.model))

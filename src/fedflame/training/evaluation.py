@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,10 @@ from fedflame.training.scores import Scores
 from fedflame.training.token_loss import token_losses
 
 BATCH_ROWS, BATCH_TOKENS = 50, 16_384
-"""Largest number of rows and of tokens in a batch. The limit on tokens bounds the memory for long rows."""
+"""Largest number of rows and of tokens in a batch on a CPU. The limit on tokens bounds the memory."""
+GPU_SHARE = 0.5
+"""Share of a GPU's free memory that a batch may take by our estimate, which leaves room for what it
+misses."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class HeldOut:
     max_new_tokens: int
     """Largest number of tokens generated per row; 0 means loss only."""
     batch_rows: int = BATCH_ROWS
-    """Largest number of rows in a batch. The scores do not depend on it."""
+    """Largest number of rows in a batch on a CPU. The scores do not depend on it."""
 
 
 def evaluate(
@@ -67,19 +71,48 @@ def evaluate(
     order = sorted(range(len(held_out.rows)), key=lambda index: len(held_out.encoded[index].ids))
     scores: dict[str, Scores] = {}
     with torch.no_grad(), adapted.active_experts(k):
-        for batch in _batches(order, held_out):
+        for batch in _batches(order, held_out, *_limits(adapted, held_out, k)):
             for index, row_scores in zip(batch, _score_rows(adapted, held_out, batch, generate), strict=True):
                 category = held_out.rows[index].category
                 scores[category] = scores[category] + row_scores if category in scores else row_scores
     return dict(sorted(scores.items()))
 
 
-def _batches(rising: Sequence[int], held_out: HeldOut) -> Iterator[list[int]]:
-    """Yield batches of row indices, in ascending length, within `BATCH_TOKENS` with padding and answers."""
+def _limits(adapted: AdaptedModel, held_out: HeldOut, k: int) -> tuple[int, int]:
+    """Return the most rows and tokens of a batch: on a GPU, as many as its free memory has room for."""
+    if adapted.device.type != "cuda":
+        return held_out.batch_rows, BATCH_TOKENS
+    free = min(_free_bytes(device) for device in adapted.devices)
+    # A power of two: the same on every run, as long as about the same is free.
+    tokens = 2 ** int(math.log2(max(2.0, GPU_SHARE * free / bytes_per_token(adapted, k))))
+    return tokens, tokens
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return what the driver has left, and what torch holds without using it."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held
+
+
+def bytes_per_token(adapted: AdaptedModel, k: int) -> int:
+    """Estimate what a token takes: keys and values in every layer, and the rows of one layer while it
+    runs.
+    """
+    layer, config = adapted.layers[0], adapted.model.config.get_text_config()
+    cache = 2 * config.num_hidden_layers * config.hidden_size
+    routed = k * (3 * layer.hidden_size + (layer.inner_projections + 2) * layer.expert_width)
+    beside = 16 * config.hidden_size  # attention, norms and residuals, some of them in float32
+    return int(adapted.model.dtype.itemsize * (cache + routed + beside))
+
+
+def _batches(
+    rising: Sequence[int], held_out: HeldOut, most_rows: int, most_tokens: int
+) -> Iterator[list[int]]:
+    """Yield batches of row indices, in ascending length, within the limits with padding and answers."""
     batch: list[int] = []
     for index in rising:
         width = len(held_out.encoded[index].ids) + held_out.max_new_tokens
-        if batch and (len(batch) == held_out.batch_rows or (len(batch) + 1) * width > BATCH_TOKENS):
+        if batch and (len(batch) == most_rows or (len(batch) + 1) * width > most_tokens):
             yield batch
             batch = []
         batch.append(index)
