@@ -23,8 +23,7 @@ from fedflame.training.token_loss import token_losses
 BATCH_ROWS, BATCH_TOKENS = 50, 16_384
 """Largest number of rows and of tokens in a batch on a CPU. The limit on tokens bounds the memory."""
 GPU_SHARE = 0.5
-"""Share of a GPU's free memory that a batch may take by our estimate, which leaves room for what it
-misses."""
+"""Share of a GPU's free memory that a batch may take by our estimate, which misses some things."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def bytes_per_token(adapted: AdaptedModel, k: int) -> int:
-    """Estimate what a token takes: keys and values in every layer, and the rows of one layer while it
-    runs.
-    """
+    """Estimate what a token takes: its keys and values of every layer, and the rows of a running layer."""
     layer, config = adapted.layers[0], adapted.model.config.get_text_config()
     cache = 2 * config.num_hidden_layers * config.hidden_size
     routed = k * (3 * layer.hidden_size + (layer.inner_projections + 2) * layer.expert_width)
