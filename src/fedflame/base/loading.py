@@ -1,4 +1,4 @@
-"""Load the frozen base and its tokenizer: the embedded model, a folder, or a hub id."""
+"""Load the frozen base onto its device, and its tokenizer: the embedded model, a folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ meanwhile; if two threads did this at once, they would stay replaced, and tied w
 
 
 def load_base_model(
-    name_or_path: str, dtype: str, memory_map: bool = False
+    name_or_path: str, dtype: str, device: str = "cpu", memory_map: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base model, in evaluation mode, and its tokenizer.
 
     Args:
         name_or_path: `olmoe-tiny`, a folder in Hugging Face layout, or a hub id.
         dtype: one of `DTYPES`.
-        memory_map: map the weights from files instead of loading them into memory; see `base.mapped`.
+        device: the device that the weights are loaded onto, such as cpu or cuda:0.
+        memory_map: map the weights from files instead of loading them into memory; see `base.mapped`. Only on
+            a CPU.
 
     Raises:
         UserError: the model is dense, the folder is missing or incomplete, or the hub cannot be reached.
@@ -45,7 +47,7 @@ def load_base_model(
     try:
         require_folder_complete(source)
         with _LOADING:
-            model, loading = _from_pretrained(source, getattr(torch, dtype), memory_map)
+            model, loading = _from_pretrained(source, getattr(torch, dtype), device, memory_map)
         tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=is_local(source))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(load_error(name_or_path, error)) from error
@@ -58,12 +60,16 @@ def load_base_model(
 
 
 def _from_pretrained(
-    source: str, dtype: torch.dtype, memory_map: bool
+    source: str, dtype: torch.dtype, device: str, memory_map: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     if memory_map:
         folder = source if Path(source).is_dir() else downloaded(source)
         return map_base(Path(folder), dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, local_files_only=is_local(source)
+        source,
+        dtype=dtype,
+        device_map={"": device},
+        output_loading_info=True,
+        local_files_only=is_local(source),
     )
     return loaded[0], loaded[1]

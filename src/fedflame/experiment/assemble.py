@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fedflame.base.adapted import load_adapted_model
+from fedflame.base.device import DeviceChoice, choose_device
 from fedflame.base.dtype import DtypeChoice, choose_dtype
 from fedflame.base.files import model_config_path
 from fedflame.config.run_config import RunConfig
@@ -25,6 +26,7 @@ class Experiment:
     """Everything loaded for a configuration: model, data, costs."""
 
     config: RunConfig
+    device: DeviceChoice
     dtype: DtypeChoice
     adapted: AdaptedModel
     tokenizer: PreTrainedTokenizerBase
@@ -71,20 +73,23 @@ def assemble(
         dtype: of the frozen base; None for what `model.dtype` says.
 
     Raises:
-        UserError: see `load_base_model`, `AdaptedModel` and `run_cost`; rows too long for the model.
+        UserError: see `choose_device`, `load_base_model`, `AdaptedModel` and `run_cost`; rows too long for
+            the model.
     """
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
-    choice = dtype or choose_dtype(config.model.dtype, shape)
+    device = choose_device(config.model.device)
+    choice = dtype or choose_dtype(config.model.dtype, shape, device)
     adapted, tokenizer = load_adapted_model(
         config.model.model_name_or_path,
         choice.name,
         config.adapter,
         config.training.gradient_checkpointing,
+        device.name,
     )
     _require_context(config, adapted.model.config)
     encoded = encode_federation(federation, tokenizer, config.data.max_length)
     cost = run_cost(config, shape, choice.name, encoded.mean_length, encoded.labelled_share)
-    return Experiment(config, choice, adapted, tokenizer, shape, federation, encoded, cost)
+    return Experiment(config, device, choice, adapted, tokenizer, shape, federation, encoded, cost)
 
 
 def _require_context(config: RunConfig, model_config: Any) -> None:

@@ -23,7 +23,13 @@ from fedflame.experiment.assemble import Experiment, assemble
 from fedflame.experiment.environment import environment
 from fedflame.experiment.method import build_strategy
 from fedflame.experiment.prepare import Prepared
-from fedflame.experiment.run_folder import remove_run, require_same_data, saved_dtype, write_run_files
+from fedflame.experiment.run_folder import (
+    device_change,
+    remove_run,
+    require_same_data,
+    saved_dtype,
+    write_run_files,
+)
 from fedflame.experiment.site_clients import site_clients
 from fedflame.experiment.sites import Sites
 from fedflame.report import write_report
@@ -92,6 +98,7 @@ def run_experiment(
     start = "" if resumed else starting_adapter(config)
     method = strategy or build_strategy(config, prepared.shape.num_experts_per_tok)
     experiment = assemble(config, prepared.federation, saved_dtype(run) if resumed else None)
+    moved = device_change(run, experiment.device) if resumed else ""
     checkpoint = _starting_point(run, experiment, method, resumed, sites is not None)
     if prepared.existing == "overwrite" and run.exists():
         remove_run(run)
@@ -102,6 +109,8 @@ def run_experiment(
     metrics = MetricsFile(run / "metrics.jsonl", checkpoint.metrics_bytes, on_event)
     try:
         with watch(begun) as reporter, _clients(experiment, run, workers, sites, reporter) as clients:
+            if moved:
+                reporter.message(moved)
             server = _server(experiment, method, run, clients, metrics, reporter)
             checkpoint = run_rounds(server, checkpoint)
     except KeyboardInterrupt as error:

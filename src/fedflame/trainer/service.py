@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedflame.atomic_file import write_atomically
 from fedflame.base.adapted import load_adapted_model
+from fedflame.base.device import choose_device, device_in_words
 from fedflame.base.files import model_config_path, model_digest
 from fedflame.clients.local import reason
 from fedflame.cost.flops import training_flops_per_token
@@ -60,16 +61,17 @@ class TrainerService:
     """Answers requests for one site. It holds at most one model; several threads may call it."""
 
     def __init__(self, site: Site, say: Callable[[str], None]) -> None:
-        """Read the site's rows.
+        """Choose the site's device and read its rows.
 
         Args:
             site: the settings of the site's file.
             say: called with each line for the log.
 
         Raises:
-            UserError: the data cannot be read, or has no usable row.
+            UserError: the device cannot be used, or the data cannot be read or has no usable row.
         """
         self._site, self._say = site, say
+        self.device = choose_device(site.trainer.device, "trainer.device")
         self._rows, self.skipped = _load_rows(site)
         self._ready: _Ready | None = None
         self._digests: dict[str, str] = {}
@@ -170,10 +172,11 @@ class TrainerService:
         """Return the model with the job's adapter and the encoded rows; load them unless they are loaded."""
         if self._ready is None or self._ready.job != job:
             self._ready = None  # free it first: two models may not fit into memory
-            self._say(f"loading {job.model_name_or_path} in {job.dtype}")
+            device = self.device
+            self._say(f"loading {job.model_name_or_path} in {job.dtype} onto {device_in_words(device)}")
             path = self._site.models[job.model_name_or_path]
             checkpointing = self._site.trainer.gradient_checkpointing
-            adapted, tokenizer = load_adapted_model(path, job.dtype, job.adapter, checkpointing)
+            adapted, tokenizer = load_adapted_model(path, job.dtype, job.adapter, checkpointing, device.name)
             rows = encode_rows(self._rows, tokenizer, job.max_length)
             self._ready = _Ready(job, adapted, tokenizer, rows)
         return self._ready
