@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,16 @@ from tests.fake_cards import MODEL, fake_cards, load_on_cpu
 from tests.tiny_runs import SETTINGS, adapter_bytes, arguments, invoke, tiny_config, tiny_run
 
 from fedflame.base import device
+from fedflame.clients.local import LocalClients
+from fedflame.clients.workers import WorkerSetup
 from fedflame.config.sections import EMBEDDED_MODEL
 from fedflame.data.federation import load_federation
 from fedflame.errors import UserError
 from fedflame.experiment.assemble import assemble
 from fedflame.experiment.plan import plan_run
+from fedflame.experiment.prepare import prepare
+from fedflame.experiment.run import run_experiment
+from fedflame.server.progress import LineReporter
 
 ONE_ROUND = "server.num_server_rounds=1"
 CARDS = (80_000_000_000, 24_000_000_000)
@@ -104,3 +111,26 @@ def test_a_resumption_with_another_device_goes_on_and_says_so_in_one_line(
     monkeypatch.setattr(device, "DRIVERS", ())
     again = tiny_run(tiny_folder, tmp_path / "run", *settings, existing="resume")
     assert "the run began on" not in again, "it began on a CPU"
+
+
+@pytest.mark.parametrize(("workers", "others"), [(2, ["cuda:1"]), (4, ["cuda:1", "cuda:0", "cuda:1"])])
+def test_the_workers_of_a_run_take_the_cards_in_turn(
+    workers: int, others: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_on_cpu(monkeypatch, "fedflame.experiment.assemble")
+    fake_cards(monkeypatch, tmp_path, CARDS)
+    asked: list[str] = []
+
+    def clients(own: LocalClients, setups: Sequence[WorkerSetup]) -> AbstractContextManager[LocalClients]:
+        asked.extend(setup.device for setup in setups)
+        return nullcontext(own)
+
+    monkeypatch.setattr("fedflame.experiment.run.WorkerClients", clients)
+    told: list[str] = []
+    config = tiny_config(tiny_folder, tmp_path / "run", ONE_ROUND, "model.dtype=float32")
+    run_experiment(
+        prepare(config), workers=workers, watch=lambda begun: nullcontext(LineReporter(told.append))
+    )
+    assert asked == others
+    shared = "4 workers on 2 cards: several share a card"
+    assert [line for line in told if "share" in line] == ([shared] if workers == 4 else [])

@@ -35,14 +35,28 @@ class LocalClients:
         return f"client {client}"
 
     def answer(self, plan: bytes, on_step: OnStep) -> Answer:
-        """Train the plan's client. An error becomes the answer's `failure`, so that the round can go on."""
+        """Train the plan's client. Its error becomes the answer's `failure`, so that the round can go on.
+
+        An error of `on_step` is not the client's. It is raised.
+        """
         start = time.monotonic()
+        of_caller: list[Exception] = []
+
+        def told(tokens: int) -> None:
+            try:
+                on_step(tokens)
+            except Exception as error:
+                of_caller.append(error)
+                raise
+
         try:
             request = decode_plan(plan)
-            update = fine_tune(self.adapted, self.rows[request.client], request, self.pad_token_id, on_step)
+            update = fine_tune(self.adapted, self.rows[request.client], request, self.pad_token_id, told)
             message = encode_with_feedback(update, request, self.residuals)
             return Answer(message, "", time.monotonic() - start)
         except Exception as error:
+            if error in of_caller:
+                raise
             return Answer(b"", reason(error), time.monotonic() - start)
 
 

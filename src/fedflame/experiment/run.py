@@ -14,7 +14,7 @@ import torch
 
 from fedflame.clients.answers import Clients
 from fedflame.clients.local import LocalClients
-from fedflame.clients.workers import WorkerClients, WorkerSetup
+from fedflame.clients.workers import WorkerClients, WorkerSetup, worker_devices
 from fedflame.cost.run_cost import training_flops
 from fedflame.data.encoding import pad_token
 from fedflame.errors import UserError
@@ -78,8 +78,8 @@ def run_experiment(
     Args:
         prepared: configuration, rows and sites, checked; see `prepare`.
         config_text: the TOML file as given, kept beside the results; empty for none.
-        workers: processes that train clients; with 1 this process does. The adapter's bytes depend on
-            the threads of each process, not on their number.
+        workers: processes that train clients, this one among them. The adapter's bytes depend on the threads
+            of each process, not on their number.
         strategy: a method that a program hands over, instead of `strategy.name`.
         on_event: sees each object that goes into metrics.jsonl, as it happens.
         watch: shows what happens.
@@ -165,22 +165,29 @@ def _clients(
         ) as at_sites:
             yield at_sites
         return
-    rows, pad_token_id = experiment.encoded.clients, pad_token(experiment.tokenizer)
     residuals = Residuals(run / "residuals")
+    own = LocalClients(adapted, experiment.encoded.clients, pad_token(experiment.tokenizer), residuals)
     if workers == 1:
-        yield LocalClients(adapted, rows, pad_token_id, residuals)
+        yield own
         return
-    setup = WorkerSetup(
-        config.model.model_name_or_path,
-        adapted.dtype,
-        config.adapter,
-        config.training.gradient_checkpointing,
-        rows,
-        pad_token_id,
-        residuals,
-        torch.get_num_threads(),
-    )
-    with WorkerClients(setup, workers) as clients:
+    _, *others = worker_devices(experiment.device, workers)
+    if 0 < len(experiment.device.cards) < workers:
+        reporter.message(f"{workers} workers on {len(experiment.device.cards)} cards: several share a card")
+    setups = [
+        WorkerSetup(
+            config.model.model_name_or_path,
+            adapted.dtype,
+            config.adapter,
+            config.training.gradient_checkpointing,
+            device,
+            own.rows,
+            own.pad_token_id,
+            residuals,
+            torch.get_num_threads(),
+        )
+        for device in others
+    ]
+    with WorkerClients(own, setups) as clients:
         yield clients
 
 
