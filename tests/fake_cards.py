@@ -30,8 +30,8 @@ def fake_cards(
         major, minor = capability
         return SimpleNamespace(name=MODEL, total_memory=memory[index], major=major, minor=minor)
 
-    def mem_get_info(name: str) -> tuple[int, int]:
-        index = int(name.partition(":")[2])
+    def mem_get_info(card: str | int) -> tuple[int, int]:
+        index = int(str(card).removeprefix("cuda:"))
         return (free or memory)[index], memory[index]
 
     driver = folder / "driver"

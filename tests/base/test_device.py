@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tests.fake_cards import MODEL, fake_cards
 
 from fedflame.base import device
-from fedflame.base.device import Card, DeviceChoice, choose_device, device_facts, device_in_words
+from fedflame.base.device import ALL_CARDS, Card, DeviceChoice, choose_device, device_facts, device_in_words
 from fedflame.base.dtype import DtypeChoice, choose_dtype
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.errors import UserError
@@ -85,13 +86,17 @@ def test_a_card_is_kept_and_shown_with_its_memory_and_versions(
 ) -> None:
     fake_cards(monkeypatch, tmp_path, TWO)
     assert device_facts(choose_device("cuda:1")) == {
-        "device": "cuda:1", "gpu": MODEL, "gpu_memory": TWO[1], "cuda": "13.0", "driver": "580.65.06",
+        "device": "cuda:1", "gpu": MODEL, "gpus": 1, "gpu_memory": TWO[1],
+        "cuda": "13.0", "driver": "580.65.06",
     }  # fmt: skip
     words = "cuda:1, NVIDIA H200, 24.0 GB, CUDA 13.0, driver 580.65.06 (as model.device asks)"
     assert device_in_words(choose_device("cuda:1")) == words
     monkeypatch.setattr(device, "DRIVER_VERSION", tmp_path / "none")
     assert device_facts(choose_device("cuda:1"))["driver"] is None
     assert device_in_words(choose_device("cuda:1")) == words.replace(", driver 580.65.06", "")
+    together = replace(choose_device("cuda"), name=ALL_CARDS, reason="slowly")
+    assert device_facts(together)["gpus"] == 2 and device_facts(together)["gpu_memory"] == sum(TWO)
+    assert device_in_words(together) == "balanced, 2 x NVIDIA H200, 104.0 GB, CUDA 13.0 (slowly)"
     assert device_facts(choose_device("cpu")) == {"device": "cpu"}
     assert device_in_words(choose_device("cpu")) == "cpu (as model.device asks)"
 

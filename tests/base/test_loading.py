@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.fake_cards import fake_cards
 from tests.tiny_models import character_tokenizer, tiny_olmoe
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,7 +29,7 @@ from fedflame.base.files import resolve_model
 from fedflame.base.loading import load_base_model
 from fedflame.config.sections import AdapterConfig
 from fedflame.cost.model_shape import read_model_shape
-from fedflame.errors import UserError
+from fedflame.errors import OutOfMemory, UserError
 from fedflame.moe.families import find_moe_layers
 
 SECONDS = 10.0
@@ -86,6 +87,38 @@ def test_a_base_is_loaded_onto_its_device(tiny_folder: Path) -> None:
     assert {value.device.type for value in load_base_model(str(tiny_folder), "float32")[0].parameters()} == {
         "cpu"
     }
+
+
+def test_all_cards_share_a_base_and_none_of_it_is_left_to_the_cpu(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load(source: str, **settings: Any) -> Any:
+        asked.append(settings)
+        raise ValueError("far enough")
+
+    fake_cards(monkeypatch, tmp_path, (9, 8), free=(7, 6))
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
+    for device in ("balanced", "cuda:1"):
+        with pytest.raises(UserError, match="far enough"):
+            load_base_model(str(tiny_folder), "float32", device)
+    assert (asked[0]["device_map"], asked[0]["max_memory"]) == ("balanced", {0: 7, 1: 6})
+    assert asked[1]["device_map"] == {"": "cuda:1"} and "max_memory" not in asked[1]
+
+
+def test_a_base_that_fills_the_memory_while_it_is_loaded_is_one_line(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(source: str, **settings: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB.\nmore lines")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(OutOfMemory) as full:
+        load_base_model(str(tiny_folder), "bfloat16", "cuda:1")
+    assert str(full.value) == (
+        f"cuda:1 ran out of memory while loading {tiny_folder} in bfloat16; take a device with more memory"
+    )
 
 
 @pytest.mark.parametrize(("device", "mapped"), [("cpu", True), ("meta", False)])
@@ -278,7 +311,7 @@ def test_a_dense_model(tmp_path: Path) -> None:
 CHILD = """
 import sys, time
 from fedflame.base.loading import load_base_model
-from fedflame.errors import UserError
+from fedflame.errors import OutOfMemory, UserError
 start = time.monotonic()
 try:
     load_base_model("nobody/no-such-model", "float32")

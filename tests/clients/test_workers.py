@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fedflame.clients.local import LocalClients
 from fedflame.clients.workers import WorkerClients, WorkerSetup, _Worker, worker_devices
 from fedflame.config.sections import AdapterConfig
 from fedflame.data.encoding import EncodedRow
-from fedflame.errors import UserError
+from fedflame.errors import OutOfMemory, UserError
 from fedflame.messages import RoundPlan
 from fedflame.training.error_feedback import Residuals
 from fedflame.wire.codec import encode_plan
@@ -328,6 +329,41 @@ def test_a_worker_that_is_killed_at_work_is_a_failure_and_is_replaced(
     again = list(workers.train([plan(local, client) for client in order], lambda _: None))
     expected = list(local.train([plan(local, client) for client in order], lambda _: None))
     assert [answer.update for answer in again] == [answer.update for answer in expected]
+
+
+FULL = (
+    "cpu ran out of memory while training at k = {} with 2 rows per step and gradient_checkpointing = 'none'"
+    "; take gradient_checkpointing = 'experts' or 'layers', fewer tokens per step, a smaller adapter.r, or a "
+    "device with more memory"
+)
+
+
+class TooLarge(list[EncodedRow]):
+    """Rows of a client whose batches do not fit the memory."""
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB.\nGPU 0 has")
+
+
+def test_a_client_that_fills_the_memory_ends_the_run_in_one_line(local: LocalClients) -> None:
+    rows = [TooLarge(rows) if client == 1 else rows for client, rows in enumerate(local.rows)]
+    answers = replace(local, rows=rows).train([plan(local, 0), plan(local, 1)], lambda _: None)
+    assert next(answers).update
+    with pytest.raises(OutOfMemory) as full:
+        next(answers)
+    assert str(full.value) == FULL.format(2)
+
+
+@pytest.mark.timeout(120)
+def test_a_client_that_fills_the_memory_of_another_process_ends_the_run_in_the_same_line(
+    local: LocalClients, setup: WorkerSetup
+) -> None:
+    small = replace(setup, rows=[TooLarge(rows) for rows in setup.rows])
+    with WorkerClients(local, [small]) as clients:
+        all_at_rest(clients)
+        with pytest.raises(OutOfMemory) as full:
+            list(clients.train([plan(local, 0, steps=10_000), plan(local, 2)], lambda _: None))
+    assert str(full.value) == FULL.format(3)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from fedflame.errors import UserError
 DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """One of these is there where NVIDIA's driver is: on Linux, and on Linux inside Windows."""
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+ALL_CARDS = "balanced"
+"""The device that is all cards together, each with some of the layers. The word is transformers'."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,23 @@ class Card:
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """The device that computes, by its name in torch, and why it was chosen."""
+    """The device that computes, and why it was chosen."""
 
     name: str
+    """The device's name in torch, such as cpu or cuda:0; or `ALL_CARDS`."""
     reason: str
     cards: tuple[Card, ...] = ()
     """The cards that may be used, the chosen one first. A CPU has none."""
+
+    @property
+    def holding(self) -> tuple[Card, ...]:
+        """The cards that hold one base: the chosen one, or all together."""
+        return self.cards if self.name == ALL_CARDS else self.cards[:1]
+
+    @property
+    def memory(self) -> int:
+        """All bytes of the cards that hold one base, free or not."""
+        return sum(card.memory for card in self.holding)
 
 
 def choose_device(wanted: str, key: str = "model.device") -> DeviceChoice:
@@ -73,11 +86,11 @@ def device_facts(choice: DeviceChoice) -> dict[str, Any]:
         return {"device": choice.name}
     import torch
 
-    card = choice.cards[0]
     return {
         "device": choice.name,
-        "gpu": card.model,
-        "gpu_memory": card.memory,
+        "gpu": choice.cards[0].model,
+        "gpus": len(choice.holding),
+        "gpu_memory": choice.memory,
         "cuda": torch.version.cuda,
         "driver": _driver_version(),
     }
@@ -88,7 +101,8 @@ def device_in_words(choice: DeviceChoice) -> str:
     facts = device_facts(choice)
     words = [choice.name]
     if "gpu" in facts:
-        words += [facts["gpu"], gigabytes(facts["gpu_memory"]), f"CUDA {facts['cuda']}"]
+        words += [f"{facts['gpus']} x {facts['gpu']}" if facts["gpus"] > 1 else facts["gpu"]]
+        words += [gigabytes(facts["gpu_memory"]), f"CUDA {facts['cuda']}"]
         words += [f"driver {facts['driver']}"] if facts["driver"] else []
     return f"{', '.join(words)} ({choice.reason})"
 

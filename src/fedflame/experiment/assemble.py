@@ -8,14 +8,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fedflame.base.adapted import load_adapted_model
-from fedflame.base.device import DeviceChoice, choose_device
-from fedflame.base.dtype import DtypeChoice, choose_dtype
+from fedflame.base.device import DeviceChoice
+from fedflame.base.dtype import DtypeChoice
 from fedflame.base.files import model_config_path
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import ModelShape, read_model_shape
 from fedflame.cost.run_cost import RunCost, run_cost
 from fedflame.data.federation import EncodedFederation, Federation, describe, encode_federation
 from fedflame.errors import UserError
+from fedflame.experiment.placement import place
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ClientProfile
 from fedflame.training.evaluation import HeldOut
@@ -64,6 +65,7 @@ def assemble(
     config: RunConfig,
     federation: Federation,
     dtype: DtypeChoice | None = None,
+    workers: int = 0,
 ) -> Experiment:
     """Load and check what the configuration names.
 
@@ -71,14 +73,14 @@ def assemble(
         config: what to load; see `require_runnable`.
         federation: the rows, by client.
         dtype: of the frozen base; None for what `model.dtype` says.
+        workers: processes that train, each with a base of its own; 0 if nothing is trained here.
 
     Raises:
-        UserError: see `choose_device`, `load_base_model`, `AdaptedModel` and `run_cost`; rows too long for
+        UserError: see `place`, `load_base_model`, `AdaptedModel` and `run_cost`; rows too long for
             the model.
     """
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
-    device = choose_device(config.model.device)
-    choice = dtype or choose_dtype(config.model.dtype, shape, device)
+    device, choice = place(config, shape, dtype, workers)
     adapted, tokenizer = load_adapted_model(
         config.model.model_name_or_path,
         choice.name,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedflame.base.device import DeviceChoice, choose_device, device_facts
-from fedflame.base.dtype import DtypeChoice, choose_dtype
+from fedflame.base.device import DeviceChoice, device_facts
+from fedflame.base.dtype import DtypeChoice
 from fedflame.base.files import has_tokenizer, model_config_path
 from fedflame.base.tokenizer import read_tokenizer
 from fedflame.config.run_config import RunConfig
@@ -16,6 +16,7 @@ from fedflame.cost.run_cost import RunCost, run_cost
 from fedflame.cost.tiers import require_possible
 from fedflame.data.federation import describe, encode_federation, load_federation
 from fedflame.data.given import GivenRows
+from fedflame.experiment.placement import place
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
         given: rows that a program hands over, instead of `data.dataset_name`.
 
     Raises:
-        UserError: data, model or device cannot be used, or the model cannot run a client's k.
+        UserError: data, model or device cannot be used, the model cannot run a client's k, or a card has too
+            little memory.
     """
     path = model_config_path(config.model.model_name_or_path)
     shape = read_model_shape(path)
@@ -70,8 +72,7 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
     if sequence_length is None and has_tokenizer(folder):
         encoded = encode_federation(federation, read_tokenizer(folder), config.data.max_length)
         length, share, truncated = encoded.mean_length, encoded.labelled_share, encoded.truncated
-    device = choose_device(config.model.device)
-    dtype = choose_dtype(config.model.dtype, shape, device)
+    device, dtype = place(config, shape)
     cost = run_cost(config, shape, dtype.name, length, share)
     clients = describe(federation, config.afforded_experts())
     return Plan(config, clients, cost, device, dtype, truncated, len(federation.skipped))

@@ -17,7 +17,7 @@ from fedflame.clients.local import LocalClients
 from fedflame.clients.workers import WorkerClients, WorkerSetup, worker_devices
 from fedflame.cost.run_cost import training_flops
 from fedflame.data.encoding import pad_token
-from fedflame.errors import UserError
+from fedflame.errors import OutOfMemory, UserError
 from fedflame.experiment.adapter_folder import Written, initial_state, starting_adapter, write_run_adapter
 from fedflame.experiment.assemble import Experiment, assemble
 from fedflame.experiment.environment import environment
@@ -89,7 +89,7 @@ def run_experiment(
 
     Raises:
         UserError: whatever the user can mend, with the run folder as it was before where the run
-            could not start, and with the last checkpoint where it could.
+            could not start, and with the last checkpoint where it could. `OutOfMemory` is one of these.
     """
     config, resumed, sites = prepared.config, prepared.existing == "resume", prepared.sites
     run = Path(config.output_dir)
@@ -97,7 +97,8 @@ def run_experiment(
         torch.set_num_threads(max(1, usable_cores() // workers))
     start = "" if resumed else starting_adapter(config)
     method = strategy or build_strategy(config, prepared.shape.num_experts_per_tok)
-    experiment = assemble(config, prepared.federation, saved_dtype(run) if resumed else None)
+    trained_here = 0 if sites is not None else workers
+    experiment = assemble(config, prepared.federation, saved_dtype(run) if resumed else None, trained_here)
     moved = device_change(run, experiment.device) if resumed else ""
     checkpoint = _starting_point(run, experiment, method, resumed, sites is not None)
     if prepared.existing == "overwrite" and run.exists():
@@ -116,6 +117,11 @@ def run_experiment(
     except KeyboardInterrupt as error:
         hint = f"the same command with --resume goes on after round {_rounds_kept(run)}"
         raise KeyboardInterrupt(hint) from error
+    except OutOfMemory as error:
+        raise OutOfMemory(
+            f"{error}. --resume goes on after round {_rounds_kept(run)}, also with another device or "
+            "gradient_checkpointing; other changes need a new run"
+        ) from error
     finally:
         metrics.close()
         with suppress(UserError):  # a full disk has been reported already
