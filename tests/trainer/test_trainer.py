@@ -362,9 +362,9 @@ def test_a_card_that_is_too_small_is_known_before_the_base_is_loaded(
     if not asked:
         assert answer.header["kind"] == "failed"
         assert answer.header["reason"].startswith(
-            "training at k = 2 with 2 rows per step and gradient_checkpointing = 'none' takes at least 0.0 GB "
-            "for the base in float32 and the adapter of rank 3 with its moments, whatever k and tokens are; "
-            "cuda:0 (NVIDIA H200) has 0.0 GB; take "
+            "training at k = 2 with 2 rows per step and gradient_checkpointing = 'none' takes at least 0.0 "
+            "GB for the base in float32 and the adapter of rank 3 with its moments, whatever k and tokens "
+            "are; cuda:0 (NVIDIA H200) has 0.0 GB; take "
         )
 
 

@@ -54,7 +54,7 @@ def score_source(
     scores = {}
     for k in active_experts or config.evaluated_experts(shape.num_experts_per_tok):
         adapter, rescaler = state.adapter_at(k), state.rescaler_at(k, len(adapted.layers))
-        with memory_in_words(experiment.device.name, f"evaluating at k = {k}", ""):
+        with memory_in_words(adapted.model.device, f"evaluating at k = {k}", ""):
             scores[k] = evaluate(
                 adapted, experiment.held_out, adapter, k, rescaler, generate=True, merged=state.merged
             )
