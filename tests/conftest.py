@@ -1,4 +1,4 @@
-"""What every test shares: no hub, and the folder of real instruction data where there is one."""
+"""What every test shares: no hub, no GPU, and the folder of real instruction data where there is one."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads both once
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # also where there are cards, the tests compute on the CPU
 
 settings.register_profile("local", max_examples=25, deadline=None)
 if not os.environ.get("CI"):

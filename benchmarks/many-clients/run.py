@@ -82,8 +82,8 @@ def measure(clients: int, workers: int) -> dict[str, Any]:
             raise SystemExit(log.read())
         metrics = [json.loads(line) for line in Path(name, "run", "metrics.jsonl").read_text().splitlines()]
     main = peaks.pop(run.pid)
-    # A smaller process is multiprocessing's own helper, which holds no model.
-    workers_peaks = sorted(peaks.values())[-workers:] if workers > 1 else []
+    # The main process is the first worker. A smaller process is multiprocessing's own, which holds no model.
+    workers_peaks = sorted(peaks.values())[1 - workers :] if workers > 1 else []
     return {
         "clients": clients,
         "workers": workers,

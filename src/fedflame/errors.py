@@ -8,5 +8,9 @@ class UserError(Exception):
     """Input that cannot be used. The message is one line: what was got and what is allowed."""
 
 
+class OutOfMemory(UserError):
+    """The memory of a device is full. This ends a run, since it is not the failure of one client."""
+
+
 class InvalidMessage(Exception):
     """A received buffer or update that must not be used. The message is the reason."""

@@ -17,19 +17,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.fake_cards import fake_cards
 from tests.tiny_models import character_tokenizer, tiny_olmoe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedflame.base import loading
+from fedflame.base.adapted import load_adapted_model
+from fedflame.base.device import DeviceChoice
 from fedflame.base.dtype import DTYPES, DtypeChoice, choose_dtype
 from fedflame.base.files import resolve_model
 from fedflame.base.loading import load_base_model
+from fedflame.config.sections import AdapterConfig
 from fedflame.cost.model_shape import read_model_shape
-from fedflame.errors import UserError
+from fedflame.errors import OutOfMemory, UserError
 from fedflame.moe.families import find_moe_layers
 
 SECONDS = 10.0
 """What a refusal may take at most, without the import of the libraries."""
+CPU = DeviceChoice("cpu", "in this test")
 NOT_LOADABLE = (
     "model '{}': no such folder, and not loadable from the hub (offline, or no such id); "
     "use 'olmoe-tiny', a folder, or a hub id"
@@ -75,6 +80,64 @@ def test_a_complete_folder_gives_its_model_in_the_dtype_asked_for(
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
 
 
+def test_a_base_is_loaded_onto_its_device(tiny_folder: Path) -> None:
+    """On `meta`, which computes nothing, so that no card is needed."""
+    model, _ = load_base_model(str(tiny_folder), "bfloat16", "meta")
+    assert {(value.device.type, value.dtype) for value in model.parameters()} == {("meta", torch.bfloat16)}
+    assert {value.device.type for value in load_base_model(str(tiny_folder), "float32")[0].parameters()} == {
+        "cpu"
+    }
+
+
+def test_all_cards_share_a_base_and_none_of_it_is_left_to_the_cpu(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load(source: str, **settings: Any) -> Any:
+        asked.append(settings)
+        raise ValueError("far enough")
+
+    fake_cards(monkeypatch, tmp_path, (9, 8), free=(7, 6))
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
+    for device in ("balanced", "cuda:1"):
+        with pytest.raises(UserError, match="far enough"):
+            load_base_model(str(tiny_folder), "float32", device)
+    assert (asked[0]["device_map"], asked[0]["max_memory"]) == ("balanced", {0: 7, 1: 6})
+    assert asked[1]["device_map"] == {"": "cuda:1"} and "max_memory" not in asked[1]
+
+
+def test_a_base_that_fills_the_memory_while_it_is_loaded_is_one_line(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(source: str, **settings: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB.\nmore lines")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(OutOfMemory) as full:
+        load_base_model(str(tiny_folder), "bfloat16", "cuda:1")
+    assert str(full.value) == (
+        f"cuda:1 ran out of memory while loading {tiny_folder} in bfloat16; take a device with more memory"
+    )
+
+
+@pytest.mark.parametrize(("device", "mapped"), [("cpu", True), ("meta", False)])
+def test_only_a_cpu_that_is_short_of_memory_maps_the_base(
+    device: str, mapped: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load(*arguments: object) -> Any:
+        asked.append(arguments)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("fedflame.base.adapted.is_short_of_memory", lambda needed: True)
+    monkeypatch.setattr("fedflame.base.adapted.load_base_model", load)
+    with pytest.raises(UserError, match="far enough"):
+        load_adapted_model(str(tiny_folder), "float32", AdapterConfig(), device=device)
+    assert asked == [(str(tiny_folder), "float32", device, mapped)]
+
+
 def test_threads_load_one_after_another(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load, busy = loading._from_pretrained, threading.Lock()
 
@@ -94,15 +157,15 @@ def test_threads_load_one_after_another(tiny_folder: Path, monkeypatch: pytest.M
 
 def test_a_dtype_that_is_asked_for_is_taken_unprobed(tiny_folder: Path) -> None:
     shape = replace(read_model_shape(tiny_folder), hidden_size=2**20, expert_size=2**20)  # 4 TB to probe
-    assert choose_dtype("float16", shape) == DtypeChoice("float16", "as model.dtype asks")
+    assert choose_dtype("float16", shape, CPU) == DtypeChoice("float16", "as model.dtype asks")
 
 
 def test_auto_takes_one_of_the_dtypes_and_says_how_long_each_took(tiny_folder: Path) -> None:
     shape = read_model_shape(tiny_folder)
-    assert choose_dtype("auto", shape) == DtypeChoice(
+    assert choose_dtype("auto", shape, CPU) == DtypeChoice(
         "float32", "experts below 256 gain nothing from another dtype"
     )
-    choice = choose_dtype("auto", replace(shape, hidden_size=256, expert_size=264))
+    choice = choose_dtype("auto", replace(shape, hidden_size=256, expert_size=264), CPU)
     assert choice.name in DTYPES
     assert re.match(r"one expert's products: \d+\.\d ms in float32, ", choice.reason)
     assert all(dtype in choice.reason for dtype in DTYPES)
@@ -135,7 +198,7 @@ def test_auto_takes_a_dtype_only_where_it_is_clearly_faster_than_those_before(
     monkeypatch.setattr("fedflame.base.dtype._expert_products", products)
     monkeypatch.setattr("fedflame.base.dtype.time.perf_counter", lambda: now)
     shape = replace(read_model_shape(tiny_folder), hidden_size=512, expert_size=256)
-    choice = choose_dtype("auto", shape)
+    choice = choose_dtype("auto", shape, CPU)
     assert choice.name == expected
     emulated = {name for name, time in zip(DTYPES, seconds, strict=True) if time > 4 * seconds[0]}
     assert timed == {(name, 256, 256) for name in DTYPES} | {
@@ -248,7 +311,7 @@ def test_a_dense_model(tmp_path: Path) -> None:
 CHILD = """
 import sys, time
 from fedflame.base.loading import load_base_model
-from fedflame.errors import UserError
+from fedflame.errors import OutOfMemory, UserError
 start = time.monotonic()
 try:
     load_base_model("nobody/no-such-model", "float32")

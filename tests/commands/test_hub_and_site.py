@@ -88,6 +88,15 @@ def test_a_trainer_that_serves_an_older_file_is_found(tmp_path: Path, tiny_folde
         assert "BAD  the trainer says: this is north; the request is for south; it serves" in told.output
 
 
+def test_the_check_of_a_site_shows_its_device(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "add 1 and 2", "response": "3"}\n')
+    path = write_site(tmp_path, "north", tmp_path / "rows.jsonl", 4, {"m": str(tiny_folder)})
+    assert "ok   device cpu (" in invoke("site", "check", path).output
+    path.write_text(path.read_text().replace("[trainer]\n", '[trainer]\ndevice = "cuda"\n'))
+    told = invoke("site", "check", path).output
+    assert "BAD  trainer.device = 'cuda': torch " in told and "rows.jsonl: 1 rows" in told
+
+
 def test_a_site_over_flower_gets_a_key_a_file_and_services(tmp_path: Path) -> None:
     pytest.importorskip("flwr")
     authority, site = tmp_path / "ca.crt", tmp_path / "north"

@@ -249,8 +249,11 @@ def test_an_interrupt_says_how_to_go_on_and_keeps_the_checkpoint(tiny_folder: Pa
 
 
 @pytest.mark.timeout(120)
-def test_worker_processes_change_no_byte(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    process = start(tiny_folder, tmp_path / "run", "--workers", "2")
+@pytest.mark.parametrize("workers", ["2", "3"])
+def test_worker_processes_change_no_byte(
+    workers: str, finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    process = start(tiny_folder, tmp_path / "run", "--workers", workers)
     assert process.wait(90) == 0
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
     assert state_bytes(tmp_path / "run") == state_bytes(finished)
@@ -261,10 +264,10 @@ def test_worker_processes_change_no_byte(finished: Path, tiny_folder: Path, tmp_
 def test_no_worker_outlives_a_run_that_is_ended(
     end: signal.Signals, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    process = start(tiny_folder, tmp_path / "run", "--workers", "2", "--set", "training.max_steps=1000")
+    process = start(tiny_folder, tmp_path / "run", "--workers", "3", "--set", "training.max_steps=1000")
     wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 20)
     deadline = time.monotonic() + 60
-    while len(children := descendants(process.pid)) < 3:  # the fork server and two workers
+    while len(children := descendants(process.pid)) < 3:  # the fork server and two other workers
         assert time.monotonic() < deadline, children
         time.sleep(0.02)
     process.send_signal(end)

@@ -72,6 +72,7 @@ DEFAULTS = {
     "seed": 0,
     "model.model_name_or_path": "olmoe-tiny",
     "model.adapter_name_or_path": "",
+    "model.device": "auto",
     "model.dtype": "auto",
     "adapter.r": 8,
     "adapter.lora_alpha": 16.0,

@@ -221,6 +221,11 @@ def test_any_text_is_a_list_of_positive_tiers_or_a_value_error(text: str) -> Non
         assert tiers and all(k >= 1 for k in tiers)
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_a_device_is_named_as_in_torch(device: str) -> None:
+    assert load_config(None, [f"model.device={device}"]).model.device == device
+
+
 # What a user can get wrong
 
 CHOICE_ERROR = "Value error, must be 'min', 'full' or an integer of at least 1"
@@ -271,6 +276,14 @@ LIST_ERROR = 'Value error, must be integers of at least 1, such as [8, 4, 2, 1] 
         (
             "model.dtype=float8",
             "config: model.dtype = 'float8': Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
+        ),
+        *(
+            (
+                f"model.device={word}",
+                f"config: model.device = '{word}': Value error, must be 'auto', 'cpu', 'cuda' or a card such "
+                "as 'cuda:1'",
+            )
+            for word in ("gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:01", "cuda:0,1", "CUDA", "")
         ),
         (
             "strategy.name=fedprox",

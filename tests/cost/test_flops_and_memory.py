@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.tiny_models import LAYERS, tiny_adapted
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fedflame.config.words import Dtype
 from fedflame.cost.adapter_size import adapter_parameters
 from fedflame.cost.flops import forward_flops_per_token, training_flops_per_token
-from fedflame.cost.memory import training_memory
+from fedflame.cost.memory import least_evaluation_memory, least_training_memory, training_memory
 from fedflame.cost.model_shape import ModelShape, base_parameters, read_model_shape
 from fedflame.cost.tiers import Tier, require_possible, tier_costs
 from fedflame.errors import UserError
@@ -254,6 +256,20 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     # 2 bytes each: without the 2*5 of two experts before the activation; with the layer's input of 6.
     assert training_memory(*setting, "experts").activations == activations - 3 * 2 * 2 * 10
     assert training_memory(*setting, "layers").activations == activations + 3 * 2 * 6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_least_that_training_takes_is_in_the_tensors_of_the_model(
+    dtype: Dtype, tiny_folder: Path
+) -> None:
+    adapted = tiny_adapted(r=RANK)
+    banks = sum(value.numel() for value in adapted.attached().tensors().values())
+    frozen = sum(value.numel() for value in adapted.model.parameters() if not value.requires_grad)
+    shape, width = read_model_shape(tiny_folder), 4 if dtype == "float32" else 2
+    evaluated = least_evaluation_memory(shape, RANK, QKVO, dtype)
+    assert evaluated == width * frozen + 4 * banks
+    trained = least_training_memory(shape, RANK, QKVO, dtype)
+    assert trained == evaluated + 2 * 4 * banks + 4 * banks // LAYERS
 
 
 def test_adapter_of_olmoe_is_that_of_the_banks() -> None:

@@ -20,23 +20,25 @@ def load_adapted_model(
     dtype: Dtype,
     adapter: AdapterConfig,
     gradient_checkpointing: Checkpointed = "none",
+    device: str = "cpu",
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     """Load the base model, attach an adapter to it, and load its tokenizer.
 
-    If memory is short, the base is mapped from files instead of loaded into memory.
+    If a CPU is short of memory, the base is mapped from files instead of loaded into memory.
 
     Args:
         name_or_path: `olmoe-tiny`, a folder in Hugging Face layout, or a hub id.
         dtype: dtype of the base's weights.
         adapter: rank, scale and attention projections of the adapter.
         gradient_checkpointing: what the backward recomputes.
+        device: the device that the base is loaded onto.
 
     Raises:
         UserError: see `load_base_model` and `AdaptedModel`.
     """
     shape = read_model_shape(model_config_path(name_or_path))
-    mapped = is_short_of_memory(base_bytes(shape, dtype))
-    model, tokenizer = load_base_model(name_or_path, dtype, mapped)
+    mapped = device == "cpu" and is_short_of_memory(base_bytes(shape, dtype))
+    model, tokenizer = load_base_model(name_or_path, dtype, device, mapped)
     adapted = AdaptedModel(
         model, adapter.r, adapter.lora_alpha, adapter.target_modules, gradient_checkpointing, mapped
     )

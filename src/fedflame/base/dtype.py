@@ -1,4 +1,4 @@
-"""Choose the dtype of the frozen base: the one in which this machine multiplies fastest."""
+"""Choose the dtype of the frozen base: the one in which the device multiplies fastest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from fedflame.base.device import Card, DeviceChoice
 from fedflame.config.words import Dtype
 from fedflame.cost.model_shape import ModelShape
 
@@ -24,6 +25,8 @@ of half precision makes large experts 2 to 3 times faster."""
 EMULATED = 4.0
 """If small products (`NARROW`) are this many times slower than in float32, the CPU emulates the dtype. At
 full size an emulated dtype is a hundred times slower, too slow to time."""
+FIRST_WITH_BFLOAT16 = 8
+"""The first major compute capability whose cards multiply in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,19 @@ class DtypeChoice:
     reason: str
 
 
-def choose_dtype(wanted: Dtype | Literal["auto"], shape: ModelShape) -> DtypeChoice:
-    """Return the wanted dtype; for `auto`, the one in which this machine trains these experts fastest.
+def choose_dtype(wanted: Dtype | Literal["auto"], shape: ModelShape, device: DeviceChoice) -> DtypeChoice:
+    """Return the wanted dtype; for `auto`, the one in which this device trains these experts fastest.
 
-    AVX-512 BF16 and AMX make large products two to three times faster, but small products slower. So narrow
-    experts use float32 without a measurement. For others, the products of one expert are timed, forward and
-    backward.
+    A card multiplies fastest in 16 bits, so nothing is measured there. On a CPU, AVX-512 BF16 and AMX make
+    large products two to three times faster, but small products slower. So narrow experts use float32 without
+    a measurement. For others, the products of one expert are timed, forward and backward.
     """
+    if wanted == "float32" and device.cards:
+        return DtypeChoice(wanted, "as model.dtype asks; slow, since a card multiplies fastest in 16 bits")
     if wanted != "auto":
         return DtypeChoice(wanted, "as model.dtype asks")
+    if device.cards:
+        return _of_card(device.cards[0])
     if min(shape.hidden_size, shape.expert_size) < NARROW:
         return DtypeChoice("float32", f"experts below {NARROW} gain nothing from another dtype")
     narrow = _probe(DTYPES, NARROW, NARROW)
@@ -51,6 +58,13 @@ def choose_dtype(wanted: Dtype | Literal["auto"], shape: ModelShape) -> DtypeCho
     found = [f"{seconds[dtype] * 1e3:.1f} ms in {dtype}" for dtype in native]
     found += [f"emulated in {dtype}" for dtype in DTYPES if dtype not in native]
     return DtypeChoice(_clearly_fastest(seconds), f"one expert's products: {', '.join(found)}")
+
+
+def _of_card(card: Card) -> DtypeChoice:
+    """Return the 16-bit dtype in which the card multiplies; bfloat16 needs no loss scaling."""
+    major, minor = card.capability
+    name: Dtype = "bfloat16" if major >= FIRST_WITH_BFLOAT16 else "float16"
+    return DtypeChoice(name, f"compute capability {major}.{minor}")
 
 
 def _clearly_fastest(seconds: dict[Dtype, float]) -> Dtype:

@@ -1,4 +1,4 @@
-"""Load the frozen base and its tokenizer: the embedded model, a folder, or a hub id."""
+"""Load the frozen base onto its device, and its tokenizer: the embedded model, a folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fedflame.base.device import ALL_CARDS
 from fedflame.base.files import (
     downloaded,
     is_local,
@@ -19,6 +20,7 @@ from fedflame.base.files import (
     resolve_model,
 )
 from fedflame.base.mapped import map_base
+from fedflame.base.out_of_memory import memory_in_words
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.errors import UserError
 
@@ -28,24 +30,27 @@ meanwhile; if two threads did this at once, they would stay replaced, and tied w
 
 
 def load_base_model(
-    name_or_path: str, dtype: str, memory_map: bool = False
+    name_or_path: str, dtype: str, device: str = "cpu", memory_map: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base model, in evaluation mode, and its tokenizer.
 
     Args:
         name_or_path: `olmoe-tiny`, a folder in Hugging Face layout, or a hub id.
         dtype: one of `DTYPES`.
-        memory_map: map the weights from files instead of loading them into memory; see `base.mapped`.
+        device: the device that the weights are loaded onto, such as cpu or cuda:0, or `ALL_CARDS`.
+        memory_map: map the weights from files instead of loading them into memory; see `base.mapped`. Only on
+            a CPU.
 
     Raises:
         UserError: the model is dense, the folder is missing or incomplete, or the hub cannot be reached.
+        OutOfMemory: the device's memory is full.
     """
     source = resolve_model(name_or_path)
     read_model_shape(model_config_path(name_or_path))  # refuses a dense model at once
     try:
         require_folder_complete(source)
-        with _LOADING:
-            model, loading = _from_pretrained(source, getattr(torch, dtype), memory_map)
+        with _LOADING, memory_in_words(device, f"loading {name_or_path} in {dtype}", ""):
+            model, loading = _from_pretrained(source, getattr(torch, dtype), device, memory_map)
         tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=is_local(source))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(load_error(name_or_path, error)) from error
@@ -58,12 +63,24 @@ def load_base_model(
 
 
 def _from_pretrained(
-    source: str, dtype: torch.dtype, memory_map: bool
+    source: str, dtype: torch.dtype, device: str, memory_map: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     if memory_map:
         folder = source if Path(source).is_dir() else downloaded(source)
         return map_base(Path(folder), dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, local_files_only=is_local(source)
+        source,
+        dtype=dtype,
+        **_placement(device),
+        output_loading_info=True,
+        local_files_only=is_local(source),
     )
     return loaded[0], loaded[1]
+
+
+def _placement(device: str) -> dict[str, Any]:
+    """Return what tells transformers where the weights go; of all cards none may leave any to the CPU."""
+    if device != ALL_CARDS:
+        return {"device_map": {"": device}}
+    free = {card: torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count())}
+    return {"device_map": ALL_CARDS, "max_memory": free}

@@ -31,6 +31,9 @@ Data = Annotated[
 Model = Annotated[
     str | None, typer.Option("--model", help="`olmoe-tiny`, a folder or a hub id (model.model_name_or_path).")
 ]
+Device = Annotated[
+    str | None, typer.Option("--device", help="`auto`, `cpu`, `cuda` or `cuda:N` (model.device).")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -40,17 +43,27 @@ def config_of(
     overrides: list[str] | None,
     data: str | None,
     model: str | None,
+    device: str | None = None,
     output_dir: str | None = None,
 ) -> RunConfig:
     """The configuration of a command's file and options."""
-    return load_config(config_file, flags(overrides, data, model, output_dir))
+    return load_config(config_file, flags(overrides, data, model, device, output_dir))
 
 
 def flags(
-    overrides: list[str] | None, data: str | None, model: str | None, output_dir: str | None = None
+    overrides: list[str] | None,
+    data: str | None,
+    model: str | None,
+    device: str | None = None,
+    output_dir: str | None = None,
 ) -> list[str]:
     """The short flags as overrides; they come last and win."""
-    short = {"data.dataset_name": data, "model.model_name_or_path": model, "output_dir": output_dir}
+    short = {
+        "data.dataset_name": data,
+        "model.model_name_or_path": model,
+        "model.device": device,
+        "output_dir": output_dir,
+    }
     return [*(overrides or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 

@@ -14,6 +14,7 @@ from fedflame.cli.options import (
     ConfigFile,
     Data,
     Debug,
+    Device,
     Model,
     Overrides,
     config_of,
@@ -31,6 +32,7 @@ def run(
     overrides: Overrides = None,
     data: Data = None,
     model: Model = None,
+    device: Device = None,
     output_dir: Annotated[str | None, typer.Option(help="The run folder (output_dir).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
     overwrite: Annotated[
@@ -51,7 +53,7 @@ def run(
             raise UserError("--resume and --overwrite exclude each other; give one")
         if (engine is None) != (hub is None) or (engine and workers > 1):
             raise UserError("--engine and --hub go together, and without --workers: the sites train")
-        config = config_of(config_file, overrides, data, model, output_dir)
+        config = config_of(config_file, overrides, data, model, device, output_dir)
         sites = None
         if engine is not None and hub is not None:
             from fedflame.engines.hub import load_hub
@@ -73,6 +75,7 @@ def print_plan_of(
     overrides: Overrides = None,
     data: Data = None,
     model: Model = None,
+    device: Device = None,
     sequence_length: Annotated[
         int | None,
         typer.Option(min=1, help="FLOPs for rows of so many tokens, head at each, whatever the data."),
@@ -82,7 +85,7 @@ def print_plan_of(
 ) -> None:
     """Print partition, tiers, FLOPs, bytes and memory of a run without loading weights."""
     with user_errors(debug):
-        config = config_of(config_file, overrides, data, model)
+        config = config_of(config_file, overrides, data, model, device)
         from fedflame.commands.plan import print_plan
         from fedflame.experiment.api import plan
 
@@ -95,6 +98,7 @@ def compare(
     overrides: Overrides = None,
     data: Data = None,
     model: Model = None,
+    device: Device = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the comparison (output_dir).")] = None,
     baseline: Annotated[str | None, typer.Option(help="Method that differences are to (baseline).")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Cells that run side by side, one thread each.")] = 1,
@@ -109,7 +113,7 @@ def compare(
         from fedflame.commands.compare import list_cells, print_comparison
         from fedflame.compare.grid import read_grid
 
-        grid = read_grid(grid_file, flags(overrides, data, model), output_dir, baseline)
+        grid = read_grid(grid_file, flags(overrides, data, model, device), output_dir, baseline)
         if dry_run:
             list_cells(grid, console)
             return
@@ -124,6 +128,7 @@ def evaluate(
     overrides: Overrides = None,
     data: Data = None,
     model: Model = None,
+    device: Device = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -131,7 +136,7 @@ def evaluate(
     with user_errors(debug):
         from fedflame.commands.evaluate import print_scores
 
-        given = flags(overrides, data, model)
+        given = flags(overrides, data, model, device)
         print_scores(source, active_experts, given, as_json, Console())
 
 

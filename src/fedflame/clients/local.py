@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from fedflame.base.out_of_memory import training_memory_in_words
 from fedflame.clients.answers import Answer, OnStep
 from fedflame.data.encoding import EncodedRow
-from fedflame.errors import InvalidMessage, UserError
+from fedflame.errors import InvalidMessage, OutOfMemory, UserError
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.training.error_feedback import Residuals, encode_with_feedback
 from fedflame.training.fine_tune import fine_tune
@@ -35,14 +36,31 @@ class LocalClients:
         return f"client {client}"
 
     def answer(self, plan: bytes, on_step: OnStep) -> Answer:
-        """Train the plan's client. An error becomes the answer's `failure`, so that the round can go on."""
+        """Train the plan's client. Its error becomes the answer's `failure`, so that the round can go on.
+
+        A full memory is not the client's failure alone, and an error of `on_step` is not the client's at all:
+        both are raised.
+        """
         start = time.monotonic()
+        of_caller: list[Exception] = []
+
+        def told(tokens: int) -> None:
+            try:
+                on_step(tokens)
+            except Exception as error:
+                of_caller.append(error)
+                raise
+
         try:
             request = decode_plan(plan)
-            update = fine_tune(self.adapted, self.rows[request.client], request, self.pad_token_id, on_step)
+            rows, adapted = self.rows[request.client], self.adapted
+            with training_memory_in_words(adapted.model.device, request, adapted.gradient_checkpointing):
+                update = fine_tune(adapted, rows, request, self.pad_token_id, told)
             message = encode_with_feedback(update, request, self.residuals)
             return Answer(message, "", time.monotonic() - start)
         except Exception as error:
+            if isinstance(error, OutOfMemory) or error in of_caller:
+                raise
             return Answer(b"", reason(error), time.monotonic() - start)
 
 

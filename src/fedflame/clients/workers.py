@@ -1,7 +1,9 @@
-"""Clients in worker processes on this machine; their updates have the same bytes as in one process.
+"""Clients in several processes on this machine; their updates have the same bytes as in one process.
 
-Each worker holds the model once and trains one client after another. A worker ends when its connection
-closes, so none is left when this process is killed.
+This process is the first worker: it trains with the base that it holds anyway. Between its optimizer steps it
+listens to the other workers and gives them plans, so it needs no thread. Each of the others holds the base
+once and trains one client after another. It ends when its connection closes, so none is left when this
+process is killed.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ import torch
 from transformers.utils import logging
 
 from fedflame.base.adapted import load_adapted_model
+from fedflame.base.device import DeviceChoice
 from fedflame.clients.answers import Answer, OnStep
 from fedflame.clients.fork_server import process_context
 from fedflame.clients.local import LocalClients
 from fedflame.config.sections import AdapterConfig
 from fedflame.config.words import Checkpointed, Dtype
 from fedflame.data.encoding import EncodedRow
+from fedflame.errors import UserError
 from fedflame.training.error_feedback import Residuals
 
 STOP_SECONDS = 10.0
@@ -40,122 +44,203 @@ class WorkerSetup:
     dtype: Dtype
     adapter: AdapterConfig
     gradient_checkpointing: Checkpointed
+    device: str
     rows: Sequence[Sequence[EncodedRow]]
     pad_token_id: int
     residuals: Residuals
     threads: int
 
 
+def worker_devices(device: DeviceChoice, count: int) -> list[str]:
+    """Return the device of each worker, this process first: the cards in turn, or the CPU for all."""
+    places = [card.name for card in device.cards] or [device.name]
+    return [places[number % len(places)] for number in range(count)]
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A plan that was given to a worker, and its answer as soon as there is one."""
+
+    answer: Answer | None = None
+
+
+class _Stream:
+    """The plans of one call of `train`, taken one after another, and the answers in their order."""
+
+    def __init__(self, plans: Iterable[tuple[int, bytes]], limit: int) -> None:
+        self._coming, self._limit = iter(plans), limit
+        self._asked: deque[_Asked] = deque()
+
+    def take(self) -> tuple[_Asked, bytes] | None:
+        """Take the next plan; None if there is none, or if `limit` answers are still to be handed on."""
+        coming = next(self._coming, None) if len(self._asked) < self._limit else None
+        if coming is None:
+            return None
+        self._asked.append(_Asked())
+        return self._asked[-1], coming[1]
+
+    def answers(self) -> Iterator[Answer]:
+        """Hand on the answers that are there, up to the first that is missing."""
+        while self._asked and (answer := self._asked[0].answer) is not None:
+            self._asked.popleft()
+            yield answer
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an answer is still to be handed on."""
+        return bool(self._asked)
+
+
 @dataclass(eq=False)
 class _Worker:
+    """Another process, which at first loads the base, and then rests or trains."""
+
     process: BaseProcess
     connection: Connection
-    ticket: int = -1
-    """Number of the plan that it works on."""
+    ready: bool = False
+    """Whether it has loaded the base."""
+    asked: _Asked | None = None
+    """The plan that it works on."""
     start: float = field(default_factory=time.monotonic)
 
 
 class WorkerClients:
-    """Trains clients in at most `count` worker processes. As a context manager it starts and ends them."""
+    """Trains clients in this process and in others. As a context manager it starts and ends the others."""
 
-    def __init__(self, setup: WorkerSetup, count: int) -> None:
-        self._setup, self._count = setup, count
-        self._idle: list[_Worker] = []
-        self._busy: list[_Worker] = []
+    def __init__(self, own: LocalClients, setups: Sequence[WorkerSetup]) -> None:
+        """Start nothing yet.
+
+        Args:
+            own: the clients in this process.
+            setups: what each other process needs for the same clients.
+        """
+        self._own, self._setups = own, setups
+        self._workers: dict[int, _Worker] = {}
 
     def __enter__(self) -> Self:
-        self._idle = [self._start() for _ in range(self._count)]
+        self._start_missing()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for worker in [*self._idle, *self._busy]:
-            _stop(worker)
+        self._stop(list(self._workers))
 
     def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
-        tickets, done, coming = 0, dict[int, Answer](), iter(plans)
-        expected: deque[int] = deque()
+        # Twice the workers: no worker waits for an earlier, slow client, and memory stays bounded.
+        stream = _Stream(plans, 2 * (1 + len(self._setups)))
+
+        def between_steps(tokens: int) -> None:
+            on_step(tokens)
+            self._listen(on_step, timeout=0)
+            self._give(stream)
+
+        self._start_missing()
+        self._listen(on_step, timeout=0)  # who has ended since the last round gets no plan
         try:
             while True:
-                # Twice the workers: no worker waits for an earlier, slow client, and memory stays bounded.
-                while len(self._busy) < self._count and len(expected) < 2 * self._count:
-                    asked = next(coming, None)
-                    if asked is None:
-                        break
-                    self._give(asked[1], tickets)
-                    expected.append(tickets)
-                    tickets += 1
-                if not expected:
+                taken = stream.take()
+                self._give(stream)
+                if taken is not None:
+                    asked, plan = taken
+                    asked.answer = self._own.answer(plan, between_steps)
+                elif stream.is_open:
+                    self._listen(on_step, timeout=None)
+                else:
                     return
-                while expected[0] not in done:
-                    done |= self._receive(on_step)
-                yield done.pop(expected.popleft())
-        finally:
-            for worker in self._busy:  # only if the caller left the stream before its end
-                _stop(worker)
-            self._busy = []
+                yield from stream.answers()
+        finally:  # only if the caller left the stream before its end is a worker at work
+            self._stop([number for number, worker in self._workers.items() if worker.asked])
 
     def num_examples(self) -> list[int]:
-        return [len(rows) for rows in self._setup.rows]
+        return self._own.num_examples()
 
     def name(self, client: int) -> str:
-        return f"client {client}"
+        return self._own.name(client)
 
-    def _give(self, plan: bytes, ticket: int) -> None:
-        worker = self._idle.pop() if self._idle else self._start()
-        worker.ticket, worker.start = ticket, time.monotonic()
-        self._busy.append(worker)
-        with suppress(OSError):  # the worker has ended; `_receive` reports it
-            worker.connection.send_bytes(plan)
+    def _give(self, stream: _Stream) -> None:
+        """Give a plan to every worker that rests, as long as there are plans to take."""
+        for worker in self._workers.values():
+            if worker.ready and worker.asked is None and (taken := stream.take()):
+                worker.asked, plan = taken
+                worker.start = time.monotonic()
+                with suppress(OSError):  # the worker has ended; `_listen` finds out
+                    worker.connection.send_bytes(plan)
 
-    def _receive(self, on_step: OnStep) -> dict[int, Answer]:
-        """Wait for messages of the busy workers; return ticket -> answer."""
-        answers = {}
-        ready = wait([worker.connection for worker in self._busy])
-        for worker in [worker for worker in self._busy if worker.connection in ready]:
-            try:
-                news = worker.connection.recv()
-            except (EOFError, OSError):
-                worker.process.join(STOP_SECONDS)
-                failure = f"its worker process ended with exit code {worker.process.exitcode}"
-                answers[worker.ticket] = Answer(b"", failure, time.monotonic() - worker.start)
-                self._busy.remove(worker)
-                continue
-            if isinstance(news, Answer):
-                answers[worker.ticket] = news
-                self._busy.remove(worker)
-                self._idle.append(worker)
-            else:
-                on_step(news)
-        return answers
+    def _listen(self, on_step: OnStep, timeout: float | None) -> None:
+        """Hear all that the workers have sent; wait so many seconds for the first message, None: for ever."""
+        while ready := wait([worker.connection for worker in self._workers.values()], timeout):
+            for number, worker in list(self._workers.items()):
+                if worker.connection in ready:
+                    self._hear(number, worker, on_step)
+            timeout = 0
 
-    def _start(self) -> _Worker:
-        context = process_context()
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._setup), daemon=True)
-        process.start()
-        theirs.close()  # otherwise the connection would stay open when the worker ends
-        return _Worker(process, ours)
+    def _hear(self, number: int, worker: _Worker, on_step: OnStep) -> None:
+        try:
+            news = worker.connection.recv()
+        except (EOFError, OSError):
+            self._replace(number, worker)
+            return
+        if isinstance(news, UserError):
+            raise news
+        if isinstance(news, int):
+            on_step(news)
+        elif isinstance(news, Answer):
+            assert worker.asked is not None, "an answer follows a plan"
+            worker.asked.answer, worker.asked = news, None
+        else:
+            worker.ready = True
+
+    def _replace(self, number: int, worker: _Worker) -> None:
+        """Start another process for a worker that has ended; its client has failed."""
+        worker.process.join(STOP_SECONDS)
+        ended = f"worker process ended with exit code {worker.process.exitcode}"
+        if worker.asked is not None:
+            worker.asked.answer = Answer(b"", f"its {ended}", time.monotonic() - worker.start)
+        elif not worker.ready:  # another process would end like this one
+            raise UserError(f"a {ended} while it loaded the model; fewer workers take less memory")
+        del self._workers[number]
+        self._start_missing()
+
+    def _start_missing(self) -> None:
+        for number, setup in enumerate(self._setups):
+            if number not in self._workers:
+                self._workers[number] = _start(setup)
+
+    def _stop(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            worker = self._workers.pop(number)
+            worker.connection.close()
+            worker.process.terminate()
+            worker.process.join(STOP_SECONDS)
 
 
-def _stop(worker: _Worker) -> None:
-    worker.connection.close()
-    worker.process.terminate()
-    worker.process.join(STOP_SECONDS)
+def _start(setup: WorkerSetup) -> _Worker:
+    context = process_context()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, setup), daemon=True)
+    process.start()
+    theirs.close()  # otherwise the connection would stay open when the worker ends
+    return _Worker(process, ours)
 
 
 def _serve(connection: Connection, setup: WorkerSetup) -> None:
-    """Run a worker: answer plans until the connection ends."""
+    """Run a worker: load the base, say so with None, and answer plans until the connection ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     torch.set_num_threads(setup.threads)
     logging.disable_progress_bar()
-    adapted, _ = load_adapted_model(
-        setup.model_name_or_path, setup.dtype, setup.adapter, setup.gradient_checkpointing
-    )
-    clients = LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals)
-    while True:
+    with suppress(EOFError, OSError):
         try:
-            connection.send(clients.answer(connection.recv_bytes(), connection.send))
-        except (EOFError, OSError):
-            return
+            clients = _load(setup)
+            connection.send(None)
+            while True:
+                connection.send(clients.answer(connection.recv_bytes(), connection.send))
+        except UserError as error:
+            connection.send(error)
+
+
+def _load(setup: WorkerSetup) -> LocalClients:
+    adapted, _ = load_adapted_model(
+        setup.model_name_or_path, setup.dtype, setup.adapter, setup.gradient_checkpointing, setup.device
+    )
+    return LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals)

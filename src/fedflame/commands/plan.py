@@ -6,6 +6,8 @@ import json
 
 from rich.console import Console
 
+from fedflame.base.device import device_in_words
+from fedflame.commands.progress import say_line
 from fedflame.commands.tables import cost_table, partition_table
 from fedflame.experiment.plan import Plan
 
@@ -18,6 +20,7 @@ def print_plan(plan: Plan, as_json: bool, console: Console) -> None:
     console.print(partition_table(plan.clients, plan.cost.clients, plan.truncated_rows))
     console.print(cost_table(plan.cost))
     console.print(f"memory for the base in {plan.dtype.name} ({plan.dtype.reason})")
+    say_line(console, f"device {device_in_words(plan.device)}")
     console.print(_adapter_line(plan))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from fedflame.base.device import device_in_words
 from fedflame.commands.progress import reporter, say_line
 from fedflame.commands.tables import cost_table, partition_table, result_table
 from fedflame.experiment.prepare import Prepared
@@ -55,6 +56,7 @@ def _print_experiment(experiment: Experiment, sites: tuple[str, ...], console: C
         f"model {config.model.model_name_or_path} in {experiment.dtype.name} ({experiment.dtype.reason}), "
         f"{threads} thread{'s' * (threads > 1)}"
     )
+    say_line(console, f"device {device_in_words(experiment.device)}")
     clients = experiment.clients
     console.print(partition_table(clients, cost.clients, experiment.encoded.truncated, sites))
     console.print(cost_table(cost))

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from fedflame.atomic_file import write_missing
+from fedflame.base.device import choose_device, device_in_words
 from fedflame.base.files import model_digest
 from fedflame.commands.check import (
     Finding,
@@ -126,12 +127,18 @@ def init_site(folder: Path, new: NewSite, engine: SiteEngine, console: Console) 
 
 def check_site(site: Site, console: Console) -> bool:
     """Look at everything that taking part needs; whether all is well."""
-    return print_findings(after_each_other(_machine(site), _own(site), _trainer(site), _hub(site)), console)
+    return print_findings(
+        after_each_other(_machine(site), _device(site), _own(site), _trainer(site), _hub(site)), console
+    )
 
 
 def _machine(site: Site) -> Iterator[Finding]:
     yield check_clock()
     yield check_disk(site.state_path)
+
+
+def _device(site: Site) -> Iterator[Finding]:
+    yield Finding(True, f"device {device_in_words(choose_device(site.trainer.device, 'trainer.device'))}")
 
 
 def _own(site: Site) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ def run_trainer(site_file: Path, console: Console) -> None:
         console: where lines go.
 
     Raises:
-        UserError: the file or the data cannot be used, or another trainer serves the site.
+        UserError: the file, the device or the data cannot be used, or another trainer serves the site.
     """
     site = load_site(site_file)
     from fedflame.trainer.server import serve, sole_trainer
@@ -39,7 +39,7 @@ def run_trainer(site_file: Path, console: Console) -> None:
         with listening(site.socket_path) as listener:
             threading.Thread(target=serve, args=(listener, service, say), daemon=True).start()
             rows, k = service.num_examples, site.trainer.active_experts
-            say(f"{site.name}: {rows} rows, k = {k}, at {site.socket_path}")
+            say(f"{site.name}: {rows} rows, k = {k}, on {service.device.name}, at {site.socket_path}")
             _wait_for_the_end()
 
 

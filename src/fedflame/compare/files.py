@@ -24,6 +24,8 @@ IN_TABLE = (
     "processor",
     "cpus",
     "threads",
+    "device",
+    "gpu",
     "dtype",
 )
 """The facts on the environment that table.md shows; the page shows all."""

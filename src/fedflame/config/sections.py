@@ -6,6 +6,7 @@ docs/configuration.md is made from this file.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -34,7 +35,14 @@ def _known_method(name: str) -> str:
     return name
 
 
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", value):
+        raise ValueError("must be 'auto', 'cpu', 'cuda' or a card such as 'cuda:1'")
+    return value
+
+
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
+Device = Annotated[str, AfterValidator(_device)]
 
 
 class ModelConfig(Section):
@@ -43,10 +51,14 @@ class ModelConfig(Section):
     adapter_name_or_path: str = ""
     """The folder of a LoRA adapter, written by fedflame or by PEFT, that the run goes on from. Empty: the run
     starts a new adapter."""
+    device: Device = "auto"
+    """The device that trains and evaluates. `auto`: a CUDA card if there is one, otherwise the CPU. `cuda`:
+    the first card, and the others for more workers. A card such as `cuda:1`: that card alone. Another device
+    rounds otherwise."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The number format of the frozen base. `auto` takes bfloat16 or float16 only where this machine
-    multiplies in it at least 1.5 times faster. With float16 the loss is scaled, and a step whose gradients
-    overflow is skipped."""
+    """The number format of the frozen base. On a card, `auto` takes bfloat16, or float16 if the card has no
+    bfloat16. On a CPU, it takes one of them only where this machine multiplies in it at least 1.5 times
+    faster. With float16 the loss is scaled, and a step whose gradients overflow is skipped."""
 
 
 class AdapterConfig(Section):

@@ -34,6 +34,29 @@ def base_bytes(shape: ModelShape, dtype: Dtype) -> int:
     return (4 if dtype == "float32" else 2) * base_parameters(shape)
 
 
+def least_evaluation_memory(shape: ModelShape, r: int, target_modules: Collection[str], dtype: Dtype) -> int:
+    """Return the bytes of the base in this dtype and of the adapter: the least that an evaluation takes.
+
+    Raises:
+        UserError: a target module is no attention projection of the model.
+    """
+    return base_bytes(shape, dtype) + 4 * adapter_parameters(shape, r, target_modules).total
+
+
+def least_training_memory(shape: ModelShape, r: int, target_modules: Collection[str], dtype: Dtype) -> int:
+    """Return the bytes that training takes at least, whatever k and the tokens of a step are.
+
+    To those of an evaluation come the two moments in fp32 and the gradients of one layer: the optimizer frees
+    them before those of the next layer are made.
+
+    Raises:
+        UserError: a target module is no attention projection of the model.
+    """
+    adapter = 4 * adapter_parameters(shape, r, target_modules).total
+    of_one_layer = adapter // len(shape.sparse_layers)
+    return least_evaluation_memory(shape, r, target_modules, dtype) + 2 * adapter + of_one_layer
+
+
 def training_memory(
     shape: ModelShape,
     active_experts: int,

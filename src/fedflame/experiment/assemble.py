@@ -8,13 +8,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fedflame.base.adapted import load_adapted_model
-from fedflame.base.dtype import DtypeChoice, choose_dtype
+from fedflame.base.device import DeviceChoice
+from fedflame.base.dtype import DtypeChoice
 from fedflame.base.files import model_config_path
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import ModelShape, read_model_shape
 from fedflame.cost.run_cost import RunCost, run_cost
 from fedflame.data.federation import EncodedFederation, Federation, describe, encode_federation
 from fedflame.errors import UserError
+from fedflame.experiment.placement import place
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ClientProfile
 from fedflame.training.evaluation import HeldOut
@@ -25,6 +27,7 @@ class Experiment:
     """Everything loaded for a configuration: model, data, costs."""
 
     config: RunConfig
+    device: DeviceChoice
     dtype: DtypeChoice
     adapted: AdaptedModel
     tokenizer: PreTrainedTokenizerBase
@@ -62,6 +65,7 @@ def assemble(
     config: RunConfig,
     federation: Federation,
     dtype: DtypeChoice | None = None,
+    workers: int = 0,
 ) -> Experiment:
     """Load and check what the configuration names.
 
@@ -69,22 +73,25 @@ def assemble(
         config: what to load; see `require_runnable`.
         federation: the rows, by client.
         dtype: of the frozen base; None for what `model.dtype` says.
+        workers: processes that train, each with a base of its own; 0 if nothing is trained here.
 
     Raises:
-        UserError: see `load_base_model`, `AdaptedModel` and `run_cost`; rows too long for the model.
+        UserError: see `place`, `load_base_model`, `AdaptedModel` and `run_cost`; rows too long for
+            the model.
     """
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
-    choice = dtype or choose_dtype(config.model.dtype, shape)
+    device, choice = place(config, shape, dtype, workers)
     adapted, tokenizer = load_adapted_model(
         config.model.model_name_or_path,
         choice.name,
         config.adapter,
         config.training.gradient_checkpointing,
+        device.name,
     )
     _require_context(config, adapted.model.config)
     encoded = encode_federation(federation, tokenizer, config.data.max_length)
     cost = run_cost(config, shape, choice.name, encoded.mean_length, encoded.labelled_share)
-    return Experiment(config, choice, adapted, tokenizer, shape, federation, encoded, cost)
+    return Experiment(config, device, choice, adapted, tokenizer, shape, federation, encoded, cost)
 
 
 def _require_context(config: RunConfig, model_config: Any) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedflame.base.dtype import DtypeChoice, choose_dtype
+from fedflame.base.device import DeviceChoice, device_facts
+from fedflame.base.dtype import DtypeChoice
 from fedflame.base.files import has_tokenizer, model_config_path
 from fedflame.base.tokenizer import read_tokenizer
 from fedflame.config.run_config import RunConfig
@@ -15,6 +16,7 @@ from fedflame.cost.run_cost import RunCost, run_cost
 from fedflame.cost.tiers import require_possible
 from fedflame.data.federation import describe, encode_federation, load_federation
 from fedflame.data.given import GivenRows
+from fedflame.experiment.placement import place
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Plan:
     """By client: `client`, `active_experts` (k), `rows`, and `per_category`, its rows by label."""
     cost: RunCost
     """FLOPs, bytes and memory by tier, and each client's optimizer steps."""
+    device: DeviceChoice
+    """The device that would train, with the reason."""
     dtype: DtypeChoice
     """The number format that the memory is for, with the reason."""
     truncated_rows: int
@@ -38,6 +42,7 @@ class Plan:
         costs = self.cost.to_json()
         costs["clients"] = [self.clients[cost["client"]] | cost for cost in costs["clients"]]
         return {
+            **device_facts(self.device),
             "truncated_rows": self.truncated_rows,
             "skipped_rows": self.skipped_rows,
             "clients_per_round": self.config.clients_per_round(),
@@ -55,7 +60,8 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
         given: rows that a program hands over, instead of `data.dataset_name`.
 
     Raises:
-        UserError: data or model cannot be used, or the model cannot run a client's k.
+        UserError: data, model or device cannot be used, the model cannot run a client's k, or a card has too
+            little memory.
     """
     path = model_config_path(config.model.model_name_or_path)
     shape = read_model_shape(path)
@@ -66,7 +72,7 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
     if sequence_length is None and has_tokenizer(folder):
         encoded = encode_federation(federation, read_tokenizer(folder), config.data.max_length)
         length, share, truncated = encoded.mean_length, encoded.labelled_share, encoded.truncated
-    dtype = choose_dtype(config.model.dtype, shape)
+    device, dtype = place(config, shape)
     cost = run_cost(config, shape, dtype.name, length, share)
     clients = describe(federation, config.afforded_experts())
-    return Plan(config, clients, cost, dtype, truncated, len(federation.skipped))
+    return Plan(config, clients, cost, device, dtype, truncated, len(federation.skipped))

@@ -14,16 +14,22 @@ import torch
 
 from fedflame.clients.answers import Clients
 from fedflame.clients.local import LocalClients
-from fedflame.clients.workers import WorkerClients, WorkerSetup
+from fedflame.clients.workers import WorkerClients, WorkerSetup, worker_devices
 from fedflame.cost.run_cost import training_flops
 from fedflame.data.encoding import pad_token
-from fedflame.errors import UserError
+from fedflame.errors import OutOfMemory, UserError
 from fedflame.experiment.adapter_folder import Written, initial_state, starting_adapter, write_run_adapter
 from fedflame.experiment.assemble import Experiment, assemble
 from fedflame.experiment.environment import environment
 from fedflame.experiment.method import build_strategy
 from fedflame.experiment.prepare import Prepared
-from fedflame.experiment.run_folder import remove_run, require_same_data, saved_dtype, write_run_files
+from fedflame.experiment.run_folder import (
+    device_change,
+    remove_run,
+    require_same_data,
+    saved_dtype,
+    write_run_files,
+)
 from fedflame.experiment.site_clients import site_clients
 from fedflame.experiment.sites import Sites
 from fedflame.report import write_report
@@ -72,8 +78,8 @@ def run_experiment(
     Args:
         prepared: configuration, rows and sites, checked; see `prepare`.
         config_text: the TOML file as given, kept beside the results; empty for none.
-        workers: processes that train clients; with 1 this process does. The adapter's bytes depend on
-            the threads of each process, not on their number.
+        workers: processes that train clients, this one among them. The adapter's bytes depend on the threads
+            of each process, not on their number.
         strategy: a method that a program hands over, instead of `strategy.name`.
         on_event: sees each object that goes into metrics.jsonl, as it happens.
         watch: shows what happens.
@@ -83,7 +89,7 @@ def run_experiment(
 
     Raises:
         UserError: whatever the user can mend, with the run folder as it was before where the run
-            could not start, and with the last checkpoint where it could.
+            could not start, and with the last checkpoint where it could. `OutOfMemory` is one of these.
     """
     config, resumed, sites = prepared.config, prepared.existing == "resume", prepared.sites
     run = Path(config.output_dir)
@@ -91,7 +97,9 @@ def run_experiment(
         torch.set_num_threads(max(1, usable_cores() // workers))
     start = "" if resumed else starting_adapter(config)
     method = strategy or build_strategy(config, prepared.shape.num_experts_per_tok)
-    experiment = assemble(config, prepared.federation, saved_dtype(run) if resumed else None)
+    trained_here = 0 if sites is not None else workers
+    experiment = assemble(config, prepared.federation, saved_dtype(run) if resumed else None, trained_here)
+    moved = device_change(run, experiment.device) if resumed else ""
     checkpoint = _starting_point(run, experiment, method, resumed, sites is not None)
     if prepared.existing == "overwrite" and run.exists():
         remove_run(run)
@@ -102,11 +110,18 @@ def run_experiment(
     metrics = MetricsFile(run / "metrics.jsonl", checkpoint.metrics_bytes, on_event)
     try:
         with watch(begun) as reporter, _clients(experiment, run, workers, sites, reporter) as clients:
+            if moved:
+                reporter.message(moved)
             server = _server(experiment, method, run, clients, metrics, reporter)
             checkpoint = run_rounds(server, checkpoint)
     except KeyboardInterrupt as error:
         hint = f"the same command with --resume goes on after round {_rounds_kept(run)}"
         raise KeyboardInterrupt(hint) from error
+    except OutOfMemory as error:
+        raise OutOfMemory(
+            f"{error}. --resume goes on after round {_rounds_kept(run)}, also with another device or "
+            "gradient_checkpointing; other changes need a new run"
+        ) from error
     finally:
         metrics.close()
         with suppress(UserError):  # a full disk has been reported already
@@ -156,22 +171,29 @@ def _clients(
         ) as at_sites:
             yield at_sites
         return
-    rows, pad_token_id = experiment.encoded.clients, pad_token(experiment.tokenizer)
     residuals = Residuals(run / "residuals")
+    own = LocalClients(adapted, experiment.encoded.clients, pad_token(experiment.tokenizer), residuals)
     if workers == 1:
-        yield LocalClients(adapted, rows, pad_token_id, residuals)
+        yield own
         return
-    setup = WorkerSetup(
-        config.model.model_name_or_path,
-        adapted.dtype,
-        config.adapter,
-        config.training.gradient_checkpointing,
-        rows,
-        pad_token_id,
-        residuals,
-        torch.get_num_threads(),
-    )
-    with WorkerClients(setup, workers) as clients:
+    _, *others = worker_devices(experiment.device, workers)
+    if 0 < len(experiment.device.cards) < workers:
+        reporter.message(f"{workers} workers on {len(experiment.device.cards)} cards: several share a card")
+    setups = [
+        WorkerSetup(
+            config.model.model_name_or_path,
+            adapted.dtype,
+            config.adapter,
+            config.training.gradient_checkpointing,
+            device,
+            own.rows,
+            own.pad_token_id,
+            residuals,
+            torch.get_num_threads(),
+        )
+        for device in others
+    ]
+    with WorkerClients(own, setups) as clients:
         yield clients
 
 

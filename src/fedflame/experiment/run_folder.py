@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedflame.atomic_file import write_atomically, write_json
+from fedflame.base.device import DeviceChoice, device_facts
 from fedflame.base.dtype import DtypeChoice
 from fedflame.config.run_config import SCHEMA_VERSION, RunConfig
 from fedflame.config.settings import flat, validated
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
     from fedflame.experiment.assemble import Experiment
 
 Existing = Literal["refuse", "resume", "overwrite"]
+MAY_CHANGE = {"output_dir", "model.device", "training.gradient_checkpointing"}
+"""The settings that a resumption may change: where and how a run computes, not what."""
 
 
 def check_run_folder(run: Path, config: RunConfig, existing: Existing) -> None:
     """Raises UserError for a folder that must not be touched, and for a resumption with other settings."""
     if existing == "resume":
-        saved = saved_config(run)
-        before, now = flat(saved.model_dump()), flat(config.model_dump(exclude={"output_dir"}))
-        if differing := [key for key, value in now.items() if before[key] != value]:
+        before, now = flat(saved_config(run).model_dump()), flat(config.model_dump())
+        if differing := [key for key in now if key not in MAY_CHANGE and before[key] != now[key]]:
             raise UserError(
                 f"{run}: --resume needs the configuration it was started with; {differing[0]} differs "
                 f"(config.json in the run folder has it)"
@@ -88,6 +90,20 @@ def saved_dtype(run: Path) -> DtypeChoice | None:
     return DtypeChoice(json.loads(path.read_text())["dtype"], "as before")
 
 
+def device_change(run: Path, device: DeviceChoice) -> str:
+    """What to say where a run goes on with another device than it began with; empty if it is the same."""
+    path = run / "environment.json"
+    if not path.exists():
+        return ""
+    before, now = json.loads(path.read_text()).get("gpu"), device_facts(device).get("gpu")
+    if before == now:
+        return ""
+    return (
+        f"the run began on {before or 'a CPU'} and goes on with {now or 'a CPU'}, which rounds otherwise: it "
+        "ends in other bytes than a run on one of them"
+    )
+
+
 def require_same_data(run: Path, experiment: Experiment, at_sites: bool) -> None:
     """Raises UserError where the data now gives another partition than the one the run began with."""
     saved, now = json.loads((run / "partition.json").read_text()), _partition(experiment)
@@ -104,7 +120,8 @@ def write_run_files(run: Path, experiment: Experiment, config_text: str, environ
     """What is known before the first round; config.json first, since it makes the folder a run folder."""
     write_json(run / "config.json", {"schema_version": SCHEMA_VERSION} | experiment.config.model_dump())
     write_atomically(run / "config.toml", config_text.encode())
-    write_json(run / "environment.json", environment | {"dtype": experiment.adapted.dtype})
+    facts = environment | device_facts(experiment.device) | {"dtype": experiment.adapted.dtype}
+    write_json(run / "environment.json", facts)
     write_json(run / "partition.json", _partition(experiment))
     write_json(run / "plan.json", experiment.cost.to_json())
     skipped = [{"where": row.where, "reason": row.reason} for row in experiment.federation.skipped]

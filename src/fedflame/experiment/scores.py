@@ -38,30 +38,27 @@ def score_source(
         given: rows that a program hands over, instead of `data.dataset_name`.
 
     Raises:
-        UserError: a source that is none of these, or a k that the model does not have.
+        UserError: a source that is none of these, a k that the model does not have, or a memory that is full.
     """
     place = Path(source)
     config = _source_config(source, list(active_experts), list(overrides))
     shape = require_runnable(config)
     require_possible(active_experts, shape)
     federation = load_federation(config, given)
-    from fedflame.experiment.assemble import assemble  # from here on with torch
+    from fedflame.base.out_of_memory import memory_in_words  # from here on with torch
+    from fedflame.experiment.assemble import assemble
     from fedflame.training.evaluation import evaluate
 
     experiment = assemble(config, federation, saved_dtype(place) if is_run(place) else None)
-    state, held_out = _source_state(place, experiment), experiment.held_out
-    return {
-        k: evaluate(
-            experiment.adapted,
-            held_out,
-            state.adapter_at(k),
-            k,
-            state.rescaler_at(k, len(experiment.adapted.layers)),
-            generate=True,
-            merged=state.merged,
-        )
-        for k in active_experts or config.evaluated_experts(shape.num_experts_per_tok)
-    }
+    state, adapted = _source_state(place, experiment), experiment.adapted
+    scores = {}
+    for k in active_experts or config.evaluated_experts(shape.num_experts_per_tok):
+        adapter, rescaler = state.adapter_at(k), state.rescaler_at(k, len(adapted.layers))
+        with memory_in_words(adapted.model.device, f"evaluating at k = {k}", ""):
+            scores[k] = evaluate(
+                adapted, experiment.held_out, adapter, k, rescaler, generate=True, merged=state.merged
+            )
+    return scores
 
 
 def is_adapter(folder: Path) -> bool:

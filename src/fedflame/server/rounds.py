@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedflame.base.out_of_memory import memory_in_words
 from fedflame.clients.answers import Answer, Clients
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.run_cost import local_steps
@@ -51,8 +52,8 @@ def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
     """Run the rounds from `checkpoint` to the last configured one; write a checkpoint after every round.
 
     Raises:
-        UserError: a round has fewer than `server.min_clients` usable updates, or the disk is full. The last
-            checkpoint stays, and the run can be resumed from it.
+        UserError: a round has fewer than `server.min_clients` usable updates, or the disk is full.
+            `OutOfMemory` is one, too. The last checkpoint stays, and the run can be resumed from it.
     """
     if checkpoint.metrics_bytes == 0:
         _evaluate_tiers(server, checkpoint.state, 0)
@@ -244,7 +245,9 @@ def _evaluate(
     server: Server, state: ServerState, adapter: Adapter, k: int, round_number: int
 ) -> dict[str, Scores]:
     generate = server.config.is_due(server.config.evaluation.generate_every, round_number)
-    return evaluate(server.adapted, server.held_out, adapter, k, state.rescalers[k], generate, state.merged)
+    adapted, rescaler = server.adapted, state.rescalers[k]
+    with memory_in_words(adapted.model.device, f"evaluating at k = {k}", ""):
+        return evaluate(adapted, server.held_out, adapter, k, rescaler, generate, state.merged)
 
 
 def _in_words(scores: Scores) -> str:

@@ -22,7 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fedflame.atomic_file import write_atomically
 from fedflame.base.adapted import load_adapted_model
+from fedflame.base.card_memory import require_room, spread_if_needed, training_need, training_words
+from fedflame.base.device import DeviceChoice, choose_device, device_in_words
 from fedflame.base.files import model_config_path, model_digest
+from fedflame.base.out_of_memory import training_memory_in_words
 from fedflame.clients.local import reason
 from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.model_shape import read_model_shape
@@ -60,16 +63,17 @@ class TrainerService:
     """Answers requests for one site. It holds at most one model; several threads may call it."""
 
     def __init__(self, site: Site, say: Callable[[str], None]) -> None:
-        """Read the site's rows.
+        """Choose the site's device and read its rows.
 
         Args:
             site: the settings of the site's file.
             say: called with each line for the log.
 
         Raises:
-            UserError: the data cannot be read, or has no usable row.
+            UserError: the device cannot be used, or the data cannot be read or has no usable row.
         """
         self._site, self._say = site, say
+        self.device = choose_device(site.trainer.device, "trainer.device")
         self._rows, self.skipped = _load_rows(site)
         self._ready: _Ready | None = None
         self._digests: dict[str, str] = {}
@@ -162,21 +166,33 @@ class TrainerService:
             shutil.rmtree(old, ignore_errors=True)
 
     def _fine_tune(self, job: TrainingJob, plan: RoundPlan, state: Path) -> bytes:
-        ready = self._loaded(job)
-        update = fine_tune(ready.adapted, ready.rows, plan, pad_token(ready.tokenizer))
+        ready, checkpointing = self._loaded(job, plan), self._site.trainer.gradient_checkpointing
+        with training_memory_in_words(ready.adapted.model.device, plan, checkpointing):
+            update = fine_tune(ready.adapted, ready.rows, plan, pad_token(ready.tokenizer))
         return encode_with_feedback(update, plan, Residuals(state / "residuals"))
 
-    def _loaded(self, job: TrainingJob) -> _Ready:
+    def _loaded(self, job: TrainingJob, plan: RoundPlan) -> _Ready:
         """Return the model with the job's adapter and the encoded rows; load them unless they are loaded."""
         if self._ready is None or self._ready.job != job:
             self._ready = None  # free it first: two models may not fit into memory
-            self._say(f"loading {job.model_name_or_path} in {job.dtype}")
+            device = self._place(job, plan)
+            self._say(f"loading {job.model_name_or_path} in {job.dtype} onto {device_in_words(device)}")
             path = self._site.models[job.model_name_or_path]
             checkpointing = self._site.trainer.gradient_checkpointing
-            adapted, tokenizer = load_adapted_model(path, job.dtype, job.adapter, checkpointing)
+            adapted, tokenizer = load_adapted_model(path, job.dtype, job.adapter, checkpointing, device.name)
             rows = encode_rows(self._rows, tokenizer, job.max_length)
             self._ready = _Ready(job, adapted, tokenizer, rows)
         return self._ready
+
+    def _place(self, job: TrainingJob, plan: RoundPlan) -> DeviceChoice:
+        """Return the site's device, all its cards if one is too small. Raises UserError if these are, too."""
+        shape = read_model_shape(model_config_path(self._site.models[job.model_name_or_path]))
+        checkpointing = self._site.trainer.gradient_checkpointing
+        work = training_words(plan.active_experts, plan.tokens_per_step, plan.batch_size, checkpointing)
+        need = training_need(shape, job.adapter, job.dtype, work)
+        device = spread_if_needed(self.device, need)
+        require_room(device, need)
+        return device
 
     def _require_allowed(self, job: TrainingJob, plan: RoundPlan) -> None:
         """Raise Refusal if the site's file does not allow the job or the plan, before anything is loaded."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from fedflame.config.sections import EMBEDDED_MODEL
+from fedflame.config.sections import EMBEDDED_MODEL, Device
 from fedflame.config.settings import Section, SettingsFile, load_file
 from fedflame.config.words import Checkpointed
 
@@ -39,6 +39,9 @@ class SiteTrainer(Section):
     max_active_experts: Annotated[int, Field(ge=0)] = 0
     """Largest k that a plan may ask for; a larger one is refused. With `strategy.k_rotation = "all"` plans
     ask for a k above `active_experts` in some rounds, with fewer steps. 0: `active_experts`."""
+    device: Device = "auto"
+    """The device that trains. `auto`: a CUDA card if there is one, otherwise the CPU. `cuda`: the first card.
+    A card such as `cuda:1`: that card. No plan can ask for another one."""
     socket: str = "trainer.sock"
     """The trainer's socket, relative to the folder of this file; a path of at most about 100 letters."""
     state_dir: str = "state"
