@@ -14,7 +14,7 @@ from fedflame.clients.answers import Answer, Clients
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.run_cost import local_steps
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.messages import Adapter, ClientUpdate, RoundPlan, validate_update
+from fedflame.messages import Adapter, ClientUpdate, RoundPlan, validate_update, with_rows_at_most
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
@@ -128,6 +128,7 @@ class _Updates:
             update = decode_update(answer.update, plan)
             validate_update(update, plan, server.config.data.max_length)
             _validate_rows(update, profile)
+            update = with_rows_at_most(update, server.clients.most_rows())
         except InvalidMessage as error:
             server.metrics.log(
                 "excluded",
@@ -160,10 +161,11 @@ class _Updates:
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             rescaler=update.rescaler_values.tolist(),
-            counts=update.counts.tolist(),
+            counts=[] if update.loss is None else update.counts.tolist(),
         )
+        loss = "withheld" if update.loss is None else f"{update.loss:.3f}"
         server.reporter.message(
-            f"round {update.round}: {server.clients.name(update.client)} (k={k}) loss {update.loss:.3f}, "
+            f"round {update.round}: {server.clients.name(update.client)} (k={k}) loss {loss}, "
             f"{update.tokens:,} tokens, {update.tokens / seconds:,.0f} tokens/s"
         )
 
