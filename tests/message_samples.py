@@ -15,6 +15,8 @@ Shape = tuple[int, int, int, int, int]
 """L layers, E experts, R rank, H hidden, I expert width."""
 SHAPE: Shape = (2, 5, 3, 7, 4)
 IN, OUT = 6, 9
+MAX_LENGTH = 20
+"""Tokens of the longest row."""
 
 
 def random_bits(generator: torch.Generator, *shape: int) -> Tensor:
@@ -51,7 +53,7 @@ def a_plan(shape: Shape = SHAPE, seed: int = 0, values: Callable[..., Tensor] = 
         round=3,
         client=7,
         seed=2**62 + 1,
-        active_experts=2,
+        active_experts=min(2, shape[1]),
         rescaler="learned",
         rescaler_values=values(generator, shape[0]),
         adapter=an_adapter(shape, values, generator),
@@ -124,5 +126,6 @@ def assert_usable(update: ClientUpdate, plan: RoundPlan) -> None:
     assert all(math.isfinite(number) for number in [*numbers, update.loss])
     for layer in update.counts.tolist():
         assert all(0 <= count <= update.tokens for count in layer)
-        assert sum(layer) <= update.tokens * plan.active_experts
+        assert sum(layer) == update.tokens * plan.active_experts
+    assert 1 <= update.tokens <= update.steps * max(plan.tokens_per_step, MAX_LENGTH)
     assert 1 <= update.trained_examples <= min(update.num_examples, update.tokens)

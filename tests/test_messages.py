@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.message_samples import (
     IN,
+    MAX_LENGTH,
     OUT,
     SHAPE,
     a_plan,
@@ -169,12 +170,27 @@ REFUSED: list[tuple[str, Callable[[ClientUpdate], ClientUpdate], str]] = [
     (
         "a layer's counts above tokens x k",
         with_counts(one_count(0, 3, 1)),
-        "counts of a layer exceed tokens x k = 11 x 2",
+        "counts of the layers sum to 22 to 23; each must sum to tokens x k = 11 x 2",
+    ),
+    (
+        "a layer's counts below tokens x k",
+        with_counts(one_count(1, 1, 10)),
+        "counts of the layers sum to 21 to 22; each must sum to tokens x k = 11 x 2",
     ),
     (
         "no tokens",
         with_fields(tokens=0, counts=torch.zeros(2, 5, dtype=torch.int64)),
-        "counts must lie between 0 and the 0 tokens trained on",
+        "update has 0 tokens; 5 steps of this plan have 1 to 480",
+    ),
+    (
+        "more tokens than the steps hold",
+        with_fields(tokens=481),
+        "update has 481 tokens; 5 steps of this plan have 1 to 480",
+    ),
+    (
+        "tokens whose product with k has more than 64 bits",
+        with_fields(tokens=2**62),
+        f"update has {2**62} tokens; 5 steps of this plan have 1 to 480",
     ),
     ("loss NaN", with_fields(loss=math.nan), "update has loss nan; it must be finite"),
     ("loss inf", with_fields(loss=math.inf), "update has loss inf; it must be finite"),
@@ -206,30 +222,57 @@ def test_an_unusable_update_is_refused_with_its_reason(
     change: Callable[[ClientUpdate], ClientUpdate], reason: str
 ) -> None:
     with pytest.raises(InvalidMessage) as refusal:
-        validate_update(change(valid_update()), a_plan())
+        validate_update(change(valid_update()), a_plan(), MAX_LENGTH)
     assert str(refusal.value) == reason
 
 
 def test_more_rows_trained_on_than_the_steps_hold_are_refused() -> None:
     """Five steps of four rows, unless a step is measured in tokens."""
     plan, update = replace(a_plan(), tokens_per_step=0), replace(valid_update(), trained_examples=20)
-    validate_update(update, plan)
+    validate_update(update, plan, MAX_LENGTH)
     with pytest.raises(InvalidMessage, match="trained on 21 rows; 1 to 20 are possible"):
-        validate_update(replace(update, trained_examples=21), plan)
+        validate_update(replace(update, trained_examples=21), plan, MAX_LENGTH)
+
+
+def test_tokens_are_bounded_by_the_rows_of_the_steps_or_by_their_tokens_and_one_row_at_least() -> None:
+    """Five steps of four rows, of 96 tokens, or of one row that is longer than the step."""
+    counts = torch.zeros(SHAPE[:2], dtype=torch.int64)
+    for changes, most in (
+        ({"tokens_per_step": 0}, 5 * 4 * MAX_LENGTH),
+        ({"tokens_per_step": 96}, 5 * 96),
+        ({"tokens_per_step": 3}, 5 * MAX_LENGTH),
+    ):
+        plan = replace(a_plan(), **changes)
+        counts[:, :2] = most
+        validate_update(replace(valid_update(), tokens=most, counts=counts), plan, MAX_LENGTH)
+        more = replace(valid_update(), tokens=most + 1, counts=counts + (counts > 0).long())
+        with pytest.raises(InvalidMessage, match=f"has {most + 1} tokens; 5 steps of this plan have 1 to"):
+            validate_update(more, plan, MAX_LENGTH)
+
+
+def test_counts_whose_sum_wraps_round_to_the_right_number_are_refused() -> None:
+    """A plan may allow so many tokens that twenty experts with all of them sum, in 64 bits, to four times."""
+    tokens, shape = 2**60, (1, 20, 3, 7, 4)
+    plan = replace(a_plan(shape), active_experts=4, tokens_per_step=tokens)
+    update = an_update(shape, counts=torch.full((1, 20), tokens))
+    update = replace(update, tokens=tokens, active_experts=4)
+    assert int(update.counts.sum()) == tokens * 4
+    with pytest.raises(InvalidMessage, match=r"each must sum to tokens x k"):
+        validate_update(update, plan, MAX_LENGTH)
 
 
 def test_another_rescaler_than_the_fixed_one_is_refused() -> None:
     plan, update = replace(a_plan(), rescaler="fixed"), valid_update()
-    validate_update(replace(update, rescaler_values=plan.rescaler_values.clone()), plan)
+    validate_update(replace(update, rescaler_values=plan.rescaler_values.clone()), plan, MAX_LENGTH)
     with pytest.raises(InvalidMessage, match="other rescaler_values than the fixed ones of the plan"):
-        validate_update(update, plan)
+        validate_update(update, plan, MAX_LENGTH)
 
 
 def test_the_smallest_update_and_all_steps_of_the_plan_are_accepted() -> None:
     smallest = {"num_examples": 1, "trained_examples": 1, "tokens": 1, "steps": 1}
-    counts = torch.zeros(SHAPE[:2], dtype=torch.int64)
-    validate_update(replace(valid_update(), **smallest, counts=counts), a_plan())
-    validate_update(replace(valid_update(), steps=a_plan().max_steps), a_plan())
+    counts = torch.tensor([[1, 0, 0, 0, 1], [0, 1, 1, 0, 0]])
+    validate_update(replace(valid_update(), **smallest, counts=counts), a_plan(), MAX_LENGTH)
+    validate_update(replace(valid_update(), steps=a_plan().max_steps), a_plan(), MAX_LENGTH)
 
 
 def test_an_update_at_the_limits_is_accepted() -> None:
@@ -237,7 +280,7 @@ def test_an_update_at_the_limits_is_accepted() -> None:
     assert int(update.counts.max()) == update.tokens
     assert update.counts.sum(1).tolist() == [update.tokens * plan.active_experts] * SHAPE[0]
     for accepted in (update, decode_update(encode_update(update, plan), plan)):
-        validate_update(accepted, plan)
+        validate_update(accepted, plan, MAX_LENGTH)
         assert_usable(accepted, plan)
 
 

@@ -39,6 +39,8 @@ from fedflame.wire.frame import seal, unseal
 from fedflame.wire.planes import compress, decompress
 
 LAYERS, EXPERTS, RANK, HIDDEN, WIDTH = 2, 5, 3, 7, 4
+MAX_LENGTH = 20
+"""Tokens of the longest row."""
 ALLOWED_GROWTH = 256 << 20
 """Bytes of peak memory above that of the first inputs; no message here is longer than a few thousand."""
 MUTATIONS = ("damaged", "body", "header", "number", "truncated", "spliced", "compressed", "garbage")
@@ -70,7 +72,7 @@ def samples() -> tuple[dict[str, RoundPlan], dict[str, bytes]]:
         round=3, client=1, seed=2, active_experts=2, rescaler="learned", rescaler_values=torch.ones(LAYERS),
         adapter=adapter(), learning_rate=0.1, weight_decay=0.0, batch_size=4, max_steps=9,
     )  # fmt: skip
-    counts = torch.tensor([[3, 0, 11, 0, 1], [0, 0, 5, 11, 0]])
+    counts = torch.tensor([[7, 0, 11, 0, 4], [0, 0, 11, 11, 0]])
     update = ClientUpdate(
         round=3, client=1, active_experts=2, delta=adapter(), rescaler_values=torch.ones(LAYERS),
         counts=counts, tokens=11, num_examples=4, trained_examples=3, steps=9, loss=1.5,
@@ -87,7 +89,7 @@ def accepted(kind: str, message: bytes, plans: dict[str, RoundPlan]) -> str:
             assert encode_plan(decode_plan(message))
         else:
             update = decode_update(message, plans[kind])
-            validate_update(update, plans[kind])
+            validate_update(update, plans[kind], MAX_LENGTH)
             require_usable(update, plans[kind])
     except InvalidMessage as refusal:
         return str(refusal)
@@ -106,7 +108,7 @@ def require_usable(update: ClientUpdate, plan: RoundPlan) -> None:
     }
     assert all(bool(torch.isfinite(value).all()) for value in update.delta.tensors().values())
     assert all(0 <= count <= update.tokens for row in update.counts.tolist() for count in row)
-    assert all(sum(row) <= update.tokens * plan.active_experts for row in update.counts.tolist())
+    assert all(sum(row) == update.tokens * plan.active_experts for row in update.counts.tolist())
     assert update.num_examples >= 1 and 1 <= update.steps <= plan.max_steps
 
 

@@ -185,6 +185,14 @@ class RoundPlan:
     error_feedback: bool = False
     """Whether the client remembers the rounding error of its delta and adds it to its next delta."""
 
+    def most_tokens(self, steps: int, max_length: int) -> int:
+        """Return the most tokens that so many steps can have, with padding, where no row is longer than this.
+
+        A step that is measured in tokens holds one row at least, also one that is longer than the step.
+        """
+        by_rows = self.batch_size * max_length
+        return steps * (max(self.tokens_per_step, max_length) if self.tokens_per_step else by_rows)
+
 
 @dataclass(frozen=True)
 class ClientUpdate:
@@ -212,8 +220,13 @@ class ClientUpdate:
     """The half that was trained; `delta` is zero in the other half."""
 
 
-def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
+def validate_update(update: ClientUpdate, plan: RoundPlan, max_length: int) -> None:
     """Check an update before it is aggregated.
+
+    Args:
+        update: the decoded update.
+        plan: the plan that it answers.
+        max_length: the most tokens of a row.
 
     Raises:
         InvalidMessage: the update is for another round or client; its names or shapes differ from the plan's
@@ -227,7 +240,6 @@ def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
     _validate_values({"rescaler_values": update.rescaler_values}, {"rescaler_values": plan.rescaler_values})
     if plan.rescaler == "fixed" and not torch.equal(update.rescaler_values, plan.rescaler_values):
         raise InvalidMessage("update has other rescaler_values than the fixed ones of the plan")
-    _validate_counts(update, plan)
     if not math.isfinite(update.loss):
         raise InvalidMessage(f"update has loss {update.loss}; it must be finite")
     if update.steps > plan.max_steps:
@@ -236,6 +248,12 @@ def validate_update(update: ClientUpdate, plan: RoundPlan) -> None:
         raise InvalidMessage(
             f"update has {update.num_examples} examples and {update.steps} steps; both must be >= 1"
         )
+    possible = plan.most_tokens(update.steps, max_length)
+    if not 1 <= update.tokens <= possible:
+        raise InvalidMessage(
+            f"update has {update.tokens} tokens; {update.steps} steps of this plan have 1 to {possible}"
+        )
+    _validate_counts(update, plan)
     # The weight in the mean: a client must not claim more rows than it can have trained on.
     most = min(update.num_examples, update.tokens if plan.tokens_per_step else update.steps * plan.batch_size)
     if not 1 <= update.trained_examples <= most:
@@ -264,7 +282,12 @@ def _validate_counts(update: ClientUpdate, plan: RoundPlan) -> None:
         raise InvalidMessage(
             f"counts are {counts.dtype} {tuple(counts.shape)}; int64 {(layers, num_experts)} is needed"
         )
-    if update.tokens < 1 or int(counts.min()) < 0 or int(counts.max()) > update.tokens:
+    if int(counts.min()) < 0 or int(counts.max()) > update.tokens:
         raise InvalidMessage(f"counts must lie between 0 and the {update.tokens} tokens trained on")
-    if bool((counts.sum(1) > update.tokens * k).any()):
-        raise InvalidMessage(f"counts of a layer exceed tokens x k = {update.tokens} x {k}")
+    # In integers of Python: a sum of int64 could wrap round to the right number.
+    sums = {sum(layer) for layer in counts.tolist()}
+    if sums != {update.tokens * k}:
+        raise InvalidMessage(
+            f"counts of the layers sum to {min(sums)} to {max(sums)}; each must sum to tokens x k = "
+            f"{update.tokens} x {k}"
+        )

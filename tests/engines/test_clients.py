@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -21,12 +22,12 @@ from tests.message_samples import a_plan
 from fedflame.clients.answers import Answer
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.hub import HubRounds
-from fedflame.engines.jobs import engine_jobs
+from fedflame.engines.jobs import EngineJobs, engine_jobs
 from fedflame.engines.link import HubLink
 from fedflame.errors import UserError
 from fedflame.wire.addition import decode_addition, encode_addition, plan_digest
-from fedflame.wire.codec import encode_plan
-from fedflame.wire.envelope import Envelope, receive
+from fedflame.wire.codec import encode_plan, encoded_update_limit, update_limit
+from fedflame.wire.envelope import LONGEST_BEFORE_BODY, Envelope, receive
 
 SITES = ["north", "south", "west"]
 RUN = "0123456789abcdef" * 2
@@ -45,8 +46,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans of a few bytes that are no plans: nothing of them is held by a site."""
+    """Plans of a few bytes that are no plans: nothing of them is held by a site, and any answer fits."""
     monkeypatch.setattr("fedflame.engines.clients.encode_addition", lambda plan, held: None)
+    monkeypatch.setattr("fedflame.engines.clients.encoded_update_limit", lambda plan: 10**6)
 
 
 def answer(request: bytes, **changes: Any) -> bytes:
@@ -59,6 +61,20 @@ def answer(request: bytes, **changes: Any) -> bytes:
 
 def honest(site: str, request: bytes) -> bytes:
     return answer(request)
+
+
+DESCRIPTION = {
+    "kind": "description",
+    "num_examples": 7,
+    "active_experts": 2,
+    "max_active_experts": 2,
+    "held": "",
+}
+
+
+def described(request: bytes, **changes: Any) -> bytes:
+    """What an honest site says of itself, or with other fields."""
+    return answer(request, **{**DESCRIPTION, **changes})
 
 
 @dataclass
@@ -361,6 +377,161 @@ def test_a_refusal_carries_the_sites_reason(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["north.held", "south.held"]
 
 
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("a\ud800b", "a b"),
+        ("\x1b]0;title\x07 \x1b[2Jall is\r\nwell", "]0;title [2Jall is well"),
+        ("left \u202e right", "left right"),
+        ("x" * 10**5, "x" * 997 + "..."),
+        (None, "None"),
+        (7, "7"),
+        (True, "True"),
+        (["\ud800"], "['\\ud800']"),
+        ({"a": 1.5}, "{'a': 1.5}"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["refused", "failed"])
+def test_whatever_a_site_gives_as_its_reason_is_one_line_that_can_be_shown(
+    kind: str, reason: Any, shown: str, tmp_path: Path
+) -> None:
+    def rude(site: str, request: bytes) -> bytes:
+        return answer(request, kind=kind, reason=reason) if site == "west" else answer(request)
+
+    with driver(rude, tmp_path) as hub:
+        prefix = "the site refuses: " if kind == "refused" else ""
+        assert hub.round()[2].failure == prefix + shown
+        assert hub.clients.describe() == {}
+        assert all(line.isprintable() for line in hub.said)
+
+
+@pytest.mark.parametrize("value", ["\ud800", "\x1b[2J", None, 7, True, [1], {"a": [1]}])
+@pytest.mark.parametrize("name", ["kind", "site", "ticket", "run"])
+def test_a_field_of_any_type_in_an_answer_leaves_out_that_site_alone(
+    name: str, value: Any, tmp_path: Path
+) -> None:
+    def odd(site: str, request: bytes) -> bytes:
+        return answer(request, **({name: value} if site == "south" else {}))
+
+    with driver(odd, tmp_path) as hub:
+        answers = hub.round()
+        assert updates(answers) == [LEARNED[0], b"", LEARNED[2]]
+        assert answers[1].failure.startswith("its answer is refused: ") and answers[1].failure.isprintable()
+        assert all(line.isprintable() for line in hub.said)
+
+
+@pytest.mark.parametrize("levels", [9, 500, 100_000])
+def test_an_answer_whose_header_nests_too_deep_leaves_out_that_site_alone(
+    levels: int, tmp_path: Path
+) -> None:
+    def deep(site: str, request: bytes) -> bytes:
+        honest = answer(request, deep="here")
+        if site != "south":
+            return honest
+        before, body = Envelope.from_bytes(honest).pieces()
+        text = bytes(before[24:]).replace(b'"here"', b"[" * levels + b"]" * levels)
+        return struct.pack("<8sQQ", b"flamelet", len(text), len(body)) + text + bytes(body)
+
+    with driver(deep, tmp_path) as hub:
+        assert updates(hub.round()) == [LEARNED[0], b"", LEARNED[2]]
+        assert hub.heard("refused: an answer of south: a header")
+
+
+class Strange(ThreadEngine):
+    """Says of itself, before each answer, what no engine says."""
+
+    def _carry(self, link: HubLink, sites: set[str], ticket: str, site: str, content: bytes) -> None:
+        for header in (
+            {"kind": "sites"},
+            {"kind": "sites", "sites": None},
+            {"kind": "sites", "sites": [["north"], 7]},
+            {"kind": ["sites"]},
+            {"kind": "answered", "ticket": [ticket], "site": "\x1b[2J"},
+            {"kind": "failed", "ticket": {"a": 1}, "reason": None},
+        ):
+            link._send(header)
+        super()._carry(link, sites, ticket, site, content)
+
+
+def test_whatever_an_engine_says_of_itself_the_answers_count(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, engine=Strange) as hub:
+        assert updates(hub.round()) == LEARNED
+        assert all(line.isprintable() for line in hub.said)
+
+
+def test_an_answer_that_is_longer_than_any_is_neither_read_nor_written_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.encoded_update_limit", lambda plan: 1000)
+    monkeypatch.setattr("fedflame.engines.clients.ANSWER_MEMORY", 0)
+    most, largest = LONGEST_BEFORE_BODY + 1000, list[int]()
+    received = EngineJobs.event
+
+    def noted(self: EngineJobs, timeout: float) -> Envelope | None:
+        event = received(self, timeout)
+        largest.append(len(event.body) if event else 0)
+        return event
+
+    def huge(site: str, request: bytes) -> bytes:
+        honest = answer(request)
+        return honest if site != "south" else honest + bytes(most + 1 - len(honest))
+
+    monkeypatch.setattr(EngineJobs, "event", noted)
+    with driver(huge, tmp_path) as hub:
+        answers = hub.round()
+        assert updates(answers) == [LEARNED[0], b"", LEARNED[2]]
+        assert answers[1].failure == (
+            f"its answer is refused: {most + 1:,} bytes; an answer to this request has at most {most:,}"
+        )
+        assert len(hub.engine.jobs) == 1 and max(largest) < 1000
+        hub.engine.deliver = lambda site, request: described(request) + bytes(LONGEST_BEFORE_BODY)
+        assert hub.clients.describe() == {} and max(largest) < 1000
+
+
+def test_the_limit_of_an_answer_is_that_of_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedflame.engines.clients.encoded_update_limit", encoded_update_limit)
+    plan = a_plan(LARGE)
+
+    def just_or_too_long(site: str, request: bytes) -> bytes:
+        before, _ = Envelope.from_bytes(answer(request)).pieces()
+        body = bytes(LONGEST_BEFORE_BODY - len(before) + update_limit(plan) + (site == "south"))
+        text = bytes(before[24:])
+        return struct.pack("<8sQQ", b"flamelet", len(text), len(body)) + text + body
+
+    with driver(just_or_too_long, tmp_path) as hub:
+        plans = [(client, encode_plan(plan)) for client in range(3)]
+        assert [got.failure != "" for got in hub.clients.train(plans, hub.tokens.append)] == [0, 1, 0]
+
+
+def test_a_disk_of_the_hub_that_is_full_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with driver(honest, tmp_path) as hub:
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(UserError, match=r"cannot write 6 bytes: No space left on device; .*TMPDIR"):
+            hub.round()
+
+
+def test_a_site_that_is_left_out_is_sent_nothing_and_the_reason_stands_in_every_round(
+    tmp_path: Path,
+) -> None:
+    asked: list[str] = []
+
+    def note(site: str, request: bytes) -> bytes:
+        asked.append(site)
+        return answer(request)
+
+    with driver(note, tmp_path) as hub:
+        hub.clients.leave_out("south", "it affords less")
+        for _ in range(2):
+            assert [got.failure for got in hub.round()] == ["", "it affords less", ""]
+        assert hub.heard("south is left out of all rounds: it affords less") and "south" not in asked
+        assert len(hub.engine.jobs) == 1
+
+
 def test_a_site_that_is_gone_is_waited_for_once_and_used_again_when_it_is_back(tmp_path: Path) -> None:
     with driver(honest, tmp_path, rejoin_timeout=0.5) as hub:
         hub.engine.reachable.discard("south")
@@ -566,7 +737,7 @@ def test_after_a_resumption_a_site_that_trained_the_round_is_not_sent_it_again(
     def has_it(site: str, request: bytes) -> bytes:
         if Envelope.from_bytes(request).header["kind"] == "describe":
             held = plan_digest(plan) if site == "south" else ""
-            return answer(request, kind="description", num_examples=1, held=held)
+            return described(request, held=held)
         bodies.append(bytes(Envelope.from_bytes(request).body))
         return answer(request)
 
@@ -617,7 +788,7 @@ def test_what_sites_say_of_themselves_is_known_and_who_says_nothing_is_named(
     def shy_south(site: str, request: bytes) -> bytes:
         if site == "south":
             return answer(request, kind="failed", reason="ValueError: x")
-        return answer(request, kind="description", num_examples=len(site))
+        return described(request, num_examples=len(site))
 
     with driver(shy_south, tmp_path) as hub:
         assert hub.clients.num_examples() == [0, 0, 0], "before they are asked"
@@ -627,22 +798,44 @@ def test_what_sites_say_of_themselves_is_known_and_who_says_nothing_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("rows", ["7", None, 7.0, True, [7], 0, -7, 2**63, float("inf"), float("nan")])
-def test_a_site_that_says_nonsense_of_its_rows_is_one_that_says_nothing(rows: Any, tmp_path: Path) -> None:
+NO_NUMBERS = ("7", None, 7.0, True, [7], {"rows": 7}, 0, -7, 2**63, float("inf"), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in list(DESCRIPTION)[1:4] for value in NO_NUMBERS]
+    + [("held", value) for value in (7, None, True, ["held"])],
+)
+def test_a_site_that_describes_itself_in_nonsense_is_one_that_says_nothing(
+    name: str, value: Any, tmp_path: Path
+) -> None:
     def odd_south(site: str, request: bytes) -> bytes:
-        return answer(request, kind="description", num_examples=rows if site == "south" else 7)
+        return described(request, **({name: value} if site == "south" else {}))
 
     with driver(odd_south, tmp_path) as hub:
         assert set(hub.clients.describe()) == {"north", "west"}
         assert hub.clients.num_examples() == [7, 0, 7]
-        assert hub.heard(f"south: its answer is refused: it has {rows!r} rows; a number from 1 is needed")
+        assert hub.heard(f"south: its answer is refused: description.{name} = {value!r}: Input should be")
+
+
+@pytest.mark.parametrize("name", list(DESCRIPTION)[1:])
+def test_a_site_that_leaves_out_a_part_of_its_description_is_one_that_says_nothing(
+    name: str, tmp_path: Path
+) -> None:
+    def silent_south(site: str, request: bytes) -> bytes:
+        said = Envelope.from_bytes(described(request)).header
+        return Envelope({key: said[key] for key in said if site != "south" or key != name}).to_bytes()
+
+    with driver(silent_south, tmp_path) as hub:
+        assert set(hub.clients.describe()) == {"north", "west"}
+        assert hub.heard(f"south: its answer is refused: description.{name} is missing")
 
 
 def test_an_update_is_no_description_and_a_description_no_update(tmp_path: Path) -> None:
     with driver(honest, tmp_path) as hub:
         assert hub.clients.describe() == {}
         assert hub.heard("south: its answer is refused: it is of kind 'update'")
-        hub.engine.deliver = lambda site, request: answer(request, kind="description", num_examples=7)
+        hub.engine.deliver = lambda site, request: described(request)
         assert {got.failure for got in hub.round()} == {"its answer is refused: it is of kind 'description'"}
 
 
@@ -654,6 +847,9 @@ def test_an_update_is_no_description_and_a_description_no_update(tmp_path: Path)
         ({"steps": "2"}, 0),
         ({"tokens": None}, 0),
         ({"tokens": 1.5}, 0),
+        ({"tokens": True}, 0),
+        ({"steps": True}, 0),
+        ({"steps": [2]}, 0),
     ],
 )
 def test_what_a_site_says_of_its_steps_shows_progress_and_no_more(

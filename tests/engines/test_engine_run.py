@@ -17,7 +17,6 @@ from fedflame.cost.memory import least_evaluation_memory
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.engines.hub import Hub, HubRounds
 from fedflame.engines.link import HubLink
-from fedflame.errors import UserError
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run_folder import Existing
 from fedflame.experiment.sites import Sites
@@ -122,13 +121,42 @@ def test_a_site_that_nobody_knew_at_the_start_takes_part_from_when_it_is_there(
     assert took_part >= {(number, client) for number in (1, 2, 3) for client in (0, 2)} | {(2, 1), (3, 1)}
 
 
-def test_turns_at_a_larger_k_than_an_owner_allows_end_the_run_before_it_starts(
+@pytest.mark.timeout(120)
+def test_a_site_that_allows_no_turns_at_a_larger_k_misses_these_and_the_run_goes_on(
     site_files: list[Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    with trainers(site_files) as sites, pytest.raises(UserError) as error:
+    with trainers(site_files) as sites:
         engine = ThreadEngine(asking(sites), set(NAMES))
-        run_over(engine, hub(), tiny_folder, tmp_path / "run", "strategy.k_rotation=all")
-    assert str(error.value) == (
-        "south would train with k = 4 in some rounds; its trainer allows 2: ask for less "
-        "(strategy.k_rotation = 'smaller'), or let its owner allow more (trainer.max_active_experts)"
+        shown = run_over(engine, hub(), tiny_folder, tmp_path / "run", "strategy.k_rotation=all")
+    assert (
+        "south refuses the rounds in which it would train with more than k = 2; ask for less "
+        "(strategy.k_rotation = 'smaller'), or let its owner allow more (trainer.max_active_experts = 4)"
+    ) in shown
+    missed = {event["reason"] for event in events(tmp_path / "run", "excluded") if event["client"] == 1}
+    assert missed == {"the site refuses: the plan asks for k = 4; this site allows at most 2"}
+    assert {event["client"] for event in events(tmp_path / "run", "client")} == {0, 1, 2}
+
+
+@pytest.mark.timeout(120)
+def test_a_site_that_affords_less_than_it_is_given_is_left_out_and_the_run_is_that_of_the_others(
+    site_files: list[Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    south = site_files[1]
+    south.write_text(south.read_text().replace("active_experts = 2", "active_experts = 1"))
+    asked: list[str] = []
+    with trainers(site_files) as sites:
+
+        def noted(site: str, request: bytes) -> bytes:
+            asked.append(f"{site} {Envelope.from_bytes(request).header['kind']}")
+            return asking(sites)(site, request)
+
+        shown = run_over(ThreadEngine(noted, set(NAMES)), hub(), tiny_folder, tmp_path / "run")
+    reason = (
+        "clients.active_experts gives it k = 2, its trainer affords 1; give it less, or let its owner allow "
+        "more"
     )
+    assert f"south is left out of all rounds: {reason}" in shown
+    excluded = events(tmp_path / "run", "excluded")
+    assert [(event["client"], event["reason"]) for event in excluded] == [(1, reason)] * 3
+    assert {event["client"] for event in events(tmp_path / "run", "client")} == {0, 2}
+    assert "south train" not in asked, "no plan is sent for nothing"

@@ -212,6 +212,26 @@ def more_rows(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     header["num_examples"] = 10**6
 
 
+def tokens_of_62_bits(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    header["tokens"] = 2**62
+
+
+def tokens_as_text(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    header["tokens"] = str(header["tokens"])
+
+
+def rows_as_truth(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    header["num_examples"] = True
+
+
+def fewer_counts(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    tensors["counts"][tensors["counts"] > 1] -= 1
+
+
+def escape_codes(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    header["\x1b[2J\ud800\nred"] = 0
+
+
 Forge = Callable[[bytes, dict[Which, bytes]], bytes]
 """From an honest update, and all that sites have said so far, to another one."""
 LIES: dict[Which, tuple[Forge, str]] = {
@@ -226,6 +246,12 @@ LIES: dict[Which, tuple[Forge, str]] = {
     (8, 1): (lambda update, said: altered(update, more_counts_than_tokens), "counts must lie between 0"),
     (9, 1): (lambda update, said: altered(update, more_rows), "update claims 1000000 rows; the client has"),
     (10, 1): (lambda update, said: said[1, -1], "not a fedflame update"),
+    (11, 1): (lambda update, said: altered(update, tokens_of_62_bits), "1 steps of this plan have 1 to"),
+    (12, 1): (lambda update, said: altered(update, tokens_as_text), "tokens is of type str"),
+    (13, 1): (lambda update, said: altered(update, rows_as_truth), "num_examples is of type bool"),
+    (14, 1): (lambda update, said: altered(update, fewer_counts), "each must sum to tokens x k"),
+    (15, 1): (lambda update, said: altered(update, escape_codes), "or said twice: [2J red"),
+    (16, 1): (lambda update, said: update + bytes(4 << 20), "an answer to this request has at most"),
 }
 
 
@@ -250,7 +276,7 @@ def test_an_update_that_must_not_be_used_is_left_out_and_said_and_changes_nothin
         "clients.num_clients=2",
         "clients.active_experts=2,1",
         "training.max_steps=1",
-        "server.num_server_rounds=11",
+        f"server.num_server_rounds={max(LIES)[0] + 1}",
     )
     files = make_sites(tiny_folder, tmp_path, [2, 1], *shape)
     with trainers(list(files.values())) as sites:
@@ -289,3 +315,35 @@ def test_without_a_quorum_the_run_ends_and_goes_on_when_sites_are_back(
     tiny_run(tiny_folder, tmp_path / "here", *shape)
     assert state_bytes(tmp_path / "sites") == state_bytes(tmp_path / "here")
     assert not events(tmp_path / "sites", "excluded"), "what was logged of the round is tried again, too"
+
+
+def test_a_site_that_answers_nonsense_ends_a_run_without_the_others_in_a_line_also_when_it_is_resumed(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    shape = (
+        "clients.num_clients=2",
+        "clients.active_experts=2,1",
+        "server.min_clients=2",
+        "server.num_server_rounds=2",
+        "training.max_steps=1",
+    )
+    files = make_sites(tiny_folder, tmp_path, [2, 1], *shape)
+    with trainers(list(files.values())) as sites:
+        honest = asking(sites)
+
+        def nonsense(site: str, request: bytes) -> bytes:
+            answer, which = honest(site, request), asked_for(request)
+            if site == "site-0" or which == (1, 1):
+                return answer
+            if which is None:
+                return reply(request, b"", kind="description", num_examples="7")
+            return reply(request, altered(bytes(Envelope.from_bytes(answer).body), tokens_of_62_bits))
+
+        for existing in ("refuse", "resume"):
+            engine = ThreadEngine(nonsense, set(files))
+            with pytest.raises(UserError, match="round 2: 1 usable updates"):
+                run_over(engine, tiny_folder, tmp_path / "sites", *shape, existing=existing)
+        engine = ThreadEngine(honest, set(files))
+        run_over(engine, tiny_folder, tmp_path / "sites", *shape, existing="resume")
+    tiny_run(tiny_folder, tmp_path / "here", *shape)
+    assert state_bytes(tmp_path / "sites") == state_bytes(tmp_path / "here")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,7 +151,7 @@ def test_why_a_job_ended_is_the_engines_word_where_it_has_one() -> None:
         engine.over["job-1"] = "FINISHED:ABORTED"
         engine.links[0].close()
         with pytest.raises(EngineJobEnded, match="job job-1 is over: FINISHED:ABORTED"):
-            jobs.carry("ticket", "north", b"request")
+            jobs.carry("ticket", "north", 100, b"request")
 
 
 def test_a_job_whose_connection_ends_is_over_though_the_engine_knows_of_no_end() -> None:
@@ -179,7 +180,7 @@ def test_to_a_job_that_has_gone_nothing_can_be_carried() -> None:
         jobs.start(5)
         engine.links[0].close()
         with pytest.raises(EngineJobEnded, match="job job-1 is over: its connection ended"):
-            jobs.carry("ticket", "north", b"request")
+            jobs.carry("ticket", "north", 100, b"request")
         assert jobs.current is None and engine.stopped == ["job-1"]
 
 
@@ -196,6 +197,29 @@ def test_what_an_earlier_job_has_said_and_its_end_are_not_the_next_ones() -> Non
         assert jobs.event(0.05) is None and jobs.event(0.05) is None
         engine.links[1].sites(["a"])
         assert word(jobs).header["sites"] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({"ticket": "t"}, 101),
+        ({"ticket": "another"}, 1),
+        ({"ticket": ["t"]}, 1),
+        ({}, 1),
+    ],
+)
+def test_a_message_that_brings_more_than_any_answer_is_not_read_and_ends_the_job(
+    header: dict[str, Any], size: int
+) -> None:
+    engine = Bare()
+    with jobs_of(engine) as (jobs, _):
+        jobs.start(5)
+        jobs.carry("t", "north", 100, b"request")
+        send(engine.links[0]._connection, {"ticket": "t"}, bytes(100))
+        assert word(jobs).body == bytes(100)
+        send(engine.links[0]._connection, header, bytes(size))
+        with pytest.raises(EngineJobEnded, match="its connection ended"):
+            word(jobs)
 
 
 # Who comes to the socket
@@ -258,10 +282,14 @@ def a_link(tmp_path: Path) -> Iterator[tuple[HubLink, socket.socket]]:
         link.close()
 
 
+def carried(ticket: str, longest_answer: Any = 100) -> dict[str, Any]:
+    return {"kind": "carry", "ticket": ticket, "site": "north", "longest_answer": longest_answer}
+
+
 def test_requests_come_as_they_were_sent_until_the_driver_hangs_up(tmp_path: Path) -> None:
     with a_link(tmp_path) as (link, connection):
         for number in range(3):
-            send(connection, {"kind": "carry", "ticket": f"t{number}", "site": "north"}, b"one", b"more")
+            send(connection, carried(f"t{number}"), b"one", b"more")
         connection.shutdown(socket.SHUT_RDWR)
         requests = link.requests()
         assert [requests.get() for _ in range(4)] == [
@@ -270,7 +298,17 @@ def test_requests_come_as_they_were_sent_until_the_driver_hangs_up(tmp_path: Pat
         ]
 
 
-@pytest.mark.parametrize("said", [b"nonsense" * 10, Envelope({"kind": "end"}).to_bytes(), b"flame"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"nonsense" * 10,
+        Envelope({"kind": "end"}).to_bytes(),
+        b"flame",
+        Envelope(carried("t", "100")).to_bytes(),
+        Envelope(carried("t", True)).to_bytes(),
+        Envelope(carried("t") | {"ticket": ["t"]}).to_bytes(),
+    ],
+)
 def test_what_is_no_request_is_the_end(said: bytes, tmp_path: Path) -> None:
     with a_link(tmp_path) as (link, connection):
         connection.sendall(said)
@@ -287,10 +325,27 @@ def test_a_link_that_is_closed_has_no_request(tmp_path: Path) -> None:
         link.close()
 
 
+def test_an_answer_that_is_longer_than_any_to_its_request_is_not_sent_on(tmp_path: Path) -> None:
+    with a_link(tmp_path) as (link, connection):
+        send(connection, carried("t"))
+        assert link.next_request() == ("t", "north", b"")
+        link.answered("t", "north", bytes(60), bytes(40))
+        assert receive(connection).body == bytes(100)
+        link.answered("t", "north", bytes(60), bytes(41))
+        link.answered("never carried", "north", b"x")
+        for ticket, size, longest in (("t", 101, 100), ("never carried", 1, 0)):
+            reason = f"{size} bytes; an answer to this request has at most {longest}"
+            header = {"kind": "oversized", "ticket": ticket, "site": "north", "reason": reason}
+            assert receive(connection) == Envelope(header)
+
+
 def test_answers_of_several_threads_come_whole(tmp_path: Path) -> None:
     """Of pieces that are longer than the socket holds, so that no piece is sent at once."""
     pieces, threads = 3, 4
     with a_link(tmp_path) as (link, connection):
+        for n in range(threads):
+            send(connection, carried(f"t{n}", 500_000 * pieces))
+            assert link.next_request() == (f"t{n}", "north", b"")
         senders = [
             threading.Thread(target=link.answered, args=(f"t{n}", "north", *[bytes([n]) * 500_000] * pieces))
             for n in range(threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -93,6 +94,7 @@ def test_the_time_that_it_works_is_no_time_that_it_is_away(tmp_path: Path) -> No
 
 
 def test_a_trainer_that_stays_away_is_given_up_once_patience_is_at_its_end(tmp_path: Path) -> None:
+    gc.collect()  # sockets of earlier tests would otherwise be closed in this one
     start, before = time.monotonic(), os.listdir("/dev/fd")
     with pytest.raises(OSError, match=r"no trainer at .*/s for 0 s: .*No such file"):
         ask(tmp_path / "s", REQUEST, patience=0.3)

@@ -373,7 +373,10 @@ def test_a_hub_cannot_choose_the_device(
 ) -> None:
     asked = request(job, plan, job=job.model_dump() | {"device": "cuda:1"})
     answer = make_service().answer(asked)
-    assert answer.header["kind"] == "refused" and "job.device: Extra inputs" in answer.header["reason"]
+    assert (
+        answer.header["kind"] == "refused"
+        and "job.device = 'cuda:1': Extra inputs" in answer.header["reason"]
+    )
 
 
 def test_a_device_that_is_not_there_is_refused_before_the_rows_are_read(tmp_path: Path) -> None:
@@ -427,8 +430,8 @@ def test_a_model_that_is_not_allowed_or_not_the_same_is_refused(
         ({"run": "../../etc"}, "run is '../../etc'; 32 hexadecimal digits are needed"),
         ({"kind": "delete"}, "request of kind 'delete'; describe and train are known"),
         ({"kind": 3}, "field kind is 3; a string is needed"),
-        ({"job": None}, "request with job"),
-        ({"job": {"r": "8"}}, "request with job"),
+        ({"job": None}, "job = None: Input should be"),
+        ({"job": {"r": "8"}}, "job.model_name_or_path is missing"),
     ],
 )
 def test_a_request_that_is_none_is_refused(

@@ -45,6 +45,9 @@ from fedflame.training.fine_tune import MASS_BATCHES, fine_tune, measure_mass
 from fedflame.training.token_loss import token_losses
 from fedflame.wire.codec import encode_update
 
+LONGEST = 16
+"""Tokens that no row has more of."""
+
 
 def rows(count: int, seed: int = 0) -> list[EncodedRow]:
     """Random rows of 6 to 13 tokens, a third of them prompt or so."""
@@ -178,7 +181,7 @@ def test_the_update_says_who_trained_what_on_how_much() -> None:
     assert sum(steps[:3]) == sum(steps[3:]) == tokens
     assert update.tokens == 2 * tokens
     assert update.counts.sum(1).tolist() == [update.tokens * 2] * LAYERS
-    validate_update(update, plan)
+    validate_update(update, plan, LONGEST)
 
 
 @pytest.mark.parametrize(("max_steps", "tokens_per_step"), [(1, 0), (2, 0), (3, 0), (7, 0), (2, 30), (9, 30)])
@@ -191,7 +194,7 @@ def test_every_row_that_was_trained_on_counts_once(max_steps: int, tokens_per_st
     seen = {tuple(ids) for batch in islice(batches, max_steps) for ids in batch.input_ids.tolist()}
     distinct = {tuple(token for token in ids if token != PAD) for ids in seen}
     assert update.trained_examples == len(distinct) <= len(examples)
-    validate_update(update, plan)
+    validate_update(update, plan, LONGEST)
 
 
 def test_counts_are_those_of_the_router_logits_over_one_epoch() -> None:
@@ -287,7 +290,7 @@ def test_a_base_in_half_precision_gives_a_valid_update(dtype: torch.dtype) -> No
     adapted = adapted_in(dtype)
     plan = plan_for(adapted)
     update = fine_tune(adapted, rows(9), plan, PAD)
-    validate_update(update, plan)
+    validate_update(update, plan, LONGEST)
     assert all(delta.any() for delta in update.delta.tensors().values())
 
 
@@ -328,7 +331,7 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_the_next_is_scaled_less(
         adapted = adapted_in(torch.float16)
         plan = plan_for(adapted, max_steps=steps, weight_decay=0.5)
         update = fine_tune(adapted, rows(9), plan, PAD)
-        validate_update(update, plan)  # refuses what is not finite
+        validate_update(update, plan, LONGEST)  # refuses what is not finite
         assert update.steps == steps and update.counts.sum() == update.tokens * 2 * LAYERS
         return deltas(update)
 
@@ -560,7 +563,7 @@ def test_a_client_of_fewer_ranks_learns_what_zeros_in_the_others_would_leave_it_
     cut = random_adapter(adapted).with_rank(2)
     plan = plan_for(adapted, adapter=cut, weight_decay=0.0, learning_rate=1e-3)
     update = fine_tune(adapted, examples, plan, PAD)
-    validate_update(update, plan)
+    validate_update(update, plan, LONGEST)
     padded = fine_tune(adapted, examples, replace(plan, adapter=cut.with_rank(RANK)), PAD)
     assert update.delta.rank == 2
     assert update.loss == pytest.approx(padded.loss, rel=1e-6)

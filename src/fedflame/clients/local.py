@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fedflame.base.out_of_memory import training_memory_in_words
 from fedflame.clients.answers import Answer, OnStep
 from fedflame.data.encoding import EncodedRow
-from fedflame.errors import InvalidMessage, OutOfMemory, UserError
+from fedflame.errors import InvalidMessage, OutOfMemory, UserError, one_line
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.training.error_feedback import Residuals, encode_with_feedback
 from fedflame.training.fine_tune import fine_tune
@@ -66,4 +66,5 @@ class LocalClients:
 
 def reason(error: Exception) -> str:
     """Return the error as one line for the log."""
-    return str(error) if isinstance(error, InvalidMessage | UserError) else f"{type(error).__name__}: {error}"
+    name = "" if isinstance(error, InvalidMessage | UserError) else f"{type(error).__name__}: "
+    return one_line(f"{name}{error}")

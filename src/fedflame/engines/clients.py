@@ -3,12 +3,13 @@
 Every request has a new random ticket. It tells the right answer from a late, repeated or foreign one. If a
 job ends, the next job gets all requests that are still open. Sites that have already trained send their
 answer again and do not train twice.
+
+Whatever is wrong with a site's answer, that site is left out of the round with the reason. Nothing that a
+site says ends a run.
 """
 
 from __future__ import annotations
 
-import mmap
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,73 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from fedflame.clients.answers import Answer, OnStep
+from fedflame.engines.answers import Description, progress, read_answer, said
 from fedflame.engines.engine import Engine
 from fedflame.engines.hub import HubRounds
 from fedflame.engines.jobs import POLL_SECONDS, EngineJobEnded, EngineJobs
+from fedflame.engines.requests import Request, mapped, new_ticket, store
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.wire.addition import encode_addition, plan_digest
-from fedflame.wire.envelope import Bytes, Envelope
+from fedflame.wire.codec import encoded_update_limit
+from fedflame.wire.envelope import LONGEST_BEFORE_BODY, Envelope
 
 BACKOFF_SECONDS = 2.0
 ANSWER_MEMORY = 512_000_000
 """Bytes of answers that may wait in memory for their turn; further answers wait on disk."""
 REJOIN_POLL_SECONDS = 5.0
-
-
-def _new_ticket() -> str:
-    return secrets.token_hex(16)
-
-
-@dataclass
-class _Request:
-    """A request to one site. Its plan is on disk, so that memory does not grow with the number of sites."""
-
-    site: str
-    kind: str
-    plan_path: Path
-    """File of the whole plan; unused if the request asks for a description."""
-    ticket: str = field(default_factory=_new_ticket)
-    addition: bool = False
-    """Whether to send only the difference between the plan and the plan that the site holds."""
-    start: float = field(default_factory=time.monotonic)
-    gone: str = ""
-    """Why the engine does not reach the site; empty while it does."""
-    returns: int = 0
-    """Jobs that were started because the site was back."""
-    failure: str = ""
-    header: Mapping[str, Any] | None = None
-    """The header of the answer, once there is one."""
-    body: Bytes | None = None
-    """The body of the answer, unless it is in `answer_path`."""
-    seconds: float = 0.0
-    sent: bool = False
-    """Whether it was sent to the current job."""
-    bytes_down: int = 0
-    """Bytes sent so far, including those to jobs that ended."""
-
-    @property
-    def addition_path(self) -> Path:
-        return self.plan_path.with_suffix(".addition")
-
-    @property
-    def held_path(self) -> Path:
-        """File of the last plan that the site has answered."""
-        return self.plan_path.with_suffix(".held")
-
-    @property
-    def answer_path(self) -> Path:
-        return self.plan_path.with_suffix(".answer")
-
-    @property
-    def content(self) -> memoryview:
-        """The body of the request."""
-        if self.kind == "describe":
-            return memoryview(b"")
-        return _mapped(self.addition_path if self.addition else self.plan_path)
-
-    @property
-    def settled(self) -> bool:
-        return self.header is not None or bool(self.failure)
 
 
 @dataclass
@@ -105,10 +53,12 @@ class EngineClients:
     _failures: int = 0
     _absent: set[str] = field(default_factory=set)
     """Sites that did not come back in time; the run does not wait for them until they are back."""
-    _known: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _known: dict[str, Description] = field(default_factory=dict)
+    _left_out: dict[str, str] = field(default_factory=dict)
+    """Sites that get no plan in this run -> why."""
 
     def num_examples(self) -> list[int]:
-        return [self._known[site]["num_examples"] if site in self._known else 0 for site in self.sites]
+        return [self._known[site].num_examples if site in self._known else 0 for site in self.sites]
 
     def name(self, client: int) -> str:
         return self.sites[client]
@@ -119,49 +69,57 @@ class EngineClients:
         for request in requests:
             yield _answer(request, on_step)
 
-    def describe(self) -> dict[str, Mapping[str, Any]]:
-        """Ask all sites for `num_examples` and `active_experts`; return the answers by site."""
-        requests = [_Request(site, "describe", self._plan_path(site)) for site in self.sites]
+    def describe(self) -> dict[str, Description]:
+        """Ask all sites what they have and afford; return the answers by site."""
+        requests = [
+            Request(site, "describe", self._plan_path(site), LONGEST_BEFORE_BODY) for site in self.sites
+        ]
         self._exchange(requests, len(requests))
-        for request in requests:
-            request.answer_path.unlink(missing_ok=True)
         for request in requests:
             if request.failure:
                 self.say(f"{request.site}: {request.failure}")
-        self._known = {request.site: request.header for request in requests if request.header is not None}
         return self._known
+
+    def leave_out(self, site: str, reason: str) -> None:
+        """Send this site no plan in this run; the reason stands in every round that it misses."""
+        self._left_out[site] = reason
+        self.say(f"{site} is left out of all rounds: {reason}")
 
     def _plan_path(self, site: str) -> Path:
         return self.folder / f"{site}.plan"
 
-    def _request_update(self, site: str, plan: bytes) -> _Request:
+    def _request_update(self, site: str, plan: bytes) -> Request:
         """Prepare a request with the plan, or with its difference to the plan that the site holds."""
-        request = _Request(site, "train", self._plan_path(site))
-        request.plan_path.write_bytes(plan)
+        request = Request(site, "train", self._plan_path(site), 0, failure=self._left_out.get(site, ""))
+        if request.failure:
+            return request
+        store(request.plan_path, plan)
+        request.longest_answer = LONGEST_BEFORE_BODY + encoded_update_limit(mapped(request.plan_path))
         held = request.held_path if request.held_path.exists() else None
         # In a resumed run, the site may have trained this round before the driver ended.
-        if self._known.get(site, {}).get("held") == plan_digest(plan):
+        if site in self._known and self._known[site].held == plan_digest(plan):
             held = request.plan_path
-        addition = encode_addition(_mapped(request.plan_path), _mapped(held)) if held else None
+        addition = encode_addition(mapped(request.plan_path), mapped(held)) if held else None
         if addition is not None:
             request.addition = True
-            request.addition_path.write_bytes(addition)
+            store(request.addition_path, addition)
         return request
 
-    def _exchange(self, requests: Sequence[_Request], quorum: int) -> None:
+    def _exchange(self, requests: Sequence[Request], quorum: int) -> None:
         """Wait until every request has an answer, or a reason why there is none.
 
         Raises:
             UserError: more than `max_resubmissions` jobs in a row ended without an answer.
         """
-        self._readmit(requests)
+        self._readmit([request for request in requests if not request.settled])
         begun, reached = time.monotonic(), None
         while open_requests := [request for request in requests if not request.settled]:
             now = time.monotonic()
-            if reached is None and sum(request.header is not None for request in requests) >= quorum:
+            if reached is None and sum(request.answered for request in requests) >= quorum:
                 reached = now
             if reason := self._over(begun, reached, now):
-                _fail(open_requests, reason)
+                for request in open_requests:
+                    request.fail(request.gone or reason)
                 break
             try:
                 if self.engine_jobs.current is None:
@@ -177,11 +135,11 @@ class EngineClients:
                 self._count(str(error))
         for request in requests:
             request.addition_path.unlink(missing_ok=True)
-            if request.header is not None and request.plan_path.exists():
+            if request.answered and request.plan_path.exists():
                 request.plan_path.replace(request.held_path)
             request.plan_path.unlink(missing_ok=True)
 
-    def _send(self, request: _Request) -> None:
+    def _send(self, request: Request) -> None:
         if request.sent:
             return
         header = {
@@ -193,7 +151,7 @@ class EngineClients:
             "addition": request.addition,
         }
         content = Envelope(header, request.content).pieces()
-        self.engine_jobs.carry(request.ticket, request.site, *content)
+        self.engine_jobs.carry(request.ticket, request.site, request.longest_answer, *content)
         request.sent = True
         request.bytes_down += sum(map(len, content))
 
@@ -206,7 +164,7 @@ class EngineClients:
             return f"no answer within {grace:.0f} s of the others (rounds.straggler_grace)"
         return ""
 
-    def _start_job(self, open_requests: Iterable[_Request]) -> None:
+    def _start_job(self, open_requests: Iterable[Request]) -> None:
         if self._failures > self.rounds.max_resubmissions:
             raise UserError(
                 f"{self._failures} jobs ended one after another without an answer (see above); what is "
@@ -221,47 +179,63 @@ class EngineClients:
         self.say(reason)
         time.sleep(BACKOFF_SECONDS * min(self._failures, 5))
 
-    def _take(self, event: Envelope, requests: Sequence[_Request]) -> None:
+    def _take(self, event: Envelope, requests: Sequence[Request]) -> None:
         """Handle one message of the job, and settle the request that it answers."""
-        kind = event.header.get("kind")
-        if kind == "sites" and self.engine_jobs.current is not None:
-            self.engine_jobs.current.sites = set(event.header["sites"])
+        kind, ticket = event.header.get("kind"), event.header.get("ticket")
+        if kind == "sites":
+            self._reaches(event.header.get("sites"))
             return
-        found = [request for request in requests if request.ticket == event.header.get("ticket")]
-        if not found or found[0].settled:
-            self.say(f"refused: a late or repeated answer of {event.header.get('site')}")
+        request = next((request for request in requests if request.ticket == ticket), None)
+        if request is None or request.settled:
+            self.say(f"refused: a late or repeated answer of {said(event, 'site')}")
             return
-        request = found[0]
         if kind == "failed":
-            request.gone = str(event.header.get("reason"))
+            request.gone = said(event, "reason")
             self.say(f"{request.site}: {request.gone}")
             return
         try:
-            answer = Envelope.from_bytes(event.body)
-            _require_answer(answer, event, request, self.run)
+            if kind == "oversized":
+                raise InvalidMessage(said(event, "reason"))
+            waiting = sum(len(other.body) for other in requests if other.body is not None)
+            self._settle(request, read_answer(event, request, self.run), waiting)
         except InvalidMessage as error:
-            self.say(f"refused: an answer of {event.header.get('site')}: {error}")
-            request.failure = f"its answer is refused: {error}"
+            self.say(f"refused: an answer of {said(event, 'site')}: {error}")
+            request.fail(f"its answer is refused: {error}")
             return
         self._failures = 0
         self._absent.discard(request.site)
-        request.seconds = time.monotonic() - request.start
-        if answer.header["kind"] in ("refused", "failed"):
-            prefix = "the site refuses: " if answer.header["kind"] == "refused" else ""
-            request.failure = f"{prefix}{answer.header.get('reason')}"
-            return
-        if answer.header["kind"] == "lacking":
-            self.say(f"{request.site}: {answer.header.get('reason')}; it is sent the whole plan")
-            request.ticket, request.addition, request.sent = _new_ticket(), False, False
-            return
-        waiting = sum(len(other.body) for other in requests if other.body is not None)
-        if waiting + len(answer.body) <= ANSWER_MEMORY:
-            request.body = answer.body
-        else:
-            request.answer_path.write_bytes(answer.body)
-        request.header = answer.header
 
-    def _rejoin(self, open_requests: Sequence[_Request]) -> None:
+    def _reaches(self, sites: Any) -> None:
+        """Note which sites the job reaches."""
+        are_names = isinstance(sites, list) and all(isinstance(site, str) for site in sites)
+        if are_names and self.engine_jobs.current is not None:
+            self.engine_jobs.current.sites = set(sites)
+
+    def _settle(self, request: Request, answer: Envelope, waiting: int) -> None:
+        """Take what the site answers, while so many bytes of other answers wait in memory.
+
+        Raises:
+            InvalidMessage: it describes itself in wrong types or numbers.
+        """
+        kind = answer.header["kind"]
+        if kind == "lacking":
+            self.say(f"{request.site}: {said(answer, 'reason')}; it is sent the whole plan")
+            request.ticket, request.addition, request.sent = new_ticket(), False, False
+        elif kind == "description":
+            self._known[request.site] = Description.read(answer.header, "description")
+            request.answered = True
+        elif kind == "update":
+            if waiting + len(answer.body) <= ANSWER_MEMORY:
+                request.body = answer.body
+            else:
+                store(request.answer_path, answer.body)
+            request.steps, request.answered = progress(answer), True
+        else:
+            prefix = "the site refuses: " if kind == "refused" else ""
+            request.fail(f"{prefix}{said(answer, 'reason')}")
+        request.seconds = time.monotonic() - request.start
+
+    def _rejoin(self, open_requests: Sequence[Request]) -> None:
         """If all open sites are gone, start a new job if some are back, and give up those gone too long."""
         gone = [request for request in open_requests if request.gone]
         if len(gone) < len(open_requests):
@@ -281,7 +255,7 @@ class EngineClients:
                 self._absent.add(request.site)
         time.sleep(min(REJOIN_POLL_SECONDS, self.rounds.rejoin_timeout))
 
-    def _readmit(self, requests: Sequence[_Request]) -> None:
+    def _readmit(self, requests: Sequence[Request]) -> None:
         """End the current job if it lacks a site that is back, so that the next job reaches it."""
         job = self.engine_jobs.current
         lacking = {request.site for request in requests} - (job.sites if job else set())
@@ -291,44 +265,11 @@ class EngineClients:
             self.engine_jobs.stop()
 
 
-def _mapped(path: Path) -> memoryview:
-    """Map a file that is not empty into memory. Writes to the view do not change the file."""
-    with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-
-
-def _require_answer(answer: Envelope, event: Envelope, request: _Request, run: str) -> None:
-    """Raise InvalidMessage unless the answer is to this request and comes from the site that was asked."""
-    if event.header.get("site") != request.site or answer.header.get("site") != request.site:
-        raise InvalidMessage(f"it is for {request.site}")
-    for name, wanted in (("ticket", request.ticket), ("run", run)):
-        if answer.header.get(name) != wanted:
-            raise InvalidMessage(f"its {name} is not the one that was asked for")
-    wanted = "description" if request.kind == "describe" else "update"
-    kind = answer.header.get("kind")
-    if kind not in (wanted, "refused", "failed", *(["lacking"] if request.addition else [])):
-        raise InvalidMessage(f"it is of kind {kind!r}")
-    rows = answer.header.get("num_examples")
-    if kind == "description" and (type(rows) is not int or not 1 <= rows < 2**63):
-        raise InvalidMessage(f"it has {rows!r} rows; a number from 1 is needed")
-
-
-def _answer(request: _Request, on_step: OnStep) -> Answer:
-    """Take the answer from memory or from disk, and delete it there."""
-    if request.header is None:
+def _answer(request: Request, on_step: OnStep) -> Answer:
+    """Take the answer from memory or from disk, and show the steps that it tells."""
+    if not request.answered:
         return Answer(b"", request.failure, request.seconds, request.bytes_down)
-    update, request.body = request.body, None
-    if update is None:
-        update = request.answer_path.read_bytes()
-        request.answer_path.unlink()
-    steps, tokens = request.header.get("steps"), request.header.get("tokens")
-    if isinstance(steps, int) and isinstance(tokens, int):
-        for _ in range(min(steps, 1_000_000)):
-            on_step(tokens // steps)
-    return Answer(update, "", request.seconds, request.bytes_down)
-
-
-def _fail(requests: Iterable[_Request], reason: str) -> None:
-    for request in requests:
-        request.failure = request.gone or reason
-        request.seconds = time.monotonic() - request.start
+    steps, tokens = request.steps
+    for _ in range(steps):
+        on_step(tokens)
+    return Answer(request.take_body(), "", request.seconds, request.bytes_down)

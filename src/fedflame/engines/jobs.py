@@ -8,10 +8,11 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedflame.engines.engine import Engine
 from fedflame.errors import InvalidMessage
@@ -38,6 +39,13 @@ class EngineJob:
     connection: socket.socket
     sites: set[str] = field(default_factory=set)
     """The sites that it reaches, as it last reported."""
+    longest_answers: dict[str, int] = field(default_factory=dict)
+    """Ticket -> most bytes of the answer."""
+
+    def longest_body(self, header: Mapping[str, Any]) -> int:
+        """Return the most bytes that a message with this header may bring."""
+        ticket = header.get("ticket")
+        return self.longest_answers.get(ticket, 0) if isinstance(ticket, str) else 0
 
 
 class EngineJobs:
@@ -76,7 +84,7 @@ class EngineJobs:
             self._engine.stop(job)
             raise
         self._job = EngineJob(job, key, connection)
-        threading.Thread(target=self._read, args=(key, connection), daemon=True).start()
+        threading.Thread(target=self._read, args=(self._job,), daemon=True).start()
         self._say(f"job {job} is there")
         return self._job
 
@@ -87,10 +95,15 @@ class EngineJobs:
             _close(job.connection)
             self._engine.stop(job.id)
 
-    def carry(self, ticket: str, site: str, *request: Bytes) -> None:
-        """Send a request, which may come in pieces, to the job. Raises EngineJobEnded if the job is over."""
+    def carry(self, ticket: str, site: str, longest_answer: int, *request: Bytes) -> None:
+        """Send a request, which may come in pieces, to the job; its answer may have so many bytes.
+
+        Raises:
+            EngineJobEnded: the job is over.
+        """
         assert self._job is not None
-        header = {"kind": "carry", "ticket": ticket, "site": site}
+        self._job.longest_answers[ticket] = longest_answer
+        header = {"kind": "carry", "ticket": ticket, "site": site, "longest_answer": longest_answer}
         try:
             send(self._job.connection, header, *request)
         except OSError as error:
@@ -157,12 +170,12 @@ class EngineJobs:
             return
         self._hellos.put((key, connection))
 
-    def _read(self, key: str, connection: socket.socket) -> None:
+    def _read(self, job: EngineJob) -> None:
         while True:
             try:
-                self._events.put((key, receive(connection)))
+                self._events.put((job.key, receive(job.connection, job.longest_body)))
             except (EOFError, OSError, InvalidMessage):
-                self._events.put((key, None))
+                self._events.put((job.key, None))
                 return
 
 

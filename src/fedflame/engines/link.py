@@ -33,17 +33,21 @@ class HubLink:
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connection.connect(str(path))
         self._sending = threading.Lock()
+        self._longest: dict[str, int] = {}
+        """Ticket -> most bytes of the answer, as the driver says."""
         self._send({"kind": "hello", "job_key": job_key})
 
     def next_request(self) -> Request | None:
         """Wait for the next request to carry; None at the end of the job."""
         try:
             message = receive(self._connection)
+            if message.text("kind") != "carry":
+                return None
+            ticket, site = message.text("ticket"), message.text("site")
+            self._longest[ticket] = message.integer("longest_answer")
         except (EOFError, OSError, InvalidMessage):
             return None
-        if message.header.get("kind") != "carry":
-            return None
-        return message.text("ticket"), message.text("site"), message.body
+        return ticket, site, message.body
 
     def requests(self) -> queue.Queue[Request | None]:
         """Return a queue that a thread fills from `next_request`; None marks the end of the job."""
@@ -58,8 +62,13 @@ class HubLink:
         return found
 
     def answered(self, ticket: str, site: str, *answer: Bytes) -> None:
-        """Send a site's answer, which may come in pieces, to the driver."""
-        self._send({"kind": "answered", "ticket": ticket, "site": site}, *answer)
+        """Send a site's answer, which may come in pieces, to the driver; of one that is too long the size."""
+        size, longest = sum(map(len, answer)), self._longest.get(ticket, 0)
+        if size <= longest:
+            self._send({"kind": "answered", "ticket": ticket, "site": site}, *answer)
+        else:
+            reason = f"{size:,} bytes; an answer to this request has at most {longest:,}"
+            self._send({"kind": "oversized", "ticket": ticket, "site": site, "reason": reason})
 
     def failed(self, ticket: str, site: str, reason: str) -> None:
         """Tell the driver that this site will not answer, and why."""

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from fedflame.atomic_file import write_atomically, write_json
 from fedflame.base.files import model_digest
 from fedflame.config.run_config import RunConfig
 from fedflame.config.words import Dtype
+from fedflame.engines.answers import Description
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.jobs import engine_jobs
-from fedflame.errors import UserError
 from fedflame.experiment.sites import Sites
 from fedflame.trainer.job import TrainingJob
 
@@ -33,7 +32,7 @@ def site_clients(
     """The sites as clients of the run, once they have said what they have.
 
     Raises:
-        UserError: no job of the engine works, or a site allows fewer experts than the run gives it.
+        UserError: no job of the engine works.
     """
     hub = sites.hub
     job = _training_job(config, dtype)
@@ -49,7 +48,7 @@ def site_clients(
             folder=Path(folder),
             say=say,
         )
-        _check_descriptions(clients.describe(), config, clients.sites, num_experts_per_tok, say)
+        _leave_out_who_affords_less(clients, clients.describe(), config, num_experts_per_tok)
         _record(run, clients)
         yield clients
 
@@ -75,32 +74,32 @@ def _run_id(run: Path) -> str:
     return path.read_text()
 
 
-def _check_descriptions(
-    found: Mapping[str, Mapping[str, Any]],
+def _leave_out_who_affords_less(
+    clients: EngineClients,
+    found: Mapping[str, Description],
     config: RunConfig,
-    names: Sequence[str],
     num_experts_per_tok: int,
-    say: Callable[[str], None],
 ) -> None:
+    """Leave out the sites that cannot run what the configuration gives them, and say which these are."""
     rounds = range(1, config.server.num_server_rounds + 1)
     by_round = [config.trained_experts(num_experts_per_tok, number) for number in rounds]
-    for client, (name, k) in enumerate(zip(names, config.afforded_experts(), strict=True)):
-        description = found.get(name)
-        if description is None:
+    for client, (name, k) in enumerate(zip(clients.sites, config.afforded_experts(), strict=True)):
+        if name not in found:
             continue
-        affords, most = description.get("active_experts"), description.get("max_active_experts")
-        say(f"{name}: {description.get('num_examples')} rows, affords k = {affords}")
-        if not isinstance(affords, int) or affords < k:
-            raise UserError(
-                f"clients.active_experts gives {name} k = {k}: its trainer affords {affords}; "
-                "give it less, or let its owner allow more"
-            )
+        affords, most = found[name].active_experts, found[name].max_active_experts
         largest = max(in_turn[client] for in_turn in by_round)
-        if not isinstance(most, int) or most < largest:
-            raise UserError(
-                f"{name} would train with k = {largest} in some rounds; its trainer allows {most}: ask for "
-                "less (strategy.k_rotation = 'smaller'), or let its owner allow more "
-                "(trainer.max_active_experts)"
+        clients.say(f"{name}: {found[name].num_examples} rows, affords k = {affords}")
+        if affords < k:
+            clients.leave_out(
+                name,
+                f"clients.active_experts gives it k = {k}, its trainer affords {affords}; "
+                "give it less, or let its owner allow more",
+            )
+        elif most < largest:
+            clients.say(
+                f"{name} refuses the rounds in which it would train with more than k = {most}; ask for less "
+                "(strategy.k_rotation = 'smaller'), or let its owner allow more "
+                f"(trainer.max_active_experts = {largest})"
             )
 
 

@@ -126,7 +126,7 @@ class _Updates:
             if answer.failure:
                 raise InvalidMessage(answer.failure)
             update = decode_update(answer.update, plan)
-            validate_update(update, plan)
+            validate_update(update, plan, server.config.data.max_length)
             _validate_rows(update, profile)
         except InvalidMessage as error:
             server.metrics.log(

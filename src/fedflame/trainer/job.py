@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from fedflame.config.sections import AdapterConfig
 from fedflame.config.words import Dtype
-from fedflame.errors import InvalidMessage
+from fedflame.trainer.header_model import HeaderModel
 
 
-class TrainingJob(BaseModel):
+class TrainingJob(HeaderModel):
     """The part of a run's configuration that clients need and that is the same in all rounds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid")
 
     model_name_or_path: str
     """The hub's name of the base model. The site's file says which model has this name at the site."""
@@ -34,13 +34,3 @@ class TrainingJob(BaseModel):
         """Rank, scale and attention projections of the adapter."""
         modules = tuple(name for name in self.target_modules.split(",") if name)
         return AdapterConfig(r=self.r, lora_alpha=self.lora_alpha, target_modules=modules)
-
-    @classmethod
-    def from_request(cls, value: Any) -> TrainingJob:
-        """Read the job from a request. Raises InvalidMessage if a field is missing, unknown or wrong."""
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(["job", *map(str, first["loc"])])
-            raise InvalidMessage(f"request with {where}: {first['msg']}") from error

@@ -113,7 +113,7 @@ class TrainerService:
             }, b""
         if kind != "train":
             raise InvalidMessage(f"request of kind {kind!r}; describe and train are known")
-        job, message = TrainingJob.from_request(request.header.get("job")), bytes(request.body)
+        job, message = TrainingJob.read(request.header.get("job"), "job"), bytes(request.body)
         if request.header.get("addition"):
             try:
                 message = decode_addition(message, self._held(run))

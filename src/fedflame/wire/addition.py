@@ -19,7 +19,7 @@ from fedflame.wire.buffer import pack, unpack, views
 from fedflame.wire.envelope import Bytes
 from fedflame.wire.frame import opened, seal, seal_digest, unseal
 
-_DAMAGE = (ValueError, LookupError, RuntimeError, ArithmeticError)
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 """The exceptions that mismatched parts can raise."""
 _ROWS = "@rows"
 """Suffix of a name: the indices of the rows, if only some rows of the value are sent."""

@@ -12,9 +12,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedflame.errors import InvalidMessage
 from fedflame.wire.envelope import Bytes
+from fedflame.wire.header import read_header
 
 _KEY = "fedflame"
+_DAMAGE = (
+    SafetensorError,
+    InvalidMessage,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+    RuntimeError,
+)
+"""What safetensors, torch and json raise at bytes that `pack` did not make."""
 
 
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
@@ -32,13 +45,9 @@ def unpack(buffer: Bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     buffer = bytes(buffer)  # safetensors reads bytes only, so a view is copied
     try:
         size = int.from_bytes(buffer[:8], "little")
-        tensors = load(buffer)
-        header = json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"][_KEY])
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:  # of JSON: a ValueError already
+        return load(buffer), read_header(json.loads(buffer[8 : 8 + size])["__metadata__"][_KEY])
+    except _DAMAGE as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
-    return tensors, header
 
 
 def views(buffer: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:

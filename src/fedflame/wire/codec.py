@@ -7,6 +7,7 @@ are not, because they are compared with the plans that clients hold (`addition`)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
@@ -14,11 +15,13 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from fedflame.config.words import UpdateDtype
 from fedflame.errors import InvalidMessage
 from fedflame.messages import MERGED_PREFIX, Adapter, ClientUpdate, RoundPlan, is_trained, rank_dim
-from fedflame.wire.buffer import pack, unpack
+from fedflame.wire.buffer import pack, unpack, views
 from fedflame.wire.envelope import Bytes
-from fedflame.wire.frame import seal, unseal
+from fedflame.wire.frame import opened, seal, unseal
+from fedflame.wire.plan_ranges import require_possible
 from fedflame.wire.planes import compress, decompress
 from fedflame.wire.values import layout, restored, rounded
 
@@ -33,12 +36,13 @@ def encode_plan(plan: RoundPlan) -> bytes:
 
 
 def decode_plan(message: bytes) -> RoundPlan:
-    """Decode a plan, bit for bit. Raises InvalidMessage if it is damaged or no plan."""
+    """Decode a plan, bit for bit. Raises InvalidMessage if it is damaged, no plan, or asks the impossible."""
     tensors, header = _unpack("plan", unseal(message))
     adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
     known = {*adapter.tensors(), *merged.tensors(MERGED_PREFIX), "rescaler_values"}
     _require_names(tensors.keys(), known)
     plan: RoundPlan = _build(RoundPlan, header, tensors, adapter=adapter, merged=merged)
+    require_possible(plan)
     return plan
 
 
@@ -83,9 +87,21 @@ def decode_update(message: Bytes, plan: RoundPlan) -> ClientUpdate:
 
 def update_limit(plan: RoundPlan) -> int:
     """Return the largest size in bytes that an answer to this plan can have."""
-    values = sum(value.numel() for value in plan.adapter.tensors().values()) + plan.rescaler_values.numel()
-    layers, experts = _counts_shape(plan)
-    return 4 * values + 8 * layers * experts + _NAMES_AND_SCALARS
+    return _update_limit(plan.adapter, _counts_shape(plan), plan.update_dtype)
+
+
+def encoded_update_limit(plan: Bytes) -> int:
+    """Return `update_limit` of a plan that this process has encoded; its values are not copied."""
+    tensors, header = views(opened(plan))
+    adapter = Adapter.from_tensors(tensors)
+    experts = next(iter(adapter.experts.values())).shape[0]
+    return _update_limit(adapter, (len(tensors["rescaler_values"]), experts), header["update_dtype"])
+
+
+def _update_limit(adapter: Adapter, counts: tuple[int, int], dtype: UpdateDtype) -> int:
+    shapes = {name: tuple(value.shape) for name, value in adapter.tensors().items()}
+    values = sum(math.prod(shape) * kind.itemsize for shape, kind in layout(shapes, dtype).values())
+    return values + 4 * counts[0] + 8 * math.prod(counts) + _NAMES_AND_SCALARS
 
 
 def _counts_shape(plan: RoundPlan) -> tuple[int, int]:

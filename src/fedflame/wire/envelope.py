@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedflame.errors import InvalidMessage
+from fedflame.wire.header import read_header
 
 _MAGIC = b"flamelet"
 _HEAD = struct.Struct("<8sQQ")
 """Magic, length of the header in bytes, length of the body in bytes."""
 _LONGEST_HEADER = 1 << 20
+LONGEST_BEFORE_BODY = _HEAD.size + _LONGEST_HEADER
+"""In bytes: the most of an envelope that is not its body."""
 LONGEST_BODY = 8 << 30
 """In bytes: larger than any message, smaller than most lengths that random bytes would claim."""
 Bytes = bytes | memoryview
@@ -37,6 +40,13 @@ class Envelope:
         value = self.header.get(name)
         if not isinstance(value, str):
             raise InvalidMessage(f"field {name} is {value!r}; a string is needed")
+        return value
+
+    def integer(self, name: str) -> int:
+        """Return a field of the header. Raises InvalidMessage if it is not an integer."""
+        value = self.header.get(name)
+        if type(value) is not int:
+            raise InvalidMessage(f"field {name} is {value!r}; an integer is needed")
         return value
 
     def to_bytes(self) -> bytes:
@@ -76,8 +86,14 @@ def send_pieces(connection: socket.socket, pieces: Sequence[Bytes]) -> None:
         connection.sendall(piece)
 
 
-def receive(connection: socket.socket, longest_body: int = LONGEST_BODY) -> Envelope:
+def receive(
+    connection: socket.socket, longest_body: int | Callable[[dict[str, Any]], int] = LONGEST_BODY
+) -> Envelope:
     """Receive the next envelope. Memory is used only as its bytes arrive, whatever length it states.
+
+    Args:
+        connection: the socket.
+        longest_body: the most bytes of a body that are read, or a function that tells them from the header.
 
     Raises:
         EOFError: the other side has closed the connection, between two envelopes or within one.
@@ -85,11 +101,10 @@ def receive(connection: socket.socket, longest_body: int = LONGEST_BODY) -> Enve
         OSError: the connection is broken, or its timeout has passed.
     """
     header_size, body_size = _sizes(_exactly(connection, _HEAD.size))
-    if body_size > longest_body:
-        raise InvalidMessage(
-            f"envelope with a body of {body_size:,} bytes; at most {longest_body:,} are read"
-        )
-    header = _object(_exactly(connection, header_size))
+    header = read_header(_exactly(connection, header_size))
+    longest = longest_body(header) if callable(longest_body) else longest_body
+    if body_size > longest:
+        raise InvalidMessage(f"envelope with a body of {body_size:,} bytes; at most {longest:,} are read")
     return Envelope(header, _exactly(connection, body_size))
 
 
@@ -106,7 +121,7 @@ def _opened(first: memoryview, size: int) -> tuple[dict[str, Any], int]:
         raise InvalidMessage(f"envelope of {size} bytes that says {start + body_size}")
     if len(first) < start:
         raise InvalidMessage("an envelope whose first piece ends within its header")
-    return _object(bytes(first[_HEAD.size : start])), start
+    return read_header(bytes(first[_HEAD.size : start])), start
 
 
 def _sizes(head: Bytes) -> tuple[int, int]:
@@ -116,16 +131,6 @@ def _sizes(head: Bytes) -> tuple[int, int]:
     if magic != _MAGIC or header_size > _LONGEST_HEADER:
         raise InvalidMessage("bytes that are no envelope")
     return header_size, body_size
-
-
-def _object(text: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidMessage(f"envelope whose header is no JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise InvalidMessage("envelope whose header is no JSON object")
-    return header
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:

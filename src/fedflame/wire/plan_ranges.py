@@ -1,0 +1,64 @@
+"""What a plan can ask for, so that no number in it makes a site loop for ever or take memory without end.
+
+A site's own limits are narrower; see `trainer.limits`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedflame.errors import InvalidMessage
+from fedflame.messages import Adapter, RoundPlan, half_of
+
+_LARGE = 1 << 31
+_LARGE_FACTOR = 1e6
+_DIMENSIONS = {"experts": 3, "attention": 2}
+
+
+def require_possible(plan: RoundPlan) -> None:
+    """Check the numbers of a plan, and the shapes of its values as far as no model is needed.
+
+    Raises:
+        InvalidMessage: a number is out of its range, or a value is no float32 bank or matrix of its rank.
+    """
+    _require_values(plan)
+    experts, rank = next(iter(plan.adapter.experts.values())).shape[0], plan.adapter.rank
+    for name, least, most in (
+        ("round", 1, _LARGE),
+        ("client", 0, _LARGE),
+        ("seed", 0, 2**63 - 1),
+        ("active_experts", 1, experts),
+        ("learning_rate", 0, _LARGE_FACTOR),
+        ("weight_decay", 0, _LARGE_FACTOR),
+        ("batch_size", 1, _LARGE),
+        ("max_steps", 1, _LARGE),
+        ("tokens_per_step", 0, _LARGE),
+        ("proximal_mu", 0, _LARGE_FACTOR),
+        ("rank_penalty", 0, _LARGE_FACTOR),
+        ("kept_rank", 0, rank),
+    ):
+        value = getattr(plan, name)
+        if not least <= value <= most:  # NaN is in no range
+            raise InvalidMessage(f"plan with {name} = {value}; {least} to {most:g} are possible")
+
+
+def _require_values(plan: RoundPlan) -> None:
+    if plan.rescaler_values.dim() != 1 or plan.rescaler_values.dtype != torch.float32:
+        raise InvalidMessage("plan whose rescaler_values are no float32 vector")
+    for what, adapter in (("adapter", plan.adapter), ("merged", plan.merged)):
+        for name, value in adapter.tensors().items():
+            if value.dim() != _DIMENSIONS[name.split(".")[0]] or value.dtype != torch.float32:
+                raise InvalidMessage(f"plan with {what} value {name} as {value.dtype} {tuple(value.shape)}")
+        _require_one_rank(what, adapter)
+    if plan.adapter.rank < 1:
+        raise InvalidMessage("plan without an adapter")
+    if len({bank.shape[0] for bank in plan.adapter.experts.values()}) > 1:
+        raise InvalidMessage("plan whose banks differ in their number of experts")
+
+
+def _require_one_rank(what: str, adapter: Adapter) -> None:
+    """Every factor has the rank of A2; A1 may have it twice, for gate and up."""
+    for name, value in adapter.tensors().items():
+        rank = value.shape[-2] if half_of(name) == "A" else value.shape[-1]
+        if rank not in (adapter.rank, 2 * adapter.rank if name.endswith(".A1") else adapter.rank):
+            raise InvalidMessage(f"plan with {what} value {name} of rank {rank} beside rank {adapter.rank}")
