@@ -348,7 +348,7 @@ def test_a_full_memory_is_the_reason_and_the_trainer_goes_on(
 
 @pytest.mark.parametrize(
     ("memory", "free", "asked"),
-    [((10_000,), (10_000,), []), ((90_000, 90_000), (90_000, 90_000), ["balanced"])],
+    [((10_000,), (10_000,), []), ((150_000, 150_000), (150_000, 150_000), ["balanced"])],
 )
 def test_a_card_that_is_too_small_is_known_before_the_base_is_loaded(
     memory: tuple[int, ...], free: tuple[int, ...], asked: list[str],
