@@ -20,8 +20,9 @@ from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
 from fedflame.server.metrics import MetricsFile
 from fedflame.server.progress import Reporter
-from fedflame.strategies.base import ClientProfile, ServerState, Strategy
+from fedflame.strategies.base import ClientProfile, Past, ServerState, Strategy
 from fedflame.training.evaluation import HeldOut, evaluate
+from fedflame.training.reach import require_within_reach, trained_reach
 from fedflame.training.scores import Scores, total
 from fedflame.wire.codec import decode_update, encode_plan
 
@@ -62,6 +63,7 @@ def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
         start = time.monotonic()
         updates = _Updates(server, checkpoint.state, round_number)
         state = server.strategy.aggregate_train(checkpoint.state, iter(updates))
+        state = replace(state, past=updates.past())
         _require_quorum(server, round_number, updates.usable)
         server.metrics.log(
             "round", round=round_number, clients=updates.usable, seconds=round(time.monotonic() - start, 3)
@@ -96,6 +98,11 @@ class _Updates:
     def __init__(self, server: Server, state: ServerState, round_number: int) -> None:
         self._server, self._state, self._round = server, state, round_number
         self.usable = 0
+        self._reach = state.past.reach
+
+    def past(self) -> Past:
+        """Return `ServerState.past` after the round."""
+        return replace(self._state.past, reach=self._reach)
 
     def __iter__(self) -> Iterator[ClientUpdate]:
         asked: deque[_Asked] = deque()
@@ -113,6 +120,8 @@ class _Updates:
             plan = _round_plan(server, self._state, profile, self._round)
             buffer = encode_plan(plan)
             asked.append(_Asked(profile, plan, len(buffer)))
+            if plan.error_feedback:
+                self._reach = max(self._reach, trained_reach(plan))
             name = server.clients.name(profile.client)
             server.reporter.start_client(self._round, name, plan.active_experts)
             yield profile.client, buffer
@@ -128,6 +137,7 @@ class _Updates:
             update = decode_update(answer.update, plan)
             validate_update(update, plan)
             _validate_rows(update, profile)
+            require_within_reach(update, plan, self._state.past.reach, server.adapted.num_experts_per_tok)
         except InvalidMessage as error:
             server.metrics.log(
                 "excluded",
