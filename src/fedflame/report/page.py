@@ -7,7 +7,7 @@ from datetime import datetime
 from importlib import resources
 from typing import Any
 
-from fedflame.config.methods import METHODS
+from fedflame.config.methods import METHODS, OF_ALL_METHODS
 from fedflame.config.sections import StrategyConfig
 from fedflame.config.settings import flat
 from fedflame.report import clients, results
@@ -69,8 +69,8 @@ def _strategy(run: Run) -> str:
     """Return the method with those of its options that differ from their defaults."""
     strategy: dict[str, Any] = run.config["strategy"]
     name = str(strategy.get("name"))
-    options = METHODS[name].options if name in METHODS else frozenset()
-    chosen = {key: value for key, value in strategy.items() if key in options}
+    options = METHODS[name].options | OF_ALL_METHODS if name in METHODS else frozenset()
+    chosen = {key: value for key, value in strategy.items() if key in options - {"name"}}
     details = [
         f"{key.replace('_', ' ')} {value}"
         for key, value in chosen.items()

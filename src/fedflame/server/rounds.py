@@ -18,6 +18,7 @@ from fedflame.messages import Adapter, ClientUpdate, RoundPlan, validate_update
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
+from fedflame.server.clipping import Taken, clipped, remembered, taken
 from fedflame.server.metrics import MetricsFile
 from fedflame.server.progress import Reporter
 from fedflame.strategies.base import ClientProfile, Past, ServerState, Strategy
@@ -93,24 +94,38 @@ class _Asked:
 
 
 class _Updates:
-    """Iterates over a round's valid updates in client order, and counts them in `usable`."""
+    """Iterates over a round's valid updates in client order, clipped, and remembers those that were used."""
 
     def __init__(self, server: Server, state: ServerState, round_number: int) -> None:
         self._server, self._state, self._round = server, state, round_number
-        self.usable = 0
         self._reach = state.past.reach
+        self._used: list[Taken] = []  # without the deltas
+
+    @property
+    def usable(self) -> int:
+        """Return the number of updates that were used so far."""
+        return len(self._used)
 
     def past(self) -> Past:
         """Return `ServerState.past` after the round."""
-        return replace(self._state.past, reach=self._reach)
+        past = remembered(self._state.past, [one.pace for one in self._used])
+        return replace(past, reach=self._reach)
 
     def __iter__(self) -> Iterator[ClientUpdate]:
+        server = self._server
+        rule = server.config.strategy.clip
+        for one in clipped(self._accepted(), self._state.past, rule, server.run):
+            self._used.append(one.without_delta())
+            if one.share < 1:
+                self._log_clipped(one)
+            yield one.update
+
+    def _accepted(self) -> Iterator[Taken]:
         asked: deque[_Asked] = deque()
         for answer in self._server.clients.train(self._plans(asked), self._server.reporter.step):
-            update = self._accept(asked.popleft(), answer)
-            if update is not None:
-                self.usable += 1
-                yield update
+            one = self._accept(asked.popleft(), answer)
+            if one is not None:
+                yield one
 
     def _plans(self, asked: deque[_Asked]) -> Iterator[tuple[int, bytes]]:
         """Yield clients with their encoded plans, each made when it is needed, and add them to `asked`."""
@@ -126,7 +141,7 @@ class _Updates:
             server.reporter.start_client(self._round, name, plan.active_experts)
             yield profile.client, buffer
 
-    def _accept(self, asked: _Asked, answer: Answer) -> ClientUpdate | None:
+    def _accept(self, asked: _Asked, answer: Answer) -> Taken | None:
         """Return the update in the answer, or None if it cannot be used; the reason is then logged."""
         server, profile, plan = self._server, asked.profile, asked.plan
         name = server.clients.name(profile.client)
@@ -149,10 +164,12 @@ class _Updates:
             server.reporter.message(f"round {self._round}: {name} is left out: {error}")
             return None
         bytes_down = asked.plan_bytes if answer.bytes_down is None else answer.bytes_down
-        self._log(update, bytes_down, len(answer.update), answer.seconds)
-        return update
+        one = taken(update, plan)
+        self._log(one, bytes_down, len(answer.update), answer.seconds)
+        return one
 
-    def _log(self, update: ClientUpdate, bytes_down: int, bytes_up: int, seconds: float) -> None:
+    def _log(self, one: Taken, bytes_down: int, bytes_up: int, seconds: float) -> None:
+        update = one.update
         server, k, rank = self._server, update.active_experts, update.delta.rank
         server.metrics.log(
             "client",
@@ -171,10 +188,20 @@ class _Updates:
             bytes_down=bytes_down,
             rescaler=update.rescaler_values.tolist(),
             counts=update.counts.tolist(),
+            norms=dict(one.norms),
+            pace=one.pace.delta,
         )
         server.reporter.message(
             f"round {update.round}: {server.clients.name(update.client)} (k={k}) loss {update.loss:.3f}, "
             f"{update.tokens:,} tokens, {update.tokens / seconds:,.0f} tokens/s"
+        )
+
+    def _log_clipped(self, one: Taken) -> None:
+        client = one.update.client
+        self._server.metrics.log("clipped", round=self._round, client=client, share=one.share)
+        self._server.reporter.message(
+            f"round {self._round}: {self._server.clients.name(client)} went too far: {one.share:.0%} of its "
+            "update is used"
         )
 
 
