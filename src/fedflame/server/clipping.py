@@ -29,7 +29,7 @@ FACTOR = 1.5
 WINDOW = 64
 """Paces that are remembered: several rounds, so that chance in who is sampled does not decide."""
 OUTLIER = 3.0
-"""An update with this many times the median pace of its round is reported. Honest ones had at most 1.3."""
+"""An update with this many times the median pace of its round is reported. Honest ones had at most 1.4."""
 
 
 @dataclass(frozen=True)
