@@ -34,7 +34,7 @@ from fedflame.server.clipping import (
 )
 from fedflame.server.spool import Spool
 from fedflame.strategies.base import Past
-from fedflame.wire.codec import decode_plan
+from fedflame.wire.codec import decode_plan, decode_update, encode_update
 
 RATE, STEPS = 0.02, 5
 
@@ -292,3 +292,28 @@ def test_a_run_that_goes_on_clips_by_the_same_paces(
     assert state_bytes(tmp_path / "ended") == state_bytes(tmp_path / "whole")
     assert {event["round"] for event in events(tmp_path / "whole", "clipped")} == {1, 2, 3}
     assert events(tmp_path / "ended", "clipped") == events(tmp_path / "whole", "clipped")
+
+
+@pytest.mark.parametrize("rule", ["median", "none"])
+def test_an_outlier_is_warned_of_in_metrics_report_and_console(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    monkeypatch.setattr("fedflame.server.rounds.require_within_reach", lambda *_: None)
+    answer = LocalClients.answer
+
+    def far_in_round_two(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
+        told, honest = decode_plan(plan), answer(self, plan, on_step)
+        if (told.client, told.round) != (1, 2):
+            return honest
+        update = decode_update(honest.update, told)
+        delta = update.delta.combine(update.delta, lambda value, _: value * -10)
+        return replace(honest, update=encode_update(replace(update, delta=delta), told))
+
+    monkeypatch.setattr(LocalClients, "answer", far_in_round_two)
+    shown = " ".join(tiny_run(tiny_folder, tmp_path / "run", f"strategy.clip={rule}").split())
+    (outlier,) = events(tmp_path / "run", "outlier")
+    assert (outlier["round"], outlier["client"]) == (2, 1) and 5 < outlier["times"] < 20
+    assert "warning: round 2: client 1 went" in shown
+    assert "Warning: client 1 went" in (tmp_path / "run" / "report.html").read_text()
+    clipped_then = [(event["round"], event["client"]) for event in events(tmp_path / "run", "clipped")]
+    assert ((2, 1) in clipped_then) == (rule == "median")

@@ -10,7 +10,7 @@ from typing import Any
 from fedflame.config.methods import METHODS, OF_ALL_METHODS
 from fedflame.config.sections import StrategyConfig
 from fedflame.config.settings import flat
-from fedflame.report import clients, results
+from fedflame.report import clients, results, updates
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
 from fedflame.report.records import Run
@@ -24,6 +24,7 @@ _SECTIONS = (
     clients.rescaler,
     clients.partition,
     clients.cost,
+    updates.updates,
     clients.rounds,
 )
 

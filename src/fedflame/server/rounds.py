@@ -16,7 +16,7 @@ from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import ClientUpdate, RoundPlan, validate_update
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
-from fedflame.server.clipping import Taken, clipped, remembered, taken
+from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
 from fedflame.server.finite import NotFinite, require_finite_state
 from fedflame.server.parts import Server
 from fedflame.server.scoring import evaluate_tiers, require_finite_losses
@@ -54,6 +54,7 @@ def _round(server: Server, round_number: int, updates: _Updates) -> ServerState:
     state = updates.aggregated()
     _require_quorum(server, round_number, updates.usable)
     require_finite_state(state)
+    updates.warn_of_outliers()
     server.metrics.log(
         "round", round=round_number, clients=updates.usable, seconds=round(time.monotonic() - start, 3)
     )
@@ -121,6 +122,16 @@ class _Updates:
         state = _aggregate(self._server, self._state, self)
         past = remembered(self._state.past, [one.pace for one in self._used])
         return replace(state, past=replace(past, reach=self._reach))
+
+    def warn_of_outliers(self) -> None:
+        """Log and report the updates that went much further than the others."""
+        for at, times in outliers([one.pace for one in self._used]).items():
+            client = self._used[at].update.client
+            name = self._server.clients.name(client)
+            self._server.metrics.log("outlier", round=self._round, client=client, times=times, limit=OUTLIER)
+            self._server.reporter.message(
+                f"warning: round {self._round}: {name} went {times:.1f} times as far as the median client"
+            )
 
     def __iter__(self) -> Iterator[ClientUpdate]:
         server = self._server
