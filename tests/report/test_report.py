@@ -58,6 +58,8 @@ def client_round(at: int, client: int) -> dict[str, Any]:
         "bytes_down": 2_000_000,
         "rescaler": [1.0, 1.0 + 0.1 * at * client],
         "counts": counts,
+        "norms": {"A1": 1.0 * at, "B1": 2.0, "A2": 3.0, "B2": 4.0, "attention": 0.5, "rescaler": 0.25 / at},
+        "pace": 1.0 + 0.1 * at + client,
     }
 
 
@@ -75,6 +77,9 @@ def synthetic_events() -> list[dict[str, Any]]:
         for i, k in enumerate(TIERS):
             events.append(evaluation(at, k, None, 3.25 + i - 0.5 * at, 0.05 + 0.2 * at - 0.01 * i))
             events += [evaluation(at, k, name, 3.0 - 0.5 * at, 0.1 * at) for name in CATEGORIES]
+        if at == 3:
+            events.append({"event": "clipped", "round": 3, "client": 1, "share": 0.5})
+            events.append({"event": "outlier", "round": 3, "client": 1, "times": 3.25, "limit": 3.0})
         if at:
             events.append({"event": "round", "round": at, "clients": 3 + (at != 2), "seconds": 30.0})
     return events
@@ -216,6 +221,25 @@ def test_categories_partition_cost_and_rounds(run: Path) -> None:
     assert cost[3] == ["Client 2", "2", "2", "10", "4 k", "8.0 s", "500", "3 GFLOP", "2.1 MB", "4 MB"]
     rounds = rows(part(html, "Rounds"))
     assert rounds[2] == ["2", "3", "30.0 s", "2.000", "Client 2 (k = 2): update has a &lt;NaN&gt; in 0.A1"]
+
+
+def test_sizes_of_updates_are_the_largest_and_outliers_are_warned_of(run: Path) -> None:
+    shown = part(report(run), "Size of updates")
+    # Client 1 has paces 2.1, 2.2, 2.3; client 2 has 3.1 and 3.3.
+    wanted = ["1.000", "2.000", "3.000", "4.000", "0.500", "0.250"]
+    assert rows(shown)[2] == ["Client 1", "4", "3.000", *wanted[1:], "2.20", "2.30", "1 of 3"]
+    assert rows(shown)[3] == ["Client 2", "2", "3.000", *wanted[1:], "3.20", "3.30", "0 of 2"]
+    assert shown.count("Warning") == 1
+    assert "Warning: client 1 went 3.2 times as far as the median client of round 3" in shown
+    assert "(over 3 times is an outlier)" in shown
+
+
+def test_a_run_whose_updates_were_not_measured_has_a_report(tmp_path: Path) -> None:
+    events = synthetic_events()
+    for event in events:
+        for name in ("norms", "pace"):
+            event.pop(name, None)
+    assert "No update is measured yet." in report(write_run(tmp_path / "run", events))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,16 @@ from torch import Tensor
 
 from fedflame.errors import UserError
 from fedflame.messages import NOTHING, Adapter
-from fedflame.server.checkpoint import FILE_NAME, Checkpoint, read_checkpoint, write_checkpoint
-from fedflame.strategies.base import ServerState
+from fedflame.server.checkpoint import (
+    FILE_NAME,
+    FORMAT_VERSION,
+    Checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from fedflame.strategies.base import Past, ServerState
+
+PAST = Past(0.1, (1 / 3, 5e-324), (0.7,))
 
 
 def a_checkpoint(round_number: int = 3) -> Checkpoint:
@@ -30,13 +38,14 @@ def a_checkpoint(round_number: int = 3) -> Checkpoint:
     adapter = Adapter({"0.A1": values(5, 6, 7), "1.B2": values(5, 7, 3)}, {"layers.0.q_proj.A": values(3, 6)})
     merged = Adapter({"0.A1": values(5, 4, 7)}, {"layers.0.q_proj.A": values(2, 6)})
     tiers = {k: Adapter({"0.A1": values(5, 6, 7)}, {"layers.0.q_proj.A": values(3, 6)}) for k in (12, 1)}
-    state = ServerState(adapter, {12: values(2), 1: values(2)}, merged, "A", {11: 3, 2: 1}, tiers)
+    state = ServerState(adapter, {12: values(2), 1: values(2)}, merged, "A", {11: 3, 2: 1}, tiers, PAST)
     return Checkpoint(round_number, 2**40 + 1, state)
 
 
 def assert_same(got: Checkpoint, wanted: Checkpoint) -> None:
     assert (got.round, got.metrics_bytes) == (wanted.round, wanted.metrics_bytes)
     assert (got.state.trainable, got.state.ranks) == (wanted.state.trainable, wanted.state.ranks)
+    assert got.state.past == wanted.state.past
     assert got.state.rescalers.keys() == wanted.state.rescalers.keys()
     pairs = [(got.state.rescalers[k], value) for k, value in wanted.state.rescalers.items()]
     assert list(got.state.tier_adapters) == list(wanted.state.tier_adapters)
@@ -115,7 +124,8 @@ def with_header(**header: Any) -> bytes:
 
 
 HEADER: dict[str, Any] = {
-    "version": 2, "round": 1, "metrics_bytes": 0, "trainable": "both", "ranks": {}, "tier_adapters": [],
+    "version": FORMAT_VERSION, "round": 1, "metrics_bytes": 0, "trainable": "both", "ranks": {},
+    "tier_adapters": [], "past": asdict(PAST),
 }  # fmt: skip
 FOREIGN = {
     "text": b"# notes\nnot a checkpoint\n" * 10,
@@ -125,17 +135,19 @@ FOREIGN = {
     "header no JSON": save({"x": torch.ones(3)}, metadata={"fedflame": "{"}),
     "header no object": save({"x": torch.ones(3)}, metadata={"fedflame": "[1]"}),
     "header nested too deep": save({"x": torch.ones(3)}, metadata={"fedflame": "[" * 100_000}),
-    "an update": with_header(kind="update", version=2, round=2, client=1),
-    "no round": with_header(version=2, metrics_bytes=0),
-    "round no number": with_header(version=2, metrics_bytes=0, round="x"),
-    "round infinite": with_header(version=2, metrics_bytes=0, round=float("inf")),
+    "an update": with_header(kind="update", version=FORMAT_VERSION, round=2, client=1),
+    "no round": with_header(version=FORMAT_VERSION, metrics_bytes=0),
+    "round no number": with_header(version=FORMAT_VERSION, metrics_bytes=0, round="x"),
+    "round infinite": with_header(version=FORMAT_VERSION, metrics_bytes=0, round=float("inf")),
     "a tier that is no number": save(
         {"rescalers.x": torch.ones(2)},
         metadata={"fedflame": json.dumps(HEADER)},
     ),
-    "no half": with_header(version=2, round=1, metrics_bytes=0),
+    "no half": with_header(version=FORMAT_VERSION, round=1, metrics_bytes=0),
     "tier adapters no list": with_header(**HEADER | {"tier_adapters": 4}),
     "ranks no object": with_header(**HEADER | {"ranks": [1]}),
+    "paces no list": with_header(**HEADER | {"past": {"reach": 0.0, "paces": 1, "rescaler_paces": []}}),
+    "past no object": with_header(**HEADER | {"past": 4}),
     "another half": with_header(**HEADER | {"trainable": "C"}),
 }
 
@@ -153,7 +165,7 @@ def test_another_version_is_refused_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     path.parent.mkdir()
     path.write_bytes(with_header(version=1, round=1, metrics_bytes=0))
-    assert refusal(tmp_path) == "checkpoint version 1; this fedflame reads version 2"
+    assert refusal(tmp_path) == "checkpoint version 1; this fedflame reads version 3"
 
 
 def no_space(*_: object, **__: object) -> None:

@@ -40,6 +40,9 @@ class Method:
     """What a device uses after the run: the whole adapter, or its first ranks, as many as it affords."""
 
 
+OF_ALL_METHODS = frozenset({"name", "clip"})
+"""Keys of the section `strategy` that no method reads, because they hold for all."""
+
 _ALIKE = frozenset({"active_experts", "rank", "counted_rows"})
 
 METHODS: dict[str, Method] = {

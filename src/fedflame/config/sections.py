@@ -6,6 +6,7 @@ docs/configuration.md is made from this file.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -28,6 +29,18 @@ def _min_full_or_number(value: object) -> str:
     return text
 
 
+def _median_none_or_number(value: object) -> str:
+    if value in ("median", "none"):
+        return str(value)
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if isinstance(value, bool) or not 0 < number < math.inf:
+        raise ValueError("must be 'median', 'none' or a number above 0")
+    return f"{number:g}"
+
+
 def _known_method(name: str) -> str:
     if name not in METHODS:
         *known, last = map(repr, NAMED_METHODS)
@@ -42,6 +55,7 @@ def _device(value: str) -> str:
 
 
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
+MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
 Device = Annotated[str, AfterValidator(_device)]
 
 
@@ -175,6 +189,11 @@ class StrategyConfig(Section):
     published. `trained`: the rows that it trained on in the round, each counted once. They differ where
     `training.max_steps` do not reach all rows: with `held`, a client with many rows then counts for more than
     it has done."""
+    clip: MedianNoneOrNumber = "median"
+    """All methods: the largest pace of an update; one that went further is scaled down. `median`: 1.5 times
+    the median pace in earlier rounds, and for the first round in that round. `none`: as far as AdamW can go.
+    Or a number. A pace is the root mean square of what values moved, over learning rate times the root of the
+    steps; honest ones are about 1. Learned rescalers are bounded likewise."""
     rank_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """HetLoRA: gamma of rank self-pruning, such as 0.9. A client whose last ranks, those after the first
     gamma r_i, shrank in a round goes on without them. 0: no pruning."""

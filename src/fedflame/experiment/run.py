@@ -36,8 +36,9 @@ from fedflame.report import write_report
 from fedflame.server.checkpoint import FILE_NAME as CHECKPOINT_FILE
 from fedflame.server.checkpoint import Checkpoint, read_checkpoint
 from fedflame.server.metrics import MetricsFile, OnEvent
+from fedflame.server.parts import Server
 from fedflame.server.progress import Reporter, Silent
-from fedflame.server.rounds import Server, run_rounds, sample_clients
+from fedflame.server.rounds import run_rounds, sample_clients
 from fedflame.strategies.base import Strategy
 from fedflame.training.error_feedback import Residuals
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedflame.atomic_file import write_atomically, write_json
 from fedflame.base.device import DeviceChoice, device_facts
 from fedflame.base.dtype import DtypeChoice
-from fedflame.config.run_config import SCHEMA_VERSION, RunConfig
+from fedflame.config.run_config import SCHEMA_VERSION, WITHOUT, RunConfig
 from fedflame.config.settings import flat, validated
 from fedflame.errors import UserError
 
@@ -64,6 +64,9 @@ def saved_config(run: Path) -> RunConfig:
             f"version {SCHEMA_VERSION}. Use the fedflame that made it, or start a new run"
         )
     del values["schema_version"]
+    for key, value in WITHOUT.items():
+        section, _, name = key.partition(".")
+        values[section].setdefault(name, value)
     return validated(RunConfig, values, f"{run / 'config.json'}, which is left as it is")
 
 

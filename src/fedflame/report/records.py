@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,10 @@ class ClientRound:
     """[L] s per MoE layer after training."""
     counts: list[list[int]]
     """[L,E] tokens routed to each expert."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """L2 norms of the delta by kind of bank and of attention, and of the rescaler's step."""
+    pace: float | None = None
+    """How far the update went; see `strategy.clip`."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,28 @@ class Exclusion:
 
 
 @dataclass(frozen=True)
+class Clipping:
+    """An update that was scaled down."""
+
+    round: int
+    client: int
+    share: float
+    """What was left of it."""
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """An update that went much further than the others of its round."""
+
+    round: int
+    client: int
+    times: float
+    """Its pace over the median of the round."""
+    limit: float
+    """The `times` above which an update is an outlier."""
+
+
+@dataclass(frozen=True)
 class RoundEnd:
     """A finished round."""
 
@@ -102,12 +128,14 @@ class RoundEnd:
     seconds: float
 
 
-Event = Evaluation | Deployment | ClientRound | Exclusion | RoundEnd
+Event = Evaluation | Deployment | ClientRound | Exclusion | Clipping | Outlier | RoundEnd
 _EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
     "evaluation": (Evaluation, ("round", "active_experts", "category")),
     "deployment": (Deployment, ("round", "active_experts", "rank")),
     "client": (ClientRound, ("round", "client")),
     "excluded": (Exclusion, ("round", "client")),
+    "clipped": (Clipping, ("round", "client")),
+    "outlier": (Outlier, ("round", "client")),
     "round": (RoundEnd, ("round",)),
 }
 
@@ -142,6 +170,16 @@ class Run:
     def exclusions(self) -> list[Exclusion]:
         """Refused client updates."""
         return [event for event in self.events if isinstance(event, Exclusion)]
+
+    @property
+    def clippings(self) -> list[Clipping]:
+        """Client updates that were scaled down."""
+        return [event for event in self.events if isinstance(event, Clipping)]
+
+    @property
+    def outliers(self) -> list[Outlier]:
+        """Client updates that went much further than the others."""
+        return [event for event in self.events if isinstance(event, Outlier)]
 
     @property
     def rounds(self) -> list[RoundEnd]:
@@ -263,5 +301,15 @@ def _parse_event(line: dict[str, Any]) -> tuple[tuple[object, ...], Event] | Non
     if kind not in _EVENTS:
         return None
     record, identity = _EVENTS[kind]
-    event = record(**{field.name: line[field.name] for field in dataclasses.fields(record)})
+    event = record(**{name: line[name] for name in _fields_in(record, line)})
     return (kind, *(line[name] for name in identity)), event
+
+
+def _fields_in(record: type[Event], line: dict[str, Any]) -> list[str]:
+    """Return the fields to read: those without a default, and of the others those that are there."""
+    has_default = {
+        one.name
+        for one in dataclasses.fields(record)
+        if (one.default, one.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+    }
+    return [one.name for one in dataclasses.fields(record) if one.name in line or one.name not in has_default]

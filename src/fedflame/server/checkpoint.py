@@ -5,19 +5,19 @@ It is written atomically, so that a crash or a full disk leaves the previous che
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from fedflame.atomic_file import write_atomically
 from fedflame.config.words import Trainable
 from fedflame.errors import UserError
 from fedflame.messages import MERGED_PREFIX, Adapter
-from fedflame.strategies.base import ServerState
+from fedflame.strategies.base import Past, ServerState
 from fedflame.wire.buffer import pack, unpack
 
 FILE_NAME = "checkpoint/state.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 """The exceptions that a foreign or truncated file can raise."""
 _HALVES: dict[str, Trainable] = {half: half for half in get_args(Trainable)}
@@ -50,6 +50,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
         "trainable": state.trainable,
         "ranks": {str(client): rank for client, rank in state.ranks.items()},
         "tier_adapters": list(state.tier_adapters),
+        "past": asdict(state.past),
     }
     write_atomically(run / FILE_NAME, pack(tensors, header))
 
@@ -74,6 +75,7 @@ def read_checkpoint(run: Path) -> Checkpoint:
         tier_adapters = {
             int(k): Adapter.from_tensors(tensors, _tier_prefix(k)) for k in header["tier_adapters"]
         }
+        past = _read_past(header["past"])
         prefix = "rescalers."
         rescalers = {int(name[len(prefix) :]): tensors[name] for name in tensors if name.startswith(prefix)}
     except _DAMAGE as error:
@@ -81,8 +83,14 @@ def read_checkpoint(run: Path) -> Checkpoint:
             f"{path}: truncated or no fedflame checkpoint ({error}); nothing was changed"
         ) from error
     adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
-    state = ServerState(adapter, rescalers, merged, trainable, ranks, tier_adapters)
+    state = ServerState(adapter, rescalers, merged, trainable, ranks, tier_adapters, past)
     return Checkpoint(number, metrics_bytes, state)
+
+
+def _read_past(values: dict[str, Any]) -> Past:
+    """Return what `asdict` made of it; numbers of JSON come back bit for bit."""
+    paces, rescaler_paces = (tuple(map(float, values[name])) for name in ("paces", "rescaler_paces"))
+    return Past(float(values["reach"]), paces, rescaler_paces)
 
 
 def _tier_prefix(k: int) -> str:

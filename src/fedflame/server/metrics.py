@@ -50,5 +50,13 @@ class MetricsFile:
             raise UserError(f"{self._path}: cannot write: {error.strerror}") from error
         return self.size
 
+    def cut(self, size: int) -> None:
+        """Cut off what was written after the first `size` bytes. Raises UserError if the disk fails."""
+        try:
+            self._file.truncate(size)
+            self._file.seek(size)
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write: {error.strerror}") from error
+
     def close(self) -> None:
         self._file.close()
