@@ -27,7 +27,15 @@ from tests.message_samples import (
 from torch import Tensor
 
 from fedflame.errors import InvalidMessage
-from fedflame.messages import NOTHING, Adapter, ClientUpdate, half_of, validate_update
+from fedflame.messages import (
+    NOTHING,
+    Adapter,
+    ClientUpdate,
+    half_of,
+    most_rows,
+    validate_update,
+    with_rows_at_most,
+)
 from fedflame.wire.codec import decode_update, encode_update
 
 # Validation of an update against its plan
@@ -282,6 +290,34 @@ def test_an_update_at_the_limits_is_accepted() -> None:
     for accepted in (update, decode_update(encode_update(update, plan), plan)):
         validate_update(accepted, plan, MAX_LENGTH)
         assert_usable(accepted, plan)
+
+
+@pytest.mark.parametrize(
+    ("claims", "most"),
+    [
+        ([], 0),
+        ([0, 0], 0),
+        ([5], 50),
+        ([3, 2**40], 30),
+        ([2**40, 3, 0, 4], 40),
+        ([100, 300, 200, 1], 1000),
+    ],
+)
+def test_a_client_weighs_by_ten_times_the_median_of_the_claims_at_most(claims: list[int], most: int) -> None:
+    assert most_rows(claims) == most
+
+
+def test_rows_above_the_most_weigh_as_the_most_and_others_as_they_are() -> None:
+    update = valid_update()
+    assert with_rows_at_most(update, 39).num_examples == 39
+    assert all(with_rows_at_most(update, most) is update for most in (0, 40, 41))
+
+
+def test_an_update_without_its_loss_comes_back_and_is_accepted() -> None:
+    withheld, plan = replace(valid_update(), loss=None), a_plan()
+    received = decode_update(encode_update(withheld, plan), plan)
+    assert received.loss is None
+    validate_update(received, plan, MAX_LENGTH)
 
 
 def test_combine_and_tensors_name_every_value() -> None:

@@ -7,8 +7,9 @@ turns messages into bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from statistics import median_low
 
 import torch
 from torch import Tensor
@@ -214,8 +215,9 @@ class ClientUpdate:
     """Rows that it trained on in the round, each counted once."""
     steps: int
     """Optimizer steps taken."""
-    loss: float
-    """Mean loss of the response tokens over the round's steps, in nats per token."""
+    loss: float | None
+    """Mean loss of the response tokens over the round's steps, in nats per token. None: the client withholds
+    it, and its counts say only which experts it used."""
     trainable: Trainable = "both"
     """The half that was trained; `delta` is zero in the other half."""
 
@@ -240,7 +242,7 @@ def validate_update(update: ClientUpdate, plan: RoundPlan, max_length: int) -> N
     _validate_values({"rescaler_values": update.rescaler_values}, {"rescaler_values": plan.rescaler_values})
     if plan.rescaler == "fixed" and not torch.equal(update.rescaler_values, plan.rescaler_values):
         raise InvalidMessage("update has other rescaler_values than the fixed ones of the plan")
-    if not math.isfinite(update.loss):
+    if update.loss is not None and not math.isfinite(update.loss):
         raise InvalidMessage(f"update has loss {update.loss}; it must be finite")
     if update.steps > plan.max_steps:
         raise InvalidMessage(f"update has {update.steps} steps; at most {plan.max_steps} were asked for")
@@ -260,6 +262,24 @@ def validate_update(update: ClientUpdate, plan: RoundPlan, max_length: int) -> N
         raise InvalidMessage(
             f"update claims to have trained on {update.trained_examples} rows; 1 to {most} are possible"
         )
+
+
+MOST_TIMES_MEDIAN = 10
+"""A client weighs by at most this many times the median of what clients claim to hold."""
+
+
+def most_rows(claims: Iterable[int]) -> int:
+    """Return the rows by which a client may weigh, from what clients claim to hold; 0 if none has said it.
+
+    Nobody can check a claim. Of two clients the smaller claim is the median.
+    """
+    known = [claim for claim in claims if claim]
+    return MOST_TIMES_MEDIAN * median_low(known) if known else 0
+
+
+def with_rows_at_most(update: ClientUpdate, most: int) -> ClientUpdate:
+    """Return the update with at most so many rows as |D|, its weight in means; 0 leaves it as it is."""
+    return replace(update, num_examples=most) if 0 < most < update.num_examples else update
 
 
 def _validate_values(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:

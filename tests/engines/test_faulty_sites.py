@@ -25,6 +25,8 @@ from fedflame.errors import UserError
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run_folder import Existing
 from fedflame.experiment.sites import Sites
+from fedflame.report import write_report
+from fedflame.report.records import read_run
 from fedflame.wire.buffer import pack, unpack
 from fedflame.wire.codec import decode_plan
 from fedflame.wire.envelope import Envelope
@@ -347,3 +349,64 @@ def test_a_site_that_answers_nonsense_ends_a_run_without_the_others_in_a_line_al
         run_over(engine, tiny_folder, tmp_path / "sites", *shape, existing="resume")
     tiny_run(tiny_folder, tmp_path / "here", *shape)
     assert state_bytes(tmp_path / "sites") == state_bytes(tmp_path / "here")
+
+
+CLAIMED = 2**40
+
+
+def claiming(sites: Deliver, liar: str) -> Deliver:
+    """Sites of which one says, in its description and in every update, that it holds 2^40 rows."""
+
+    def more(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        header["num_examples"] = CLAIMED
+
+    def answer(site: str, request: bytes) -> bytes:
+        honest = Envelope.from_bytes(sites(site, request))
+        if site != liar:
+            return honest.to_bytes()
+        if asked_for(request) is None:
+            return Envelope(honest.header | {"num_examples": CLAIMED}).to_bytes()
+        return reply(request, altered(bytes(honest.body), more))
+
+    return answer
+
+
+def test_a_site_that_claims_rows_without_end_weighs_as_ten_of_the_median_and_this_is_said(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    shape = (
+        "strategy.counted_rows=held",
+        "training.max_steps=1",
+        "server.num_server_rounds=1",
+    )
+    files = make_sites(tiny_folder, tmp_path, [4, 2, 1], *shape)
+    with trainers(list(files.values())) as sites:
+        engine = ThreadEngine(claiming(asking(sites), "site-2"), set(files))
+        shown = run_over(engine, tiny_folder, tmp_path / "sites", *shape)
+    rows = {event["client"]: event["num_examples"] for event in events(tmp_path / "sites", "client")}
+    most = 10 * max(rows[0], rows[1])
+    assert rows[2] == most and not events(tmp_path / "sites", "excluded")
+    assert f"site-2 claims {CLAIMED:,} rows; it weighs as {most:,}, 10 times the median" in shown
+
+
+def test_sites_that_withhold_their_loss_are_shown_without_one_and_no_figure_is_made_up(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    shape = ("training.max_steps=1", "server.num_server_rounds=2")
+    files = make_sites(tiny_folder, tmp_path, [4, 2, 1], *shape)
+    for name, disclosure in (("site-1", "rounded"), ("site-2", "withheld")):
+        files[name].write_text(files[name].read_text() + f'[limits]\ndisclosure = "{disclosure}"\n')
+    with trainers(list(files.values())) as sites:
+        engine = ThreadEngine(asking(sites), set(files))
+        shown = run_over(engine, tiny_folder, tmp_path / "sites", *shape)
+    updates = events(tmp_path / "sites", "client")
+    losses = {event["client"]: event["loss"] for event in updates}
+    assert losses[2] is None and losses[1] == round(losses[1], 1) and losses[0] != round(losses[0], 1)
+    assert [event["counts"] == [] for event in updates] == [False, False, True] * 2
+    assert "site-2 (k=1) loss withheld, " in shown
+    record = read_run(tmp_path / "sites")
+    sections = write_report(tmp_path / "sites").read_text().split("<section")
+    (page,) = [part for part in sections if "Excluded" in part]
+    told = [update for update in record.updates if update.round == 1 and update.loss is not None]
+    mean = sum((update.loss or 0) * update.tokens for update in told) / sum(update.tokens for update in told)
+    assert len(told) == 2 and f"{mean:.3f}" in page

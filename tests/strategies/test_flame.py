@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.random_rounds import EXPERTS, LAYERS, RANK, K, an_adapter, an_update, bits
 
+from fedflame.config.words import CountNormalization
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies import FedAvg, Flame
 from fedflame.strategies.base import ClientProfile, ServerState
@@ -108,6 +109,22 @@ def test_a_client_that_spreads_its_tokens_evenly_weighs_as_much_per_slot_whateve
     }
     torch.testing.assert_close(ratios["token"], torch.full((LAYERS, EXPERTS), 4.0))
     torch.testing.assert_close(ratios["slot"], torch.ones(LAYERS, EXPERTS))
+
+
+@pytest.mark.parametrize("normalization", ["token", "slot"])
+def test_a_client_that_lies_about_its_counts_weighs_as_eight_times_the_even_share_at_most(
+    normalization: CountNormalization,
+) -> None:
+    """One of 64 experts for all tokens at k = 1: beside three others 8 parts of 11, and not 64 of 67."""
+    honest = replace(zero_update(0), counts=torch.full((1, 64), 10), tokens=640, active_experts=1)
+    liar = replace(honest, counts=torch.zeros(1, 64, dtype=torch.int64))
+    liar.counts[0, 5] = 640
+    one, other = (expert_weights(update, 3, 1.0, normalization) for update in (honest, liar))
+    assert float(other[0, 5] / (3 * one[0, 5] + other[0, 5])) == pytest.approx(8 / 11)
+    assert not other[0, :5].any() and not other[0, 6:].any()
+    liar.counts[0, 5], liar.counts[0, 6] = 80, 560
+    just, capped = expert_weights(liar, 3, 2.0, normalization)[0, 5:7].tolist()
+    assert just == capped == pytest.approx(64 * float(expert_weights(honest, 3, 2.0, normalization)[0, 0]))
 
 
 def test_two_clients_by_hand() -> None:

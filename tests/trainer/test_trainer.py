@@ -8,6 +8,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from tests.engines_here import write_site
 from tests.fake_cards import fake_cards, load_on_cpu
 from tests.tiny_models import TOP_K
+from tests.trainer_asked import MODEL, ROWS, RUN, Told, request
 
 from fedflame.base.adapted import load_adapted_model
 from fedflame.base.files import model_digest
@@ -26,7 +28,7 @@ from fedflame.errors import UserError
 from fedflame.messages import RoundPlan
 from fedflame.trainer.ask import answer_pieces, ask
 from fedflame.trainer.job import TrainingJob
-from fedflame.trainer.server import serve, sole_trainer
+from fedflame.trainer.server import MOST_CONNECTIONS, serve, sole_trainer
 from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import load_site
 from fedflame.trainer.unix_socket import listening
@@ -34,67 +36,6 @@ from fedflame.training.fine_tune import fine_tune
 from fedflame.wire.addition import encode_addition, plan_digest
 from fedflame.wire.codec import encode_plan, encode_update
 from fedflame.wire.envelope import Envelope, receive
-
-RUN = "ab" * 16
-MODEL = "the-model"
-ROWS = 7
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("silo") / "rows.jsonl"
-    lines = [f'{{"instruction": "add {n} and 2", "response": "{n + 2}"}}\n' for n in range(ROWS)]
-    path.write_text("".join(lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def job(tiny_folder: Path) -> TrainingJob:
-    return TrainingJob(
-        model_name_or_path=MODEL,
-        model_digest=model_digest(str(tiny_folder)),
-        dtype="float32",
-        r=3,
-        lora_alpha=6.0,
-        target_modules="q_proj",
-        max_length=32,
-        num_server_rounds=5,
-    )
-
-
-@pytest.fixture(scope="module")
-def plan(tiny_folder: Path, job: TrainingJob) -> RoundPlan:
-    adapted, _ = load_adapted_model(str(tiny_folder), "float32", job.adapter)
-    return RoundPlan(
-        round=2, client=1, seed=5, active_experts=2, rescaler="learned",
-        rescaler_values=torch.ones(len(adapted.layers)),
-        adapter=adapted.initial_adapter(0), learning_rate=0.01, weight_decay=0.0, batch_size=2, max_steps=3,
-    )  # fmt: skip
-
-
-class Told(list[str]):
-    def heard(self, words: str) -> int:
-        return sum(words in line for line in self)
-
-
-@pytest.fixture
-def told() -> Told:
-    return Told()
-
-
-@pytest.fixture
-def make_service(data: Path, tiny_folder: Path, tmp_path: Path, told: Told) -> Callable[..., TrainerService]:
-    def make(more: str = "", k: int = TOP_K) -> TrainerService:
-        path = write_site(tmp_path, "north", data, k, {MODEL: str(tiny_folder)})
-        path.write_text(path.read_text() + more)
-        return TrainerService(load_site(path), told.append)
-
-    return make
-
-
-def request(asked: TrainingJob, plan: RoundPlan, **changes: Any) -> Envelope:
-    header = {"kind": "train", "ticket": "t1", "run": RUN, "site": "north", "job": asked.model_dump()}
-    return Envelope(header | changes, encode_plan(plan))
 
 
 def test_its_update_is_that_of_training_the_same_rows_here(
@@ -251,7 +192,7 @@ def test_of_few_runs_all_states_are_kept(
     for name in others:
         (tmp_path / "state" / name).mkdir(parents=True)
     make_service().answer(request(job, plan))
-    assert {path.name for path in (tmp_path / "state").iterdir()} == others | {RUN}
+    assert {path.name for path in (tmp_path / "state").iterdir() if path.is_dir()} == others | {RUN}
 
 
 LIMITS = "[limits]\n"
@@ -451,10 +392,10 @@ def test_a_plan_that_is_none_is_refused_and_one_that_does_not_fit_fails(
     assert service.answer(garbage).header["reason"] == "7 bytes that are no fedflame message"
     tampered = Envelope(garbage.header, encode_plan(plan)[:-1] + b"x")
     assert "its checksum is wrong" in service.answer(tampered).header["reason"]
-    misfit = service.answer(request(job, replace(plan, adapter=plan.adapter.with_rank(job.r + 1))))
-    assert (
-        misfit.header["kind"] == "failed" and "is (4, 24); the model needs (3, 24)" in misfit.header["reason"]
-    )
+    larger = service.answer(request(job, replace(plan, adapter=plan.adapter.with_rank(job.r + 1))))
+    assert larger.header["reason"] == "the plan has rank 4; its job says r = 3"
+    misfit = service.answer(request(job, replace(plan, adapter=replace(plan.adapter, attention={}))))
+    assert misfit.header["kind"] == "failed" and "is missing; the model needs" in misfit.header["reason"]
     smaller = service.answer(request(job, replace(plan, adapter=plan.adapter.with_rank(job.r - 1))))
     assert smaller.header["kind"] == "update", "some methods give a client fewer ranks"
     other = service.answer(request(job.model_copy(update={"target_modules": "nonsense"}), plan))
@@ -548,6 +489,28 @@ def test_nonsense_at_the_door_ends_that_connection_only(door: Path, told: Told) 
             receive(connection)
     assert told.heard("refused: bytes that are no envelope")
     assert ask(door, DESCRIBE, patience=1).header["kind"] == "description"
+
+
+def test_a_plan_that_is_longer_than_the_memory_allows_is_not_read(
+    tmp_path: Path, make_service: Callable[..., TrainerService], told: Told
+) -> None:
+    service, path = make_service("[limits]\nmax_memory = 4e-6\n"), tmp_path / "door" / "trainer.sock"
+    with listening(path) as listener:
+        threading.Thread(target=serve, args=(listener, service, told.append), daemon=True).start()
+        assert ask(path, Envelope(DESCRIBE.header, bytes(1000)), patience=1).header["kind"] == "description"
+        with pytest.raises(OSError, match="no trainer at"):
+            ask(path, Envelope(DESCRIBE.header, bytes(1001)), patience=0)
+    assert told.heard("refused: envelope with a body of 1,001 bytes; at most 1,000 are read") == 1
+
+
+def test_of_many_connections_some_are_closed_until_others_end(door: Path, told: Told) -> None:
+    with ExitStack() as held:
+        for _ in range(MOST_CONNECTIONS):
+            held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)).connect(str(door))
+        with pytest.raises(OSError, match="no trainer at"):
+            ask(door, DESCRIBE, patience=0)
+        assert told.heard(f"refused: a connection beside {MOST_CONNECTIONS} others") == 1
+    assert ask(door, DESCRIBE, patience=5).header["kind"] == "description"
 
 
 def test_a_trainer_that_stays_away_is_named(tmp_path: Path) -> None:

@@ -39,5 +39,8 @@ class Clients(Protocol):
     def num_examples(self) -> Sequence[int]:
         """Return the number of rows of each client; 0 if that is not known yet."""
 
+    def most_rows(self) -> int:
+        """Return the rows by which a client may weigh at most; 0 if nobody could claim more than it has."""
+
     def name(self, client: int) -> str:
         """Return the name of this client in messages."""

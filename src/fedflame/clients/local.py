@@ -32,6 +32,9 @@ class LocalClients:
     def num_examples(self) -> list[int]:
         return [len(rows) for rows in self.rows]
 
+    def most_rows(self) -> int:
+        return 0
+
     def name(self, client: int) -> str:
         return f"client {client}"
 

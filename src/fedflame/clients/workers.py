@@ -152,6 +152,9 @@ class WorkerClients:
         finally:  # only if the caller left the stream before its end is a worker at work
             self._stop([number for number, worker in self._workers.items() if worker.asked])
 
+    def most_rows(self) -> int:
+        return self._own.most_rows()
+
     def num_examples(self) -> list[int]:
         return self._own.num_examples()
 

@@ -16,6 +16,8 @@ Trainable = Literal["both", "A", "B"]
 """The half of every product B A that a client trains; a frozen half keeps its bits."""
 UpdateDtype = Literal["float32", "bfloat16", "int8"]
 """How the values of an update travel; see `wire.values`."""
+Disclosure = Literal["exact", "rounded", "withheld"]
+"""What a site tells of its mean loss and of its activation counts; see `trainer.disclosure`."""
 CountedRows = Literal["trained", "held"]
 """The rows of a client that count in a mean: those it trained on in the round, each once, or all it holds."""
 Checkpointed = Literal["none", "experts", "layers"]

@@ -17,6 +17,7 @@ from fedflame.engines.answers import Description
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.jobs import engine_jobs
 from fedflame.experiment.sites import Sites
+from fedflame.messages import MOST_TIMES_MEDIAN
 from fedflame.trainer.job import TrainingJob
 
 
@@ -49,6 +50,8 @@ def site_clients(
             say=say,
         )
         _leave_out_who_affords_less(clients, clients.describe(), config, num_experts_per_tok)
+        if config.strategy.counted_rows == "held":
+            _say_whose_rows_are_too_many(clients)
         _record(run, clients)
         yield clients
 
@@ -100,6 +103,16 @@ def _leave_out_who_affords_less(
                 f"{name} refuses the rounds in which it would train with more than k = {most}; ask for less "
                 "(strategy.k_rotation = 'smaller'), or let its owner allow more "
                 f"(trainer.max_active_experts = {largest})"
+            )
+
+
+def _say_whose_rows_are_too_many(clients: EngineClients) -> None:
+    most = clients.most_rows()
+    for name, rows in zip(clients.sites, clients.num_examples(), strict=True):
+        if rows > most:
+            clients.say(
+                f"{name} claims {rows:,} rows; it weighs as {most:,}, {MOST_TIMES_MEDIAN} times the median "
+                "(strategy.counted_rows = 'held')"
             )
 
 

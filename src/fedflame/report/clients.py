@@ -204,8 +204,9 @@ def rounds(run: Run) -> Markup:
 def _round_row(run: Run, number: int) -> list[object]:
     end = next((event for event in run.rounds if event.round == number), None)
     updates = [update for update in run.updates if update.round == number]
-    tokens = sum(update.tokens for update in updates)
-    loss = sum(update.loss * update.tokens for update in updates) / tokens if tokens else None
+    told = [(update.loss, update.tokens) for update in updates if update.loss is not None]
+    tokens = sum(tokens for _, tokens in told)
+    loss = sum(loss * tokens for loss, tokens in told) / tokens if tokens else None
     excluded = [
         element("div", f"Client {event.client} ({tier_label(event.active_experts)}): {event.reason}")
         for event in run.exclusions

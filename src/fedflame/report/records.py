@@ -61,8 +61,8 @@ class ClientRound:
     round: int
     client: int
     active_experts: int
-    loss: float
-    """Mean over the steps, in nats per response token."""
+    loss: float | None
+    """Mean over the steps, in nats per response token; None if the client withholds it."""
     tokens: int
     """Non-padding tokens trained on."""
     steps: int
@@ -79,7 +79,7 @@ class ClientRound:
     rescaler: list[float]
     """[L] s per MoE layer after training."""
     counts: list[list[int]]
-    """[L,E] tokens routed to each expert."""
+    """[L,E] tokens routed to each expert; empty if the client withholds them."""
     norms: dict[str, float] = field(default_factory=dict)
     """L2 norms of the delta by kind of bank and of attention, and of the rescaler's step."""
     pace: float | None = None

@@ -13,7 +13,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined] # not in its 
 from fedflame.clients.answers import Answer
 from fedflame.cost.run_cost import local_steps
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.messages import ClientUpdate, RoundPlan, validate_update
+from fedflame.messages import ClientUpdate, RoundPlan, validate_update, with_rows_at_most
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
 from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
@@ -177,6 +177,7 @@ class _Updates:
             validate_update(update, plan, server.config.data.max_length)
             _validate_rows(update, profile)
             require_within_reach(update, plan, self._state.past.reach, server.adapted.num_experts_per_tok)
+            update = with_rows_at_most(update, server.clients.most_rows())
         except InvalidMessage as error:
             self._exclude(profile.client, plan.active_experts, str(error))
             return None
@@ -209,12 +210,13 @@ class _Updates:
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             rescaler=update.rescaler_values.tolist(),
-            counts=update.counts.tolist(),
+            counts=[] if update.loss is None else update.counts.tolist(),
             norms=dict(one.norms),
             pace=one.pace.delta,
         )
+        loss = "withheld" if update.loss is None else f"{update.loss:.3f}"
         server.reporter.message(
-            f"round {update.round}: {server.clients.name(update.client)} (k={k}) loss {update.loss:.3f}, "
+            f"round {update.round}: {server.clients.name(update.client)} (k={k}) loss {loss}, "
             f"{update.tokens:,} tokens, {update.tokens / seconds:,.0f} tokens/s"
         )
 

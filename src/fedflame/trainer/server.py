@@ -14,6 +14,9 @@ from fedflame.trainer.site import Site
 from fedflame.trainer.unix_socket import same_user
 from fedflame.wire.envelope import receive, send
 
+MOST_CONNECTIONS = 16
+"""Each may hold a plan in memory while it waits for the training of another."""
+
 
 @contextmanager
 def sole_trainer(site: Site) -> Iterator[None]:
@@ -37,26 +40,41 @@ def sole_trainer(site: Site) -> Iterator[None]:
 
 
 def serve(listener: socket.socket, service: TrainerService, say: Callable[[str], None]) -> None:
-    """Answer all connections, each in a thread of its own, until the listener is closed."""
+    """Answer all connections, each in a thread of its own, until the listener is closed.
+
+    A connection beyond `MOST_CONNECTIONS` is closed at once, and whoever asks tries again.
+    """
+    room = threading.BoundedSemaphore(MOST_CONNECTIONS)
     while True:
         try:
             connection, _ = listener.accept()
         except OSError:
             return
-        threading.Thread(target=_converse, args=(connection, service, say), daemon=True).start()
+        if room.acquire(blocking=False):
+            threading.Thread(target=_converse, args=(connection, room, service, say), daemon=True).start()
+        else:
+            say(f"refused: a connection beside {MOST_CONNECTIONS} others")
+            connection.close()
 
 
-def _converse(connection: socket.socket, service: TrainerService, say: Callable[[str], None]) -> None:
-    """Answer requests on one connection until it ends."""
-    with connection:
-        if not same_user(connection):
-            say("refused: a connection of another user")
-            return
-        try:
+def _converse(
+    connection: socket.socket,
+    room: threading.BoundedSemaphore,
+    service: TrainerService,
+    say: Callable[[str], None],
+) -> None:
+    """Answer requests on one connection until it ends, and make room for another."""
+    try:
+        with connection:
+            if not same_user(connection):
+                say("refused: a connection of another user")
+                return
             while True:
-                answer = service.answer(receive(connection))
+                answer = service.answer(receive(connection, service.longest_request))
                 send(connection, answer.header, answer.body)
-        except InvalidMessage as error:
-            say(f"refused: {error}")
-        except (EOFError, OSError):
-            return
+    except InvalidMessage as error:
+        say(f"refused: {error}")
+    except (EOFError, OSError):
+        return
+    finally:
+        room.release()

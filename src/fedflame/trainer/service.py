@@ -25,28 +25,36 @@ from fedflame.base.adapted import load_adapted_model
 from fedflame.base.card_memory import require_room, spread_if_needed, training_need, training_words
 from fedflame.base.device import DeviceChoice, choose_device, device_in_words
 from fedflame.base.files import model_config_path, model_digest
+from fedflame.base.memory_limit import memory_limit
 from fedflame.base.out_of_memory import training_memory_in_words
 from fedflame.clients.local import reason
 from fedflame.cost.flops import training_flops_per_token
-from fedflame.cost.model_shape import read_model_shape
+from fedflame.cost.model_shape import ModelShape, read_model_shape
 from fedflame.data.encoding import EncodedRow, encode_rows, pad_token
 from fedflame.data.instructions import Instruction, SkippedRow, load_instructions
 from fedflame.errors import InvalidMessage
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.trainer.disclosure import disclosed
 from fedflame.trainer.job import TrainingJob
+from fedflame.trainer.ledger import begin_round
+from fedflame.trainer.limits import (
+    Refusal,
+    largest_step,
+    memory_needed,
+    require_allowed,
+    require_enough,
+    require_memory,
+    time_limit,
+)
 from fedflame.trainer.site import Site
 from fedflame.training.error_feedback import Residuals, encode_with_feedback
 from fedflame.training.fine_tune import fine_tune
 from fedflame.wire.addition import decode_addition, plan_digest
 from fedflame.wire.codec import decode_plan, decode_update
-from fedflame.wire.envelope import Envelope
+from fedflame.wire.envelope import LONGEST_BODY, Envelope
 
 _RUN = re.compile(r"[0-9a-f]{32}")
-
-
-class Refusal(Exception):
-    """The site refuses a request. The message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +92,18 @@ class TrainerService:
         """The number of rows that the site holds."""
         return len(self._rows)
 
+    @property
+    def longest_request(self) -> int:
+        """The most bytes of a plan. While it is read, there are several copies of it in memory."""
+        memory = self._site.limits.max_memory * 1e9 or memory_limit()
+        return min(LONGEST_BODY, int(memory) // 4)
+
     def answer(self, request: Envelope) -> Envelope:
         """Answer a request. An error becomes an answer of kind "refused" or "failed", never an exception."""
         echoed = {name: request.header.get(name) for name in ("ticket", "run")} | {"site": self._site.name}
         try:
             header, body = self._answer(request)
-        except (Refusal, InvalidMessage) as error:
+        except InvalidMessage as error:
             header, body = {"kind": "refused", "reason": str(error)}, b""
         except Exception as error:
             header, body = {"kind": "failed", "reason": reason(error)}, b""
@@ -114,7 +128,7 @@ class TrainerService:
         if kind != "train":
             raise InvalidMessage(f"request of kind {kind!r}; describe and train are known")
         job, message = TrainingJob.read(request.header.get("job"), "job"), bytes(request.body)
-        if request.header.get("addition"):
+        if request.truth("addition"):
             try:
                 message = decode_addition(message, self._held(run))
             except InvalidMessage as error:
@@ -145,6 +159,7 @@ class TrainerService:
             answer = _remembered(known, digest, plan)
             if answer is None:
                 start = time.monotonic()
+                begin_round(self._site.state_path, run, digest, self._site.limits)
                 self._make_room(run)
                 self._say(f"run {run[:8]} round {plan.round}: training with k={plan.active_experts}")
                 update = self._fine_tune(job, plan, known.parent)
@@ -166,10 +181,14 @@ class TrainerService:
             shutil.rmtree(old, ignore_errors=True)
 
     def _fine_tune(self, job: TrainingJob, plan: RoundPlan, state: Path) -> bytes:
+        on_step, limits = time_limit(self._site.limits), self._site.limits
         ready, checkpointing = self._loaded(job, plan), self._site.trainer.gradient_checkpointing
+        self._require_memory(job, plan, largest_step(plan, ready.rows))
         with training_memory_in_words(ready.adapted.model.device, plan, checkpointing):
-            update = fine_tune(ready.adapted, ready.rows, plan, pad_token(ready.tokenizer))
-        return encode_with_feedback(update, plan, Residuals(state / "residuals"))
+            update = fine_tune(ready.adapted, ready.rows, plan, pad_token(ready.tokenizer), on_step)
+        require_enough(limits, update)
+        told, residuals = disclosed(update, limits.disclosure), Residuals(state / "residuals")
+        return encode_with_feedback(told, plan, residuals, limits.max_update_norm)
 
     def _loaded(self, job: TrainingJob, plan: RoundPlan) -> _Ready:
         """Return the model with the job's adapter and the encoded rows; load them unless they are loaded."""
@@ -186,35 +205,32 @@ class TrainerService:
 
     def _place(self, job: TrainingJob, plan: RoundPlan) -> DeviceChoice:
         """Return the site's device, all its cards if one is too small. Raises UserError if these are, too."""
-        shape = read_model_shape(model_config_path(self._site.models[job.model_name_or_path]))
         checkpointing = self._site.trainer.gradient_checkpointing
         work = training_words(plan.active_experts, plan.tokens_per_step, plan.batch_size, checkpointing)
-        need = training_need(shape, job.adapter, job.dtype, work)
+        need = training_need(self._shape(job), job.adapter, job.dtype, work)
         device = spread_if_needed(self.device, need)
         require_room(device, need)
         return device
 
     def _require_allowed(self, job: TrainingJob, plan: RoundPlan) -> None:
         """Raise Refusal if the site's file does not allow the job or the plan, before anything is loaded."""
-        limits = self._site.limits
-        if job.model_name_or_path not in self._site.models:
-            allowed = ", ".join(self._site.models)
-            raise Refusal(f"model {job.model_name_or_path!r} is not allowed here; {allowed} may be trained")
-        tokens = plan.max_steps * max(plan.tokens_per_step, plan.batch_size * job.max_length)
-        for what, asked, most in (
-            ("k", plan.active_experts, self._site.most_experts),
-            ("rounds", job.num_server_rounds, limits.max_rounds),
-            ("round", plan.round, limits.max_rounds),
-            ("steps", plan.max_steps, limits.max_steps),
-            ("tokens", tokens, limits.max_tokens),
-        ):
-            if asked > most:
-                raise Refusal(f"the plan asks for {what} = {asked:,}; this site allows at most {most:,}")
+        require_allowed(self._site, job, plan)
         self._require_same_model(job)
+        limits, tokens = self._site.limits, plan.most_tokens(plan.max_steps, job.max_length)
         if limits.max_flops and (flops := tokens * self._flops_per_token(job, plan)) > limits.max_flops:
             raise Refusal(
                 f"the plan asks for {flops:.3g} FLOPs; this site allows at most {limits.max_flops:.3g}"
             )
+        self._require_memory(job, plan, 0)
+
+    def _require_memory(self, job: TrainingJob, plan: RoundPlan, step_tokens: int) -> None:
+        """Raise Refusal if a round with so many tokens in its largest step takes more memory than allowed."""
+        checkpointing = self._site.trainer.gradient_checkpointing
+        needed = memory_needed(self._shape(job), job, plan, step_tokens, checkpointing, self.device)
+        require_memory(self._site.limits, self.device, needed)
+
+    def _shape(self, job: TrainingJob) -> ModelShape:
+        return read_model_shape(model_config_path(self._site.models[job.model_name_or_path]))
 
     def _require_same_model(self, job: TrainingJob) -> None:
         path = self._site.models[job.model_name_or_path]
@@ -227,9 +243,8 @@ class TrainerService:
             )
 
     def _flops_per_token(self, job: TrainingJob, plan: RoundPlan) -> float:
-        shape = read_model_shape(model_config_path(self._site.models[job.model_name_or_path]))
         setting = (plan.adapter.rank, job.adapter.target_modules, job.max_length)
-        return training_flops_per_token(shape, plan.active_experts, *setting).total
+        return training_flops_per_token(self._shape(job), plan.active_experts, *setting).total
 
 
 def _load_rows(site: Site) -> tuple[list[Instruction], list[SkippedRow]]:

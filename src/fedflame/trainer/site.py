@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from fedflame.config.sections import EMBEDDED_MODEL, Device
 from fedflame.config.settings import Section, SettingsFile, load_file
-from fedflame.config.words import Checkpointed
+from fedflame.config.words import Checkpointed, Disclosure
 
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -53,7 +53,10 @@ class SiteTrainer(Section):
 
 
 class SiteLimits(Section):
-    """The most that a plan may ask for. A plan that asks for more is refused with the reason."""
+    """What a plan may ask for, and what leaves the site. A plan that asks for more is refused.
+
+    Runs and rounds are counted in the ledger of the trainer's state folder.
+    """
 
     max_rounds: Annotated[int, Field(ge=1)] = 1000
     """Largest number of rounds of a run."""
@@ -63,6 +66,27 @@ class SiteLimits(Section):
     """Largest number of tokens in a round, with padding."""
     max_flops: Annotated[float, Field(ge=0)] = 0.0
     """Largest number of FLOPs in a round; 0 means no limit."""
+    max_rank: Annotated[int, Field(ge=1)] = 256
+    """Largest LoRA rank."""
+    max_memory: Annotated[float, Field(ge=0)] = 0.0
+    """Largest memory of a round, in GB, as estimated before it: model, adapter, moments and activations. 0:
+    on a CPU, the memory of the machine or of its container; on a card, no limit."""
+    max_seconds_per_round: Annotated[float, Field(ge=0)] = 0.0
+    """Largest number of seconds in a round. It is looked at after every optimizer step; 0 means no limit."""
+    max_rounds_per_day: Annotated[int, Field(ge=0)] = 0
+    """Largest number of rounds, of all runs, within 24 hours; 0 means no limit."""
+    max_runs: Annotated[int, Field(ge=0)] = 0
+    """Largest number of runs that the site ever takes part in; 0 means no limit."""
+    min_rows_per_update: Annotated[int, Field(ge=1)] = 1
+    """Smallest number of different rows behind an update. Fewer rows show more of each in the update."""
+    min_tokens_per_update: Annotated[int, Field(ge=1)] = 1
+    """Smallest number of tokens behind an update."""
+    max_update_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest L2 norm of an update, over all values of the adapter and the rescalers. The trainer scales a
+    larger one down, whatever the plan says; 0 means no limit."""
+    disclosure: Disclosure = "exact"
+    """What the hub learns of the mean loss and of the activation counts. `rounded`: one decimal of the loss,
+    and rough counts. `withheld`: no loss, and counts that say only which experts were used."""
 
 
 class SiteNvflare(Section):

@@ -16,9 +16,12 @@ import torch
 from fedflame.atomic_file import write_atomically
 from fedflame.errors import UserError
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
+from fedflame.training.update_norm import scaled_update, update_norm
 from fedflame.wire.buffer import pack, unpack
 from fedflame.wire.codec import decode_update, encode_update
 
+_ROOM_FOR_ROUNDING = 0.99
+"""A scaled update is rounded anew, to bfloat16 by up to 1 in 256 of each value."""
 _KEPT = 2
 """Rounds whose residuals are kept: the last, and the one before in case the server repeats the last."""
 
@@ -58,22 +61,38 @@ class Residuals:
         return sorted((self.folder / str(client)).glob("*.safetensors"), key=lambda path: int(path.stem))
 
 
-def encode_with_feedback(update: ClientUpdate, plan: RoundPlan, residuals: Residuals) -> bytes:
+def encode_with_feedback(
+    update: ClientUpdate, plan: RoundPlan, residuals: Residuals, max_norm: float = 0.0
+) -> bytes:
     """Encode an update. With `error_feedback` in the plan, add the residual first and store the new one.
 
     Parts that are not sent (experts without activation, a frozen half) stay in the residual.
 
+    Args:
+        update: what the client learned.
+        plan: the plan that it answers.
+        residuals: where residuals are stored.
+        max_norm: bound on the L2 norm of what is sent, residual and rounding included; 0 for none.
+
     Raises:
         UserError: the stored residual is damaged, or the disk is full.
     """
-    if not plan.error_feedback:
-        return encode_update(update, plan)
-    owed = residuals.before(plan.client, plan.round)
+    owed = residuals.before(plan.client, plan.round) if plan.error_feedback else None
     if owed is not None:
         delta = update.delta.combine(owed.with_rank(update.delta.rank), torch.add)
         update = replace(update, delta=delta)
+    if max_norm:
+        update = _within(update, plan, max_norm)
     message = encode_update(update, plan)
+    if not plan.error_feedback:
+        return message
     residual = update.delta.combine(decode_update(message, plan).delta, torch.sub)
     if all(bool(value.isfinite().all()) for value in residual.tensors().values()):
         residuals.keep(plan.client, plan.round, residual)
     return message
+
+
+def _within(update: ClientUpdate, plan: RoundPlan, max_norm: float) -> ClientUpdate:
+    """Return the update, scaled down if what travels of it has a larger norm."""
+    size = update_norm(decode_update(encode_update(update, plan), plan), plan)
+    return update if size <= max_norm else scaled_update(update, plan, _ROOM_FOR_ROUNDING * max_norm / size)

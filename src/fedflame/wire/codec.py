@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import fields, replace
-from typing import Any, get_args, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ from fedflame.wire.plan_ranges import require_possible
 from fedflame.wire.planes import compress, decompress
 from fedflame.wire.values import layout, restored, rounded
 
+_TYPES: dict[Any, tuple[type, ...]] = {
+    int: (int,),
+    float: (float, int),
+    float | None: (float, int, NoneType),
+    bool: (bool,),
+    Tensor: (Tensor,),
+}
+"""The type of a field -> the types that its value may have; True is no 1."""
 _NAMES_AND_SCALARS = 1 << 20
 """Bytes allowed beyond the values of an update: the names and shapes of thousands of tensors."""
 
@@ -141,7 +150,8 @@ def _unpacked(travelled: Adapter, update: ClientUpdate, plan: RoundPlan) -> Adap
 
 
 def _packed(kind: str, message: RoundPlan | ClientUpdate, tensors: dict[str, Tensor]) -> bytes:
-    scalars = {name: value for name, value in vars(message).items() if isinstance(value, int | float | str)}
+    known = (int, float, str, NoneType)
+    scalars = {name: value for name, value in vars(message).items() if isinstance(value, known)}
     return pack(tensors, {"kind": kind, **scalars})
 
 
@@ -174,12 +184,12 @@ def _require_type(name: str, wanted: Any, value: object) -> None:
     """Refuse values of a wrong type: JSON allows NaN for `tokens`, which would pass every comparison."""
     if isinstance(value, int) and abs(value) >= 2**63:
         raise InvalidMessage(f"{name} is an integer of more than 64 bits")
-    choices = get_args(wanted)  # the values of a Literal; empty for other types
-    if choices and value not in choices:
-        raise InvalidMessage(f"{name} is {value!r}; {', '.join(choices)} are allowed")
-    allowed = {int: (int,), float: (float, int), bool: (bool,), Tensor: (Tensor,)}.get(wanted)
+    if get_origin(wanted) is Literal and value not in get_args(wanted):
+        raise InvalidMessage(f"{name} is {value!r}; {', '.join(get_args(wanted))} are allowed")
+    allowed = _TYPES.get(wanted)
     if allowed is not None and type(value) not in allowed:
-        raise InvalidMessage(f"{name} is of type {type(value).__name__}; {wanted.__name__} is needed")
+        words = " or ".join(kind.__name__ for kind in allowed)
+        raise InvalidMessage(f"{name} is of type {type(value).__name__}; {words} is needed")
 
 
 def _require_names(got: Collection[str], wanted: Collection[str]) -> None:

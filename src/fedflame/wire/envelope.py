@@ -49,6 +49,13 @@ class Envelope:
             raise InvalidMessage(f"field {name} is {value!r}; an integer is needed")
         return value
 
+    def truth(self, name: str) -> bool:
+        """Return a field of the header. Raises InvalidMessage if it is neither true, false nor absent."""
+        value = self.header.get(name, False)
+        if type(value) is not bool:
+            raise InvalidMessage(f"field {name} is {value!r}; true or false is needed")
+        return value
+
     def to_bytes(self) -> bytes:
         """The inverse of `from_bytes`."""
         return b"".join(self.pieces())

@@ -1,0 +1,57 @@
+"""What a site tells of its mean loss and of its activation counts: all, in rough numbers, or nothing.
+
+The hub needs counts whose sum is right, and the delta of an expert shows anyway whether it was used. So rough
+counts keep both: in each layer they sum to tokens x k, and an expert that was used has a count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fedflame.config.words import Disclosure
+from fedflame.messages import ClientUpdate
+
+_LOSS_DIGITS = 1
+"""Decimals of a rounded loss, in nats."""
+
+
+def disclosed(update: ClientUpdate, disclosure: Disclosure) -> ClientUpdate:
+    """Return the update as the site tells it.
+
+    `rounded`: the loss has one decimal, and the counts are shared out by their first digits. `withheld`:
+    there is no loss, and the counts of a layer are shared out evenly over the experts that were used.
+    """
+    if disclosure == "exact":
+        return update
+    layers = [
+        _shared_out(
+            [_first_digit(count) if disclosure == "rounded" else min(count, 1) for count in layer],
+            update.tokens * update.active_experts,
+            update.tokens,
+        )
+        for layer in update.counts.tolist()
+    ]
+    loss = None
+    if disclosure == "rounded" and update.loss is not None:
+        loss = round(update.loss, _LOSS_DIGITS)
+    return replace(update, counts=torch.tensor(layers), loss=loss)
+
+
+def _first_digit(count: int) -> int:
+    """Return the count with zeros after its first digit."""
+    digits = str(count)
+    return int(digits[0] + "0" * (len(digits) - 1))
+
+
+def _shared_out(weights: list[int], total: int, most: int) -> list[int]:
+    """Share `total` in proportion to the weights; a share is from 1 to `most`, and 0 where the weight is."""
+    shares = [0] * len(weights)
+    order = sorted((index for index, weight in enumerate(weights) if weight), key=lambda i: -weights[i])
+    left, weight_left = total, sum(weights)
+    for behind, index in zip(range(len(order) - 1, -1, -1), order, strict=True):
+        share = round(left * weights[index] / weight_left)
+        shares[index] = min(max(share, 1, left - most * behind), most, left - behind)
+        left, weight_left = left - shares[index], weight_left - weights[index]
+    return shares

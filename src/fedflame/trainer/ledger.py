@@ -1,0 +1,105 @@
+"""The site's record of the rounds that it has trained, which its limits on runs and rounds count.
+
+Every line is one round that began. It is on the disk before the round's training begins, so that no crash
+makes a round uncounted. The same plan of the same run gives the same bytes again and is counted once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedflame.errors import UserError
+from fedflame.trainer.limits import Refusal
+from fedflame.trainer.site import SiteLimits
+
+FILE_NAME = "ledger.jsonl"
+_DAY_SECONDS = 86400.0
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that began."""
+
+    run: str
+    plan: str
+    """Digest of plan and job."""
+    time: float
+    """Seconds since 1970."""
+
+
+def begin_round(folder: Path, run: str, plan: str, limits: SiteLimits) -> None:
+    """Record a round in the ledger of this folder, unless it stands there.
+
+    Raises:
+        Refusal: the site's limits on runs or rounds are reached.
+        UserError: the ledger is damaged or cannot be written.
+    """
+    path, now = folder / FILE_NAME, time.time()
+    rounds = read_ledger(path)
+    if any((known.run, known.plan) == (run, plan) for known in rounds):
+        return
+    require_allowed_number(rounds, run, limits, now)
+    _append(path, Round(run, plan, now))
+
+
+def require_allowed_number(rounds: Sequence[Round], run: str, limits: SiteLimits, now: float) -> None:
+    """Raise Refusal if another round of this run is one too many."""
+    runs = {known.run for known in rounds}
+    if limits.max_runs and run not in runs and len(runs) >= limits.max_runs:
+        raise Refusal(f"this site has taken part in {len(runs)} runs; it allows at most {limits.max_runs}")
+    # A clock that was set back makes no round uncounted.
+    today = sum(known.time > now - _DAY_SECONDS for known in rounds)
+    if limits.max_rounds_per_day and today >= limits.max_rounds_per_day:
+        raise Refusal(
+            f"this site has trained {today} rounds in 24 hours; it allows at most {limits.max_rounds_per_day}"
+        )
+
+
+def read_ledger(path: Path) -> list[Round]:
+    """Return the rounds of a ledger; none if there is no file.
+
+    A last line without its end was being written when the machine stopped; its round did not begin.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no round.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return [_round(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _round(path: Path, number: int, line: bytes) -> Round:
+    try:
+        found = Round(**json.loads(line))
+        if [type(value) for value in asdict(found).values()] != [str, str, float]:
+            raise TypeError("a value of another type")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}, line {number}: no record of a round ({error}); without this file the site counts its "
+            "runs and rounds from zero"
+        ) from error
+    return found
+
+
+def _append(path: Path, record: Round) -> None:
+    line = json.dumps(asdict(record)).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with path.open("a+b") as file:
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)  # what a crash left of a line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error

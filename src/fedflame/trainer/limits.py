@@ -1,0 +1,107 @@
+"""What a site allows: its file's limits, held against a plan, its memory, its time and its update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from fedflame.base.device import DeviceChoice
+from fedflame.base.memory_limit import is_short_of_memory, memory_limit
+from fedflame.config.words import Checkpointed
+from fedflame.cost.adapter_size import adapter_parameters
+from fedflame.cost.memory import base_bytes, least_training_memory, training_memory
+from fedflame.cost.model_shape import ModelShape
+from fedflame.data.encoding import EncodedRow
+from fedflame.errors import InvalidMessage
+from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.trainer.job import TrainingJob
+from fedflame.trainer.site import Site, SiteLimits
+
+
+class Refusal(InvalidMessage):
+    """The site refuses a request. The message is the reason."""
+
+
+def require_allowed(site: Site, job: TrainingJob, plan: RoundPlan) -> None:
+    """Raise Refusal if the site's file does not allow the numbers of a job or of its plan."""
+    limits = site.limits
+    if job.model_name_or_path not in site.models:
+        allowed = ", ".join(site.models)
+        raise Refusal(f"model {job.model_name_or_path!r} is not allowed here; {allowed} may be trained")
+    if plan.adapter.rank > job.r:
+        raise Refusal(f"the plan has rank {plan.adapter.rank}; its job says r = {job.r}")
+    for what, asked, most in (
+        ("k", plan.active_experts, site.most_experts),
+        ("rank", job.r, limits.max_rank),
+        ("rounds", job.num_server_rounds, limits.max_rounds),
+        ("round", plan.round, limits.max_rounds),
+        ("steps", plan.max_steps, limits.max_steps),
+        ("tokens", plan.most_tokens(plan.max_steps, job.max_length), limits.max_tokens),
+    ):
+        if asked > most:
+            raise Refusal(f"the plan asks for {what} = {asked:,}; this site allows at most {most:,}")
+    rows = plan.most_tokens(plan.max_steps, 1)  # of one token each
+    _require_least("rows", rows, limits.min_rows_per_update)
+
+
+def require_enough(limits: SiteLimits, update: ClientUpdate) -> None:
+    """Raise Refusal if an update tells too much of single rows, because it is of few rows or tokens."""
+    _require_least("rows", update.trained_examples, limits.min_rows_per_update)
+    _require_least("tokens", update.tokens, limits.min_tokens_per_update)
+
+
+def _require_least(what: str, found: int, least: int) -> None:
+    if found < least:
+        raise Refusal(f"the update would be of {found:,} {what}; this site asks for at least {least:,}")
+
+
+def require_memory(limits: SiteLimits, device: DeviceChoice, needed: int) -> None:
+    """Raise Refusal if a round takes more bytes than `max_memory` or, on a CPU, than there are.
+
+    A full memory of a card is an error that the trainer survives; that of a machine ends its processes.
+    """
+    most = limits.max_memory * 1e9 or (math.inf if device.cards else memory_limit())
+    if needed > most:
+        raise Refusal(
+            f"the plan takes {needed / 1e9:.3g} GB of memory; this site allows at most {most / 1e9:.3g} GB"
+        )
+
+
+def memory_needed(
+    shape: ModelShape,
+    job: TrainingJob,
+    plan: RoundPlan,
+    step_tokens: int,
+    checkpointing: Checkpointed,
+    device: DeviceChoice,
+) -> int:
+    """Return the bytes that a round takes with so many tokens in its largest step.
+
+    Raises:
+        UserError: a target module is no attention projection of the model.
+    """
+    targets = job.adapter.target_modules
+    setting = (shape, plan.active_experts, job.r, targets, step_tokens, job.dtype)
+    estimate = training_memory(*setting, gradient_checkpointing=checkpointing)
+    merged = 4 * adapter_parameters(shape, plan.merged.rank, targets).total
+    needed = least_training_memory(shape, job.r, targets, job.dtype) + estimate.activations + merged
+    mapped = not device.cards and is_short_of_memory(base_bytes(shape, job.dtype))
+    return needed - estimate.base if mapped else needed
+
+
+def largest_step(plan: RoundPlan, rows: Sequence[EncodedRow]) -> int:
+    """Return the most tokens that a step of the plan can have on these rows, with padding."""
+    longest = max(len(row.ids) for row in rows)
+    return min(plan.most_tokens(1, longest), len(rows) * longest)
+
+
+def time_limit(limits: SiteLimits) -> Callable[[int], None]:
+    """Return what is called after every optimizer step. It raises Refusal once the round's time is over."""
+    start, most = time.monotonic(), limits.max_seconds_per_round
+
+    def on_step(tokens: int) -> None:
+        if most and time.monotonic() - start > most:
+            raise Refusal(f"the round takes longer than the {most:g} s that this site allows")
+
+    return on_step
