@@ -18,5 +18,7 @@ UpdateDtype = Literal["float32", "bfloat16", "int8"]
 """How the values of an update travel; see `wire.values`."""
 CountedRows = Literal["trained", "held"]
 """The rows of a client that count in a mean: those it trained on in the round, each once, or all it holds."""
+RobustRule = Literal["none", "trimmed_mean", "geometric_median"]
+"""How clients are averaged: by weight, or so that a few cannot decide; see `strategies.robust`."""
 Checkpointed = Literal["none", "experts", "layers"]
 """What is not kept for the backward; see `moe.gradient_checkpointing`."""
