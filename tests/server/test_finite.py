@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +77,24 @@ def test_a_decomposition_that_fails_undoes_the_round_too() -> None:
 
     with pytest.raises(NotFinite, match="cannot be aggregated"):
         _aggregate(Parts(), a_state(), [])  # type: ignore[arg-type]
+
+
+def test_a_disk_that_cannot_hold_what_a_method_keeps_there_is_one_line() -> None:
+    @dataclass(frozen=True)
+    class Writing:
+        number: int
+
+        def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+            raise OSError(self.number, os.strerror(self.number))
+
+    @dataclass(frozen=True)
+    class Parts:
+        strategy: Writing
+
+    with pytest.raises(UserError, match="the disk cannot hold the updates of a round: No space left"):
+        _aggregate(Parts(Writing(errno.ENOSPC)), a_state(), [])  # type: ignore[arg-type]
+    with pytest.raises(BrokenPipeError):
+        _aggregate(Parts(Writing(errno.EPIPE)), a_state(), [])  # type: ignore[arg-type]
 
 
 # Runs

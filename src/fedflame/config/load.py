@@ -84,8 +84,10 @@ def _refuse_options_of_other_methods(strategy: StrategyConfig) -> None:
         value, default = getattr(strategy, key), StrategyConfig.model_fields[key].default
         if value != default:
             methods = ", ".join(name for name, method in METHODS.items() if key in method.options)
+            why = METHODS[strategy.name].lacks.get(key)
             raise UserError(
-                f"config: strategy.{key} = {value!r}: {strategy.name} has no such option; {methods} "
+                f"config: strategy.{key} = {value!r}: {strategy.name} has no such option"
+                f"{f', because {why}' if why else ''}; {methods} "
                 f"{'have' if ',' in methods else 'has'} it (leave it at {default!r})"
             )
 

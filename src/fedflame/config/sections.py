@@ -16,7 +16,14 @@ from pydantic_core import PydanticCustomError
 from fedflame.config.lists import Integers, IntegersOrNone, Names, is_integer
 from fedflame.config.methods import METHODS, NAMED_METHODS
 from fedflame.config.settings import Section
-from fedflame.config.words import Checkpointed, CountedRows, CountNormalization, RescalerRule, UpdateDtype
+from fedflame.config.words import (
+    Checkpointed,
+    CountedRows,
+    CountNormalization,
+    RescalerRule,
+    RobustRule,
+    UpdateDtype,
+)
 
 EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
@@ -194,6 +201,11 @@ class StrategyConfig(Section):
     the median pace in earlier rounds, and for the first round in that round. `none`: as far as AdamW can go.
     Or a number. A pace is the root mean square of what values moved, over learning rate times the root of the
     steps; honest ones are about 1. Learned rescalers are bounded likewise."""
+    robust: RobustRule = "none"
+    """flame, fedavg, ffa_lora, rolora: how values are averaged, per expert over the clients that activated
+    it. `none`: by weight. `trimmed_mean`: by weight, without the largest and the smallest value of each
+    coordinate. `geometric_median`: the point with the least weighted distance to all, for each expert and
+    bank. With fewer than three clients on an expert: by weight."""
     rank_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """HetLoRA: gamma of rank self-pruning, such as 0.9. A client whose last ranks, those after the first
     gamma r_i, shrank in a round goes on without them. 0: no pruning."""

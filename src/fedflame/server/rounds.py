@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import time
 from collections import deque
@@ -234,6 +235,10 @@ def _aggregate(server: Server, state: ServerState, updates: Iterable[ClientUpdat
         return server.strategy.aggregate_train(state, iter(updates))
     except LinAlgError as error:  # a decomposition met a value that is not finite
         raise NotFinite(f"the updates cannot be aggregated ({error})") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"the disk cannot hold the updates of a round: {error.strerror}") from error
 
 
 def _not_finite_alone(server: Server, state: ServerState, update: ClientUpdate) -> str:
