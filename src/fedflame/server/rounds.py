@@ -262,5 +262,5 @@ def _log_scores(metrics: MetricsFile, event: str, scores: Scores, **what: int | 
 
 def _keep(server: Server, round_number: int, state: ServerState) -> Checkpoint:
     checkpoint = Checkpoint(round_number, server.metrics.sync(), state)
-    write_checkpoint(server.run, checkpoint)
+    write_checkpoint(server.run, checkpoint, server.config.server.save_total_limit)
     return checkpoint

@@ -13,14 +13,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedflame.wire.envelope import Bytes
-
-_KEY = "fedflame"
+from fedflame.wire.header import KEY, read_header
 
 
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
     """Pack tensors of any dtype and stride. The header goes into the safetensors metadata, as `fedflame`."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return save(contiguous, metadata={_KEY: json.dumps(header)})
+    return save(contiguous, metadata={KEY: json.dumps(header)})
 
 
 def unpack(buffer: Bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -31,14 +30,10 @@ def unpack(buffer: Bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     buffer = bytes(buffer)  # safetensors reads bytes only, so a view is copied
     try:
-        size = int.from_bytes(buffer[:8], "little")
         tensors = load(buffer)
-        header = json.loads(json.loads(buffer[8 : 8 + size])["__metadata__"][_KEY])
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:  # of JSON: a ValueError already
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
-    return tensors, header
+    return tensors, read_header(buffer)
 
 
 def views(buffer: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -50,7 +45,7 @@ def views(buffer: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
     writable = memoryview(bytearray(buffer)) if buffer.readonly else buffer
     start = 8 + int.from_bytes(buffer[:8], "little")
     entries = json.loads(bytes(buffer[8:start]))
-    header = json.loads(entries.pop("__metadata__")[_KEY])
+    header = json.loads(entries.pop("__metadata__")[KEY])
     return {name: _view(writable[start:], **entry) for name, entry in entries.items()}, header
 
 
