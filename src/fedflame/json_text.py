@@ -15,7 +15,7 @@ from typing import Any
 NOT_FINITE = "not_finite"
 
 
-def to_text(value: Mapping[str, Any], indent: int | None = None) -> str:
+def to_text(value: Mapping[Any, Any], indent: int | None = None) -> str:
     """Return an object as JSON text; see above for its numbers that are not finite."""
     try:
         return json.dumps(value, indent=indent, allow_nan=False)

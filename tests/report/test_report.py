@@ -315,9 +315,25 @@ def test_a_missing_file_is_named(run: Path, name: str) -> None:
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:
-    events = [evaluation(0, 8, None, 3.0, 0.1), evaluation(1, 8, None, math.nan, 0.2)]
-    html = report(write_run(tmp_path / "run", events))
-    assert rows(part(html, "Results by tier"))[1][2] == f"3.00 → {MISSING}"
+    events = [evaluation(0, 8, None, 3.0, 0.1), evaluation(1, 8, None, 2.5, 0.2)]
+    events += [evaluation(2, 8, None, math.nan, math.inf), evaluation(2, 8, "a", -math.inf, 0.5)]
+    run = write_run(tmp_path / "run", events)
+    html = report(run)
+    assert rows(part(html, "Results by tier"))[1][2:4] == ["3.00 → not finite", "10.0 % → not finite"]
+    assert "not finite" in part(html, "By category")
+    assert "nan" not in part(html, "Over rounds") and "inf" not in part(html, "Over rounds")
+    assert read_run(run).not_finite() == {8: 2}
+    append(run, evaluation(3, 8, None, 2.0, 0.3))
+    assert read_run(run).not_finite() == {}
+
+
+def test_a_small_device_whose_result_is_not_finite(tmp_path: Path) -> None:
+    lines = [evaluation(0, 8, None, 3.0, 0.1)]
+    for at, loss in ((0, 3.0), (1, 2.0), (2, math.nan)):
+        lines.append({"event": "deployment", "rank": 2, **evaluation(at, 8, None, loss, None)})
+        lines[-1]["event"] = "deployment"
+    html = report(write_run(tmp_path / "run", lines))
+    assert rows(part(html, "What small devices deploy"))[1][2] == "3.00 → not finite"
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:

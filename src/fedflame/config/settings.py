@@ -46,6 +46,7 @@ def validated(model: type[Model], values: dict[str, Any], what: str) -> Model:
     """The values as a model; UserError names `what`, and the key that is missing or has a wrong value."""
     try:
         require_plain(values)
+        _require_no_nul(values)
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
@@ -55,6 +56,13 @@ def validated(model: type[Model], values: dict[str, Any], what: str) -> Model:
         raise UserError(f"{what}: {where} = {shown(first['input'])}: {first['msg']}") from error
     except ValueError as error:
         raise UserError(f"{what}: {error}") from error
+
+
+def _require_no_nul(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a text that can be no path and no name, because the system ends it at a NUL."""
+    for key, value in flat(values).items():
+        if "\0" in str(value):
+            raise ValueError(f"{key} = {shown(value)}: must have no NUL")
 
 
 def keys_of(model: type[BaseModel]) -> list[str]:

@@ -192,20 +192,19 @@ class Run:
         return next(taken, None)
 
     def history(self, name: str, tier: int, category: str | None = None) -> list[tuple[int, float]]:
-        """Return (round, value) pairs of one measure in round order, finite values only."""
+        """Return (round, value) pairs of one measure in round order."""
         points = [
             (evaluation.round, value)
             for evaluation in self.evaluations
             if (evaluation.active_experts, evaluation.category) == (tier, category)
             and (value := evaluation.value(name)) is not None
-            and math.isfinite(value)
         ]
         return sorted(points)
 
     def deployed(self, name: str, k: int, rank: int) -> tuple[float | None, float | None]:
         """Return a measure at this k and rank before training and at the end; None if it was not taken."""
         values = {d.round: d.value(name) for d in self.deployments if (d.active_experts, d.rank) == (k, rank)}
-        taken = sorted(at for at, value in values.items() if value is not None and math.isfinite(value))
+        taken = sorted(at for at, value in values.items() if value is not None)
         return values.get(0), values[taken[-1]] if taken and taken[-1] > 0 else None
 
     def before_after(
@@ -216,6 +215,11 @@ class Run:
         before = next((value for at, value in history if at == 0), None)
         after = history[-1][1] if history and history[-1][0] > 0 else None
         return before, after
+
+    def not_finite(self) -> dict[int, int]:
+        """Return tier -> round, for the tiers whose last loss is not finite, largest tier first."""
+        last = {tier: self.history("loss", tier)[-1:] for tier in self.tiers()}
+        return {tier: at for tier, found in last.items() for at, value in found if not math.isfinite(value)}
 
 
 def read_run(folder: Path) -> Run:
