@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict
 from fedflame.compare.devices import Devices
 from fedflame.config.load import load_config
 from fedflame.config.run_config import SCHEMA_VERSION, WITHOUT, RunConfig
-from fedflame.config.settings import flat, read_toml, refuse_unknown_key, validated
+from fedflame.config.settings import flat, refuse_unknown_key, validated
 from fedflame.errors import UserError
+from fedflame.reading import read_toml
 
 Setting = tuple[tuple[str, str], ...]
 """The values on all axes except the seed, as (key, value) pairs."""

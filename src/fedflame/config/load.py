@@ -10,8 +10,9 @@ from typing import Any
 from fedflame.config.methods import METHODS, OF_ALL_METHODS
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import StrategyConfig
-from fedflame.config.settings import read_toml, refuse_unknown_keys, validated
+from fedflame.config.settings import refuse_unknown_keys, validated
 from fedflame.errors import UserError
+from fedflame.reading import read_toml
 
 
 def load_config(

@@ -218,6 +218,9 @@ class ServerConfig(Section):
     """The share of the clients that is sampled in each round."""
     min_clients: Annotated[int, Field(ge=1)] = 1
     """The usable updates that a round needs. With fewer the run stops and keeps its checkpoint."""
+    save_total_limit: Annotated[int, Field(ge=1, le=1000)] = 2
+    """The checkpoints that are kept: those after the last so many rounds. `--resume-from` goes on from any of
+    them, such as the one before a damaged one."""
 
 
 class CommunicationConfig(Section):

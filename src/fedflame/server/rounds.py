@@ -301,5 +301,5 @@ def _require_quorum(server: Server, round_number: int, usable: int) -> None:
 
 def _keep(server: Server, round_number: int, state: ServerState) -> Checkpoint:
     checkpoint = Checkpoint(round_number, server.metrics.sync(), state)
-    write_checkpoint(server.run, checkpoint)
+    write_checkpoint(server.run, checkpoint, server.config.server.save_total_limit)
     return checkpoint
