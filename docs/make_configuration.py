@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from fedflame.config.methods import NAMED_METHODS
 from fedflame.config.run_config import RunConfig
-from fedflame.config.sections import Device, MinFullOrNumber
+from fedflame.config.sections import Device, MedianNoneOrNumber, MinFullOrNumber
 from fedflame.config.settings import SettingsFile
 from fedflame.engines.hub import Hub
 from fedflame.trainer.site import Site
@@ -112,6 +112,8 @@ def _type(key: str, field: FieldInfo) -> str:
         return _one_of(NAMED_METHODS)
     if get_args(MinFullOrNumber)[1] in field.metadata:
         return "`min`, `full` or an integer of at least 1"
+    if get_args(MedianNoneOrNumber)[1] in field.metadata:
+        return "`median`, `none` or a number above 0"
     if get_args(Device)[1] in field.metadata:
         return "`auto`, `cpu`, `cuda` or a card such as `cuda:1`"
     choices = list(_choices(field.annotation))

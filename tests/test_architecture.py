@@ -15,12 +15,15 @@ SOURCE = Path(fedflame.__file__).parent
 
 FLOORS = (
     ("errors", "seeds"),
-    ("atomic_file",),
+    ("json_text",),
+    ("atomic_file", "reading"),
+    ("checked_json", "folder_lock"),
     ("config",),
     ("data",),
     ("cost",),
     ("messages",),
     ("wire",),
+    ("run_files",),
     ("strategies",),
     ("moe",),
     ("base",),
@@ -223,7 +226,8 @@ def test_what_runs_in_a_process_of_flower_loads_no_torch() -> None:
     on_the_hub = loaded_by("fedflame.engines.flower.server_app")
     assert third_party(on_the_hub) <= {"flwr", "pydantic"}, "pydantic reads the hub's file"
     ours = {module for module in on_the_hub if module in PATHS and part(module) not in (None, *carried)}
-    assert ours <= {"fedflame.config", "fedflame.config.lists", "fedflame.config.settings"}
+    readers = {"fedflame.reading", "fedflame.json_text"}
+    assert ours <= readers | {"fedflame.config", "fedflame.config.lists", "fedflame.config.settings"}
 
 
 def test_only_its_own_adapter_knows_an_engine() -> None:

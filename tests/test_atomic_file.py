@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedflame.atomic_file import write_atomically, write_json, write_missing
+from fedflame.atomic_file import write_atomically, write_missing
 from fedflame.errors import UserError
 
 resource = pytest.importorskip("resource", reason="limits of the system, POSIX only")
@@ -57,12 +56,6 @@ def test_content_is_on_disk_before_the_rename_and_the_folder_after_it(
     monkeypatch.setattr(Path, "replace", watched_replace)
     write_atomically(tmp_path / "file", b"12345")
     assert events == ["fsync 5 bytes", "rename file.partial to file", "fsync folder"]
-
-
-def test_json_is_written_as_it_reads(tmp_path: Path) -> None:
-    write_json(tmp_path / "file.json", {"b": [1, None], "a": "x"})
-    text = (tmp_path / "file.json").read_text()
-    assert json.loads(text) == {"b": [1, None], "a": "x"} and text.endswith("}\n")
 
 
 def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:

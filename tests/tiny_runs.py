@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,10 @@ from fedflame.config.load import load_config
 from fedflame.config.run_config import RunConfig
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run_folder import Existing
+from fedflame.run_files.checkpoints import checkpoint_path, kept_rounds
+from fedflame.run_files.lines import read_lines
 from fedflame.wire.buffer import pack, unpack
+from fedflame.wire.frame import opened
 
 SETTINGS = (
     "data.max_rows=48",
@@ -65,8 +67,7 @@ def invoke(*command: str | Path) -> Result:
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     """The events of one kind in a run's metrics.jsonl."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
+    return [event for event in read_lines(run / "metrics.jsonl") if event["event"] == kind]
 
 
 def adapter_bytes(run: Path) -> bytes:
@@ -75,12 +76,12 @@ def adapter_bytes(run: Path) -> bytes:
 
 
 def checkpoint_bytes(run: Path) -> bytes:
-    """The run's checkpoint."""
-    return (run / "checkpoint" / "state.safetensors").read_bytes()
+    """The run's last checkpoint."""
+    return checkpoint_path(run, max(kept_rounds(run))).read_bytes()
 
 
 def state_bytes(run: Path) -> bytes:
     """What the checkpoint hands to the next round: all but the length of metrics.jsonl, whose times vary."""
-    tensors, header = unpack(checkpoint_bytes(run))
+    tensors, header = unpack(opened(checkpoint_bytes(run)))
     del header["metrics_bytes"]
     return pack(tensors, header)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,11 +29,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         with suppress(OSError):  # there may be no such folder, or a folder in its place
             partial.unlink()
         raise UserError(f"{path}: cannot write {len(content)} bytes: {error.strerror}") from error
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON. Raises UserError as `write_atomically` does."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_missing(texts: Mapping[Path, str]) -> None:

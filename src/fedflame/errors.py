@@ -14,6 +14,10 @@ class OutOfMemory(UserError):
     """The memory of a device is full. This ends a run, since it is not the failure of one client."""
 
 
+class NotFinite(Exception):
+    """The work is done and kept, but a loss of its result is not finite. The message is one line."""
+
+
 class InvalidMessage(Exception):
     """A received buffer or update that must not be used. The message is the reason, in `one_line`."""
 

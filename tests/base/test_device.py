@@ -65,7 +65,9 @@ def test_a_torch_without_cuda_is_the_reason_where_there_is_a_card(
 
 
 def test_a_card_that_torch_cannot_use_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_cards(monkeypatch, tmp_path, ())
+    """The driver knows of the card, and CUDA does not start."""
+    fake_cards(monkeypatch, tmp_path, (10,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     assert choose_device("auto") == DeviceChoice("cpu", "torch 2.13.0+cu130 finds no card that it can use")
     assert refusal("cuda") == (
@@ -94,6 +96,8 @@ def test_a_card_is_kept_and_shown_with_its_memory_and_versions(
     monkeypatch.setattr(device, "DRIVER_VERSION", tmp_path / "none")
     assert device_facts(choose_device("cuda:1"))["driver"] is None
     assert device_in_words(choose_device("cuda:1")) == words.replace(", driver 580.65.06", "")
+    assert device_facts(choose_device("cuda"))["gpus"] == 1, "the others hold no part of the base"
+    assert device_facts(choose_device("cuda"))["gpu_memory"] == TWO[0]
     together = replace(choose_device("cuda"), name=ALL_CARDS, reason="slowly")
     assert device_facts(together)["gpus"] == 2 and device_facts(together)["gpu_memory"] == sum(TWO)
     assert device_in_words(together) == "balanced, 2 x NVIDIA H200, 104.0 GB, CUDA 13.0 (slowly)"

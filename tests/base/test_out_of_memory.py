@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tests.message_samples import a_plan
 
-from fedflame.base.out_of_memory import memory_in_words
+from fedflame.base.out_of_memory import memory_in_words, training_memory_in_words
+from fedflame.config.words import Checkpointed
 from fedflame.errors import OutOfMemory
 
 LINE = "cuda:0 ran out of memory while evaluating at k = 8; take a device with more memory"
@@ -38,3 +42,22 @@ def test_another_error_stays_as_it_is(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, memory_in_words("cuda:0", "evaluating", ""):
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "less"),
+    [
+        ("none", "gradient_checkpointing = 'experts' or 'layers', fewer tokens per step"),
+        ("experts", "gradient_checkpointing = 'layers', fewer tokens per step"),
+        ("layers", "fewer tokens per step"),
+    ],
+)
+def test_no_advice_is_what_is_done_already(checkpointing: Checkpointed, less: str) -> None:
+    plan = replace(a_plan(), active_experts=3, tokens_per_step=2048)
+    doing = f"training at k = 3 with 2,048 tokens per step and gradient_checkpointing = '{checkpointing}'"
+    cpu = torch.device("cpu")
+    with pytest.raises(OutOfMemory) as full, training_memory_in_words(cpu, plan, checkpointing):
+        raise MemoryError
+    assert str(full.value) == (
+        f"cpu ran out of memory while {doing}; take {less}, a smaller adapter.r, or a device with more memory"
+    )

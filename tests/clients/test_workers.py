@@ -148,6 +148,26 @@ def test_the_others_get_plans_while_this_process_trains_but_no_more_than_twice_t
 
 
 @pytest.mark.timeout(120)
+def test_a_worker_that_takes_more_steps_than_this_process_is_not_heard_late(
+    local: LocalClients, setup: WorkerSetup
+) -> None:
+    """It takes 40 steps while this process takes 15 that wait, and then gets the third plan."""
+    taken = []
+
+    def plans() -> Iterator[tuple[int, bytes]]:
+        for client, steps in ((0, 15), (1, 40), (2, 1)):
+            taken.append(client)
+            yield plan(local, client, steps)
+
+    with WorkerClients(local, [setup]) as clients:
+        all_at_rest(clients)
+        answers = clients.train(plans(), lambda _: time.sleep(0.05))
+        next(answers)
+        assert taken == [0, 1, 2]
+        answers.close()
+
+
+@pytest.mark.timeout(120)
 def test_without_others_that_have_loaded_the_base_this_process_trains_alone(
     local: LocalClients, setup: WorkerSetup
 ) -> None:
@@ -156,8 +176,10 @@ def test_without_others_that_have_loaded_the_base_this_process_trains_alone(
         assert loading.process.pid is not None
         os.kill(loading.process.pid, signal.SIGSTOP)
         order = [0, 1, 2]
-        answers = list(clients.train([plan(local, client) for client in order], lambda _: None))
-        os.kill(loading.process.pid, signal.SIGCONT)
+        try:
+            answers = list(clients.train([plan(local, client) for client in order], lambda _: None))
+        finally:
+            os.kill(loading.process.pid, signal.SIGCONT)
     assert [answer.update for answer in answers] == [
         answer.update for answer in local.train([plan(local, client) for client in order], lambda _: None)
     ]
@@ -208,6 +230,8 @@ def test_a_stream_that_is_left_leaves_no_worker_at_work(local: LocalClients, wor
     start, before = time.monotonic(), len(multiprocessing.active_children())
     answers.close()
     assert len(multiprocessing.active_children()) == before - 1 and time.monotonic() - start < 8
+    list(workers.train([plan(local, 0)], stepped.append))
+    assert len(multiprocessing.active_children()) == before, "the next stream has all workers again"
 
 
 @pytest.mark.timeout(120)
@@ -282,6 +306,21 @@ def test_a_worker_that_is_killed_while_it_rests_is_replaced_and_no_client_fails(
 
 
 @pytest.mark.timeout(120)
+def test_a_worker_that_is_killed_before_it_takes_its_plan_is_a_failure(
+    local: LocalClients, workers: WorkerClients
+) -> None:
+    def plans() -> Iterator[tuple[int, bytes]]:
+        yield plan(local, 0, steps=50)
+        for worker in workers._workers.values():
+            worker.process.kill()
+            worker.process.join(30)
+        yield plan(local, 1)
+
+    answers = list(workers.train(plans(), lambda _: None))
+    assert [answer.failure for answer in answers] == ["", "its worker process ended with exit code -9"]
+
+
+@pytest.mark.timeout(120)
 def test_a_worker_that_is_killed_while_it_loads_the_model_ends_the_run_in_one_line(
     setup: WorkerSetup, local: LocalClients
 ) -> None:
@@ -323,7 +362,7 @@ def test_a_worker_that_is_killed_at_work_is_a_failure_and_is_replaced(
     answers = list(workers.train([plan(local, client, steps=200) for client in (0, 1, 2)], kill_once))
     assert len(killed) == 2
     assert [answer.failure for answer in answers] == ["", *["its worker process ended with exit code -9"] * 2]
-    assert answers[0].update
+    assert answers[0].update and len(multiprocessing.active_children()) == 2, "they have been replaced"
     all_at_rest(workers)
     order = (3, 0, 1)
     again = list(workers.train([plan(local, client) for client in order], lambda _: None))

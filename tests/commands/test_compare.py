@@ -317,7 +317,10 @@ def test_a_second_comparison_in_the_same_folder_is_refused(tiny_folder: Path, tm
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = invoke("compare", write_grid(tmp_path, tiny_folder), "--output-dir", tmp_path / "out")
     assert result.exit_code == 2
-    assert result.stderr == f"fedflame: {tmp_path / 'out'}: another `fedflame compare` is at work there\n"
+    assert result.stderr == (
+        f"fedflame: {tmp_path / 'out'}: another `fedflame compare` is at work there (a process "
+        "that has just begun)\n"
+    )
 
 
 def test_the_last_line_of_a_log(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import pytest
 
 from fedflame.compare import grid as grid_module
 from fedflame.compare.grid import read_grid
+from fedflame.compare.results import read_results
 from fedflame.config import load as load_module
-from fedflame.config.run_config import SCHEMA_VERSION, RunConfig
+from fedflame.config.run_config import SCHEMA_VERSION, WITHOUT, RunConfig
 from fedflame.config.sections import TrainingConfig
-from fedflame.config.settings import flat
+from fedflame.config.settings import flat, read_toml
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GRID = """
 [methods.flame]
 [methods.plain]
@@ -56,6 +58,35 @@ def test_another_schema_version_shares_no_name(tmp_path: Path, monkeypatch: pyte
 
 def test_what_is_said_as_the_default_is_the_same_cell(tmp_path: Path) -> None:
     assert names(tmp_path, "data.alpha=5.0", "clients.active_experts=8,4,2,1") == names(tmp_path)
+
+
+def test_a_newer_option_that_is_set_to_what_was_run_without_it_is_the_same_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off = names(tmp_path, *(f"{key}={value}" for key, value in WITHOUT.items()))
+    on = names(tmp_path)
+    assert off.isdisjoint(on)
+    before = {key: value for key, value in flat(RunConfig().model_dump()).items() if key not in WITHOUT}
+    monkeypatch.setattr(
+        grid_module,
+        "_flat_settings",
+        lambda config: {
+            key: value
+            for key, value in flat(config.model_dump(exclude={"output_dir"})).items()
+            if key in before
+        },
+    )
+    assert names(tmp_path) == off, "a version without these keys gave the cells these names"
+
+
+GRIDS = [path for path in sorted(BENCHMARKS.glob("*/*.toml")) if "methods" in read_toml(path)]
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_committed_results_of_a_benchmark_are_cells_of_its_grid(path: Path) -> None:
+    files = [path.parent / "results" / part / "cells.jsonl" for part in ("", path.stem)]
+    kept = set[str]().union(*(read_results(file) for file in files))
+    assert kept <= {cell.name for cell in read_grid(path, [], None).cells}
 
 
 def test_a_default_changes_only_with_the_schema_version() -> None:

@@ -38,3 +38,13 @@ def test_words_follow_the_interval_and_the_direction() -> None:
 
 def test_equal_differences_leave_no_doubt() -> None:
     assert paired_difference([0.5, 0.5, 0.5]).interval == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("values", [[1.0, math.nan], [math.inf, -math.inf, 2.0], [-math.inf]])
+def test_a_value_that_is_not_finite_makes_the_mean_so(values: list[float]) -> None:
+    summary = summarize(values)
+    assert math.isnan(summary.mean) and summary.deviation is None
+    assert (summary.count, summary.not_finite) == (len(values), sum(not math.isfinite(v) for v in values))
+    difference = paired_difference(values)
+    assert math.isnan(difference.mean) and difference.interval is None
+    assert difference.verdict(rising=True) == difference.verdict(rising=False) == "not finite"

@@ -83,17 +83,19 @@ def test_one_seed_has_no_interval() -> None:
     assert summary_table(comparison, (), loss).title == "Response loss, one seed"
 
 
-def test_a_seed_that_diverged_is_left_out_and_said() -> None:
+def test_a_seed_that_diverged_makes_the_mean_not_finite() -> None:
     whole = synthetic()
     diverged = {"own-2": a_result(a_cell("own", 2), math.nan, ALL)}
     comparison = Comparison(whole.grid, dict(whole.results) | diverged, {})
     loss = measures(comparison, ())[0]
     own = summary_table(comparison, (), loss).rows[2][1]
-    assert (own.text, own.detail) == ("1.150 ± 0.212", "2 of 3 seeds")
-    # Pairs -1.0 and -0.9: 12.7062 * 0.1 / 2 to each side of the mean.
+    assert (own.text, own.mood, own.detail) == ("not finite", "worse", "1 of 3 seeds")
+    assert summary_table(comparison, (), loss).rows[1][1].mood == "after", "the best of what is finite"
     difference = difference_table(comparison, (), loss).rows[0][1]
-    assert (difference.text, difference.detail) == ("-0.950 better", "[-1.585, -0.315], 2 of 3 pairs")
-    assert "1.150 ± 0.212" in page(comparison, "diverged")
+    assert (difference.text, difference.mood, difference.detail) == ("not finite", "worse", "")
+    deployed, paired = deployment_tables(comparison, (), loss)
+    assert [row[1].text for row in (deployed.rows[1], paired.rows[0])] == ["not finite", "not finite"]
+    assert "not finite" in page(comparison, "diverged")
     everyone = {cell.name: a_result(cell, math.nan, ALL) for cell in whole.grid.cells}
     assert page(Comparison(whole.grid, everyone, {}), "none").count("None.") == 8
 

@@ -106,8 +106,8 @@ def test_no_file_is_no_results(tmp_path: Path) -> None:
 
 Change = Callable[[list[str]], list[str]]
 DAMAGES: list[tuple[Change, str]] = [
-    (lambda lines: [*lines[:2], lines[2][:70], *lines[3:]], ":3: not the results of a cell: Invalid JSON: "),
-    (lambda lines: [*lines, "<<<<<<< ours"], ":8: not the results of a cell: Invalid JSON: "),
+    (lambda lines: [*lines[:2], lines[2][:70], *lines[3:]], ":3: not the results of a cell: not JSON: "),
+    (lambda lines: [*lines, "<<<<<<< ours"], ":8: not the results of a cell: not JSON: "),
     (lambda lines: [lines[0], lines[1].replace('"seed":0', '"seed":"0"')], ":2: not the results of a cell: "),
     (lambda lines: [lines[0], lines[1].replace('"tokens"', '"token"')], "clients.0.tokens: Field required"),
     (lambda lines: [lines[0], lines[1].replace('"seed":0', '"seed":0,"x":1')], "cell: x: Unexpected keyword"),

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tests.engines_here import ThreadEngine, asking, trainers, write_site
+from tests.fake_cards import fake_cards, load_on_cpu
 from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, state_bytes, tiny_config, tiny_run
 
 from fedflame.commands.run import print_run
+from fedflame.cost.memory import least_evaluation_memory
+from fedflame.cost.model_shape import read_model_shape
 from fedflame.engines.hub import Hub, HubRounds
 from fedflame.engines.link import HubLink
 from fedflame.experiment.prepare import prepare
@@ -67,6 +70,21 @@ def test_three_sites_give_the_bytes_of_one_process(
     table = shown[shown.index("Sites; steps and training FLOPs per round") :]
     assert all(re.search(rf"^ +{name} .* its own ", table, re.M) for name in NAMES), "not the hub's own rows"
     assert re.search(r"round 1: south \(k=\d\) loss ", shown)
+
+
+@pytest.mark.timeout(120)
+def test_the_card_of_a_hub_needs_room_for_an_evaluation_only(
+    site_files: list[Path], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tiny_config(tiny_folder, tmp_path).adapter
+    shape, setting = read_model_shape(tiny_folder), (adapter.r, adapter.target_modules, "float32")
+    needed = least_evaluation_memory(shape, *setting)  # type: ignore[arg-type]
+    with trainers(site_files) as sites:
+        asked = load_on_cpu(monkeypatch, "fedflame.experiment.assemble")
+        fake_cards(monkeypatch, tmp_path, (needed,))
+        settings = ("server.num_server_rounds=1", "model.dtype=float32")
+        run_over(ThreadEngine(asking(sites), set(NAMES)), hub(), tiny_folder, tmp_path / "run", *settings)
+    assert asked == ["cuda:0"] and adapter_bytes(tmp_path / "run")
 
 
 @pytest.mark.timeout(120)

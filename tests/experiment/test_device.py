@@ -15,6 +15,8 @@ from fedflame.base import device
 from fedflame.clients.local import LocalClients
 from fedflame.clients.workers import WorkerSetup
 from fedflame.config.sections import EMBEDDED_MODEL
+from fedflame.cost.memory import least_training_memory
+from fedflame.cost.model_shape import read_model_shape
 from fedflame.data.federation import load_federation
 from fedflame.errors import UserError
 from fedflame.experiment.assemble import assemble
@@ -108,14 +110,27 @@ def test_a_resumption_with_another_device_goes_on_and_says_so_in_one_line(
     )
     assert shown.count(f"{line}\n") == 1
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
-    monkeypatch.setattr(device, "DRIVERS", ())
+    anew = tiny_run(tiny_folder, tmp_path / "run", *settings, existing="overwrite")
+    assert "the run began on" not in anew
     again = tiny_run(tiny_folder, tmp_path / "run", *settings, existing="resume")
-    assert "the run began on" not in again, "it began on a CPU"
+    assert "the run began on" not in again, "it began on this card"
 
 
-@pytest.mark.parametrize(("workers", "others"), [(2, ["cuda:1"]), (4, ["cuda:1", "cuda:0", "cuda:1"])])
+@pytest.mark.parametrize(
+    ("wanted", "workers", "others"),
+    [
+        ("auto", 2, ["cuda:1"]),
+        ("auto", 4, ["cuda:1", "cuda:0", "cuda:1"]),
+        ("cpu", 4, ["cpu", "cpu", "cpu"]),
+    ],
+)
 def test_the_workers_of_a_run_take_the_cards_in_turn(
-    workers: int, others: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wanted: str,
+    workers: int,
+    others: list[str],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load_on_cpu(monkeypatch, "fedflame.experiment.assemble")
     fake_cards(monkeypatch, tmp_path, CARDS)
@@ -127,10 +142,25 @@ def test_the_workers_of_a_run_take_the_cards_in_turn(
 
     monkeypatch.setattr("fedflame.experiment.run.WorkerClients", clients)
     told: list[str] = []
-    config = tiny_config(tiny_folder, tmp_path / "run", ONE_ROUND, "model.dtype=float32")
+    settings = (ONE_ROUND, "model.dtype=float32", f"model.device={wanted}")
+    config = tiny_config(tiny_folder, tmp_path / "run", *settings)
     run_experiment(
         prepare(config), workers=workers, watch=lambda begun: nullcontext(LineReporter(told.append))
     )
     assert asked == others
-    shared = "4 workers on 2 cards: several share a card"
-    assert [line for line in told if "share" in line] == ([shared] if workers == 4 else [])
+    shared = ["4 workers on 2 cards: several share a card"] if (wanted, workers) == ("auto", 4) else []
+    assert [line for line in told if "workers" in line] == shared
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_needs_room_for_every_worker_before_anything_is_loaded(
+    workers: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = load_on_cpu(monkeypatch, "fedflame.experiment.assemble")
+    config = tiny_config(tiny_folder, tmp_path / "run", ONE_ROUND, "model.dtype=float32")
+    adapter, shape = config.adapter, read_model_shape(tiny_folder)
+    needed = least_training_memory(shape, adapter.r, adapter.target_modules, "float32")
+    fake_cards(monkeypatch, tmp_path, (workers * needed - 1,))
+    with pytest.raises(UserError, match=r"^training at k = 4 with 4 rows per step and "):
+        run_experiment(prepare(config), workers=workers)
+    assert asked == [] and not (tmp_path / "run").exists()

@@ -51,7 +51,7 @@ def test_a_run_whose_evaluation_fills_the_memory(
 ) -> None:
     command = arguments(tiny_folder, tmp_path / "run", TWO_ROUNDS)
     with monkeypatch.context() as patch:
-        patch.setattr("fedflame.server.rounds.evaluate", too_large)
+        patch.setattr("fedflame.server.scoring.evaluate", too_large)
         ended = invoke(*command)
     assert ended.exit_code == 2
     assert ended.stderr == (

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tests.tiny_runs import checkpoint_bytes, invoke, tiny_run
 
+from fedflame.checked_json import read_checked, write_checked
 from fedflame.config.run_config import SCHEMA_VERSION
 from fedflame.errors import UserError
 from fedflame.experiment.run_folder import saved_config
@@ -15,16 +16,21 @@ from fedflame.experiment.run_folder import saved_config
 ONE_ROUND = "server.num_server_rounds=1"
 
 
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "without a checksum"])
 @pytest.mark.parametrize("version", [None, SCHEMA_VERSION + 1, "1"])
 def test_a_run_folder_of_another_version_is_refused_and_may_be_replaced(
-    version: int | str | None, tiny_folder: Path, tmp_path: Path
+    version: int | str | None, checked: bool, tiny_folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     tiny_run(tiny_folder, run, ONE_ROUND)
     path = run / "config.json"
-    values = json.loads(path.read_text())
+    values = read_checked(path, "")
     assert values.pop("schema_version") == SCHEMA_VERSION
-    path.write_text(json.dumps(values if version is None else values | {"schema_version": version}))
+    values |= {} if version is None else {"schema_version": version}
+    if checked:
+        write_checked(path, values)
+    else:
+        path.write_text(json.dumps(values))
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     line = (
         f"{run}: its settings have schema version {version!r}; this fedflame reads version {SCHEMA_VERSION}. "

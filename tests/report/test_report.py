@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedflame.checked_json import read_checked, write_checked
 from fedflame.config.run_config import RunConfig
 from fedflame.errors import UserError
 from fedflame.report import write_report
@@ -17,6 +17,8 @@ from fedflame.report.charts import Series, heat_opacity, line_chart, spread, tic
 from fedflame.report.markup import element
 from fedflame.report.numbers import MISSING, duration, si
 from fedflame.report.records import read_run
+from fedflame.run_files import ADVICE
+from fedflame.run_files.lines import last_checksum, line_of
 
 TIERS = [8, 4, 2, 1]
 LAYERS, EXPERTS, ROUNDS = 2, 3, 3
@@ -58,6 +60,8 @@ def client_round(at: int, client: int) -> dict[str, Any]:
         "bytes_down": 2_000_000,
         "rescaler": [1.0, 1.0 + 0.1 * at * client],
         "counts": counts,
+        "norms": {"A1": 1.0 * at, "B1": 2.0, "A2": 3.0, "B2": 4.0, "attention": 0.5, "rescaler": 0.25 / at},
+        "pace": 1.0 + 0.1 * at + client,
     }
 
 
@@ -75,6 +79,9 @@ def synthetic_events() -> list[dict[str, Any]]:
         for i, k in enumerate(TIERS):
             events.append(evaluation(at, k, None, 3.25 + i - 0.5 * at, 0.05 + 0.2 * at - 0.01 * i))
             events += [evaluation(at, k, name, 3.0 - 0.5 * at, 0.1 * at) for name in CATEGORIES]
+        if at == 3:
+            events.append({"event": "clipped", "round": 3, "client": 1, "share": 0.5})
+            events.append({"event": "outlier", "round": 3, "client": 1, "times": 3.25, "limit": 3.0})
         if at:
             events.append({"event": "round", "round": at, "clients": 3 + (at != 2), "seconds": 30.0})
     return events
@@ -101,9 +108,20 @@ def write_run(folder: Path, events: list[dict[str, Any]]) -> Path:
         "plan.json": plan,
     }
     for name, value in files.items():
-        (folder / name).write_text(json.dumps(value))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        write_checked(folder / name, value)
+    (folder / "metrics.jsonl").touch()
+    append(folder, *events)
     return folder
+
+
+def append(run: Path, *events: dict[str, Any]) -> None:
+    """Add lines as a run that goes on adds them."""
+    path = run / "metrics.jsonl"
+    before = last_checksum(path, path.stat().st_size)
+    for event in events:
+        line, before = line_of(event, before)
+        with path.open("ab") as file:
+            file.write(line)
 
 
 @pytest.fixture
@@ -218,6 +236,25 @@ def test_categories_partition_cost_and_rounds(run: Path) -> None:
     assert rounds[2] == ["2", "3", "30.0 s", "2.000", "Client 2 (k = 2): update has a &lt;NaN&gt; in 0.A1"]
 
 
+def test_sizes_of_updates_are_the_largest_and_outliers_are_warned_of(run: Path) -> None:
+    shown = part(report(run), "Size of updates")
+    # Client 1 has paces 2.1, 2.2, 2.3; client 2 has 3.1 and 3.3.
+    wanted = ["1.000", "2.000", "3.000", "4.000", "0.500", "0.250"]
+    assert rows(shown)[2] == ["Client 1", "4", "3.000", *wanted[1:], "2.20", "2.30", "1 of 3"]
+    assert rows(shown)[3] == ["Client 2", "2", "3.000", *wanted[1:], "3.20", "3.30", "0 of 2"]
+    assert shown.count("Warning") == 1
+    assert "Warning: client 1 went 3.2 times as far as the median client of round 3" in shown
+    assert "(over 3 times is an outlier)" in shown
+
+
+def test_a_run_whose_updates_were_not_measured_has_a_report(tmp_path: Path) -> None:
+    events = synthetic_events()
+    for event in events:
+        for name in ("norms", "pace"):
+            event.pop(name, None)
+    assert "No update is measured yet." in report(write_run(tmp_path / "run", events))
+
+
 @pytest.mark.parametrize(
     ("counted", "mean"),
     [("held", (30 * 1.1 + 90 * 1.3) / 120), ("trained", (20 * 1.1 + 5 * 1.3) / 25)],
@@ -229,9 +266,9 @@ def test_rescaler_is_the_mean_of_a_tier_weighted_by_the_rows_that_count(
     folder = write_run(
         tmp_path / "run", [client_round(1, 1), client_round(1, 3) | {"active_experts": 4} | rows]
     )
-    config = json.loads((folder / "config.json").read_text())
+    config = read_checked(folder / "config.json", "")
     config["strategy"]["counted_rows"] = counted
-    (folder / "config.json").write_text(json.dumps(config))
+    write_checked(folder / "config.json", config)
     assert f"k = 4, layer 1: {mean:.3f}" in part(report(folder), "Rescaler")
 
 
@@ -256,18 +293,17 @@ def test_run_without_scores(tmp_path: Path) -> None:
 
 def test_truncated_last_line_is_ignored(run: Path) -> None:
     whole = report(run)
-    with (run / "metrics.jsonl").open("a") as file:
-        # Cut off inside a number it would still be JSON, so only the newline ends a line.
-        file.write(json.dumps(client_round(3, 0) | {"bytes_up": 9_000_000}))
-    assert report(run) == whole
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('\n{"event": "cli')
-    assert report(run) != whole
+    append(run, client_round(3, 0) | {"bytes_up": 9_000_000})
+    other, path = report(run), run / "metrics.jsonl"
+    assert other != whole
+    lines = path.read_bytes()
+    for cut in (1, 2, 30, 100):
+        path.write_bytes(lines[:-cut])
+        assert report(run) == whole
 
 
 def test_damaged_line_in_the_middle_is_named(run: Path) -> None:
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "client"}\n')
+    append(run, {"event": "client"})
     lines = len((run / "metrics.jsonl").read_text().splitlines())
     with pytest.raises(UserError, match=rf"line {lines}: not an event"):
         write_report(run)
@@ -275,8 +311,7 @@ def test_damaged_line_in_the_middle_is_named(run: Path) -> None:
 
 def test_round_logged_twice_counts_once(run: Path) -> None:
     whole = report(run)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(client_round(3, 3)) + "\n")
+    append(run, client_round(3, 3))
     assert report(run) == whole
 
 
@@ -295,21 +330,34 @@ def test_client_that_was_never_sampled(tmp_path: Path) -> None:
     assert rows(part(html, "Results by tier"))[4][6:] == ["0", "0 B", "0 B"]
 
 
-@pytest.mark.parametrize(
-    "removed", ["metrics.jsonl", "partition.json plan.json environment.json metrics.jsonl"]
-)
-def test_missing_files_still_give_a_report(run: Path, removed: str) -> None:
-    for name in removed.split():
-        (run / name).unlink()
-    html = report(run)
-    assert "olmoe-tiny" in html
-    assert f"0 of {RunConfig().server.num_server_rounds} finished" in html
+@pytest.mark.parametrize("name", ["metrics.jsonl", "partition.json", "plan.json", "environment.json"])
+def test_a_missing_file_is_named(run: Path, name: str) -> None:
+    (run / name).unlink()
+    with pytest.raises(UserError) as refused:
+        write_report(run)
+    assert str(refused.value) == f"{run / name}: No such file or directory; {ADVICE}"
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:
-    events = [evaluation(0, 8, None, 3.0, 0.1), evaluation(1, 8, None, math.nan, 0.2)]
-    html = report(write_run(tmp_path / "run", events))
-    assert rows(part(html, "Results by tier"))[1][2] == f"3.00 → {MISSING}"
+    events = [evaluation(0, 8, None, 3.0, 0.1), evaluation(1, 8, None, 2.5, 0.2)]
+    events += [evaluation(2, 8, None, math.nan, math.inf), evaluation(2, 8, "a", -math.inf, 0.5)]
+    run = write_run(tmp_path / "run", events)
+    html = report(run)
+    assert rows(part(html, "Results by tier"))[1][2:4] == ["3.00 → not finite", "10.0 % → not finite"]
+    assert "not finite" in part(html, "By category")
+    assert "nan" not in part(html, "Over rounds") and "inf" not in part(html, "Over rounds")
+    assert read_run(run).not_finite() == {8: 2}
+    append(run, evaluation(3, 8, None, 2.0, 0.3))
+    assert read_run(run).not_finite() == {}
+
+
+def test_a_small_device_whose_result_is_not_finite(tmp_path: Path) -> None:
+    lines = [evaluation(0, 8, None, 3.0, 0.1)]
+    for at, loss in ((0, 3.0), (1, 2.0), (2, math.nan)):
+        lines.append({"event": "deployment", "rank": 2, **evaluation(at, 8, None, loss, None)})
+        lines[-1]["event"] = "deployment"
+    html = report(write_run(tmp_path / "run", lines))
+    assert rows(part(html, "What small devices deploy"))[1][2] == "3.00 → not finite"
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
@@ -326,12 +374,12 @@ def test_folder_that_is_no_run(tmp_path: Path) -> None:
 
 def test_more_categories_than_colours_fold_into_other(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [])
-    partition = json.loads((run / "partition.json").read_text())
+    partition = read_checked(run / "partition.json", "")
     partition["categories"] = [f"c{i}" for i in range(12)]
     partition["clients"] = [
         {"client": 0, "active_experts": 8, "rows": 78, "per_category": {f"c{i}": i + 1 for i in range(12)}}
     ]
-    (run / "partition.json").write_text(json.dumps(partition))
+    write_checked(run / "partition.json", partition)
     bars = part(report(run), "Data of the clients")
     # The three smallest categories have 1 + 2 + 3 rows.
     assert "other: 6" in bars and "c11: 12" in bars and "c0:" not in bars
@@ -376,4 +424,4 @@ def test_the_header_names_the_options_that_are_not_at_their_defaults(
 def write_strategy(run: Path, **options: Any) -> None:
     config = RunConfig().model_dump()
     config["strategy"] |= options
-    (run / "config.json").write_text(json.dumps(config))
+    write_checked(run / "config.json", config)

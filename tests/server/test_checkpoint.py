@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,14 @@ from torch import Tensor
 
 from fedflame.errors import UserError
 from fedflame.messages import NOTHING, Adapter
-from fedflame.server.checkpoint import FILE_NAME, Checkpoint, read_checkpoint, write_checkpoint
-from fedflame.strategies.base import ServerState
+from fedflame.run_files import ADVICE
+from fedflame.run_files.checkpoints import FORMAT_VERSION, kept_rounds
+from fedflame.server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from fedflame.strategies.base import Past, ServerState
+from fedflame.wire.frame import seal
+
+PAST = Past(0.1, (1 / 3, 5e-324), (0.7,))
+FILE_NAME = "checkpoint/round-3.sealed"
 
 
 def a_checkpoint(round_number: int = 3) -> Checkpoint:
@@ -30,13 +36,14 @@ def a_checkpoint(round_number: int = 3) -> Checkpoint:
     adapter = Adapter({"0.A1": values(5, 6, 7), "1.B2": values(5, 7, 3)}, {"layers.0.q_proj.A": values(3, 6)})
     merged = Adapter({"0.A1": values(5, 4, 7)}, {"layers.0.q_proj.A": values(2, 6)})
     tiers = {k: Adapter({"0.A1": values(5, 6, 7)}, {"layers.0.q_proj.A": values(3, 6)}) for k in (12, 1)}
-    state = ServerState(adapter, {12: values(2), 1: values(2)}, merged, "A", {11: 3, 2: 1}, tiers)
+    state = ServerState(adapter, {12: values(2), 1: values(2)}, merged, "A", {11: 3, 2: 1}, tiers, PAST)
     return Checkpoint(round_number, 2**40 + 1, state)
 
 
 def assert_same(got: Checkpoint, wanted: Checkpoint) -> None:
     assert (got.round, got.metrics_bytes) == (wanted.round, wanted.metrics_bytes)
     assert (got.state.trainable, got.state.ranks) == (wanted.state.trainable, wanted.state.ranks)
+    assert got.state.past == wanted.state.past
     assert got.state.rescalers.keys() == wanted.state.rescalers.keys()
     pairs = [(got.state.rescalers[k], value) for k, value in wanted.state.rescalers.items()]
     assert list(got.state.tier_adapters) == list(wanted.state.tier_adapters)
@@ -73,11 +80,30 @@ def test_a_state_that_was_read_can_be_written_again_to_the_same_bytes(tmp_path: 
     assert (tmp_path / FILE_NAME).read_bytes() == before
 
 
-def test_the_next_checkpoint_replaces_the_one_before_and_leaves_one_file(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, a_checkpoint(3))
-    write_checkpoint(tmp_path, a_checkpoint(4))
-    assert_same(read_checkpoint(tmp_path), a_checkpoint(4))
-    assert files(tmp_path) == [FILE_NAME]
+@pytest.mark.parametrize(("limit", "kept"), [(1, [6]), (2, [5, 6]), (3, [4, 5, 6]), (9, [3, 4, 5, 6])])
+def test_the_last_checkpoints_stay(tmp_path: Path, limit: int, kept: list[int]) -> None:
+    for number in (3, 4, 5, 6):
+        write_checkpoint(tmp_path, a_checkpoint(number), limit)
+    assert files(tmp_path) == [f"checkpoint/round-{number}.sealed" for number in kept]
+    assert_same(read_checkpoint(tmp_path), a_checkpoint(6))
+    for number in kept:
+        assert_same(read_checkpoint(tmp_path, number), a_checkpoint(number))
+
+
+def test_the_last_round_is_the_largest_number(tmp_path: Path) -> None:
+    for number in (9, 10):
+        write_checkpoint(tmp_path, a_checkpoint(number), 2)
+    assert read_checkpoint(tmp_path).round == 10
+
+
+def test_a_round_that_is_not_kept_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    for number in (3, 4):
+        write_checkpoint(tmp_path, a_checkpoint(number), 2)
+    with pytest.raises(UserError) as refused:
+        read_checkpoint(tmp_path, 2)
+    assert str(refused.value) == (
+        f"{tmp_path}: no checkpoint after round 2 is kept; there are those after 3, 4"
+    )
 
 
 def refusal(run: Path) -> str:
@@ -85,75 +111,136 @@ def refusal(run: Path) -> str:
         read_checkpoint(run)
     message = str(error.value)
     assert "\n" not in message
-    assert message.startswith(f"{run / FILE_NAME}: ")
-    return message.removeprefix(f"{run / FILE_NAME}: ")
+    assert message.startswith(f"{run / FILE_NAME}: ") and message.endswith(f"; {ADVICE}")
+    return message.removeprefix(f"{run / FILE_NAME}: ").removesuffix(f"; {ADVICE}")
+
+
+def put(run: Path, content: bytes) -> None:
+    (run / FILE_NAME).parent.mkdir(exist_ok=True)
+    (run / FILE_NAME).write_bytes(content)
 
 
 def test_without_a_checkpoint_the_message_says_so(tmp_path: Path) -> None:
-    wanted = "No such file or directory; the run has no checkpoint to go on from"
-    assert refusal(tmp_path) == wanted
+    with pytest.raises(UserError) as refused:
+        read_checkpoint(tmp_path)
+    wanted = "the run has no checkpoint; put back a copy of it, or start anew"
+    assert str(refused.value) == f"{tmp_path / 'checkpoint'}: {wanted}"
 
 
 def test_a_folder_in_the_checkpoints_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).mkdir(parents=True)
-    assert refusal(tmp_path) == "Is a directory; the run has no checkpoint to go on from"
+    assert refusal(tmp_path) == "Is a directory"
+
+
+def test_a_damaged_checkpoint_names_the_rounds_that_are_left(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        write_checkpoint(tmp_path, a_checkpoint(number), 3)
+    path = tmp_path / FILE_NAME
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"put back a copy of the file, or --resume-from 1 or 2$"):
+        read_checkpoint(tmp_path)
+    assert_same(read_checkpoint(tmp_path, 2), a_checkpoint(2))
 
 
 def test_a_truncated_file_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, a_checkpoint())
-    path = tmp_path / FILE_NAME
-    whole = path.read_bytes()
-    for length in {*range(0, len(whole), 17), *range(12), len(whole) - 1}:
-        path.write_bytes(whole[:length])
-        assert refusal(tmp_path).startswith("truncated or no fedflame checkpoint (")
-        assert path.read_bytes() == whole[:length]
+    whole = (tmp_path / FILE_NAME).read_bytes()
+    for length in {*range(0, len(whole), 17), *range(60), len(whole) - 1}:
+        put(tmp_path, whole[:length])
+        got = refusal(tmp_path)
+        assert got == (
+            f"{length} bytes that are no fedflame checkpoint"
+            if length < 48
+            else "its checksum is wrong: truncated or damaged on the way"
+        )
+        assert (tmp_path / FILE_NAME).read_bytes() == whole[:length]
 
 
-def with_header(**header: Any) -> bytes:
-    tensors = {"experts.0.A1": torch.ones(2), "rescalers.8": torch.ones(2)}
-    return save(tensors, metadata={"fedflame": json.dumps(header)})
+def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, a_checkpoint())
+    whole = (tmp_path / FILE_NAME).read_bytes()
+    for place in [*range(60 * 8), *range(60 * 8, len(whole) * 8, 97)]:
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        put(tmp_path, bytes(flipped))
+        refusal(tmp_path)
 
 
 HEADER: dict[str, Any] = {
-    "version": 2, "round": 1, "metrics_bytes": 0, "trainable": "both", "ranks": {}, "tier_adapters": [],
+    "kind": "checkpoint", "round": 3, "metrics_bytes": 0, "trainable": "both", "ranks": {},
+    "tier_adapters": [], "past": asdict(PAST),
 }  # fmt: skip
-FOREIGN = {
-    "text": b"# notes\nnot a checkpoint\n" * 10,
-    "zeros": bytes(5000),
+
+
+def with_header(**changed: Any) -> bytes:
+    tensors = {"experts.0.A1": torch.ones(2), "rescalers.8": torch.ones(2)}
+    header = {key: value for key, value in (HEADER | changed).items() if value is not None}
+    return save(tensors, metadata={"fedflame": json.dumps(header)})
+
+
+def with_metadata(text: str) -> bytes:
+    return save({"x": torch.ones(3)}, metadata={"fedflame": text})
+
+
+def test_what_the_foreign_files_are_made_from_is_a_checkpoint(tmp_path: Path) -> None:
+    put(tmp_path, seal(with_header(), FORMAT_VERSION))
+    assert read_checkpoint(tmp_path).round == 3
+
+
+SEALED = {
+    "nothing": b"",
+    "a header that is longer than the file": (2**40).to_bytes(8, "little") + b"{}",
     "another tool's safetensors": save({"weight": torch.ones(3)}),
     "another tool's metadata": save({"weight": torch.ones(3)}, metadata={"format": "pt"}),
-    "header no JSON": save({"x": torch.ones(3)}, metadata={"fedflame": "{"}),
-    "header no object": save({"x": torch.ones(3)}, metadata={"fedflame": "[1]"}),
-    "header nested too deep": save({"x": torch.ones(3)}, metadata={"fedflame": "[" * 100_000}),
-    "an update": with_header(kind="update", version=2, round=2, client=1),
-    "no round": with_header(version=2, metrics_bytes=0),
-    "round no number": with_header(version=2, metrics_bytes=0, round="x"),
-    "round infinite": with_header(version=2, metrics_bytes=0, round=float("inf")),
+    "header no JSON": with_metadata("{"),
+    "header no object": with_metadata("[1]"),
+    "header nested too deep": with_metadata("[" * 100_000),
+    "an update": with_header(kind="update"),
+    "another round": with_header(round=2),
+    "no round": with_header(round=None),
+    "round no number": with_header(round="x"),
+    "round infinite": with_header(round=float("inf")),
+    "no length of the metrics": with_header(metrics_bytes=None),
+    "a negative length of the metrics": with_header(metrics_bytes=-1),
+    "a length of the metrics in text": with_header(metrics_bytes="7"),
+    "no half": with_header(trainable=None),
+    "another half": with_header(trainable="C"),
+    "a half that is a list": with_header(trainable=["A"]),
+    "tier adapters no list": with_header(tier_adapters=4),
+    "ranks no object": with_header(ranks=[1]),
+    "a rank that is infinite": with_header(ranks={"1": float("inf")}),
     "a tier that is no number": save(
-        {"rescalers.x": torch.ones(2)},
-        metadata={"fedflame": json.dumps(HEADER)},
+        {"rescalers.x": torch.ones(2)}, metadata={"fedflame": json.dumps(HEADER)}
     ),
-    "no half": with_header(version=2, round=1, metrics_bytes=0),
-    "tier adapters no list": with_header(**HEADER | {"tier_adapters": 4}),
-    "ranks no object": with_header(**HEADER | {"ranks": [1]}),
-    "another half": with_header(**HEADER | {"trainable": "C"}),
+    "paces no list": with_header(past={"reach": 0.0, "paces": 1, "rescaler_paces": []}),
+    "past no object": with_header(past=4),
 }
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_foreign_file_is_refused_and_left_as_it_is(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / FILE_NAME
-    path.parent.mkdir()
-    path.write_bytes(FOREIGN[kind])
-    assert refusal(tmp_path).startswith("truncated or no fedflame checkpoint (")
-    assert path.read_bytes() == FOREIGN[kind]
+@pytest.mark.parametrize("kind", SEALED)
+def test_a_sealed_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, kind: str) -> None:
+    put(tmp_path, seal(SEALED[kind], FORMAT_VERSION))
+    refusal(tmp_path)
+    assert (tmp_path / FILE_NAME).read_bytes() == seal(SEALED[kind], FORMAT_VERSION)
+
+
+@pytest.mark.parametrize("content", [b"# notes\nnot a checkpoint\n" * 10, bytes(5000), with_header()])
+def test_an_unsealed_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    put(tmp_path, content)
+    assert refusal(tmp_path) == f"{len(content)} bytes that are no fedflame checkpoint"
 
 
 def test_another_version_is_refused_by_its_number(tmp_path: Path) -> None:
-    path = tmp_path / FILE_NAME
-    path.parent.mkdir()
-    path.write_bytes(with_header(version=1, round=1, metrics_bytes=0))
-    assert refusal(tmp_path) == "checkpoint version 1; this fedflame reads version 2"
+    put(tmp_path, seal(with_header(), 2))
+    assert refusal(tmp_path) == "checkpoint of version 2; this fedflame reads version 3"
+
+
+def test_files_of_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, a_checkpoint(3))
+    for name in ("round-x.sealed", "round-04.sealed", "round-5.sealed.copy", "round-.sealed", "state.sealed"):
+        (tmp_path / "checkpoint" / name).write_text("mine")
+    assert kept_rounds(tmp_path) == [3]
+    assert read_checkpoint(tmp_path).round == 3
 
 
 def no_space(*_: object, **__: object) -> None:
@@ -169,7 +256,7 @@ def test_on_a_full_disk_the_checkpoint_before_stays_readable_and_alone(
         patch.setattr(owner, call, no_space)
         write_checkpoint(tmp_path, a_checkpoint(4))
     message = str(error.value)
-    assert message.startswith(f"{tmp_path / FILE_NAME}: cannot write ")
+    assert message.startswith(f"{tmp_path / 'checkpoint/round-4.sealed'}: cannot write ")
     assert message.endswith(" bytes: No space left on device")
     assert files(tmp_path) == [FILE_NAME]
     assert_same(read_checkpoint(tmp_path), a_checkpoint(3))
@@ -184,15 +271,17 @@ def test_on_a_full_disk_the_first_checkpoint_leaves_nothing(
     assert files(tmp_path) == []
 
 
+class Killed(BaseException):
+    pass
+
+
+def kill(*_: object, **__: object) -> None:
+    raise Killed
+
+
 def test_killed_before_the_rename_the_checkpoint_before_is_read_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill(*_: object) -> None:
-        raise Killed
-
     write_checkpoint(tmp_path, a_checkpoint(3))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "replace", kill)
@@ -200,4 +289,17 @@ def test_killed_before_the_rename_the_checkpoint_before_is_read_on_resume(
     assert_same(read_checkpoint(tmp_path), a_checkpoint(3))
     write_checkpoint(tmp_path, a_checkpoint(5))
     assert_same(read_checkpoint(tmp_path), a_checkpoint(5))
-    assert files(tmp_path) == [FILE_NAME]
+    assert files(tmp_path) == ["checkpoint/round-5.sealed"], "what the killed process left is gone"
+
+
+def test_killed_before_the_old_one_is_removed_both_are_there_and_the_next_removes_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, a_checkpoint(3))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", kill)
+        write_checkpoint(tmp_path, a_checkpoint(4))
+    assert kept_rounds(tmp_path) == [3, 4]
+    assert_same(read_checkpoint(tmp_path), a_checkpoint(4))
+    write_checkpoint(tmp_path, a_checkpoint(5))
+    assert kept_rounds(tmp_path) == [5]

@@ -27,7 +27,7 @@ from tests.random_rounds import (
 from torch import Tensor
 
 from fedflame.config.load import load_config
-from fedflame.config.methods import METHODS, NAMED_METHODS
+from fedflame.config.methods import METHODS, NAMED_METHODS, OF_ALL_METHODS
 from fedflame.config.sections import StrategyConfig
 from fedflame.experiment.method import build_strategy
 from fedflame.messages import NOTHING, Adapter, ClientUpdate
@@ -94,9 +94,10 @@ def test_every_method_of_the_configuration_is_built_is_tested_here_and_has_its_o
     for name in NAMED_METHODS:
         strategy = build_strategy(load_config(None, [f"strategy.name={name}"]), K)
         assert type(strategy) is type(STRATEGIES[name])
-    assert set().union(*(method.options for method in METHODS.values())) == set(
-        StrategyConfig.model_fields
-    ) - {"name"}
+    assert (
+        set().union(*(method.options for method in METHODS.values()))
+        == set(StrategyConfig.model_fields) - OF_ALL_METHODS
+    )
 
 
 def test_the_table_of_strategies_has_every_method_once() -> None:

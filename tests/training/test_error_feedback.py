@@ -99,7 +99,7 @@ def test_asked_for_the_last_round_again_a_client_answers_with_the_same_bytes(
         first = encode_with_feedback(update_of(number), plan_of(number, dtype), residuals)
         again = encode_with_feedback(update_of(number), plan_of(number, dtype), residuals)
         assert first == again
-    assert sorted(path.name for path in (tmp_path / "7").iterdir()) == ["2.safetensors", "4.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "7").iterdir()) == ["2.sealed", "4.sealed"]
 
 
 def test_without_feedback_nothing_is_kept_and_nothing_owed_is_read(tmp_path: Path) -> None:
@@ -148,13 +148,13 @@ def test_a_client_that_pruned_its_rank_owes_what_is_left_of_it(tmp_path: Path) -
 def test_a_damaged_file_is_named_and_the_client_may_go_on_without(tmp_path: Path) -> None:
     residuals = Residuals(tmp_path)
     send(update_of(1, EVERYWHERE), residuals, "int8")
-    path = tmp_path / "7" / "1.safetensors"
+    path = tmp_path / "7" / "1.sealed"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"1\.safetensors: cannot be read .* owes nothing"):
+    with pytest.raises(UserError, match=r"1\.sealed: cannot be read .* owes nothing"):
         send(update_of(2), residuals, "int8")
     path.unlink()
     path.mkdir()
-    with pytest.raises(UserError, match=r"1\.safetensors: cannot be read .*Is a directory"):
+    with pytest.raises(UserError, match=r"1\.sealed: cannot be read .*Is a directory"):
         send(update_of(2), residuals, "int8")
     path.rmdir()
     send(update_of(2), residuals, "int8")
@@ -162,7 +162,7 @@ def test_a_damaged_file_is_named_and_the_client_may_go_on_without(tmp_path: Path
 
 def test_what_is_kept_no_longer_and_cannot_be_removed_costs_no_answer(tmp_path: Path) -> None:
     residuals = Residuals(tmp_path)
-    (tmp_path / "7" / "0.safetensors" / "inside").mkdir(parents=True)
+    (tmp_path / "7" / "0.sealed" / "inside").mkdir(parents=True)
     for number in (1, 2):
         residuals.keep(7, number, update_of(number).delta)
     assert sorted(path.stem for path in (tmp_path / "7").iterdir()) == ["0", "1", "2"]

@@ -13,11 +13,12 @@ import typer
 from fedflame.commands.quiet import quiet_libraries
 from fedflame.config.load import load_config
 from fedflame.config.run_config import RunConfig
-from fedflame.errors import USER_ERROR, UserError
+from fedflame.errors import USER_ERROR, NotFinite, UserError
 
 INTERRUPTED = 130
 CELL_FAILED = 1
 CHECK_FAILED = 1
+NOT_FINITE = 1
 
 ConfigFile = Annotated[
     Path | None, typer.Argument(help="TOML file; without it, the embedded model and data.")
@@ -78,6 +79,9 @@ def user_errors(debug: bool) -> Iterator[None]:
             raise
         print(f"fedflame: {error}", file=sys.stderr)
         raise typer.Exit(USER_ERROR) from error
+    except NotFinite as error:
+        print(f"fedflame: {error}", file=sys.stderr)
+        raise typer.Exit(NOT_FINITE) from error
     except KeyboardInterrupt as error:
         print(f"fedflame: interrupted{str(error) and '; '}{error}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from error

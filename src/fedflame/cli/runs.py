@@ -22,6 +22,7 @@ from fedflame.cli.options import (
     user_errors,
 )
 from fedflame.errors import UserError
+from fedflame.experiment.run_folder import Existing
 
 app = typer.Typer()
 
@@ -35,6 +36,10 @@ def run(
     device: Device = None,
     output_dir: Annotated[str | None, typer.Option(help="The run folder (output_dir).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    resume_from: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="ROUND", help="Go on after this round, whose checkpoint is kept."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in the run folder.")
     ] = False,
@@ -49,7 +54,8 @@ def run(
 ) -> None:
     """Fine-tune one model across unequal clients; leaves adapter, metrics and report in a run folder."""
     with user_errors(debug):
-        if resume and overwrite:
+        going_on = resume or resume_from is not None
+        if going_on and overwrite:
             raise UserError("--resume and --overwrite exclude each other; give one")
         if (engine is None) != (hub is None) or (engine and workers > 1):
             raise UserError("--engine and --hub go together, and without --workers: the sites train")
@@ -62,7 +68,8 @@ def run(
             sites = open_sites(engine, load_hub(hub))
         from fedflame.experiment.prepare import prepare
 
-        prepared = prepare(config, "resume" if resume else "overwrite" if overwrite else "refuse", sites)
+        existing: Existing = "resume" if going_on else "overwrite" if overwrite else "refuse"
+        prepared = prepare(config, existing, sites, resume_from=resume_from)
         from fedflame.commands.run import print_run  # from here on with torch
 
         text = config_file.read_text(encoding="utf-8") if config_file else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from fedflame.commands.tables import bench_table
 from fedflame.config.lists import parse_integers
 from fedflame.errors import UserError
 from fedflame.experiment.environment import environment
+from fedflame.json_text import to_text
 
 
 def print_bench(
@@ -53,7 +53,7 @@ def print_bench(
         machine["gpu"] = torch.cuda.get_device_name()
     if as_json:
         settings = {"geometry": asdict(geometry), "repeats": repeats, "environment": machine}
-        print(json.dumps({**settings, "measurements": measurements}, indent=1))
+        print(to_text({**settings, "measurements": measurements}, indent=1))
         return
     console.print(bench_table(measurements, geometry.device))
     console.print("\n".join(f"{name}: {METHODS[name].description}" for name in names))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from fedflame.commands.tables import score_table
 from fedflame.config.lists import parse_integers
-from fedflame.errors import UserError
+from fedflame.errors import NotFinite, UserError
 from fedflame.experiment.api import evaluate
+from fedflame.json_text import to_text
+from fedflame.run_files.checkpoints import kept_rounds
 from fedflame.training.scores import Scores, total
 
 
@@ -28,14 +31,19 @@ def print_scores(
 
     Raises:
         UserError: a source that is none of these, or a k that the model does not have.
+        NotFinite: the scores are printed, and a loss is not finite.
     """
     wanted = _wanted(active_experts)
     found = evaluate(source, active_experts=wanted, overrides=overrides)
     scores = {k: {"all": total(of_k).to_json()} | _plain(of_k) for k, of_k in found.items()}
     if as_json:
-        print(json.dumps(scores, indent=2))
+        print(to_text(scores, indent=2))
     else:
         console.print(score_table(scores))
+    if broken := [f"k = {k}" for k, of_k in scores.items() if not math.isfinite(of_k["all"]["loss"])]:
+        rounds = kept_rounds(Path(source))
+        after = f" after round {rounds[-1]}" if rounds else ""
+        raise NotFinite(f"{source}: the loss is not finite at {', '.join(broken)}{after}")
 
 
 def _plain(scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:

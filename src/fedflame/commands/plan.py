@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 from rich.console import Console
 
 from fedflame.base.device import device_in_words
 from fedflame.commands.progress import say_line
 from fedflame.commands.tables import cost_table, partition_table
 from fedflame.experiment.plan import Plan
+from fedflame.json_text import to_text
 
 
 def print_plan(plan: Plan, as_json: bool, console: Console) -> None:
     """Print a plan as tables, or as one JSON object."""
     if as_json:
-        print(json.dumps(plan.to_json(), indent=2))
+        print(to_text(plan.to_json(), indent=2))
         return
     console.print(partition_table(plan.clients, plan.cost.clients, plan.truncated_rows))
     console.print(cost_table(plan.cost))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,14 +122,14 @@ class Comparison:
         return {seed: value for seed, value in taken.items() if value is not None}
 
     def curve(self, setting: Setting, method: str, measure: str, tier: int) -> list[Point]:
-        """Return the points of a curve, for the rounds at which every seed has the measure."""
+        """Return the points of a curve, for the rounds at which every seed has a finite measure."""
         results = list(self.seeds(setting, method).values())
         spent = [result.spent(self.grid.devices) for result in results]
         points = []
         for at in range(min((len(rounds) for rounds in spent), default=0)):
             values = [result.value(measure, tier, at) for result in results]
             known = [value for value in values if value is not None]
-            if len(known) == len(values):
+            if len(known) == len(values) and all(map(math.isfinite, known)):
                 points.append(Point(_mean([rounds[at] for rounds in spent]), summarize(known)))
         return points
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from fedflame.compare.grid import Cell, Grid
 from fedflame.compare.page import page
 from fedflame.compare.results import RESULTS, CellResult, read_results
 from fedflame.compare.tables import device_table, markdown, setting_name, setting_tables
+from fedflame.json_text import to_text
 
 IN_TABLE = (
     "fedflame",
@@ -46,7 +46,7 @@ def write_comparison(comparison: Comparison) -> list[Path]:
     """
     folder = comparison.grid.output_dir
     contents = {
-        "results.json": json.dumps(_records(comparison), indent=1) + "\n",
+        "results.json": to_text(_records(comparison), indent=1) + "\n",
         "table.md": _text(comparison),
         "report.html": page(comparison, folder.resolve().name),
     }

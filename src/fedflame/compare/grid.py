@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict
 
 from fedflame.compare.devices import Devices
 from fedflame.config.load import load_config
-from fedflame.config.run_config import SCHEMA_VERSION, RunConfig
-from fedflame.config.settings import flat, read_toml, refuse_unknown_key, validated
+from fedflame.config.run_config import SCHEMA_VERSION, WITHOUT, RunConfig
+from fedflame.config.settings import flat, refuse_unknown_key, validated
 from fedflame.errors import UserError
+from fedflame.reading import read_toml
 
 Setting = tuple[tuple[str, str], ...]
 """The values on all axes except the seed, as (key, value) pairs."""
@@ -161,8 +162,11 @@ def _name(method: str, setting: Setting, config: RunConfig) -> str:
 
 
 def _identity(config: RunConfig) -> str:
-    """Return the schema version and the settings that are not defaults: a new option changes no name."""
-    values, defaults = _flat_settings(config), _flat_settings(RunConfig())
+    """Return the schema version and the settings that are not defaults: a new option changes no name.
+
+    A new option whose default changes runs is named unless it is set to what was run `WITHOUT` it.
+    """
+    values, defaults = _flat_settings(config), _flat_settings(RunConfig()) | WITHOUT
     if config.method.experts == "in_turn":
         values["strategy.k_rotation"] = config.k_rotation()
     chosen = {key: value for key, value in values.items() if value != defaults[key]}

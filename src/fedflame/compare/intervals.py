@@ -10,7 +10,7 @@ from typing import Literal
 
 CONFIDENCE = 0.95
 
-Verdict = Literal["better", "worse", "no clear difference", "one seed"]
+Verdict = Literal["better", "worse", "no clear difference", "one seed", "not finite"]
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,18 @@ class Summary:
 
     count: int
     mean: float
+    """NaN where one of the values is not finite."""
     deviation: float | None
+    not_finite: int = 0
+    """How many of the values are not finite."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences, and its 95 % confidence interval, which is None for a single pair."""
+    """Mean of paired differences, and its 95 % confidence interval, which is None for a single pair.
+
+    The mean is NaN, without an interval, where one of the differences is not finite.
+    """
 
     count: int
     mean: float
@@ -33,7 +39,7 @@ class Difference:
     def verdict(self, rising: bool) -> Verdict:
         """Return the result in words. `rising` says that a larger value is better."""
         if self.interval is None:
-            return "one seed"
+            return "one seed" if math.isfinite(self.mean) else "not finite"
         low, high = self.interval
         if low <= 0 <= high:
             return "no clear difference"
@@ -42,6 +48,8 @@ class Difference:
 
 def summarize(values: Sequence[float]) -> Summary:
     """Summarize at least one value."""
+    if broken := sum(not math.isfinite(value) for value in values):
+        return Summary(len(values), math.nan, None, broken)
     return Summary(len(values), fmean(values), stdev(values) if len(values) > 1 else None)
 
 

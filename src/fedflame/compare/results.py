@@ -7,7 +7,6 @@ of a cell leaves such a file in the cell's folder, and the process of the compar
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from fedflame.compare.devices import ClientWork, Devices, round_seconds
 from fedflame.compare.grid import Cell
 from fedflame.config.run_config import SCHEMA_VERSION
 from fedflame.errors import UserError
+from fedflame.json_text import to_text
+from fedflame.reading import parse_object
 from fedflame.report.records import Evaluation, Measured, Run, ScoreName
 
 RESULTS = "cells.jsonl"
@@ -89,10 +90,9 @@ class CellResult:
         return sorted({evaluation.active_experts for evaluation in self.evaluations}, reverse=True)
 
     def value(self, measure: str, tier: int, at: int) -> float | None:
-        """Return a measure at one k after one round; None if it was not taken or is not finite."""
+        """Return a measure at one k after one round; None if it was not taken."""
         evaluation = self._evaluations.get((at, tier))
-        value = evaluation.value(measure) if evaluation else None
-        return value if value is not None and math.isfinite(value) else None
+        return evaluation.value(measure) if evaluation else None
 
     @cached_property
     def _evaluations(self) -> dict[tuple[int, int], Evaluation]:
@@ -109,8 +109,7 @@ class CellResult:
     def last_deployed(self, measure: str, budget: int) -> float | None:
         """Return a measure of the final model as devices of this budget deploy it."""
         deployed = self.at(budget)
-        value = deployed.value(measure) if deployed else None
-        return value if value is not None and math.isfinite(value) else None
+        return deployed.value(measure) if deployed else None
 
     def spent(self, devices: Devices) -> list[Spent]:
         """Return the cost after each round, from round 0 to the last."""
@@ -133,6 +132,7 @@ class CellResult:
 
 _LINE = TypeAdapter(CellResult)
 _HEAD = json.dumps({"schema_version": SCHEMA_VERSION})
+_NO_CELL, _ANEW = "not the results of a cell", "delete the line to make it anew"
 
 
 def read_results(path: Path) -> dict[str, CellResult]:
@@ -164,8 +164,8 @@ def _lines(path: Path) -> list[bytes]:
 
 def _check_head(path: Path, head: bytes) -> None:
     try:
-        version = json.loads(head)["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        version = parse_object(head)["schema_version"]
+    except (ValueError, KeyError) as error:
         raise UserError(
             f"{path}: not a results file: its first line must be {_HEAD}; move it away"
         ) from error
@@ -178,19 +178,25 @@ def _check_head(path: Path, head: bytes) -> None:
 
 def _cell_of(line: bytes, where: str) -> CellResult:
     try:
-        return _LINE.validate_json(line)
+        return _LINE.validate_json(json.dumps(parse_object(line)))
     except ValidationError as error:
         first = error.errors()[0]
         what = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
-        raise UserError(
-            f"{where}: not the results of a cell: {what}; delete the line to make it anew"
-        ) from error
+        raise UserError(f"{where}: {_NO_CELL}: {what}; {_ANEW}") from error
+    except ValueError as error:
+        raise UserError(f"{where}: {_NO_CELL}: {error}; {_ANEW}") from error
 
 
 def write_results(path: Path, results: Iterable[CellResult]) -> None:
     """Write a results file whole or not at all; UserError where the disk is full."""
-    lines = [_LINE.dump_json(result) for result in sorted(results, key=lambda result: result.cell)]
+    lines = [_line(result) for result in sorted(results, key=lambda result: result.cell)]
     write_atomically(path, b"".join(line + b"\n" for line in [_HEAD.encode(), *lines]))
+
+
+def _line(result: CellResult) -> bytes:
+    text = _LINE.dump_json(result)
+    bare = b"NaN" in text or b"Infinity" in text  # as words of pydantic, or within a text
+    return to_text(json.loads(text)).encode() if bare else text
 
 
 def leave_result(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from fedflame.compare.grid import Cell, Grid
 from fedflame.compare.results import RESULTS, has_left_result, read_results
 from fedflame.data.sources import refuse_missing_file
 from fedflame.errors import UserError
+from fedflame.folder_lock import sole_user
 
 
 @dataclass(frozen=True)
@@ -41,22 +39,12 @@ def run_grid(grid: Grid, workers: int, progress: Progress) -> Compared:
     """
     _check_folder(grid.output_dir)
     _check_data(grid)
-    with _alone(grid.output_dir):
+    refusal = f"{grid.output_dir}: another `fedflame compare` is at work there"
+    (grid.output_dir / "cells").mkdir(parents=True, exist_ok=True)
+    with sole_user(grid.output_dir / "cells" / ".lock", refusal):
         failures = run_cells(grid, workers, progress)
         comparison = read_comparison(grid, failures)
         return Compared(comparison, write_comparison(comparison) if comparison.results else [])
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock within the block: two processes would spoil each other's cells."""
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
-    with (folder / "cells" / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{folder}: another `fedflame compare` is at work there") from error
-        yield
 
 
 def _check_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,7 +46,9 @@ class Measure:
     """Whether a larger value is better."""
 
     def show(self, value: float) -> str:
-        return f"{100 * value:.1f}" if self.name == "exact_match" else decimal(value, DIGITS)
+        if self.name == "exact_match" and math.isfinite(value):
+            return f"{100 * value:.1f}"
+        return decimal(value, DIGITS)
 
     def show_difference(self, value: float) -> str:
         return f"{100 * value:+.1f}" if self.name == "exact_match" else f"{value:+.{DIGITS}f}"
@@ -100,13 +103,16 @@ def summary_table(comparison: Comparison, setting: Setting, measure: Measure) ->
 
 def _best(summaries: Sequence[Summary | None], rising: bool) -> float | None:
     means = [summary.mean for summary in summaries if summary]
-    return (max if rising else min)(means) if len(means) > 1 else None
+    finite = [mean for mean in means if math.isfinite(mean)]
+    return (max if rising else min)(finite) if finite and len(means) > 1 else None
 
 
 def _entry(summary: Summary | None, measure: Measure, mood: str = "", seeds: int = 0) -> Entry:
-    """Format a summary. If not all of the `seeds` finished seeds have a finite value, say how many have."""
+    """Format a summary. If not all of the `seeds` finished seeds have a value, say how many have."""
     if summary is None:
         return Entry(MISSING)
+    if summary.not_finite:
+        return Entry(measure.show(summary.mean), "worse", f"{summary.not_finite} of {summary.count} seeds")
     spread = "" if summary.deviation is None else f" ± {measure.show(summary.deviation)}"
     partial = f"{summary.count} of {seeds} seeds" if summary.count < seeds else ""
     return Entry(measure.show(summary.mean) + spread, mood, partial)
@@ -168,6 +174,8 @@ def _difference(difference: Difference | None, measure: Measure, pairs: int) -> 
     """Format a difference. If it has fewer than `pairs` pairs, say how many."""
     if difference is None:
         return Entry(MISSING)
+    if not math.isfinite(difference.mean):
+        return Entry(difference.verdict(measure.rising), "worse")
     mean, verdict = measure.show_difference(difference.mean), difference.verdict(measure.rising)
     if difference.interval is None:
         return Entry(f"{mean} {verdict}")

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedflame.config.methods import METHODS
+from fedflame.config.methods import METHODS, OF_ALL_METHODS
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import StrategyConfig
-from fedflame.config.settings import read_toml, refuse_unknown_keys, validated
+from fedflame.config.settings import refuse_unknown_keys, validated
 from fedflame.errors import UserError
+from fedflame.reading import read_toml
 
 
 def load_config(
@@ -80,12 +81,14 @@ def _refuse_contradictions(config: RunConfig) -> None:
 
 def _refuse_options_of_other_methods(strategy: StrategyConfig) -> None:
     options = METHODS[strategy.name].options
-    for key in sorted(set(StrategyConfig.model_fields) - options - {"name"}):
+    for key in sorted(set(StrategyConfig.model_fields) - options - OF_ALL_METHODS):
         value, default = getattr(strategy, key), StrategyConfig.model_fields[key].default
         if value != default:
             methods = ", ".join(name for name, method in METHODS.items() if key in method.options)
+            why = METHODS[strategy.name].lacks.get(key)
             raise UserError(
-                f"config: strategy.{key} = {value!r}: {strategy.name} has no such option; {methods} "
+                f"config: strategy.{key} = {value!r}: {strategy.name} has no such option"
+                f"{f', because {why}' if why else ''}; {methods} "
                 f"{'have' if ',' in methods else 'has'} it (leave it at {default!r})"
             )
 

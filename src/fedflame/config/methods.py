@@ -6,6 +6,7 @@ torch. A new method is one file in `strategies/` and one row here; docs/new-meth
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,9 +39,17 @@ class Method:
     an update cannot be made up for in the next one."""
     deploys: Literal["adapter", "own_ranks"] = "adapter"
     """What a device uses after the run: the whole adapter, or its first ranks, as many as it affords."""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the section `strategy` that make no sense for the method, and why."""
 
+
+OF_ALL_METHODS = frozenset({"name", "clip"})
+"""Keys of the section `strategy` that no method reads, because they hold for all."""
 
 _ALIKE = frozenset({"active_experts", "rank", "counted_rows"})
+_AVERAGED = _ALIKE | {"robust"}
+_EXACT = {"robust": "it adds up products B A, in which every client's factors stay whole"}
+_PADS = {"robust": "the padding zeros of small clients would outvote those who train the last ranks"}
 
 METHODS: dict[str, Method] = {
     "flame": Method(
@@ -55,20 +64,31 @@ METHODS: dict[str, Method] = {
                 "k_rotation",
                 "learning_rate_exponent",
                 "counted_rows",
+                "robust",
             }
         ),
         experts="in_turn",
         ranks="full",
     ),
-    "fedavg": Method("FedAvg (arXiv 1602.05629)", "fedflame.strategies.fedavg:FedAvg", _ALIKE),
+    "fedavg": Method("FedAvg (arXiv 1602.05629)", "fedflame.strategies.fedavg:FedAvg", _AVERAGED),
     "ffa_lora": Method(
-        "FFA-LoRA (arXiv 2403.12313)", "fedflame.strategies.ffa_lora:FFALoRA", _ALIKE, halves=("B",)
+        "FFA-LoRA (arXiv 2403.12313)",
+        "fedflame.strategies.ffa_lora:FFALoRA",
+        _AVERAGED,
+        halves=("B",),
     ),
     "rolora": Method(
-        "RoLoRA (arXiv 2409.02346)", "fedflame.strategies.rolora:RoLoRA", _ALIKE, halves=("B", "A")
+        "RoLoRA (arXiv 2409.02346)",
+        "fedflame.strategies.rolora:RoLoRA",
+        _AVERAGED,
+        halves=("B", "A"),
     ),
     "fedex_lora": Method(
-        "FedEx-LoRA (arXiv 2410.09432)", "fedflame.strategies.fedex_lora:FedExLoRA", _ALIKE, merges=True
+        "FedEx-LoRA (arXiv 2410.09432)",
+        "fedflame.strategies.fedex_lora:FedExLoRA",
+        _ALIKE,
+        merges=True,
+        lacks=_EXACT,
     ),
     "hetlora": Method(
         "HetLoRA (arXiv 2401.06432)",
@@ -76,12 +96,16 @@ METHODS: dict[str, Method] = {
         frozenset({"rank_decay"}),
         experts="full",
         ranks="afforded",
+        lacks={
+            "robust": "the zeros of clients with a smaller rank would outvote those who train the last ranks"
+        },
         deploys="own_ranks",
     ),
     "flexlora": Method(
         "FlexLoRA (arXiv 2402.11505)",
         "fedflame.strategies.flexlora:FlexLoRA",
         frozenset({"counted_rows"}),
+        lacks=_EXACT,
         experts="full",
         ranks="afforded",
         deploys="own_ranks",
@@ -90,6 +114,7 @@ METHODS: dict[str, Method] = {
         "FLoRA (arXiv 2409.05976)",
         "fedflame.strategies.flora:FLoRA",
         frozenset({"counted_rows"}),
+        lacks=_EXACT,
         experts="full",
         ranks="afforded",
         merges=True,

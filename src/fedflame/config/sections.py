@@ -6,6 +6,7 @@ docs/configuration.md is made from this file.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -15,7 +16,14 @@ from pydantic_core import PydanticCustomError
 from fedflame.config.lists import Integers, IntegersOrNone, Names, is_integer
 from fedflame.config.methods import METHODS, NAMED_METHODS
 from fedflame.config.settings import Section
-from fedflame.config.words import Checkpointed, CountedRows, CountNormalization, RescalerRule, UpdateDtype
+from fedflame.config.words import (
+    Checkpointed,
+    CountedRows,
+    CountNormalization,
+    RescalerRule,
+    RobustRule,
+    UpdateDtype,
+)
 
 EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
@@ -26,6 +34,18 @@ def _min_full_or_number(value: object) -> str:
     if not isinstance(text, str) or not (text in ("min", "full") or (is_integer(text) and int(text) >= 1)):
         raise ValueError("must be 'min', 'full' or an integer of at least 1")
     return text
+
+
+def _median_none_or_number(value: object) -> str:
+    if value in ("median", "none"):
+        return str(value)
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if isinstance(value, bool) or not 0 < number < math.inf:
+        raise ValueError("must be 'median', 'none' or a number above 0")
+    return f"{number:g}"
 
 
 def _known_method(name: str) -> str:
@@ -42,6 +62,7 @@ def _device(value: str) -> str:
 
 
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
+MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
 Device = Annotated[str, AfterValidator(_device)]
 
 
@@ -175,6 +196,16 @@ class StrategyConfig(Section):
     published. `trained`: the rows that it trained on in the round, each counted once. They differ where
     `training.max_steps` do not reach all rows: with `held`, a client with many rows then counts for more than
     it has done."""
+    clip: MedianNoneOrNumber = "median"
+    """All methods: the largest pace of an update; one that went further is scaled down. `median`: 1.5 times
+    the median pace in earlier rounds, and for the first round in that round. `none`: as far as AdamW can go.
+    Or a number. A pace is the root mean square of what values moved, over learning rate times the root of the
+    steps; honest ones are about 1. Learned rescalers are bounded likewise."""
+    robust: RobustRule = "none"
+    """flame, fedavg, ffa_lora, rolora: how values are averaged, per expert over the clients that activated
+    it. `none`: by weight. `trimmed_mean`: by weight, without the largest and the smallest value of each
+    coordinate. `geometric_median`: the point with the least weighted distance to all, for each expert and
+    bank. With fewer than three clients on an expert: by weight."""
     rank_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """HetLoRA: gamma of rank self-pruning, such as 0.9. A client whose last ranks, those after the first
     gamma r_i, shrank in a round goes on without them. 0: no pruning."""
@@ -187,6 +218,9 @@ class ServerConfig(Section):
     """The share of the clients that is sampled in each round."""
     min_clients: Annotated[int, Field(ge=1)] = 1
     """The usable updates that a round needs. With fewer the run stops and keeps its checkpoint."""
+    save_total_limit: Annotated[int, Field(ge=1, le=1000)] = 2
+    """The checkpoints that are kept: those after the last so many rounds. `--resume-from` goes on from any of
+    them, such as the one before a damaged one."""
 
 
 class CommunicationConfig(Section):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -11,6 +10,7 @@ from typing import Any, TypeVar, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedflame.errors import UserError
+from fedflame.reading import read_toml, require_plain, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 File = TypeVar("File", bound="SettingsFile")
@@ -42,26 +42,27 @@ def load_file(model: type[File], path: Path, what: str) -> File:
     return validated(model, {**empty, **values, "folder": path.absolute().parent}, f"{what} {path}")
 
 
-def read_toml(path: Path, what: str = "config file") -> dict[str, Any]:
-    """The tables of a TOML file; UserError where it cannot be read or is no TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path}: not TOML: {error}") from error
-
-
 def validated(model: type[Model], values: dict[str, Any], what: str) -> Model:
     """The values as a model; UserError names `what`, and the key that is missing or has a wrong value."""
     try:
+        require_plain(values)
+        _require_no_nul(values)
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
             raise UserError(f"{what}: {where} is missing") from error
-        raise UserError(f"{what}: {where} = {first['input']!r}: {first['msg']}") from error
+        raise UserError(f"{what}: {where} = {shown(first['input'])}: {first['msg']}") from error
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+def _require_no_nul(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a text that can be no path and no name, because the system ends it at a NUL."""
+    for key, value in flat(values).items():
+        if "\0" in str(value):
+            raise ValueError(f"{key} = {shown(value)}: must have no NUL")
 
 
 def keys_of(model: type[BaseModel]) -> list[str]:

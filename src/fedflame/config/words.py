@@ -20,5 +20,7 @@ Disclosure = Literal["exact", "rounded", "withheld"]
 """What a site tells of its mean loss and of its activation counts; see `trainer.disclosure`."""
 CountedRows = Literal["trained", "held"]
 """The rows of a client that count in a mean: those it trained on in the round, each once, or all it holds."""
+RobustRule = Literal["none", "trimmed_mean", "geometric_median"]
+"""How clients are averaged: by weight, or so that a few cannot decide; see `strategies.robust`."""
 Checkpointed = Literal["none", "experts", "layers"]
 """What is not kept for the backward; see `moe.gradient_checkpointing`."""

@@ -34,13 +34,29 @@ def base_bytes(shape: ModelShape, dtype: Dtype) -> int:
     return (4 if dtype == "float32" else 2) * base_parameters(shape)
 
 
+def held_base_bytes(shape: ModelShape, r: int, dtype: Dtype) -> int:
+    """Return the bytes of the frozen base with the room for LoRA of rank r beside its experts' weights.
+
+    A weight [out,in] of an expert lies in a buffer [out+n,in+n]; see `moe.projection`.
+    """
+    size = 4 if dtype == "float32" else 2
+    filled = r + -r % (16 // size)
+    inner = shape.expert_matrices - 1
+    projections = (
+        (shape.expert_hidden_size, inner * shape.expert_size, inner * filled),
+        (shape.expert_size, shape.expert_hidden_size, filled),
+    )
+    room = sum((into + n) * (out + n) - into * out for into, out, n in projections)
+    return base_bytes(shape, dtype) + size * shape.moe_layers * shape.num_experts * room
+
+
 def least_evaluation_memory(shape: ModelShape, r: int, target_modules: Collection[str], dtype: Dtype) -> int:
     """Return the bytes of the base in this dtype and of the adapter: the least that an evaluation takes.
 
     Raises:
         UserError: a target module is no attention projection of the model.
     """
-    return base_bytes(shape, dtype) + 4 * adapter_parameters(shape, r, target_modules).total
+    return held_base_bytes(shape, r, dtype) + 4 * adapter_parameters(shape, r, target_modules).total
 
 
 def least_training_memory(shape: ModelShape, r: int, target_modules: Collection[str], dtype: Dtype) -> int:
@@ -99,7 +115,7 @@ def training_memory(
         kept = layers * norms_and_attention + shape.moe_layers * sparse + (layers - shape.moe_layers) * dense
     per_token = kept + transient + logits
     return MemoryEstimate(
-        base=base_bytes(shape, dtype),
+        base=held_base_bytes(shape, r, dtype),
         adapter=adapter,
         gradients=adapter,
         optimizer=2 * adapter,

@@ -20,6 +20,7 @@ from fedflame.errors import UserError
 from fedflame.experiment.finished_run import Run
 from fedflame.experiment.plan import Plan, plan_run
 from fedflame.experiment.prepare import prepare
+from fedflame.experiment.run_folder import Existing
 
 if TYPE_CHECKING:
     from fedflame.exports import Layout
@@ -39,6 +40,7 @@ def run(
     on_event: OnEvent | None = None,
     workers: int = 1,
     resume: bool = False,
+    resume_from: int | None = None,
     overwrite: bool = False,
 ) -> Run:
     """Fine-tune one model across unequal clients.
@@ -53,6 +55,7 @@ def run(
         workers: processes that train clients side by side, with the same result. A script that asks for more
             than one must not run anything when it is imported: `if __name__ == "__main__":`.
         resume: go on with the run in the run folder.
+        resume_from: go on with it after this round, whose checkpoint is kept (`server.save_total_limit`).
         overwrite: replace the run in the run folder.
 
     Returns:
@@ -63,12 +66,14 @@ def run(
             a run folder that exists.
         KeyboardInterrupt: with the round that `resume=True` goes on after.
     """
-    if resume and overwrite:
+    going_on = resume or resume_from is not None
+    if going_on and overwrite:
         raise UserError("resume and overwrite exclude each other; give one")
     if workers < 1:
         raise UserError(f"workers = {workers}: must be at least 1")
     loaded, rows = _resolved(config, data, strategy)
-    prepared = prepare(loaded, "resume" if resume else "overwrite" if overwrite else "refuse", given=rows)
+    existing: Existing = "resume" if going_on else "overwrite" if overwrite else "refuse"
+    prepared = prepare(loaded, existing, given=rows, resume_from=resume_from)
     from fedflame.experiment.run import run_experiment  # from here on with torch
 
     run_experiment(prepared, workers=workers, strategy=strategy, on_event=on_event)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedflame.config.run_config import RunConfig
 from fedflame.errors import UserError
 from fedflame.experiment.run_folder import saved_config
-from fedflame.report.records import read_run
+from fedflame.report.records import read_metrics, read_run
 
 if TYPE_CHECKING:
     from fedflame.messages import Adapter
@@ -42,15 +41,7 @@ class Run:
         Raises:
             UserError: the file is missing or damaged.
         """
-        path = self.folder / "metrics.jsonl"
-        try:
-            # What follows the last newline is a line that was still being written.
-            lines = path.read_bytes().split(b"\n")[:-1]
-            return [json.loads(line) for line in lines]
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; no run has begun in {self.folder}") from error
-        except ValueError as error:
-            raise UserError(f"{path}: not the metrics of a run: {error}") from error
+        return list(read_metrics(self.folder))
 
     @property
     def scores(self) -> dict[int, dict[int, dict[str, float | None]]]:

@@ -12,7 +12,7 @@ from fedflame.cost.tiers import require_possible
 from fedflame.data.federation import Federation, load_federation
 from fedflame.data.given import GivenRows
 from fedflame.errors import UserError
-from fedflame.experiment.run_folder import Existing, check_run_folder
+from fedflame.experiment.run_folder import Existing, check_run_folder, refuse_used
 from fedflame.experiment.sites import Sites, check_sites
 
 
@@ -27,6 +27,8 @@ class Prepared:
     federation: Federation
     sites: Sites | None = None
     """The clients, where they are sites behind an engine; None for clients of this machine."""
+    resume_from: int | None = None
+    """The kept round that a resumption goes on after; None for the last."""
 
 
 def prepare(
@@ -34,6 +36,7 @@ def prepare(
     existing: Existing = "refuse",
     sites: Sites | None = None,
     given: GivenRows | None = None,
+    resume_from: int | None = None,
 ) -> Prepared:
     """Check what a run is to be, and read its rows.
 
@@ -42,15 +45,18 @@ def prepare(
         existing: what to do with a run folder that is there.
         sites: the clients, where they are sites behind an engine.
         given: rows that a program hands over, instead of `data.dataset_name`.
+        resume_from: the kept round that a resumption goes on after; None for the last.
 
     Raises:
         UserError: the run cannot start as it is configured; nothing was changed.
     """
-    check_run_folder(Path(config.output_dir), config, existing)
+    run = Path(config.output_dir)
+    refuse_used(run)
+    check_run_folder(run, config, existing)
     if sites is not None:
         check_sites(config.clients.num_clients, sites)
     shape = require_runnable(config)
-    return Prepared(config, existing, shape, load_federation(config, given), sites)
+    return Prepared(config, existing, shape, load_federation(config, given), sites, resume_from)
 
 
 def require_runnable(config: RunConfig) -> ModelShape:

@@ -23,21 +23,26 @@ from fedflame.experiment.assemble import Experiment, assemble
 from fedflame.experiment.environment import environment
 from fedflame.experiment.method import build_strategy
 from fedflame.experiment.prepare import Prepared
+from fedflame.experiment.resumption import Resumption, find_resumption, go_back
 from fedflame.experiment.run_folder import (
+    check_run_folder,
     device_change,
-    remove_run,
+    empty_run,
     require_same_data,
     saved_dtype,
     write_run_files,
+    writing,
 )
 from fedflame.experiment.site_clients import site_clients
 from fedflame.experiment.sites import Sites
 from fedflame.report import write_report
-from fedflame.server.checkpoint import FILE_NAME as CHECKPOINT_FILE
+from fedflame.run_files.checkpoints import kept_rounds
+from fedflame.run_files.lines import FILE_NAME as METRICS_FILE
 from fedflame.server.checkpoint import Checkpoint, read_checkpoint
 from fedflame.server.metrics import MetricsFile, OnEvent
+from fedflame.server.parts import Server
 from fedflame.server.progress import Reporter, Silent
-from fedflame.server.rounds import Server, run_rounds, sample_clients
+from fedflame.server.rounds import run_rounds, sample_clients
 from fedflame.strategies.base import Strategy
 from fedflame.training.error_feedback import Residuals
 
@@ -91,23 +96,43 @@ def run_experiment(
         UserError: whatever the user can mend, with the run folder as it was before where the run
             could not start, and with the last checkpoint where it could. `OutOfMemory` is one of these.
     """
-    config, resumed, sites = prepared.config, prepared.existing == "resume", prepared.sites
-    run = Path(config.output_dir)
     if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cores() // workers))
-    start = "" if resumed else starting_adapter(config)
+    run = Path(prepared.config.output_dir)
+    with writing(run):
+        check_run_folder(run, prepared.config, prepared.existing)  # nobody changes it from now on
+        resumed = prepared.existing == "resume"
+        to = find_resumption(run, prepared.config, prepared.resume_from) if resumed else None
+        return _run(prepared, to, config_text, workers, strategy, on_event, watch)
+
+
+def _run(
+    prepared: Prepared,
+    to: Resumption | None,
+    config_text: str,
+    workers: int,
+    strategy: Strategy | None,
+    on_event: OnEvent | None,
+    watch: Watch,
+) -> Written:
+    """`run_experiment`, from the checkpoint `to` or from the start."""
+    config, sites = prepared.config, prepared.sites
+    run = Path(config.output_dir)
+    start = "" if to else starting_adapter(config)
     method = strategy or build_strategy(config, prepared.shape.num_experts_per_tok)
     trained_here = 0 if sites is not None else workers
-    experiment = assemble(config, prepared.federation, saved_dtype(run) if resumed else None, trained_here)
-    moved = device_change(run, experiment.device) if resumed else ""
-    checkpoint = _starting_point(run, experiment, method, resumed, sites is not None)
-    if prepared.existing == "overwrite" and run.exists():
-        remove_run(run)
-    if checkpoint.round == 0 and checkpoint.metrics_bytes == 0:
+    experiment = assemble(config, prepared.federation, saved_dtype(run) if to else None, trained_here)
+    moved = device_change(run, experiment.device) if to else ""
+    checkpoint = _starting_point(run, experiment, method, to, sites is not None)
+    if to:
+        go_back(run, to)
+    else:
+        if prepared.existing == "overwrite":
+            empty_run(run)
         write_run_files(run, experiment, config_text, environment())
     names = tuple(sites.hub.site_names()) if sites is not None else ()
     begun = Begun(experiment, start, _remaining_steps(experiment, checkpoint.round), names)
-    metrics = MetricsFile(run / "metrics.jsonl", checkpoint.metrics_bytes, on_event)
+    metrics = MetricsFile(run / METRICS_FILE, checkpoint.metrics_bytes, on_event)
     try:
         with watch(begun) as reporter, _clients(experiment, run, workers, sites, reporter) as clients:
             if moved:
@@ -115,11 +140,11 @@ def run_experiment(
             server = _server(experiment, method, run, clients, metrics, reporter)
             checkpoint = run_rounds(server, checkpoint)
     except KeyboardInterrupt as error:
-        hint = f"the same command with --resume goes on after round {_rounds_kept(run)}"
+        hint = f"the same command with --resume goes on after round {_last_kept(run)}"
         raise KeyboardInterrupt(hint) from error
     except OutOfMemory as error:
         raise OutOfMemory(
-            f"{error}. --resume goes on after round {_rounds_kept(run)}, also with another device or "
+            f"{error}. --resume goes on after round {_last_kept(run)}, also with another device or "
             "gradient_checkpointing; other changes need a new run"
         ) from error
     finally:
@@ -135,12 +160,12 @@ def usable_cores() -> int:
 
 
 def _starting_point(
-    run: Path, experiment: Experiment, strategy: Strategy, resumed: bool, at_sites: bool
+    run: Path, experiment: Experiment, strategy: Strategy, to: Resumption | None, at_sites: bool
 ) -> Checkpoint:
-    """The run's checkpoint, or round 0 where there is none to go on from."""
-    if resumed and (run / CHECKPOINT_FILE).exists():
+    """The checkpoint to go on from, or the state before round 1 where there is none."""
+    if to:
         require_same_data(run, experiment, at_sites)
-        return read_checkpoint(run)
+        return read_checkpoint(run, to.round)
     state = initial_state(experiment.config, experiment.adapted, strategy, experiment.profiles)
     return Checkpoint(0, 0, state)
 
@@ -156,8 +181,8 @@ def _remaining_steps(experiment: Experiment, last_round: int) -> int:
     )
 
 
-def _rounds_kept(run: Path) -> int:
-    return read_checkpoint(run).round if (run / CHECKPOINT_FILE).exists() else 0
+def _last_kept(run: Path) -> int:
+    return max(kept_rounds(run), default=0)
 
 
 @contextmanager
@@ -171,7 +196,7 @@ def _clients(
         ) as at_sites:
             yield at_sites
         return
-    residuals = Residuals(run / "residuals")
+    residuals = Residuals(run / "residuals", config.server.save_total_limit)
     own = LocalClients(adapted, experiment.encoded.clients, pad_token(experiment.tokenizer), residuals)
     if workers == 1:
         yield own

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedflame.atomic_file import write_atomically, write_json
+from fedflame.atomic_file import write_atomically
 from fedflame.base.device import DeviceChoice, device_facts
 from fedflame.base.dtype import DtypeChoice
-from fedflame.config.run_config import SCHEMA_VERSION, RunConfig
+from fedflame.checked_json import CHECKSUM, read_checked, write_checked
+from fedflame.config.run_config import SCHEMA_VERSION, WITHOUT, RunConfig
 from fedflame.config.settings import flat, validated
 from fedflame.errors import UserError
+from fedflame.folder_lock import refuse_if_used, sole_user
+from fedflame.json_text import to_text
+from fedflame.reading import read_object
+from fedflame.run_files import ADVICE
+from fedflame.run_files.lines import FILE_NAME as METRICS_FILE
 
 if TYPE_CHECKING:
     from fedflame.experiment.assemble import Experiment
 
 Existing = Literal["refuse", "resume", "overwrite"]
-MAY_CHANGE = {"output_dir", "model.device", "training.gradient_checkpointing"}
-"""The settings that a resumption may change: where and how a run computes, not what."""
+MAY_CHANGE = {"output_dir", "model.device", "training.gradient_checkpointing", "server.save_total_limit"}
+"""The settings that a resumption may change: where and how a run computes and what it keeps, not what."""
+LOCK, _REMOVED = ".lock", ".removed"
+_CONFIG = "config.json"
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Be the only process that writes the run folder, within the block. Raises UserError where another is."""
+    with sole_user(run / LOCK, _used(run)):
+        yield
+
+
+def refuse_used(run: Path) -> None:
+    """Raises UserError where a process writes the run folder now."""
+    refuse_if_used(run / LOCK, _used(run))
 
 
 def check_run_folder(run: Path, config: RunConfig, existing: Existing) -> None:
@@ -31,71 +52,68 @@ def check_run_folder(run: Path, config: RunConfig, existing: Existing) -> None:
                 f"{run}: --resume needs the configuration it was started with; {differing[0]} differs "
                 f"(config.json in the run folder has it)"
             )
-    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
+    elif run.exists() and not (run.is_dir() and not _content(run)):
         if existing == "refuse":
             raise UserError(f"{run}: exists already; --resume goes on with it, --overwrite starts anew")
-        if not is_old_run(run):
-            saved_config(run)
+        _require_run(run)
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run that has begun."""
-    return (folder / "metrics.jsonl").is_file()
-
-
-def is_old_run(run: Path) -> bool:
-    """Whether it is a run folder of another version, which may be replaced but not gone on with."""
-    values = _run_settings(run)
-    return values is not None and not _has_version(values)
+    return (folder / METRICS_FILE).exists() or (folder / "checkpoint").is_dir()
 
 
 def saved_config(run: Path) -> RunConfig:
     """The configuration in a run folder.
 
     Raises:
-        UserError: the folder is no run folder, which nothing may remove, or is one of another version.
+        UserError: the folder is no run folder, which nothing may remove; or its config.json is damaged, or of
+            another version.
     """
-    values = _run_settings(run)
-    if values is None:
-        raise UserError(f"{run}: not a run folder (no config.json of a run); it is left as it is")
-    if not _has_version(values):
+    values = _require_run(run)
+    if CHECKSUM not in values:  # a version that wrote none is named by its number
+        _require_version(run, values)
+    values = read_checked(run / _CONFIG, ADVICE)
+    _require_version(run, values)
+    del values["schema_version"]
+    for key, value in WITHOUT.items():
+        section, _, name = key.partition(".")
+        values[section].setdefault(name, value)
+    return validated(RunConfig, values, f"{run / _CONFIG}, which is left as it is")
+
+
+def _require_version(run: Path, values: dict[str, Any]) -> None:
+    version = values.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(
-            f"{run}: its settings have schema version {values.get('schema_version')!r}; this fedflame reads "
+            f"{run}: its settings have schema version {version!r}; this fedflame reads "
             f"version {SCHEMA_VERSION}. Use the fedflame that made it, or start a new run"
         )
-    del values["schema_version"]
-    return validated(RunConfig, values, f"{run / 'config.json'}, which is left as it is")
 
 
-def _run_settings(run: Path) -> dict[str, Any] | None:
-    """What config.json holds; None where there is none, or one of something else than a run."""
+def _require_run(run: Path) -> dict[str, Any]:
+    """What config.json holds, unchecked. Raises UserError where it is not that of a run."""
     try:
-        values = json.loads((run / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    is_of_run = isinstance(values, dict) and values.keys() >= {"strategy", "server", "output_dir"}
-    return values if is_of_run else None
-
-
-def _has_version(values: dict[str, Any]) -> bool:
-    version = values.get("schema_version")
-    return type(version) is int and version == SCHEMA_VERSION
+        values = read_object(run / _CONFIG)
+    except UserError as error:
+        raise UserError(f"{run}: not a run folder ({error}); it is left as it is") from error
+    if not values.keys() >= {"strategy", "server", "output_dir"}:
+        raise UserError(f"{run}: not a run folder (no config.json of a run); it is left as it is")
+    return values
 
 
 def saved_dtype(run: Path) -> DtypeChoice | None:
     """The base's dtype in a run folder: a new probe of the machine must not change the numbers."""
-    path = run / "environment.json"
-    if not path.exists():
+    if not is_run(run):
         return None
-    return DtypeChoice(json.loads(path.read_text())["dtype"], "as before")
+    return DtypeChoice(_environment(run)["dtype"], "as before")
 
 
 def device_change(run: Path, device: DeviceChoice) -> str:
     """What to say where a run goes on with another device than it began with; empty if it is the same."""
-    path = run / "environment.json"
-    if not path.exists():
+    if not is_run(run):
         return ""
-    before, now = json.loads(path.read_text()).get("gpu"), device_facts(device).get("gpu")
+    before, now = _environment(run).get("gpu"), device_facts(device).get("gpu")
     if before == now:
         return ""
     return (
@@ -106,7 +124,7 @@ def device_change(run: Path, device: DeviceChoice) -> str:
 
 def require_same_data(run: Path, experiment: Experiment, at_sites: bool) -> None:
     """Raises UserError where the data now gives another partition than the one the run began with."""
-    saved, now = json.loads((run / "partition.json").read_text()), _partition(experiment)
+    saved, now = read_checked(run / "partition.json", ADVICE), _partition(experiment)
     # What sites hold is their own; of the hub's data only the held-out rows count.
     compared = ("data_digest", "held_out_rows") if at_sites else now.keys()
     if any(saved.get(key) != now[key] for key in compared):
@@ -118,26 +136,46 @@ def require_same_data(run: Path, experiment: Experiment, at_sites: bool) -> None
 
 def write_run_files(run: Path, experiment: Experiment, config_text: str, environment: dict[str, Any]) -> None:
     """What is known before the first round; config.json first, since it makes the folder a run folder."""
-    write_json(run / "config.json", {"schema_version": SCHEMA_VERSION} | experiment.config.model_dump())
+    write_checked(run / _CONFIG, {"schema_version": SCHEMA_VERSION} | experiment.config.model_dump())
     write_atomically(run / "config.toml", config_text.encode())
     facts = environment | device_facts(experiment.device) | {"dtype": experiment.adapted.dtype}
-    write_json(run / "environment.json", facts)
-    write_json(run / "partition.json", _partition(experiment))
-    write_json(run / "plan.json", experiment.cost.to_json())
+    write_checked(run / "environment.json", facts)
+    write_checked(run / "partition.json", _partition(experiment))
+    write_checked(run / "plan.json", experiment.cost.to_json())
     skipped = [{"where": row.where, "reason": row.reason} for row in experiment.federation.skipped]
-    write_atomically(run / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped).encode())
+    write_atomically(run / "skipped.jsonl", "".join(to_text(row) + "\n" for row in skipped).encode())
 
 
-def remove_run(run: Path) -> None:
-    """Delete a run folder; renamed first, so that a kill on the way does not leave half of one."""
-    aside = run.with_name(run.name + ".removed")
+def empty_run(run: Path) -> None:
+    """Remove the content of a run folder, config.json last: until then the folder may be overwritten again.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
+    aside = run / _REMOVED
     try:
         if aside.exists():
             shutil.rmtree(aside)
-        run.rename(aside)
-        shutil.rmtree(aside)
+        if content := _content(run):
+            aside.mkdir()
+            for path in sorted(content, key=lambda path: path.name == _CONFIG):
+                path.rename(aside / path.name)
+            shutil.rmtree(aside)
     except OSError as error:
         raise UserError(f"{run}: cannot be replaced: {error.strerror}") from error
+
+
+def _content(run: Path) -> list[Path]:
+    """What is in a folder, but for a lock and what a killed process was about to remove."""
+    return [path for path in run.iterdir() if path.name not in (LOCK, _REMOVED)]
+
+
+def _used(run: Path) -> str:
+    return f"{run}: another process writes this run folder"
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    return read_checked(run / "environment.json", ADVICE)
 
 
 def _partition(experiment: Experiment) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedflame.atomic_file import write_atomically, write_json
 from fedflame.base.files import model_digest
+from fedflame.checked_json import read_checked, write_checked
 from fedflame.config.run_config import RunConfig
 from fedflame.config.words import Dtype
 from fedflame.engines.answers import Description
@@ -18,6 +17,7 @@ from fedflame.engines.clients import EngineClients
 from fedflame.engines.jobs import engine_jobs
 from fedflame.experiment.sites import Sites
 from fedflame.messages import MOST_TIMES_MEDIAN
+from fedflame.run_files import ADVICE
 from fedflame.trainer.job import TrainingJob
 
 
@@ -71,10 +71,10 @@ def _training_job(config: RunConfig, dtype: Dtype) -> TrainingJob:
 
 def _run_id(run: Path) -> str:
     """What trainers know the run by, the same after every resumption."""
-    path = run / "run-id"
+    path = run / "run-id.json"
     if not path.exists():
-        write_atomically(path, secrets.token_hex(16).encode())
-    return path.read_text()
+        write_checked(path, {"run": secrets.token_hex(16)})
+    return str(read_checked(path, ADVICE)["run"])
 
 
 def _leave_out_who_affords_less(
@@ -119,7 +119,7 @@ def _say_whose_rows_are_too_many(clients: EngineClients) -> None:
 def _record(run: Path, clients: EngineClients) -> None:
     """Into partition.json, which knows the rows of the hub's own file until then."""
     path = run / "partition.json"
-    partition = json.loads(path.read_text())
+    partition = read_checked(path, ADVICE)
     for entry, name, rows in zip(partition["clients"], clients.sites, clients.num_examples(), strict=True):
         entry |= {"site": name, "rows": rows, "per_category": {"all": rows}}
     partition |= {
@@ -128,4 +128,4 @@ def _record(run: Path, clients: EngineClients) -> None:
         "partition": "sites",
         "alpha": None,
     }
-    write_json(path, partition)
+    write_checked(path, partition)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fedflame.errors import UserError
+from fedflame.json_text import to_text
 
 RUN_FILE = "fedflame.json"
 """The file that marks an export. Only a folder that holds it is ever replaced."""
@@ -82,4 +82,4 @@ def _fsync(files: Iterable[Path]) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write indented JSON with a newline at the end."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(to_text(values, indent=2) + "\n", encoding="utf-8")

@@ -6,12 +6,14 @@ import math
 
 _PREFIXES = ["", "k", "M", "G", "T", "P", "E"]
 MISSING = "\N{EN DASH}"
+NOT_FINITE = "not finite"
+"""What is shown of NaN and of infinity."""
 
 
 def si(value: float | None, unit: str = "") -> str:
     """Format with three significant digits and a decimal prefix: `12.3 M`, `4.5 GFLOP`, `2.1 MB`, `300`."""
     if value is None or not math.isfinite(value):
-        return MISSING if value is None else str(value)
+        return MISSING if value is None else NOT_FINITE
     power = 0
     # 999.5 would round to 1000 of the smaller unit.
     while abs(value) >= 999.5 and power < len(_PREFIXES) - 1:
@@ -25,12 +27,16 @@ def si(value: float | None, unit: str = "") -> str:
 
 def decimal(value: float | None, digits: int = 2) -> str:
     """Format with a fixed number of decimals; None gives a dash."""
-    return MISSING if value is None else f"{value:.{digits}f}"
+    if value is None or not math.isfinite(value):
+        return MISSING if value is None else NOT_FINITE
+    return f"{value:.{digits}f}"
 
 
 def percent(value: float | None) -> str:
     """Format a fraction as a percentage with one decimal; None gives a dash."""
-    return MISSING if value is None else f"{100 * value:.1f} %"
+    if value is None or not math.isfinite(value):
+        return MISSING if value is None else NOT_FINITE
+    return f"{100 * value:.1f} %"
 
 
 def duration(seconds: float | None) -> str:

@@ -7,10 +7,10 @@ from datetime import datetime
 from importlib import resources
 from typing import Any
 
-from fedflame.config.methods import METHODS
+from fedflame.config.methods import METHODS, OF_ALL_METHODS
 from fedflame.config.sections import StrategyConfig
 from fedflame.config.settings import flat
-from fedflame.report import clients, results
+from fedflame.report import clients, results, updates
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
 from fedflame.report.records import Run
@@ -24,6 +24,7 @@ _SECTIONS = (
     clients.rescaler,
     clients.partition,
     clients.cost,
+    updates.updates,
     clients.rounds,
 )
 
@@ -69,8 +70,8 @@ def _strategy(run: Run) -> str:
     """Return the method with those of its options that differ from their defaults."""
     strategy: dict[str, Any] = run.config["strategy"]
     name = str(strategy.get("name"))
-    options = METHODS[name].options if name in METHODS else frozenset()
-    chosen = {key: value for key, value in strategy.items() if key in options}
+    options = METHODS[name].options | OF_ALL_METHODS if name in METHODS else frozenset()
+    chosen = {key: value for key, value in strategy.items() if key in options - {"name"}}
     details = [
         f"{key.replace('_', ' ')} {value}"
         for key, value in chosen.items()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fedflame.checked_json import read_checked
 from fedflame.config.methods import METHODS
 from fedflame.config.sections import SKILLS
 from fedflame.errors import UserError
+from fedflame.reading import read_object
+from fedflame.run_files import ADVICE
+from fedflame.run_files.checkpoints import last_kept
+from fedflame.run_files.lines import FILE_NAME, read_lines
 
 ScoreName = Literal["exact_match", "rouge_l"]
 SCORES: tuple[ScoreName, ...] = ("exact_match", "rouge_l")
@@ -80,6 +85,10 @@ class ClientRound:
     """[L] s per MoE layer after training."""
     counts: list[list[int]]
     """[L,E] tokens routed to each expert; empty if the client withholds them."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """L2 norms of the delta by kind of bank and of attention, and of the rescaler's step."""
+    pace: float | None = None
+    """How far the update went; see `strategy.clip`."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,28 @@ class Exclusion:
 
 
 @dataclass(frozen=True)
+class Clipping:
+    """An update that was scaled down."""
+
+    round: int
+    client: int
+    share: float
+    """What was left of it."""
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """An update that went much further than the others of its round."""
+
+    round: int
+    client: int
+    times: float
+    """Its pace over the median of the round."""
+    limit: float
+    """The `times` above which an update is an outlier."""
+
+
+@dataclass(frozen=True)
 class RoundEnd:
     """A finished round."""
 
@@ -102,19 +133,21 @@ class RoundEnd:
     seconds: float
 
 
-Event = Evaluation | Deployment | ClientRound | Exclusion | RoundEnd
+Event = Evaluation | Deployment | ClientRound | Exclusion | Clipping | Outlier | RoundEnd
 _EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
     "evaluation": (Evaluation, ("round", "active_experts", "category")),
     "deployment": (Deployment, ("round", "active_experts", "rank")),
     "client": (ClientRound, ("round", "client")),
     "excluded": (Exclusion, ("round", "client")),
+    "clipped": (Clipping, ("round", "client")),
+    "outlier": (Outlier, ("round", "client")),
     "round": (RoundEnd, ("round",)),
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder. Missing files are empty."""
+    """The content of a run folder."""
 
     folder: Path
     config: dict[str, Any]
@@ -142,6 +175,16 @@ class Run:
     def exclusions(self) -> list[Exclusion]:
         """Refused client updates."""
         return [event for event in self.events if isinstance(event, Exclusion)]
+
+    @property
+    def clippings(self) -> list[Clipping]:
+        """Client updates that were scaled down."""
+        return [event for event in self.events if isinstance(event, Clipping)]
+
+    @property
+    def outliers(self) -> list[Outlier]:
+        """Client updates that went much further than the others."""
+        return [event for event in self.events if isinstance(event, Outlier)]
 
     @property
     def rounds(self) -> list[RoundEnd]:
@@ -187,20 +230,19 @@ class Run:
         return next(taken, None)
 
     def history(self, name: str, tier: int, category: str | None = None) -> list[tuple[int, float]]:
-        """Return (round, value) pairs of one measure in round order, finite values only."""
+        """Return (round, value) pairs of one measure in round order."""
         points = [
             (evaluation.round, value)
             for evaluation in self.evaluations
             if (evaluation.active_experts, evaluation.category) == (tier, category)
             and (value := evaluation.value(name)) is not None
-            and math.isfinite(value)
         ]
         return sorted(points)
 
     def deployed(self, name: str, k: int, rank: int) -> tuple[float | None, float | None]:
         """Return a measure at this k and rank before training and at the end; None if it was not taken."""
         values = {d.round: d.value(name) for d in self.deployments if (d.active_experts, d.rank) == (k, rank)}
-        taken = sorted(at for at, value in values.items() if value is not None and math.isfinite(value))
+        taken = sorted(at for at, value in values.items() if value is not None)
         return values.get(0), values[taken[-1]] if taken and taken[-1] > 0 else None
 
     def before_after(
@@ -212,46 +254,46 @@ class Run:
         after = history[-1][1] if history and history[-1][0] > 0 else None
         return before, after
 
+    def not_finite(self) -> dict[int, int]:
+        """Return tier -> round, for the tiers whose last loss is not finite, largest tier first."""
+        last = {tier: self.history("loss", tier)[-1:] for tier in self.tiers()}
+        return {tier: at for tier, found in last.items() for at, value in found if not math.isfinite(value)}
+
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises UserError if it is none, or if a file in it is damaged."""
+    """Read a run folder. Raises UserError if it is none, or if a file in it is missing or damaged."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder}: {what}; a report needs a run folder, which holds a config.json")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a run folder: config.json is missing")
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     if missing := [name for name in ("strategy", "server") if not isinstance(config.get(name), dict)]:
         raise UserError(f"{folder}: not a run folder: config.json has no section {' and no '.join(missing)}")
-    names = ("environment.json", "partition.json", "plan.json")
-    environment, partition, plan = (_read_object(folder / name) for name in names)
-    return Run(folder, config, environment, partition, plan, _read_events(folder / "metrics.jsonl"))
+    names = ("config.json", "environment.json", "partition.json", "plan.json")
+    config, environment, partition, plan = (read_checked(folder / name, ADVICE) for name in names)
+    return Run(folder, config, environment, partition, plan, _read_events(folder))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}; it must hold a JSON object")
-    return value
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a run's metrics.jsonl, which is whole as far as the run's last checkpoint knows.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    last = last_kept(folder)
+    return read_lines(folder / FILE_NAME, last.metrics_bytes if last else 0)
 
 
-def _read_events(path: Path) -> list[Event]:
-    if not path.exists():
-        return []
-    # After the last newline there may be a line that was not written completely.
-    lines = path.read_bytes().split(b"\n")[:-1]
+def _read_events(folder: Path) -> list[Event]:
     # If two events have the same key, the later one counts.
     latest: dict[tuple[object, ...], Event] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_metrics(folder), start=1):
         try:
-            parsed = _parse_event(json.loads(line)) if line.strip() else None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: not an event of a run: {error!r}") from error
+            parsed = _parse_event(line)
+        except (KeyError, TypeError) as error:
+            place = f"{folder / FILE_NAME}, line {number}"
+            raise UserError(f"{place}: not an event of a run: {error!r}; {ADVICE}") from error
         if parsed is not None:
             latest[parsed[0]] = parsed[1]
     return list(latest.values())
@@ -263,5 +305,15 @@ def _parse_event(line: dict[str, Any]) -> tuple[tuple[object, ...], Event] | Non
     if kind not in _EVENTS:
         return None
     record, identity = _EVENTS[kind]
-    event = record(**{field.name: line[field.name] for field in dataclasses.fields(record)})
+    event = record(**{name: line[name] for name in _fields_in(record, line)})
     return (kind, *(line[name] for name in identity)), event
+
+
+def _fields_in(record: type[Event], line: dict[str, Any]) -> list[str]:
+    """Return the fields to read: those without a default, and of the others those that are there."""
+    has_default = {
+        one.name
+        for one in dataclasses.fields(record)
+        if (one.default, one.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+    }
+    return [one.name for one in dataclasses.fields(record) if one.name in line or one.name not in has_default]

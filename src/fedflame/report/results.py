@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from fedflame.report.charts import LINE_COLOURS, Series, legend, line_chart
@@ -104,7 +105,9 @@ def _change(
 ) -> Markup:
     before, after = values
     mood = "after"
-    if before is not None and after is not None and before != after:
+    if after is not None and not math.isfinite(after):
+        mood += " worse"
+    elif before is not None and after is not None and before != after:
         mood += " better" if (after > before) == rising else " worse"
     return join(
         [
@@ -132,9 +135,7 @@ def charts(run: Run) -> Markup:
 def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
     colours = tier_colours(run)
     series = [
-        Series(
-            tier_label(tier), colours[tier], [(at, factor * value) for at, value in run.history(name, tier)]
-        )
+        Series(tier_label(tier), colours[tier], _drawable(run.history(name, tier), factor))
         for tier in run.tiers()
     ]
     shown = [line for line in series if line.points]
@@ -146,6 +147,11 @@ def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
         legend([(f"t{line.colour}", line.label) for line in shown]),
         line_chart(shown, label, from_zero=name != "loss"),
     )
+
+
+def _drawable(history: list[tuple[int, float]], factor: float) -> list[tuple[float, float]]:
+    """Return the points that a chart can show, which has no place for a value that is not finite."""
+    return [(at, factor * value) for at, value in history if math.isfinite(value)]
 
 
 def categories(run: Run) -> Markup:
@@ -171,12 +177,13 @@ def _category_table(
         for tier in tiers
         if (history := run.history(measure, tier, name))
     }
-    low, high = (min(last.values()), max(last.values())) if last else (0.0, 0.0)
+    finite = [value for value in last.values() if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
 
     def cell(name: str, tier: int) -> Markup:
         value = last.get((name, tier))
-        if value is None:
-            return element("td", MISSING)
+        if value is None or not math.isfinite(value):
+            return element("td", show(value))
         shade = value if measure != "loss" else (high - value) / (high - low) if high > low else 0.5
         return element("td", show(value), class_="shaded", style=f"--shade:{shade:.3f}")
 

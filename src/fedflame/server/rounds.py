@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from fedflame.base.out_of_memory import memory_in_words
-from fedflame.clients.answers import Answer, Clients
-from fedflame.config.run_config import RunConfig
+from torch.linalg import LinAlgError  # type: ignore[attr-defined] # not in its __all__
+
+from fedflame.clients.answers import Answer
 from fedflame.cost.run_cost import local_steps
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.messages import Adapter, ClientUpdate, RoundPlan, validate_update, with_rows_at_most
-from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.messages import ClientUpdate, RoundPlan, validate_update, with_rows_at_most
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
-from fedflame.server.metrics import MetricsFile
-from fedflame.server.progress import Reporter
-from fedflame.strategies.base import ClientProfile, ServerState, Strategy
-from fedflame.training.evaluation import HeldOut, evaluate
-from fedflame.training.scores import Scores, total
+from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
+from fedflame.server.finite import NotFinite, require_finite_state
+from fedflame.server.parts import Server
+from fedflame.server.scoring import evaluate_tiers, require_finite_losses
+from fedflame.strategies.base import ClientProfile, ServerState
+from fedflame.training.reach import require_within_reach, trained_reach
 from fedflame.wire.codec import decode_update, encode_plan
-
-
-@dataclass(frozen=True)
-class Server:
-    """The parts of a run that stay the same in all rounds."""
-
-    config: RunConfig
-    run: Path
-    strategy: Strategy
-    profiles: Sequence[ClientProfile]
-    """The clients and what they afford, in client order."""
-    tiers: Sequence[int]
-    """The values of k to evaluate at, largest first."""
-    deployments: Sequence[tuple[int, int]]
-    """Pairs of k and cut rank to evaluate at as well; see `RunConfig.cut_deployments`."""
-    training_flops: Callable[[int, int], float]
-    """Returns the training FLOPs per token for k and rank."""
-    clients: Clients
-    adapted: AdaptedModel
-    held_out: HeldOut
-    metrics: MetricsFile
-    reporter: Reporter
 
 
 def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
@@ -56,20 +34,56 @@ def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
             `OutOfMemory` is one, too. The last checkpoint stays, and the run can be resumed from it.
     """
     if checkpoint.metrics_bytes == 0:
-        _evaluate_tiers(server, checkpoint.state, 0)
+        evaluate_tiers(server, checkpoint.state, 0)
         checkpoint = _keep(server, 0, checkpoint.state)
     for round_number in range(checkpoint.round + 1, server.config.server.num_server_rounds + 1):
-        start = time.monotonic()
-        updates = _Updates(server, checkpoint.state, round_number)
-        state = server.strategy.aggregate_train(checkpoint.state, iter(updates))
-        _require_quorum(server, round_number, updates.usable)
-        server.metrics.log(
-            "round", round=round_number, clients=updates.usable, seconds=round(time.monotonic() - start, 3)
-        )
-        if server.config.is_due(server.config.evaluation.evaluate_every, round_number):
-            _evaluate_tiers(server, state, round_number)
+        try:
+            state = _round(server, round_number, _Updates(server, checkpoint.state, round_number))
+        except NotFinite as error:
+            state = _round_again(server, checkpoint, round_number, error)
         checkpoint = _keep(server, round_number, state)
     return checkpoint
+
+
+def _round(server: Server, round_number: int, updates: _Updates) -> ServerState:
+    """Aggregate the updates, check what comes of it, and evaluate it.
+
+    Raises:
+        NotFinite: the new state, or a held-out loss that it gives, is not finite.
+    """
+    start = time.monotonic()
+    state = updates.aggregated()
+    _require_quorum(server, round_number, updates.usable)
+    require_finite_state(state)
+    updates.warn_of_outliers()
+    server.metrics.log(
+        "round", round=round_number, clients=updates.usable, seconds=round(time.monotonic() - start, 3)
+    )
+    if server.config.is_due(server.config.evaluation.evaluate_every, round_number):
+        evaluate_tiers(server, state, round_number)
+    else:
+        require_finite_losses(server, state, server.held_out.first_rows(1))
+    return state
+
+
+def _round_again(server: Server, checkpoint: Checkpoint, round_number: int, error: NotFinite) -> ServerState:
+    """Ask for the round's updates again, and use those that alone leave everything finite.
+
+    A client trains the same again, or sends its last answer, so that no update has to be kept.
+
+    Raises:
+        UserError: no client alone is to blame.
+    """
+    server.metrics.cut(checkpoint.metrics_bytes)
+    server.metrics.log("undone", round=round_number, reason=str(error))
+    server.reporter.message(f"round {round_number} is undone: {error}; each client's update is tried alone")
+    try:
+        return _round(server, round_number, _Updates(server, checkpoint.state, round_number, alone=True))
+    except NotFinite as again:
+        raise UserError(
+            f"round {round_number}: {again}, and no client alone is to blame. "
+            "The checkpoint of the round before is kept"
+        ) from again
 
 
 def sample_clients(
@@ -91,19 +105,53 @@ class _Asked:
 
 
 class _Updates:
-    """Iterates over a round's valid updates in client order, and counts them in `usable`."""
+    """Iterates over a round's valid updates in client order, clipped, and remembers those that were used."""
 
-    def __init__(self, server: Server, state: ServerState, round_number: int) -> None:
-        self._server, self._state, self._round = server, state, round_number
-        self.usable = 0
+    def __init__(self, server: Server, state: ServerState, round_number: int, alone: bool = False) -> None:
+        """With `alone`, an update is left out that makes a state not finite without any other."""
+        self._server, self._state, self._round, self._alone = server, state, round_number, alone
+        self._reach = state.past.reach
+        self._used: list[Taken] = []  # without the deltas
+
+    @property
+    def usable(self) -> int:
+        """Return the number of updates that were used so far."""
+        return len(self._used)
+
+    def aggregated(self) -> ServerState:
+        """Return the state after the round."""
+        state = _aggregate(self._server, self._state, self)
+        past = remembered(self._state.past, [one.pace for one in self._used])
+        return replace(state, past=replace(past, reach=self._reach))
+
+    def warn_of_outliers(self) -> None:
+        """Log and report the updates that went much further than the others."""
+        for at, times in outliers([one.pace for one in self._used]).items():
+            client = self._used[at].update.client
+            name = self._server.clients.name(client)
+            self._server.metrics.log("outlier", round=self._round, client=client, times=times, limit=OUTLIER)
+            self._server.reporter.message(
+                f"warning: round {self._round}: {name} went {times:.1f} times as far as the median client"
+            )
 
     def __iter__(self) -> Iterator[ClientUpdate]:
+        server = self._server
+        rule = server.config.strategy.clip
+        for one in clipped(self._accepted(), self._state.past, rule, server.run):
+            if self._alone and (found := _not_finite_alone(server, self._state, one.update)):
+                self._exclude(one.update.client, one.update.active_experts, f"by its update alone {found}")
+                continue
+            self._used.append(one.without_delta())
+            if one.share < 1:
+                self._log_clipped(one)
+            yield one.update
+
+    def _accepted(self) -> Iterator[Taken]:
         asked: deque[_Asked] = deque()
         for answer in self._server.clients.train(self._plans(asked), self._server.reporter.step):
-            update = self._accept(asked.popleft(), answer)
-            if update is not None:
-                self.usable += 1
-                yield update
+            one = self._accept(asked.popleft(), answer)
+            if one is not None:
+                yield one
 
     def _plans(self, asked: deque[_Asked]) -> Iterator[tuple[int, bytes]]:
         """Yield clients with their encoded plans, each made when it is needed, and add them to `asked`."""
@@ -113,37 +161,39 @@ class _Updates:
             plan = _round_plan(server, self._state, profile, self._round)
             buffer = encode_plan(plan)
             asked.append(_Asked(profile, plan, len(buffer)))
+            if plan.error_feedback:
+                self._reach = max(self._reach, trained_reach(plan))
             name = server.clients.name(profile.client)
             server.reporter.start_client(self._round, name, plan.active_experts)
             yield profile.client, buffer
 
-    def _accept(self, asked: _Asked, answer: Answer) -> ClientUpdate | None:
+    def _accept(self, asked: _Asked, answer: Answer) -> Taken | None:
         """Return the update in the answer, or None if it cannot be used; the reason is then logged."""
         server, profile, plan = self._server, asked.profile, asked.plan
-        name = server.clients.name(profile.client)
-        server.reporter.end_client(name)
+        server.reporter.end_client(server.clients.name(profile.client))
         try:
             if answer.failure:
                 raise InvalidMessage(answer.failure)
             update = decode_update(answer.update, plan)
             validate_update(update, plan, server.config.data.max_length)
             _validate_rows(update, profile)
+            require_within_reach(update, plan, self._state.past.reach, server.adapted.num_experts_per_tok)
             update = with_rows_at_most(update, server.clients.most_rows())
         except InvalidMessage as error:
-            server.metrics.log(
-                "excluded",
-                round=self._round,
-                client=profile.client,
-                active_experts=plan.active_experts,
-                reason=str(error),
-            )
-            server.reporter.message(f"round {self._round}: {name} is left out: {error}")
+            self._exclude(profile.client, plan.active_experts, str(error))
             return None
         bytes_down = asked.plan_bytes if answer.bytes_down is None else answer.bytes_down
-        self._log(update, bytes_down, len(answer.update), answer.seconds)
-        return update
+        one = taken(update, plan)
+        self._log(one, bytes_down, len(answer.update), answer.seconds)
+        return one
 
-    def _log(self, update: ClientUpdate, bytes_down: int, bytes_up: int, seconds: float) -> None:
+    def _exclude(self, client: int, k: int, reason: str) -> None:
+        server = self._server
+        server.metrics.log("excluded", round=self._round, client=client, active_experts=k, reason=reason)
+        server.reporter.message(f"round {self._round}: {server.clients.name(client)} is left out: {reason}")
+
+    def _log(self, one: Taken, bytes_down: int, bytes_up: int, seconds: float) -> None:
+        update = one.update
         server, k, rank = self._server, update.active_experts, update.delta.rank
         server.metrics.log(
             "client",
@@ -162,12 +212,44 @@ class _Updates:
             bytes_down=bytes_down,
             rescaler=update.rescaler_values.tolist(),
             counts=[] if update.loss is None else update.counts.tolist(),
+            norms=dict(one.norms),
+            pace=one.pace.delta,
         )
         loss = "withheld" if update.loss is None else f"{update.loss:.3f}"
         server.reporter.message(
             f"round {update.round}: {server.clients.name(update.client)} (k={k}) loss {loss}, "
             f"{update.tokens:,} tokens, {update.tokens / seconds:,.0f} tokens/s"
         )
+
+    def _log_clipped(self, one: Taken) -> None:
+        client = one.update.client
+        self._server.metrics.log("clipped", round=self._round, client=client, share=one.share)
+        self._server.reporter.message(
+            f"round {self._round}: {self._server.clients.name(client)} went too far: {one.share:.0%} of its "
+            "update is used"
+        )
+
+
+def _aggregate(server: Server, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+    try:
+        return server.strategy.aggregate_train(state, iter(updates))
+    except LinAlgError as error:  # a decomposition met a value that is not finite
+        raise NotFinite(f"the updates cannot be aggregated ({error})") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"the disk cannot hold the updates of a round: {error.strerror}") from error
+
+
+def _not_finite_alone(server: Server, state: ServerState, update: ClientUpdate) -> str:
+    """Return what is not finite after a round with this update alone; empty if everything is."""
+    try:
+        alone = _aggregate(server, state, [update])
+        require_finite_state(alone)
+        require_finite_losses(server, alone, server.held_out)
+    except NotFinite as error:
+        return str(error)
+    return ""
 
 
 def _validate_rows(update: ClientUpdate, profile: ClientProfile) -> None:
@@ -217,52 +299,7 @@ def _require_quorum(server: Server, round_number: int, usable: int) -> None:
         )
 
 
-def _evaluate_tiers(server: Server, state: ServerState, round_number: int) -> None:
-    """Evaluate the global model at every tier with its rescaler, and at the cut ranks; log the scores."""
-    for k in server.tiers:
-        scores = _evaluate(server, state, state.adapter_at(k), k, round_number)
-        together = total(scores)
-        _log_scores(
-            server.metrics, "evaluation", together, round=round_number, active_experts=k, category=None
-        )
-        for category, category_scores in scores.items():
-            _log_scores(
-                server.metrics,
-                "evaluation",
-                category_scores,
-                round=round_number,
-                active_experts=k,
-                category=category,
-            )
-        server.reporter.message(f"round {round_number}: global model at k={k}: {_in_words(together)}")
-    for k, rank in server.deployments:
-        together = total(_evaluate(server, state, state.adapter.with_rank(rank), k, round_number))
-        _log_scores(server.metrics, "deployment", together, round=round_number, active_experts=k, rank=rank)
-        server.reporter.message(
-            f"round {round_number}: its first {rank} ranks at k={k}: {_in_words(together)}"
-        )
-
-
-def _evaluate(
-    server: Server, state: ServerState, adapter: Adapter, k: int, round_number: int
-) -> dict[str, Scores]:
-    generate = server.config.is_due(server.config.evaluation.generate_every, round_number)
-    adapted, rescaler = server.adapted, state.rescalers[k]
-    with memory_in_words(adapted.model.device, f"evaluating at k = {k}", ""):
-        return evaluate(adapted, server.held_out, adapter, k, rescaler, generate, state.merged)
-
-
-def _in_words(scores: Scores) -> str:
-    exact = "" if scores.exact_match is None else f", exact match {scores.exact_match:.1%}"
-    rouge = "" if scores.rouge_l is None else f", ROUGE-L {scores.rouge_l:.3f}"
-    return f"loss {scores.loss:.3f}{exact}{rouge}"
-
-
-def _log_scores(metrics: MetricsFile, event: str, scores: Scores, **what: int | str | None) -> None:
-    metrics.log(event, **what, **scores.to_json())
-
-
 def _keep(server: Server, round_number: int, state: ServerState) -> Checkpoint:
     checkpoint = Checkpoint(round_number, server.metrics.sync(), state)
-    write_checkpoint(server.run, checkpoint)
+    write_checkpoint(server.run, checkpoint, server.config.server.save_total_limit)
     return checkpoint

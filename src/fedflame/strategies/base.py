@@ -18,6 +18,19 @@ from fedflame.messages import NOTHING, Adapter, ClientUpdate
 
 
 @dataclass(frozen=True)
+class Past:
+    """What the rounds have measured of plans and updates, by which they judge the updates to come."""
+
+    reach: float = 0.0
+    """The furthest that a plan let a client move a value, where rounding errors are fed back; see
+    `training.reach`."""
+    paces: tuple[float, ...] = ()
+    """Paces of the last updates that were used; see `server.clipping`."""
+    rescaler_paces: tuple[float, ...] = ()
+    """The same of their learned rescalers."""
+
+
+@dataclass(frozen=True)
 class ServerState:
     """The server's state between two rounds. It is all that the next round and the evaluation need."""
 
@@ -34,6 +47,8 @@ class ServerState:
     """Client -> rank, for clients that pruned themselves below the rank that they afford (HetLoRA)."""
     tier_adapters: Mapping[int, Adapter] = field(default_factory=dict)
     """Tier k -> adapter, if a method keeps one per tier. Every other k uses `adapter`."""
+    past: Past = Past()
+    """The rounds write it; a method leaves it as it is."""
 
     def adapter_at(self, k: int) -> Adapter:
         """Return the adapter that is trained and used with k experts per token."""

@@ -19,17 +19,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedflame.config.words import CountedRows
+from fedflame.config.words import CountedRows, RobustRule
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies.base import (
     ClientProfile,
     ServerState,
     TrainInstructions,
-    WeightedMean,
     apply_delta,
     client_weight,
     in_client_order,
 )
+from fedflame.strategies.robust import mean_by
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class FedAvg:
     """LoRA rank on every client; None: each client's own. Ranks that no client trains keep their values."""
     counted_rows: CountedRows = "held"
     """What |D_i| counts: all rows of a client, or the rows that it trained on in the round."""
+    robust: RobustRule = "none"
+    """How values are averaged. Methods that build on this one and stack factors leave it at `none`."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
         return ServerState(adapter, {k: torch.ones(num_layers) for k in {*tiers, self.active_experts}})
@@ -52,7 +54,7 @@ class FedAvg:
         return TrainInstructions(self.active_experts, adapter, "fixed", rescaler_values, state.trainable)
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        means = WeightedMean()
+        means = mean_by(self.robust)
         for update in in_client_order(updates):
             for name, delta in update.delta.with_rank(state.adapter.rank).tensors().items():
                 means.add(name, delta, client_weight(update, self.counted_rows))

@@ -30,18 +30,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedflame.config.words import CountedRows, CountNormalization, RescalerMode, RescalerRule
+from fedflame.config.words import CountedRows, CountNormalization, RescalerMode, RescalerRule, RobustRule
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies.base import (
     ClientProfile,
     ServerState,
     TrainInstructions,
-    WeightedMean,
     apply_delta,
     client_weight,
     in_client_order,
     mean_rescalers,
 )
+from fedflame.strategies.robust import mean_by
 
 MOST_TIMES_EVEN = 8.0
 """Counts can lie: a client with k = 1 that claims all its tokens for one of 64 experts would have 64 times
@@ -65,6 +65,8 @@ class Flame:
     """The learning rate at k is that of K times (K/k) to this power; 0 is the paper's choice."""
     counted_rows: CountedRows = "held"
     """What |D_i| counts: all rows of a client (the paper), or the rows that it trained on in the round."""
+    robust: RobustRule = "none"
+    """How values and rescalers are averaged; see `strategies.robust`."""
 
     def initialize(self, adapter: Adapter, tiers: Iterable[int], num_layers: int) -> ServerState:
         """Return the state before round 1. With beta < 1, each k but the largest gets a copy of `adapter`."""
@@ -87,8 +89,8 @@ class Flame:
         )
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        means = {k: _AdapterMean() for k in (max(state.rescalers), *state.tier_adapters)}
-        rescalers = WeightedMean()
+        means = {k: _AdapterMean(self.robust) for k in (max(state.rescalers), *state.tier_adapters)}
+        rescalers = mean_by(self.robust)
         for update in in_client_order(updates):
             rows = client_weight(update, self.counted_rows)
             weights = expert_weights(update, rows, self.temperature, self.count_normalization)
@@ -114,8 +116,8 @@ def _copy(adapter: Adapter) -> Adapter:
 class _AdapterMean:
     """Weighted mean of deltas: each expert has its own weight; attention has the client's rows."""
 
-    def __init__(self) -> None:
-        self._experts, self._attention = WeightedMean(), WeightedMean()
+    def __init__(self, rule: RobustRule) -> None:
+        self._experts, self._attention = mean_by(rule), mean_by(rule)
 
     def add(self, update: ClientUpdate, weights: Tensor, rows: int, affinity: float) -> None:
         """Add a delta: experts with `weights` [L,E], attention with `rows`, all times `affinity`."""

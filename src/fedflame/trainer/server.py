@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fedflame.errors import InvalidMessage, UserError
+from fedflame.folder_lock import sole_user
 from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import Site
 from fedflame.trainer.unix_socket import same_user
@@ -25,17 +25,12 @@ def sole_trainer(site: Site) -> Iterator[None]:
     Raises:
         UserError: another trainer holds the lock, or the state folder cannot be written.
     """
-    path = site.state_path / "trainer.lock"
+    lock = site.state_path / "trainer.lock"
     try:
         site.state_path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = path.open("a")
     except OSError as error:
-        raise UserError(f"{path}: cannot be opened: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{site.state_path}: another trainer serves {site.name} already") from error
+        raise UserError(f"{site.state_path}: cannot be made: {error.strerror}") from error
+    with sole_user(lock, f"{site.state_path}: another trainer serves {site.name} already"):
         yield
 
 

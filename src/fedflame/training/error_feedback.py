@@ -14,23 +14,26 @@ from pathlib import Path
 import torch
 
 from fedflame.atomic_file import write_atomically
-from fedflame.errors import UserError
+from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
 from fedflame.training.update_norm import scaled_update, update_norm
 from fedflame.wire.buffer import pack, unpack
 from fedflame.wire.codec import decode_update, encode_update
+from fedflame.wire.frame import seal, unseal
 
 _ROOM_FOR_ROUNDING = 0.99
 """A scaled update is rounded anew, to bfloat16 by up to 1 in 256 of each value."""
-_KEPT = 2
-"""Rounds whose residuals are kept: the last, and the one before in case the server repeats the last."""
+_VERSION = 1
+_KIND = "residual"
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """The residuals of each client after its last rounds; one folder per client."""
+    """The residuals of each client after its last rounds: a folder per client, a sealed file per round."""
 
     folder: Path
+    checkpoints: int = 1
+    """The last rounds that the server may go on from; of one round more residuals are kept."""
 
     def before(self, client: int, round_number: int) -> Adapter | None:
         """Return the client's residual from the last round before this one; None if there is none.
@@ -42,23 +45,32 @@ class Residuals:
         if not earlier:
             return None
         try:
-            return Adapter.from_tensors(unpack(earlier[-1].read_bytes())[0])
-        except (OSError, ValueError) as error:
+            body = unseal(earlier[-1].read_bytes(), _VERSION, _KIND)
+            return Adapter.from_tensors(unpack(body)[0])
+        except (OSError, ValueError, InvalidMessage) as error:
             raise UserError(
-                f"{earlier[-1]}: cannot be read ({error}); without the file the client owes nothing"
+                f"{earlier[-1]}: cannot be read ({error}); put back a copy of the file, or remove it: the "
+                "client then owes nothing, and the run ends in other bytes"
             ) from error
 
     def keep(self, client: int, round_number: int, residual: Adapter) -> None:
-        """Store the client's residual after this round. Raises UserError if the disk is full."""
-        path = self.folder / str(client) / f"{round_number}.safetensors"
-        write_atomically(path, pack(residual.tensors(), {"round": round_number}))
-        for old in self._files(client)[:-_KEPT]:
+        """Store the client's residual after this round; one of a later round is of a run that was undone.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        path = self.folder / str(client) / f"{round_number}.sealed"
+        write_atomically(path, seal(pack(residual.tensors(), {"round": round_number}), _VERSION))
+        files = self._files(client)
+        until_now = [file for file in files if int(file.stem) <= round_number]
+        for old in {*files} - {*until_now[-self.checkpoints - 1 :]}:
             with suppress(OSError):
                 old.unlink()
 
     def _files(self, client: int) -> list[Path]:
         """Return the client's files in ascending order of rounds."""
-        return sorted((self.folder / str(client)).glob("*.safetensors"), key=lambda path: int(path.stem))
+        files = (path for path in (self.folder / str(client)).glob("*.sealed") if path.stem.isdecimal())
+        return sorted(files, key=lambda path: int(path.stem))
 
 
 def encode_with_feedback(

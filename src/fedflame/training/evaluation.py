@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class HeldOut:
     """Largest number of tokens generated per row; 0 means loss only."""
     batch_rows: int = BATCH_ROWS
     """Largest number of rows in a batch on a CPU. The scores do not depend on it."""
+
+    def first_rows(self, count: int) -> HeldOut:
+        """Return the same with the first rows alone."""
+        return replace(self, rows=self.rows[:count], encoded=self.encoded[:count])
 
 
 def evaluate(

@@ -12,14 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedflame.errors import InvalidMessage
 from fedflame.wire.envelope import Bytes
-from fedflame.wire.header import read_header
+from fedflame.wire.packed_header import KEY, read_packed_header
 
-_KEY = "fedflame"
 _DAMAGE = (
     SafetensorError,
-    InvalidMessage,
     LookupError,
     TypeError,
     AttributeError,
@@ -33,7 +30,7 @@ _DAMAGE = (
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
     """Pack tensors of any dtype and stride. The header goes into the safetensors metadata, as `fedflame`."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return save(contiguous, metadata={_KEY: json.dumps(header)})
+    return save(contiguous, metadata={KEY: json.dumps(header)})
 
 
 def unpack(buffer: Bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -44,10 +41,10 @@ def unpack(buffer: Bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     buffer = bytes(buffer)  # safetensors reads bytes only, so a view is copied
     try:
-        size = int.from_bytes(buffer[:8], "little")
-        return load(buffer), read_header(json.loads(buffer[8 : 8 + size])["__metadata__"][_KEY])
+        tensors = load(buffer)
     except _DAMAGE as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
+    return tensors, read_packed_header(buffer)
 
 
 def views(buffer: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,7 +56,7 @@ def views(buffer: memoryview) -> tuple[dict[str, Tensor], dict[str, Any]]:
     writable = memoryview(bytearray(buffer)) if buffer.readonly else buffer
     start = 8 + int.from_bytes(buffer[:8], "little")
     entries = json.loads(bytes(buffer[8:start]))
-    header = json.loads(entries.pop("__metadata__")[_KEY])
+    header = json.loads(entries.pop("__metadata__")[KEY])
     return {name: _view(writable[start:], **entry) for name, entry in entries.items()}, header
 
 

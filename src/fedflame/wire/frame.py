@@ -15,25 +15,26 @@ FORMAT_VERSION = 3
 _MAGIC = b"fedflame"
 _HEAD = struct.Struct("<8sQ32s")
 """Magic, version, BLAKE2b-256 of the body."""
+HEAD_BYTES = _HEAD.size
 _DIGEST_SIZE = 32
 
 
-def seal(body: bytes) -> bytes:
-    """Return the seal followed by the body."""
-    return _HEAD.pack(_MAGIC, FORMAT_VERSION, _digest(body)) + body
+def seal(body: bytes, version: int = FORMAT_VERSION) -> bytes:
+    """Return the seal followed by the body. Files that are sealed have versions of their own."""
+    return _HEAD.pack(_MAGIC, version, _digest(body)) + body
 
 
-def unseal(message: Bytes) -> memoryview:
-    """Check a sealed message and return its body, as a view.
+def unseal(message: Bytes, version: int = FORMAT_VERSION, kind: str = "message") -> memoryview:
+    """Check a sealed message, or another sealed `kind`, and return its body, as a view.
 
     Raises:
-        InvalidMessage: this is no fedflame message, has another version, or is damaged.
+        InvalidMessage: this is nothing that fedflame sealed, has another version, or is damaged.
     """
     if len(message) < _HEAD.size or message[: len(_MAGIC)] != _MAGIC:
-        raise InvalidMessage(f"{len(message)} bytes that are no fedflame message")
-    _, version, digest = _HEAD.unpack_from(message)
-    if version != FORMAT_VERSION:
-        raise InvalidMessage(f"message of version {version}; this fedflame reads version {FORMAT_VERSION}")
+        raise InvalidMessage(f"{len(message)} bytes that are no fedflame {kind}")
+    _, stated, digest = _HEAD.unpack_from(message)
+    if stated != version:
+        raise InvalidMessage(f"{kind} of version {stated}; this fedflame reads version {version}")
     body = opened(message)
     if _digest(body) != digest:
         raise InvalidMessage("its checksum is wrong: truncated or damaged on the way")

@@ -1,0 +1,191 @@
+"""A round that leaves something not finite is undone, and goes on without the clients that caused it."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.random_rounds import LAYERS, an_adapter
+from tests.tiny_runs import adapter_bytes, events, tiny_run
+from torch.linalg import LinAlgError
+
+from fedflame.clients.answers import Answer, OnStep
+from fedflame.clients.local import LocalClients
+from fedflame.errors import UserError
+from fedflame.messages import Adapter, ClientUpdate, RoundPlan
+from fedflame.server.checkpoint import read_checkpoint
+from fedflame.server.finite import NotFinite, require_finite_loss, require_finite_state
+from fedflame.server.rounds import _aggregate
+from fedflame.strategies.base import ServerState
+from fedflame.wire.codec import decode_plan, decode_update, encode_update
+
+UNBOUNDED = ("strategy.clip=none", "server.num_server_rounds=3")
+
+
+def a_state() -> ServerState:
+    adapters = [an_adapter(torch.Generator().manual_seed(seed)) for seed in range(3)]
+    return ServerState(
+        adapters[0],
+        {4: torch.ones(LAYERS), 1: torch.ones(LAYERS)},
+        adapters[1],
+        tier_adapters={1: adapters[2]},
+    )
+
+
+def spoiled(adapter: Adapter, value: float) -> Adapter:
+    changed = adapter.combine(adapter, lambda one, _: one.clone())
+    changed.experts["1.B1"][2, 3, 1] = value
+    return changed
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_every_part_of_a_state_is_looked_at(value: float) -> None:
+    state = a_state()
+    require_finite_state(state)
+    wrong = {
+        "the adapter has": replace(state, adapter=spoiled(state.adapter, value)),
+        "what is merged into the base": replace(state, merged=spoiled(state.merged, value)),
+        "the adapter at k = 1": replace(state, tier_adapters={1: spoiled(state.tier_adapters[1], value)}),
+        "the rescaler at k = 1": replace(state, rescalers=state.rescalers | {1: torch.tensor([1.0, value])}),
+    }
+    for words, bad in wrong.items():
+        with pytest.raises(NotFinite, match=words):
+            require_finite_state(bad)
+    require_finite_loss(1.0, 4)
+    with pytest.raises(NotFinite, match="k = 4 is"):
+        require_finite_loss(value, 4)
+
+
+@dataclass(frozen=True)
+class Decomposing:
+    """A method that meets a value which is not finite in a decomposition."""
+
+    def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+        raise LinAlgError("the input has values that are not finite")
+
+
+def test_a_decomposition_that_fails_undoes_the_round_too() -> None:
+    @dataclass(frozen=True)
+    class Parts:
+        strategy: Decomposing = Decomposing()
+
+    with pytest.raises(NotFinite, match="cannot be aggregated"):
+        _aggregate(Parts(), a_state(), [])  # type: ignore[arg-type]
+
+
+def test_a_disk_that_cannot_hold_what_a_method_keeps_there_is_one_line() -> None:
+    @dataclass(frozen=True)
+    class Writing:
+        number: int
+
+        def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+            raise OSError(self.number, os.strerror(self.number))
+
+    @dataclass(frozen=True)
+    class Parts:
+        strategy: Writing
+
+    with pytest.raises(UserError, match="the disk cannot hold the updates of a round: No space left"):
+        _aggregate(Parts(Writing(errno.ENOSPC)), a_state(), [])  # type: ignore[arg-type]
+    with pytest.raises(BrokenPipeError):
+        _aggregate(Parts(Writing(errno.EPIPE)), a_state(), [])  # type: ignore[arg-type]
+
+
+# Runs
+
+
+def falsify(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[ClientUpdate, RoundPlan], ClientUpdate]
+) -> None:
+    """Change what clients answer, where the bound of AdamW would not refuse it."""
+    monkeypatch.setattr("fedflame.server.rounds.require_within_reach", lambda *_: None)
+    answer = LocalClients.answer
+
+    def falsified(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
+        told, honest = decode_plan(plan), answer(self, plan, on_step)
+        update = change(decode_update(honest.update, told), told)
+        return replace(honest, update=encode_update(update, told))
+
+    monkeypatch.setattr(LocalClients, "answer", falsified)
+
+
+def times(update: ClientUpdate, factor: float) -> ClientUpdate:
+    return replace(update, delta=update.delta.combine(update.delta, lambda value, _: value * factor))
+
+
+def skip(monkeypatch: pytest.MonkeyPatch, client: int, rounds: set[int]) -> None:
+    answer = LocalClients.answer
+
+    def told_to_skip(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
+        told = decode_plan(plan)
+        skipped = told.client == client and told.round in rounds
+        return Answer(b"", "told to skip", 0.0) if skipped else answer(self, plan, on_step)
+
+    monkeypatch.setattr(LocalClients, "answer", told_to_skip)
+
+
+def far(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
+    """Client 1 sends finite values whose sum is not, in round 2."""
+    if (plan.client, plan.round) != (1, 2):
+        return update
+    delta = update.delta.combine(update.delta, lambda value, _: value.sign() * 3e38)
+    return replace(update, delta=delta)
+
+
+@pytest.mark.parametrize("overrides", [(), ("evaluation.evaluate_every=0",), ("strategy.name=flexlora",)])
+def test_a_round_is_undone_without_the_client_that_caused_it_and_equals_one_without_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    with monkeypatch.context() as patch:
+        skip(patch, 1, {2})
+        tiny_run(tiny_folder, tmp_path / "without", *UNBOUNDED, *overrides)
+    falsify(monkeypatch, far)
+    shown = tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED, *overrides)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "without")
+    (undone,) = events(tmp_path / "run", "undone")
+    (excluded,) = events(tmp_path / "run", "excluded")
+    assert undone["round"] == excluded["round"] == 2 and excluded["client"] == 1
+    assert "by its update alone" in excluded["reason"]
+    assert "round 2 is undone" in shown and "client 1 is left out: by its update alone" in " ".join(
+        shown.split()
+    )
+    clients = [(event["round"], event["client"]) for event in events(tmp_path / "run", "client")]
+    assert len(clients) == len(set(clients)), "the lines of the undone round are gone"
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_loss_that_is_not_finite_undoes_a_round_whose_values_are(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
+        return times(update, 1e25) if (plan.client, plan.round) == (2, 1) else update
+
+    falsify(monkeypatch, large)
+    tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED)
+    (undone,) = events(tmp_path / "run", "undone")
+    assert "the held-out loss of the global model" in undone["reason"]
+    (excluded,) = events(tmp_path / "run", "excluded")
+    assert (excluded["round"], excluded["client"]) == (1, 2)
+
+
+def test_where_no_client_alone_is_to_blame_the_run_ends_in_one_line_with_the_last_checkpoint(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    falsify(monkeypatch, far)
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr("fedflame.server.rounds._not_finite_alone", lambda *_: "")
+        tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED)
+    assert str(error.value).startswith("round 2: the adapter has a value in experts.")
+    assert str(error.value).endswith(
+        "no client alone is to blame. The checkpoint of the round before is kept"
+    )
+    assert "\n" not in str(error.value)
+    assert read_checkpoint(tmp_path / "run").round == 1
+    tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED, existing="resume")
+    assert read_checkpoint(tmp_path / "run").round == 3
