@@ -212,6 +212,16 @@ active_experts = {new.active_experts} # k: experts per token that this machine a
 # max_steps = 10000
 # max_tokens = 50000000
 # max_flops = 0.0
+# max_rank = 256
+# max_memory = 0.0 # GB; 0: all that this machine has
+# These are off until you set them; the page for site administrators says what each prevents.
+# max_seconds_per_round = 1200.0
+# max_rounds_per_day = 50
+# max_runs = 20
+# min_rows_per_update = 64
+# min_tokens_per_update = 5000
+# max_update_norm = 5.0
+# disclosure = "rounded" # of loss and activation counts: exact, rounded or withheld
 
 [models] # the base models that may be trained: the hub's name, and the folder or hub id here
 {models}
