@@ -230,7 +230,7 @@ def test_the_row_of_the_sketch_names_options_that_there_are(sketch: dict[str, An
     assert row.strategy == f"fedflame.strategies.{name}:FedNova" and name not in METHODS
     assert row.options == {*StrategyConfig.model_fields} & {
         field.name for field in fields(sketch["FedNova"])
-    } - {"counted_rows"}
+    } - {"counted_rows", "robust"}
 
 
 def test_the_sketch_without_updates_changes_nothing(sketch: dict[str, Any]) -> None:

@@ -22,8 +22,12 @@ _WIDEST = 64
 """Bits of an integer in a file."""
 
 
-def parse_json(text: bytes) -> Any:
-    """Return the value of a JSON text. NaN and infinity as bare words are no JSON.
+def parse_json(text: bytes, bare_words: bool = False) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        text: the text.
+        bare_words: take NaN and infinity as bare words, as pandas and Python write them; they are no JSON.
 
     Raises:
         ValueError: it is no JSON, is too large, or is nested too deep; the message is one line.
@@ -31,7 +35,7 @@ def parse_json(text: bytes) -> Any:
     if len(text) > LONGEST_JSON:
         raise ValueError(f"larger than {LONGEST_JSON:,} bytes")
     try:
-        return json.loads(text.decode("utf-8-sig"), parse_constant=_no_number)
+        return json.loads(text.decode("utf-8-sig"), parse_constant=None if bare_words else _no_number)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from error
     except RecursionError as error:

@@ -245,7 +245,7 @@ def test_a_folder_without_a_tokenizer(folder: Path) -> None:
 
 def test_a_config_that_is_no_json(folder: Path) -> None:
     (folder / "config.json").write_text("{nope")
-    assert refusal(folder).startswith(f"model {folder}: config.json is not JSON: ")
+    assert refusal(folder).startswith(f"model {folder}/config.json: not JSON: ")
 
 
 def test_a_missing_weight(folder: Path) -> None:

@@ -343,10 +343,15 @@ def test_unknown_target_modules_are_refused() -> None:
 
 
 BROKEN = [
-    ("{", "config.json is not JSON"),
-    ("[]", "config.json is not a JSON object"),
+    ("{", "config.json: not JSON: "),
+    ("[]", "config.json: holds a list; it must hold a JSON object"),
     ('{"model_type": "llama"}', "llama is no sparse mixture of experts: it has no num_experts, num_local_"),
     ('{"num_experts": 0}', "is no sparse mixture of experts"),
+    ('{"num_experts": 4, "model_type": ["olmoe"]}', "model_type = ['olmoe']: must be a name"),
+    ('{"num_experts": 4, "head_dim": "a"}', "head_dim = 'a': must be an integer from 0 to 2,147,483,647"),
+    ('{"num_experts": 4, "decoder_sparse_step": -1}', "decoder_sparse_step = -1: must be an integer"),
+    ('{"num_experts": 4, "mlp_only_layers": 5}', "mlp_only_layers = 5: must be a list of at most 10,000"),
+    ('{"num_experts": 4, "mlp_layer_types": [[]]}', "mlp_layer_types: must be a list of at most 10,000"),
     ('{"num_experts": 4, "hidden_size": 8, "vocab_size": 9}', "lacks num_hidden_layers, num_attention_heads"),
 ]
 

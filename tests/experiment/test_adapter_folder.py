@@ -207,10 +207,11 @@ def test_a_broken_adapter_leaves_the_run_that_would_be_replaced(
     shutil.copytree(first, tmp_path / "run")
     shutil.copytree(first / "adapter", tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"12")
-    with pytest.raises(UserError, match="truncated or no safetensors"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: its checksum is wrong"):
         tiny_run(tiny_folder, tmp_path / "run", going_on_from(tmp_path / "a"), existing="overwrite")
     shutil.rmtree(tmp_path / "a")
     shutil.copytree(first / "adapter", tmp_path / "a")
+    (tmp_path / "a" / "fedflame.json").unlink()
     (tmp_path / "a" / "rescalers.safetensors").write_bytes(b"12")
     with pytest.raises(UserError, match="truncated or no safetensors"):
         tiny_run(tiny_folder, tmp_path / "run", going_on_from(tmp_path / "a"), existing="overwrite")
@@ -232,6 +233,7 @@ def test_more_attention_projections_than_the_adapters(qwen_folder: Path, tmp_pat
 
 def test_evaluating_an_adapter_that_names_no_base(first: Path, tmp_path: Path) -> None:
     shutil.copytree(first / "adapter", tmp_path / "a")
+    (tmp_path / "a" / "fedflame.json").unlink()
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
     result = invoke("evaluate", tmp_path / "a")

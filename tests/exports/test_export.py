@@ -360,7 +360,9 @@ def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
 BROKEN = {
     "adapter_config.json: No such file": lambda folder: (folder / "adapter_config.json").unlink(),
     "not JSON": lambda folder: (folder / "adapter_config.json").write_text("{"),
-    "not a JSON object": lambda folder: (folder / "adapter_config.json").write_text("[]"),
+    "holds a list; it must hold a JSON object": lambda folder: (folder / "adapter_config.json").write_text(
+        "[]"
+    ),
     "no LoRA adapter": lambda folder: edit_config(folder, peft_type="IA3"),
     "unlike the model, .*experts.0.down_proj": lambda folder: edit_config(folder, target_modules=["q_proj"]),
     "target_modules = '.*proj' in adapter_config.json: Input should be a valid list": lambda folder: (

@@ -98,6 +98,12 @@ def test_a_pace_is_the_root_mean_square_of_what_could_move(seed: int, trainable:
         assert one.pace.rescaler == pytest.approx(wanted, rel=1e-6)
 
 
+def test_at_a_rate_of_zero_nothing_moves_and_the_pace_is_zero() -> None:
+    update = replace(updates_of(1, [3])[0], rescaler_values=torch.ones(LAYERS))
+    still = replace(update, delta=update.delta.combine(update.delta, lambda value, _: 0.0 * value))
+    assert taken(still, replace(a_plan(update), learning_rate=0.0)).pace == Pace(0.0, 0.0)
+
+
 def test_norms_are_told_by_kind() -> None:
     (one,) = a_round(3, 1)
     assert list(one.norms) == ["A1", "B1", "A2", "B2", "attention", "rescaler"]

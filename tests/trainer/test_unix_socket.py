@@ -42,12 +42,36 @@ def test_what_an_earlier_process_left_is_replaced(tmp_path: Path) -> None:
             assert same_user(accepted)
 
 
+@pytest.mark.parametrize("kind", ["file", "link", "folder", "pipe"])
+def test_what_is_no_socket_stays(kind: str, tmp_path: Path) -> None:
+    path, rows = tmp_path / "rows.jsonl", tmp_path / "mine.jsonl"
+    rows.write_text("years of work")
+    {
+        "file": lambda: path.write_text("years of work"),
+        "link": lambda: path.symlink_to(rows),
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+    }[kind]()
+    before = path.lstat()
+    with pytest.raises(UserError, match=r"is no socket and stays; trainer\.socket needs a free path"):
+        listening(path).__enter__()
+    assert path.lstat() == before and rows.read_text() == "years of work"
+
+
+def test_what_was_put_in_the_sockets_place_stays_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with listening(path):
+        path.unlink()
+        path.write_text("years of work")
+    assert path.read_text() == "years of work"
+
+
 def test_where_nothing_can_be_put_the_reason_is_one_line_and_nothing_stays_open(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     files, before = os.listdir("/dev/fd"), the_umask()
     for path, reason in (
-        (tmp_path / "folder", "Is a directory"),
+        (tmp_path / "folder", "what is there is no socket and stays"),
         (tmp_path / "file" / "socket", "File exists|Not a directory"),
         (tmp_path / ("x" * 108), "longer than the 107 letters"),
         (Path("/proc/self/socket"), "No such file or directory|Operation not permitted|Permission denied"),

@@ -102,6 +102,11 @@ def require_folder_complete(source: str) -> None:
 
 def load_error(name_or_path: str, error: Exception) -> str:
     """Return the message for a model that could not be loaded."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"model {name_or_path}: cannot be loaded without running Python code of the model itself "
+            "(auto_map), which fedflame never does; take a model of a family that transformers knows"
+        )
     if Path(name_or_path).is_dir():
         return f"model {name_or_path}: cannot be loaded: {first_line(error)}"
     return (

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedflame.base.device import ALL_CARDS
@@ -51,8 +50,12 @@ def load_base_model(
         require_folder_complete(source)
         with _LOADING, memory_in_words(device, f"loading {name_or_path} in {dtype}", ""):
             model, loading = _from_pretrained(source, getattr(torch, dtype), device, memory_map)
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=is_local(source))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            source, local_files_only=is_local(source), trust_remote_code=False
+        )
+    except UserError:
+        raise
+    except Exception as error:  # of transformers, tokenizers or safetensors, whatever is in their files
         raise UserError(load_error(name_or_path, error)) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -74,6 +77,8 @@ def _from_pretrained(
         **_placement(device),
         output_loading_info=True,
         local_files_only=is_local(source),
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     return loaded[0], loaded[1]
 

@@ -53,7 +53,7 @@ def map_base(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[st
     cache = _cache_folder(folder, dtype)
     if not (cache / COMPLETE).exists():
         _build(folder, dtype, cache)
-    return load_mapped(cache, AutoConfig.from_pretrained(folder, local_files_only=True), dtype)
+    return load_mapped(cache, _config(folder), dtype)
 
 
 def load_mapped(
@@ -70,7 +70,12 @@ def load_mapped(
         UserError: a file is broken.
     """
     loaded: Any = type(_on_meta(config, dtype)).from_pretrained(
-        None, config=config, state_dict=dict(_mapped(folder)), dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=dict(_mapped(folder)),
+        dtype=dtype,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     return loaded[0], loaded[1]
 
@@ -108,7 +113,7 @@ def _build(folder: Path, dtype: torch.dtype, cache: Path) -> None:
 
 def _fused_groups(folder: Path, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
     """Yield fused parameters, one layer at a time, with transformers' own conversion."""
-    model = _on_meta(AutoConfig.from_pretrained(folder, local_files_only=True), dtype)
+    model = _on_meta(_config(folder), dtype)
     files: list[Any] = [safe_open(path, "pt") for path in _checkpoint_files(folder)]
     slices = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
     for names in _by_layer(slices):
@@ -157,5 +162,14 @@ def _mapped(cache: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
     return model
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedflame.base.files import first_line
+from fedflame.base.files import load_error
 from fedflame.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,9 +22,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         UserError: the tokenizer cannot be loaded.
     """
     try:
-        tokenizer: Any = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"model {folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
+        tokenizer: Any = _tokenizer_class(folder).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of transformers or tokenizers, whatever is in the files
+        raise UserError(load_error(str(folder), error)) from error
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
 

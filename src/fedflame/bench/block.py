@@ -69,7 +69,9 @@ def frozen_model(geometry: Geometry) -> OlmoeForCausalLM:
     )
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        model: OlmoeForCausalLM = AutoModelForCausalLM.from_config(config, dtype=geometry.torch_dtype)
+        model: OlmoeForCausalLM = AutoModelForCausalLM.from_config(
+            config, dtype=geometry.torch_dtype, trust_remote_code=False
+        )
     nn.Module.to(model.requires_grad_(False), geometry.device)
     return model
 

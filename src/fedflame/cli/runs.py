@@ -72,7 +72,7 @@ def run(
         prepared = prepare(config, existing, sites, resume_from=resume_from)
         from fedflame.commands.run import print_run  # from here on with torch
 
-        text = config_file.read_text(encoding="utf-8") if config_file else ""
+        text = config_file.read_text(encoding="utf-8", errors="replace") if config_file else ""
         print_run(prepared, text, Console(), workers)
 
 

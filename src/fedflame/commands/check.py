@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import ssl
@@ -17,6 +16,7 @@ from rich.console import Console
 from fedflame.engines.address import host_and_port
 from fedflame.engines.nvflare.certificate import now, read_certificate
 from fedflame.errors import UserError
+from fedflame.reading import read_object
 
 RENEW_DAYS = 30
 FREE_BYTES = 2 << 30
@@ -119,19 +119,19 @@ def check_handshake(
 def client_target(kit: Path) -> tuple[str, int, str]:
     """Host, port and name of the server, as a site's kit has them. Raises UserError."""
     try:
-        server = json.loads((kit / "startup" / "fed_client.json").read_text())["servers"][0]
+        server = read_object(kit / "startup" / "fed_client.json")["servers"][0]
         host, port = host_and_port(str(server["service"]["target"]), "target")
         return host, port, str(server["identity"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, UserError) as error:
+    except (KeyError, IndexError, TypeError, UserError) as error:
         raise UserError(f"{kit}: no kit of a site (startup/fed_client.json: {error})") from error
 
 
 def read_admin(kit: Path) -> dict[str, Any]:
     """What an administrator's kit says. Raises UserError."""
     try:
-        admin: dict[str, Any] = json.loads((kit / "startup" / "fed_admin.json").read_text())["admin"]
+        admin: dict[str, Any] = read_object(kit / "startup" / "fed_admin.json")["admin"]
         return admin
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, UserError) as error:
         raise UserError(f"{kit}: no kit of an administrator (startup/fed_admin.json: {error})") from error
 
 

@@ -6,12 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+_DIGITS = 9
+"""Of the largest integer that a list in settings can hold."""
+
 
 def parse_integers(value: object) -> tuple[int, ...]:
     """`"8,4,2,1"`, `[8, 4, 2, 1]` and, for one of them, `8`; ValueError on anything but positive integers."""
     parts = _parts(value)
     numbers = [int(part) for part in parts if is_integer(part)]
-    if not parts or len(numbers) < len(parts) or min(numbers) < 1:
+    if not parts or len(numbers) < len(parts) or not 1 <= min(numbers) <= max(numbers) < 10**_DIGITS:
         raise ValueError('must be integers of at least 1, such as [8, 4, 2, 1] or "8,4,2,1"')
     return tuple(numbers)
 
@@ -19,7 +22,7 @@ def parse_integers(value: object) -> tuple[int, ...]:
 def is_integer(part: Any) -> bool:
     """Whether it is an integer, or the digits of one that a setting can have."""
     return type(part) is int or (
-        isinstance(part, str) and part.isascii() and part.isdecimal() and len(part) < 10
+        isinstance(part, str) and part.isascii() and part.isdecimal() and len(part) <= _DIGITS
     )
 
 

@@ -61,6 +61,9 @@ def _device(value: str) -> str:
     return value
 
 
+LARGEST_RANK = 65_536
+"""Of any adapter; `prepare.require_runnable` knows the model and allows less."""
+Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
 MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
 Device = Annotated[str, AfterValidator(_device)]
@@ -83,8 +86,9 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    r: Annotated[int, Field(ge=1)] = 8
-    """The LoRA rank of every projection. Some methods give a client a smaller one."""
+    r: Rank = 8
+    """The LoRA rank of every projection, at most the smaller side of an expert's matrices. Some methods give
+    a client a smaller one."""
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """The low-rank product is multiplied by lora_alpha / r. The factor is the same for a client that trains a
     smaller rank."""
@@ -109,9 +113,9 @@ class DataConfig(Section):
     """The column of the response."""
     category_field: str = ""
     """The column of a label. The partition uses it, and scores are given for each label."""
-    max_rows: Annotated[int, Field(ge=0)] = 0
+    max_rows: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """A seeded sample of at most this many rows is used; 0: all rows. For `skills`: the rows to generate."""
-    max_length: Annotated[int, Field(ge=8)] = 256
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 256
     """The most tokens in a row, prompt and response together. Longer rows are truncated and counted."""
     partition: Literal["iid", "dirichlet", "by_label"] = "dirichlet"
     """How the rows are split over the clients: evenly at random, by a Dirichlet draw for each label, or by
@@ -121,7 +125,7 @@ class DataConfig(Section):
 
 
 class ClientsConfig(Section):
-    num_clients: Annotated[int, Field(ge=1)] = 4
+    num_clients: Annotated[int, Field(ge=1, le=100_000)] = 4
     """The number of clients."""
     active_experts: Integers = (8, 4, 2, 1)
     """The experts per token that each client affords. With fewer entries than clients, they are repeated."""
@@ -138,13 +142,13 @@ class TrainingConfig(Section):
     """How the learning rate changes from round to round. `cosine`: it falls towards zero after the last."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """The weight decay of AdamW. It applies to experts that saw a token in the step."""
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
+    per_device_train_batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
     """The rows of an optimizer step, unless `tokens_per_step` is set."""
     tokens_per_step: IntegersOrNone = ()
     """The tokens of an optimizer step. A batch then has as many rows of similar length as fit, padding
     counted, and at least one. One number for all clients, or several that are repeated over the clients, such
     as `[1024, 2048]`: more where fewer experts run. Empty: `per_device_train_batch_size` rows."""
-    max_steps: Annotated[int, Field(ge=1)] = 80
+    max_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 80
     """The optimizer steps of each client in each round."""
     budget: Literal["steps", "compute"] = "steps"
     """`steps`: every client takes `max_steps`, as in the paper. `compute`: every client spends the FLOPs that
@@ -212,7 +216,7 @@ class StrategyConfig(Section):
 
 
 class ServerConfig(Section):
-    num_server_rounds: Annotated[int, Field(ge=1)] = 10
+    num_server_rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """The number of federated rounds."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of the clients that is sampled in each round."""
@@ -234,7 +238,7 @@ class EvaluationConfig(Section):
     split: Literal["test", "validation"] = "test"
     """Which held-out rows are scored. `validation`: rows for choosing settings. The training rows are the
     same, and no row is in both. In a file or a hub data set they come from what data.max_rows leaves out."""
-    rows_per_category: Annotated[int, Field(ge=1)] = 20
+    rows_per_category: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     """The held-out rows of each category."""
     evaluate_every: Annotated[int, Field(ge=0)] = 1
     """The rounds from one evaluation to the next. 0: only before and after the run."""

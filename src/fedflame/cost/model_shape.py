@@ -5,7 +5,6 @@ Neither torch nor transformers is imported, so that `fedflame plan` answers at o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,21 @@ from typing import Any
 
 from fedflame.cost.refused_families import refusal
 from fedflame.errors import UserError
+from fedflame.reading import read_object, shown
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _UNGATED = ("nemotron_h",)
+_OPTIONAL_SIZES = (
+    "moe_intermediate_size intermediate_size shared_expert_intermediate_size moe_latent_size head_dim "
+    "num_key_value_heads q_lora_rank kv_lora_rank decoder_sparse_step moe_layer_interval "
+    "first_k_dense_replace num_dense_layers moe_layer_start_index expert_layer_period expert_layer_offset"
+).split()
+_LISTS = ("layers_block_type", "mlp_layer_types", "mlp_only_layers")
+_LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
+"""Larger sizes than any model has; they bound what a config.json can make us do."""
 _LATENT_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -79,7 +87,8 @@ def read_model_shape(path: Path) -> ModelShape:
     """
     whole = _read_config(path)
     config = _of_the_text(whole)
-    for family in (whole.get("model_type", ""), config.get("model_type", "")):
+    _require_types(path, config)
+    for family in (whole.get("model_type") or "", config.get("model_type") or ""):
         if refused := refusal(family):
             raise UserError(f"model {path}: {refused}")
     if not any(config.get(key) for key in _EXPERT_KEYS):
@@ -158,15 +167,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
         raise UserError(f"model {path}: the folder has no config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"model {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"model {path}: {file.name} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"model {path}: {file.name} is not a JSON object")
-    return config
+    return read_object(file, "model ")
 
 
 def _of_the_text(whole: dict[str, Any]) -> dict[str, Any]:
@@ -183,8 +184,34 @@ def _require(path: Path, config: dict[str, Any], keys: tuple[str, ...]) -> None:
     if missing:
         raise UserError(f"model {path}: config.json lacks {', '.join(missing)}")
     for key in keys:
-        if type(config[key]) is not int or config[key] < 1:
-            raise UserError(f"model {path}: config.json: {key} = {config[key]!r}: must be a positive integer")
+        most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
+        if type(config[key]) is not int or not 1 <= config[key] <= most:
+            raise UserError(
+                f"model {path}: config.json: {key} = {shown(config[key])}: must be a positive integer, "
+                f"at most {most:,}"
+            )
+
+
+def _require_types(path: Path, config: dict[str, Any]) -> None:
+    """Refuse what a key that may be missing cannot be."""
+    sizes: dict[str, object] = dict.fromkeys((*_OPTIONAL_SIZES, *_SHARED_KEYS), 0)
+    wanted = sizes | {key: [] for key in _LISTS} | {"model_type": ""}
+    for key, example in wanted.items():
+        value = config.get(key)
+        fits = value is None or isinstance(value, type(example))
+        if not fits or (isinstance(value, int) and not 0 <= value <= _LARGEST):
+            raise UserError(f"model {path}: config.json: {key} = {shown(value)}: must be {_kind(example)}")
+        if isinstance(value, list) and (len(value) > _MOST_LAYERS or not all(map(_is_layer, value))):
+            raise UserError(f"model {path}: config.json: {key}: must be {_kind(example)}")
+
+
+def _kind(example: object) -> str:
+    kinds = {int: f"an integer from 0 to {_LARGEST:,}", str: "a name"}
+    return kinds.get(type(example), f"a list of at most {_MOST_LAYERS:,} names or numbers")
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, int | str)
 
 
 def _check_sizes(path: Path, config: dict[str, Any]) -> None:

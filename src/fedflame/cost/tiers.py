@@ -37,6 +37,15 @@ class TierCost:
     bytes_up: int
 
 
+def require_rank(r: int, shape: ModelShape) -> None:
+    """Raise UserError if a LoRA rank is larger than what a product of an expert's matrices can have."""
+    smaller = min(shape.expert_hidden_size, shape.expert_size)
+    if r > smaller:
+        raise UserError(
+            f"adapter.r = {r}: must be at most {smaller}, the smaller side of an expert's matrices"
+        )
+
+
 def require_possible(experts: Iterable[int], shape: ModelShape) -> None:
     """Raise UserError if a number of active experts is not between 1 and the model's K."""
     full = shape.num_experts_per_tok

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from fedflame.errors import UserError
+from fedflame.reading import LONGEST_JSON, parse_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 HUB_TIMEOUT_SECONDS = 10.0
@@ -97,18 +98,26 @@ def _reading(path: Path, *more: type[Exception]) -> Iterator[None]:
 
 def _jsonl_rows(path: Path) -> Iterator[RawRow]:
     with _reading(path), gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file), start=1):
             if line.strip():
                 yield f"{path}:{number}", _json_object(line)
 
 
+def _lines(file: gzip.GzipFile | IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a file; of one that is too long to read, its beginning and one byte too much."""
+    while line := file.readline(LONGEST_JSON + 1):
+        yield line
+        while len(line) > LONGEST_JSON and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_JSON + 1)
+
+
 def _json_object(line: bytes) -> dict[str, object] | str:
+    if len(line) > LONGEST_JSON:
+        return f"longer than {LONGEST_JSON:,} bytes"
     try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return "not valid UTF-8"
-    except (ValueError, RecursionError):
-        return "not valid JSON"
+        value = parse_json(line, bare_words=True)
+    except ValueError as error:
+        return "not valid UTF-8" if isinstance(error.__cause__, UnicodeDecodeError) else "not valid JSON"
     return value if isinstance(value, dict) else "not a JSON object"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedflame.base.files import model_config_path
+from fedflame.base.files import load_error, model_config_path
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.errors import UserError
 from fedflame.experiment.run_folder import saved_config
@@ -56,6 +56,11 @@ def export_run(
         k = read_model_shape(path).num_experts_per_tok if active_experts is None else active_experts
         merge_checkpoint(checkpoint.state, trained_run(config, checkpoint.round), k, to, overwrite)
         return ""
-    with torch.device("meta"):
-        structure: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    try:
+        with torch.device("meta"):
+            structure: Any = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(path, trust_remote_code=False), trust_remote_code=False
+            )
+    except Exception as error:  # of transformers, whatever is in the config.json
+        raise UserError(load_error(config.model.model_name_or_path, error)) from error
     return write_adapter(checkpoint, config, structure, to, layout, overwrite)

@@ -13,7 +13,7 @@ from fedflame.base.tokenizer import read_tokenizer
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.cost.run_cost import RunCost, run_cost
-from fedflame.cost.tiers import require_possible
+from fedflame.cost.tiers import require_possible, require_rank
 from fedflame.data.federation import describe, encode_federation, load_federation
 from fedflame.data.given import GivenRows
 from fedflame.experiment.placement import place
@@ -65,6 +65,7 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
     """
     path = model_config_path(config.model.model_name_or_path)
     shape = read_model_shape(path)
+    require_rank(config.adapter.r, shape)
     require_possible(config.evaluated_experts(shape.num_experts_per_tok), shape)
     federation = load_federation(config, given)
     length, share, truncated = sequence_length or config.data.max_length, 1.0, 0

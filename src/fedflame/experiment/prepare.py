@@ -8,7 +8,7 @@ from pathlib import Path
 from fedflame.base.files import model_config_path, require_folder_complete, resolve_model
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import ModelShape, read_model_shape
-from fedflame.cost.tiers import require_possible
+from fedflame.cost.tiers import require_possible, require_rank
 from fedflame.data.federation import Federation, load_federation
 from fedflame.data.given import GivenRows
 from fedflame.errors import UserError
@@ -59,16 +59,23 @@ def prepare(
     return Prepared(config, existing, shape, load_federation(config, given), sites, resume_from)
 
 
-def require_runnable(config: RunConfig) -> ModelShape:
+def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
     """The shape of the configured model.
 
+    Args:
+        config: what is to run.
+        adapter_rank: the rank of an adapter that is there; a larger one than the model's matrices is then no
+            mistake, since merged factors add ranks.
+
     Raises:
-        UserError: the model's files are not complete, it cannot run a k of the configuration, or the tokens
-            of an answer do not fit into `data.max_length`.
+        UserError: the model's files are not complete, it cannot run a k or a rank of the configuration, or
+            the tokens of an answer do not fit into `data.max_length`.
     """
     name = config.model.model_name_or_path
     shape = read_model_shape(model_config_path(name))
     require_folder_complete(resolve_model(name))
+    if config.adapter.r > adapter_rank:
+        require_rank(config.adapter.r, shape)
     full = shape.num_experts_per_tok
     chosen = config.strategy.active_experts
     if config.method.experts == "chosen" and chosen.isdecimal() and int(chosen) > full:

@@ -41,8 +41,8 @@ def score_source(
         UserError: a source that is none of these, a k that the model does not have, or a memory that is full.
     """
     place = Path(source)
-    config = _source_config(source, list(active_experts), list(overrides))
-    shape = require_runnable(config)
+    config, rank = _source_config(source, list(active_experts), list(overrides))
+    shape = require_runnable(config, rank)
     require_possible(active_experts, shape)
     federation = load_federation(config, given)
     from fedflame.base.out_of_memory import memory_in_words  # from here on with torch
@@ -66,23 +66,23 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _source_config(source: str, wanted: list[int], overrides: list[str]) -> RunConfig:
-    """The run's configuration, or the defaults with the source's model, adapter and tiers."""
+def _source_config(source: str, wanted: list[int], overrides: list[str]) -> tuple[RunConfig, int]:
+    """The run's configuration, or the defaults with the source's model, adapter and tiers; its rank."""
     place = Path(source)
     if is_run(place):
-        return load_config(saved_config(place), overrides)
-    name, adapter, tiers = source, RunConfig().adapter, wanted
+        return load_config(saved_config(place), overrides), 0
+    name, adapter, tiers, rank = source, RunConfig().adapter, wanted, 0
     if is_adapter(place):
         from fedflame.exports import read_settings, rescaler_tiers
 
         settings = read_settings(place)
         name, adapter = _base_of(source, settings.base_model), settings.adapter
-        tiers = wanted or rescaler_tiers(place)
+        tiers, rank = wanted or rescaler_tiers(place), settings.adapter.r
     shape = read_model_shape(model_config_path(name))
     tiers = tiers or [shape.num_experts_per_tok]
     given = [f"model.model_name_or_path={name}", f"clients.num_clients={len(tiers)}"]
     given.append(f"clients.active_experts={','.join(map(str, tiers))}")
-    return load_config(RunConfig(adapter=adapter), [*given, *overrides])
+    return load_config(RunConfig(adapter=adapter), [*given, *overrides]), rank
 
 
 def _base_of(source: str, base_model: str | None) -> str:

@@ -12,7 +12,7 @@ from fedflame.config.sections import EMBEDDED_MODEL, AdapterConfig
 from fedflame.moe.families import MoELayer
 from fedflame.strategies.base import ServerState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from transformers import PreTrainedModel
 
+from fedflame.config.sections import Rank
 from fedflame.errors import UserError
 from fedflame.exports.description import TrainedRun
 from fedflame.exports.layouts import (
@@ -23,7 +24,9 @@ from fedflame.exports.layouts import (
     Layout,
     wrappers,
 )
+from fedflame.exports.patterns import Pattern, first_match, parse_patterns
 from fedflame.moe.families import MoELayer
+from fedflame.reading import shown
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -41,17 +44,31 @@ class LoraSettings(BaseModel):
 
     peft_type: Literal["LORA"]
     base_model_name_or_path: str | None = None
-    r: Annotated[int, Field(ge=1)]
+    r: Rank
     lora_alpha: Annotated[float, Field(gt=0)]
     target_modules: list[str] = []
     target_parameters: list[str] = []
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    rank_pattern: dict[str, Rank] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
 
     @field_validator("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", mode="before")
     @classmethod
     def _null_is_empty(cls, value: Any, info: ValidationInfo) -> Any:
         return cls.model_fields[info.field_name or ""].default if value is None else value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _supported(cls, value: dict[str, Any]) -> dict[str, Any]:
+        parse_patterns(value)
+        return value
+
+    @cached_property
+    def _rank_patterns(self) -> tuple[Pattern, ...]:
+        return parse_patterns(self.rank_pattern)
+
+    @cached_property
+    def _alpha_patterns(self) -> tuple[Pattern, ...]:
+        return parse_patterns(self.alpha_pattern)
 
     @property
     def expert_names(self) -> ExpertNames | None:
@@ -81,11 +98,11 @@ class LoraSettings(BaseModel):
 
     def rank(self, module: str) -> int:
         """Return the LoRA rank of one module."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), self.parameter(module)), self.r)
+        return self.rank_pattern.get(first_match(self._rank_patterns, self.parameter(module)), self.r)
 
     def scaling(self, module: str) -> float:
         """Return alpha / r of one module, the factor on its product B A."""
-        key = get_pattern_key(list(self.alpha_pattern), self.parameter(module))
+        key = first_match(self._alpha_patterns, self.parameter(module))
         return self.alpha_pattern.get(key, self.lora_alpha) / self.rank(module)
 
 
@@ -101,11 +118,11 @@ def parse_lora_config(path: Path, values: dict[str, Any]) -> LoraSettings:
         UserError: it is no LoRA, a value is not allowed, or it is a variant other than W + (alpha/r) B A.
     """
     if values.get("peft_type") != "LORA":
-        raise UserError(f"{path}: no LoRA adapter: peft_type = {values.get('peft_type')!r}")
+        raise UserError(f"{path}: no LoRA adapter: peft_type = {shown(values.get('peft_type'))}")
     variants = [key for key in _OTHER_METHODS if values.get(key)]
     start = values.get("init_lora_weights", True)
     if isinstance(start, str) and start not in _INITS_THAT_KEEP_THE_BASE:
-        variants.append(f"init_lora_weights = {start!r}")
+        variants.append(f"init_lora_weights = {shown(start)}")
     if variants:
         raise UserError(f"{path}: LoRA with {', '.join(variants)} is not supported")
     try:
@@ -113,7 +130,9 @@ def parse_lora_config(path: Path, values: dict[str, Any]) -> LoraSettings:
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        raise UserError(f"{path}: {key} = {values.get(key)!r} in {CONFIG_FILE}: {first['msg']}") from error
+        raise UserError(
+            f"{path}: {key} = {shown(values.get(key))} in {CONFIG_FILE}: {first['msg']}"
+        ) from error
     if settings.expert_names and (settings.rank_pattern or settings.alpha_pattern):
         raise UserError(f"{path}: rank_pattern or alpha_pattern is not supported in the per-expert layout")
     return settings

@@ -11,10 +11,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedflame.base.files import resolve_model
 from fedflame.base.loading import load_base_model
+from fedflame.checked_json import write_checked
 from fedflame.errors import UserError
 from fedflame.exports.description import TrainedRun, merged_card, run_facts
 from fedflame.exports.fit import require_fit
-from fedflame.exports.new_folder import RUN_FILE, new_folder, require_free, write_json
+from fedflame.exports.new_folder import RUN_FILE, new_folder, require_free
 from fedflame.moe.families import MoELayer, find_moe_layers
 from fedflame.moe.merged_base import merge_into
 from fedflame.strategies.base import ServerState
@@ -50,15 +51,15 @@ def merge_checkpoint(state: ServerState, run: TrainedRun, k: int, to: Path, over
     with new_folder(to, overwrite) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_json(folder / RUN_FILE, {**run_facts(state, run, layers), "merged_at": k})
+        write_checked(folder / RUN_FILE, {**run_facts(state, run, layers), "merged_at": k})
         card = merged_card(run, k, layers[0].num_experts_per_tok)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _load_plain_base(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        dtype = AutoConfig.from_pretrained(resolve_model(name_or_path)).dtype
-    except (OSError, ValueError):  # load_base_model says what is wrong
+        dtype = AutoConfig.from_pretrained(resolve_model(name_or_path), trust_remote_code=False).dtype
+    except Exception:  # of transformers, whatever is in the file; load_base_model says what is wrong
         dtype = None
     return load_base_model(name_or_path, str(dtype or torch.float32).removeprefix("torch."))
 

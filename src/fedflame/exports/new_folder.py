@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -12,11 +13,58 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fedflame.checked_json import CHECKSUM, read_checked
 from fedflame.errors import UserError
 from fedflame.json_text import to_text
+from fedflame.reading import read_object
 
+FIRST_VERSION = 1
+"""Of an adapter folder; it had no checksums."""
 RUN_FILE = "fedflame.json"
 """The file that marks an export. Only a folder that holds it is ever replaced."""
+
+
+SUMMED = ("*.safetensors", "*.json")
+"""The files of an adapter folder that `fedflame.json` has the checksums of."""
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the checksum of each of a folder's files that have one in `fedflame.json`, by its name there."""
+    paths = {path for pattern in SUMMED for path in folder.rglob(pattern) if path.name != RUN_FILE}
+    return {path.relative_to(folder).as_posix(): _file_checksum(path) for path in sorted(paths)}
+
+
+def require_intact(folder: Path) -> None:
+    """Check an adapter folder that fedflame wrote; nothing is known of one that others wrote.
+
+    Raises:
+        UserError: a file is missing, damaged or edited.
+    """
+    if not (folder / RUN_FILE).exists():
+        return
+    advice = f"export it again; without {RUN_FILE} an edited folder is read as one of others"
+    if _is_first_version(folder / RUN_FILE):
+        return
+    for name, wanted in read_checked(folder / RUN_FILE, advice).get("checksums", {}).items():
+        try:
+            got = _file_checksum(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name}: {error.strerror}; {advice}") from error
+        if got != wanted:
+            raise UserError(f"{folder / name}: its checksum is wrong: damaged or edited; {advice}")
+
+
+def _is_first_version(path: Path) -> bool:
+    try:
+        stated = read_object(path)
+    except UserError:  # `read_checked` says what is wrong
+        return False
+    return stated.get("format_version") == FIRST_VERSION and CHECKSUM not in stated
+
+
+def _file_checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 @contextmanager

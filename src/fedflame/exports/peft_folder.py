@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fedflame.checked_json import write_checked
 from fedflame.exports.description import TrainedRun, adapter_card, run_facts
 from fedflame.exports.fit import require_fit
 from fedflame.exports.layouts import (
@@ -27,7 +28,7 @@ from fedflame.exports.layouts import (
     per_expert_pairs,
 )
 from fedflame.exports.lora_config import CONFIG_FILE, expert_names_of, lora_config
-from fedflame.exports.new_folder import RUN_FILE, new_folder, write_json
+from fedflame.exports.new_folder import RUN_FILE, checksums, new_folder, write_json
 from fedflame.exports.peft_names import (
     RESCALERS_FILE,
     WEIGHTS_FILE,
@@ -87,7 +88,8 @@ def export_adapter(
             (folder / tier_key(k)).mkdir()
             _write_peft(folder / tier_key(k), state.total_at(k), settings, layers, separate)
         _write_tensors(folder / RESCALERS_FILE, ((tier_key(k), s) for k, s in state.rescalers.items()))
-        write_json(folder / RUN_FILE, run_facts(state, run, layers))
+        facts = run_facts(state, run, layers) | {"checksums": checksums(folder)}
+        write_checked(folder / RUN_FILE, facts)
         (folder / "README.md").write_text(adapter_card(state, run, full_k), encoding="utf-8")
     return written
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,6 +23,7 @@ from fedflame.exports.layouts import (
     unpack,
 )
 from fedflame.exports.lora_config import CONFIG_FILE, LoraSettings, is_target, parse_lora_config
+from fedflame.exports.new_folder import require_intact
 from fedflame.exports.peft_names import (
     PREFIX,
     RESCALERS_FILE,
@@ -36,6 +35,7 @@ from fedflame.exports.peft_names import (
 from fedflame.messages import Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import MoELayer
+from fedflame.reading import read_object, shown
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ def read_settings(path: Path) -> AdapterSettings:
     Raises:
         UserError: `path` is no adapter folder, or has a LoRA variant other than W + (alpha/r) B A.
     """
+    require_intact(path)
     lora, tensors = _read_folder(path)
+    _require_ranks(path, lora, tensors)
     return AdapterSettings(lora.base_model_name_or_path, _adapter_config(lora, tensors))
 
 
@@ -175,6 +177,18 @@ def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
     return [module for module in ends if tensors.keys() >= {*module_names(module)}]
 
 
+def _require_ranks(path: Path, lora: LoraSettings, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse ranks that the weights do not have, before anything of that rank is made."""
+    modules = _modules(tensors)
+    if not modules:
+        raise UserError(f"{path}: {WEIGHTS_FILE} has no LoRA weights")
+    for module in modules:
+        name, rank = module_names(module)[0], lora.rank(module)
+        rows = tensors[name].shape[0] if tensors[name].dim() else 0
+        if rows < rank:
+            raise UserError(f"{path}: {CONFIG_FILE} says rank {rank}; {shown(name)} has {rows}")
+
+
 def _require_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Sequence[str]) -> None:
     for name in sorted(tensors.keys() ^ set(wanted)):
         reason = "has, unlike the model," if name in tensors else "lacks"
@@ -192,7 +206,11 @@ def _require_values(path: Path, slot: _Slot, packed: Factors, rank: int) -> None
 
 
 def _read_folder(path: Path) -> tuple[LoraSettings, dict[str, Tensor]]:
-    return parse_lora_config(path, _read_json(path / CONFIG_FILE)), _read_tensors(path / WEIGHTS_FILE)
+    try:
+        values = read_object(path / CONFIG_FILE)
+    except UserError as error:
+        raise UserError(f"{error}; no adapter folder") from error
+    return parse_lora_config(path, values), _read_tensors(path / WEIGHTS_FILE)
 
 
 def _require_same_scaling(path: Path, settings: AdapterConfig, adapted: AdaptedModel) -> None:
@@ -203,18 +221,6 @@ def _require_same_scaling(path: Path, settings: AdapterConfig, adapted: AdaptedM
         raise UserError(
             f"{path}: lora_alpha / r = {settings.lora_alpha / settings.r}; the model has {scaling}"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; no adapter folder") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ their median, and clients of a false majority do not hold it down once they are 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +73,8 @@ def taken(update: ClientUpdate, plan: RoundPlan) -> Taken:
     """Measure an update."""
     step = update.rescaler_values - plan.rescaler_values
     norms = {**delta_norms(update.delta), "rescaler": _norm(step)}
-    unit = plan.learning_rate * math.sqrt(plan.max_steps)
+    # A method may give a client a rate of zero, at which nothing moves.
+    unit = max(plan.learning_rate * math.sqrt(plan.max_steps), sys.float_info.min)
     whole = math.hypot(*(norm for kind, norm in norms.items() if kind != "rescaler"))
     pace = Pace(
         whole / math.sqrt(max(1, _movable(update))) / unit,

@@ -58,6 +58,7 @@ class MetricsFile:
 
     def cut(self, size: int) -> None:
         """Cut off what was written after the first `size` bytes. Raises UserError if the disk fails."""
+        self._checksum = last_checksum(self._path, size) if size else ""
         try:
             self._file.truncate(size)
             self._file.seek(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import struct
 import sys
 from collections.abc import Iterator
@@ -36,8 +37,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with suppress(FileNotFoundError):
-            path.unlink()
+        _remove_socket(path)
         before = os.umask(0o177)
         try:
             listener.bind(str(path))
@@ -53,7 +53,15 @@ def listening(path: Path) -> Iterator[socket.socket]:
         listener.shutdown(socket.SHUT_RDWR)  # whoever waits for a connection learns of the end
         listener.close()
         with suppress(OSError):
-            path.unlink()
+            _remove_socket(path)
+
+
+def _remove_socket(path: Path) -> None:
+    """Remove an old socket. Raises OSError where something else is at this path, which stays."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OSError("what is there is no socket and stays; trainer.socket needs a free path")
+        path.unlink()
 
 
 def same_user(connection: socket.socket) -> bool:

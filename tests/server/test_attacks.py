@@ -1,0 +1,115 @@
+"""Attacks of one client in three on a whole run: what is refused, and how far the rest can move the state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_runs import events, tiny_run
+
+from fedflame.clients.answers import Answer, OnStep
+from fedflame.clients.local import LocalClients
+from fedflame.config.methods import NAMED_METHODS
+from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.server.clipping import FACTOR, taken
+from fedflame.training.reach import longest_way, trained_reach
+from fedflame.wire.codec import decode_plan, decode_update, encode_update
+
+Falsify = Callable[[ClientUpdate, RoundPlan], ClientUpdate]
+HOSTILE = 1
+"""The client with k = 2 of K = 4, whose rescaler is learned."""
+
+
+def attack(monkeypatch: pytest.MonkeyPatch, falsify: Falsify) -> list[tuple[ClientUpdate, RoundPlan]]:
+    """Falsify what the hostile client answers; return the list of what it sent."""
+    answer, sent = LocalClients.answer, list[tuple[ClientUpdate, RoundPlan]]()
+
+    def falsified(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
+        told, honest = decode_plan(plan), answer(self, plan, on_step)
+        if told.client != HOSTILE:
+            return honest
+        update = falsify(decode_update(honest.update, told), told)
+        sent.append((update, told))
+        return replace(honest, update=encode_update(update, told))
+
+    monkeypatch.setattr(LocalClients, "answer", falsified)
+    return sent
+
+
+def times(factor: float) -> Falsify:
+    def falsify(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
+        return replace(update, delta=update.delta.combine(update.delta, lambda value, _: factor * value))
+
+    return falsify
+
+
+def rescaler(s: float) -> Falsify:
+    def falsify(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
+        return replace(update, rescaler_values=torch.full_like(update.rescaler_values, s))
+
+    return falsify
+
+
+def huge(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
+    """Finite values whose sum is not."""
+    return replace(update, delta=update.delta.combine(update.delta, lambda value, _: 3e38 * value.sign()))
+
+
+def many_rows(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
+    return replace(update, num_examples=2**40)
+
+
+REFUSED: dict[str, tuple[Falsify, str]] = {
+    "delta x 1e6": (times(1e6), "an honest client moves one by at most"),
+    "delta near 3e38": (huge, "moves a value by 3e+38"),
+    "sign-flip x 10": (times(-10.0), "an honest client moves one by at most"),
+    "rescaler 1e6": (rescaler(1e6), "moves a rescaler by 1e+06"),
+    "rescaler -1": (rescaler(-1.0), "moves a rescaler by 2"),
+    "2^40 rows": (many_rows, "update claims 1099511627776 rows"),
+    "NaN": (times(math.nan), "is not finite"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_honest_client_can_send_is_left_out_in_every_round_from_the_first(
+    name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    falsify, reason = REFUSED[name]
+    attack(monkeypatch, falsify)
+    tiny_run(tiny_folder, tmp_path / "run", "strategy.clip=none", "strategy.k_rotation=none")
+    excluded = events(tmp_path / "run", "excluded")
+    assert [(event["round"], event["client"]) for event in excluded] == [(n, HOSTILE) for n in (1, 2, 3)]
+    assert all(reason in event["reason"] for event in excluded), excluded[0]["reason"]
+    assert {event["client"] for event in events(tmp_path / "run", "client")} == {0, 2}
+
+
+def to_the_edge(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
+    furthest = 0.99 * trained_reach(plan)
+    delta = update.delta.combine(update.delta, lambda value, _: -furthest * value.sign())
+    if plan.rescaler != "learned":
+        return replace(update, delta=delta)
+    s = plan.rescaler_values - 0.99 * plan.learning_rate * longest_way(plan.max_steps)
+    return replace(update, delta=delta, rescaler_values=s)
+
+
+@pytest.mark.parametrize("method", NAMED_METHODS)
+def test_within_the_bound_of_adamw_an_update_counts_for_no_more_than_the_factor(
+    method: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight steps, after which honest values are well within the bound."""
+    sent = attack(monkeypatch, to_the_edge)
+    run = tmp_path / "run"
+    tiny_run(
+        tiny_folder, run, f"strategy.name={method}", "training.max_steps=8", "server.num_server_rounds=2"
+    )
+    assert not events(run, "excluded"), "it is within the bound"
+    paces = {(e["round"], e["client"]): e["pace"] for e in events(run, "client")}
+    shares = {(e["round"], e["client"]): e["share"] for e in events(run, "clipped")}
+    first = sorted(pace for (number, _), pace in paces.items() if number == 1)
+    assert paces[1, HOSTILE] == first[-1] == taken(*sent[0]).pace.delta
+    assert shares[1, HOSTILE] <= FACTOR * first[1] / first[-1] * (1 + 1e-9)
+    assert shares[2, HOSTILE] < 1
