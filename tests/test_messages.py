@@ -31,10 +31,10 @@ from fedflame.messages import (
     NOTHING,
     Adapter,
     ClientUpdate,
+    believed,
     half_of,
     most_rows,
     validate_update,
-    with_rows_at_most,
 )
 from fedflame.wire.codec import decode_update, encode_update
 
@@ -307,10 +307,21 @@ def test_a_client_weighs_by_ten_times_the_median_of_the_claims_at_most(claims: l
     assert most_rows(claims) == most
 
 
-def test_rows_above_the_most_weigh_as_the_most_and_others_as_they_are() -> None:
+@pytest.mark.parametrize(("rows", "weight"), [(39, 39), (40, 40), (41, 40), (0, 9)])
+def test_rows_are_believed_up_to_the_most_or_to_those_trained_on(rows: int, weight: int) -> None:
     update = valid_update()
-    assert with_rows_at_most(update, 39).num_examples == 39
-    assert all(with_rows_at_most(update, most) is update for most in (0, 40, 41))
+    assert believed(update, rows).num_examples == weight
+    assert torch.equal(believed(update, rows).counts, update.counts), "two of five experts at k = 2"
+
+
+def test_a_count_is_believed_up_to_eight_times_the_even_one() -> None:
+    """Of 64 experts at k = 1 each would see 10 of 640 tokens, and of 6 tokens fewer than one."""
+    counts = torch.zeros(1, 64, dtype=torch.int64)
+    counts[0, :4] = torch.tensor([479, 81, 80, 0])
+    update = replace(valid_update(), counts=counts, tokens=640, active_experts=1)
+    assert believed(update, 40).counts[0, :4].tolist() == [80, 80, 80, 0]
+    few = replace(update, counts=(counts > 0).long(), tokens=6)
+    assert believed(few, 40).counts[0, :4].tolist() == [1, 1, 1, 0]
 
 
 def test_an_update_without_its_loss_comes_back_and_is_accepted() -> None:

@@ -351,21 +351,18 @@ def test_a_site_that_answers_nonsense_ends_a_run_without_the_others_in_a_line_al
     assert state_bytes(tmp_path / "sites") == state_bytes(tmp_path / "here")
 
 
-CLAIMED = 2**40
-
-
-def claiming(sites: Deliver, liar: str) -> Deliver:
-    """Sites of which one says, in its description and in every update, that it holds 2^40 rows."""
+def claiming(rows: int, sites: Deliver, liar: str) -> Deliver:
+    """Sites of which one says, in its description and in every update, that it holds so many rows."""
 
     def more(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        header["num_examples"] = CLAIMED
+        header["num_examples"] = rows
 
     def answer(site: str, request: bytes) -> bytes:
         honest = Envelope.from_bytes(sites(site, request))
         if site != liar:
             return honest.to_bytes()
         if asked_for(request) is None:
-            return Envelope(honest.header | {"num_examples": CLAIMED}).to_bytes()
+            return Envelope(honest.header | {"num_examples": rows}).to_bytes()
         return reply(request, altered(bytes(honest.body), more))
 
     return answer
@@ -374,19 +371,19 @@ def claiming(sites: Deliver, liar: str) -> Deliver:
 def test_a_site_that_claims_rows_without_end_weighs_as_ten_of_the_median_and_this_is_said(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    shape = (
-        "strategy.counted_rows=held",
-        "training.max_steps=1",
-        "server.num_server_rounds=1",
-    )
+    shape = ("strategy.counted_rows=held", "training.max_steps=1", "server.num_server_rounds=1")
     files = make_sites(tiny_folder, tmp_path, [4, 2, 1], *shape)
+    shown, claims = "", [2**40]
     with trainers(list(files.values())) as sites:
-        engine = ThreadEngine(claiming(asking(sites), "site-2"), set(files))
-        shown = run_over(engine, tiny_folder, tmp_path / "sites", *shape)
-    rows = {event["client"]: event["num_examples"] for event in events(tmp_path / "sites", "client")}
-    most = 10 * max(rows[0], rows[1])
-    assert rows[2] == most and not events(tmp_path / "sites", "excluded")
-    assert f"site-2 claims {CLAIMED:,} rows; it weighs as {most:,}, 10 times the median" in shown
+        for run in ("without-end", "ten"):
+            engine = ThreadEngine(claiming(claims[-1], asking(sites), "site-2"), set(files))
+            shown += run_over(engine, tiny_folder, tmp_path / run, *shape)
+            rows = {event["client"]: event["num_examples"] for event in events(tmp_path / run, "client")}
+            assert rows[2] == claims[-1], "what is claimed is logged"
+            claims.append(10 * max(rows[0], rows[1]))
+    assert state_bytes(tmp_path / "without-end") == state_bytes(tmp_path / "ten")
+    said = f"site-2 claims {2**40:,} rows; it weighs as {claims[1]:,}, 10 times the median"
+    assert shown.count(said) == 1 and shown.count("10 times the median") == 1
 
 
 def test_sites_that_withhold_their_loss_are_shown_without_one_and_no_figure_is_made_up(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedflame.messages import ClientUpdate
 from fedflame.wire.envelope import Bytes
 
 OnStep = Callable[[int], None]
@@ -39,8 +40,8 @@ class Clients(Protocol):
     def num_examples(self) -> Sequence[int]:
         """Return the number of rows of each client; 0 if that is not known yet."""
 
-    def most_rows(self) -> int:
-        """Return the rows by which a client may weigh at most; 0 if nobody could claim more than it has."""
+    def believed(self, update: ClientUpdate) -> ClientUpdate:
+        """Return an accepted update with those weights that are believed of its client."""
 
     def name(self, client: int) -> str:
         """Return the name of this client in messages."""

@@ -10,6 +10,7 @@ from fedflame.base.out_of_memory import training_memory_in_words
 from fedflame.clients.answers import Answer, OnStep
 from fedflame.data.encoding import EncodedRow
 from fedflame.errors import InvalidMessage, OutOfMemory, UserError, one_line
+from fedflame.messages import ClientUpdate
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.training.error_feedback import Residuals, encode_with_feedback
 from fedflame.training.fine_tune import fine_tune
@@ -32,8 +33,8 @@ class LocalClients:
     def num_examples(self) -> list[int]:
         return [len(rows) for rows in self.rows]
 
-    def most_rows(self) -> int:
-        return 0
+    def believed(self, update: ClientUpdate) -> ClientUpdate:
+        return update
 
     def name(self, client: int) -> str:
         return f"client {client}"

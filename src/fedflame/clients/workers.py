@@ -31,6 +31,7 @@ from fedflame.config.sections import AdapterConfig
 from fedflame.config.words import Checkpointed, Dtype
 from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
+from fedflame.messages import ClientUpdate
 from fedflame.training.error_feedback import Residuals
 
 STOP_SECONDS = 10.0
@@ -152,8 +153,8 @@ class WorkerClients:
         finally:  # only if the caller left the stream before its end is a worker at work
             self._stop([number for number, worker in self._workers.items() if worker.asked])
 
-    def most_rows(self) -> int:
-        return self._own.most_rows()
+    def believed(self, update: ClientUpdate) -> ClientUpdate:
+        return self._own.believed(update)
 
     def num_examples(self) -> list[int]:
         return self._own.num_examples()

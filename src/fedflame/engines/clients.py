@@ -23,7 +23,7 @@ from fedflame.engines.hub import HubRounds
 from fedflame.engines.jobs import POLL_SECONDS, EngineJobEnded, EngineJobs
 from fedflame.engines.requests import Request, mapped, new_ticket, store
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.messages import most_rows
+from fedflame.messages import ClientUpdate, believed, most_rows
 from fedflame.wire.addition import encode_addition, plan_digest
 from fedflame.wire.codec import encoded_update_limit
 from fedflame.wire.envelope import LONGEST_BEFORE_BODY, Envelope
@@ -61,8 +61,8 @@ class EngineClients:
     def num_examples(self) -> list[int]:
         return [self._known[site].num_examples if site in self._known else 0 for site in self.sites]
 
-    def most_rows(self) -> int:
-        return most_rows(self.num_examples())
+    def believed(self, update: ClientUpdate) -> ClientUpdate:
+        return believed(update, most_rows(self.num_examples()))
 
     def name(self, client: int) -> str:
         return self.sites[client]

@@ -16,7 +16,7 @@ from fedflame.engines.answers import Description
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.jobs import engine_jobs
 from fedflame.experiment.sites import Sites
-from fedflame.messages import MOST_TIMES_MEDIAN
+from fedflame.messages import MOST_TIMES_MEDIAN, most_rows
 from fedflame.run_files import ADVICE
 from fedflame.trainer.job import TrainingJob
 
@@ -107,7 +107,7 @@ def _leave_out_who_affords_less(
 
 
 def _say_whose_rows_are_too_many(clients: EngineClients) -> None:
-    most = clients.most_rows()
+    most = most_rows(clients.num_examples())
     for name, rows in zip(clients.sites, clients.num_examples(), strict=True):
         if rows > most:
             clients.say(

@@ -14,7 +14,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined] # not in its 
 from fedflame.clients.answers import Answer
 from fedflame.cost.run_cost import local_steps
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.messages import ClientUpdate, RoundPlan, validate_update, with_rows_at_most
+from fedflame.messages import ClientUpdate, RoundPlan, validate_update
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
 from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
@@ -144,7 +144,7 @@ class _Updates:
             self._used.append(one.without_delta())
             if one.share < 1:
                 self._log_clipped(one)
-            yield one.update
+            yield server.clients.believed(one.update)
 
     def _accepted(self) -> Iterator[Taken]:
         asked: deque[_Asked] = deque()
@@ -178,7 +178,6 @@ class _Updates:
             validate_update(update, plan, server.config.data.max_length)
             _validate_rows(update, profile)
             require_within_reach(update, plan, self._state.past.reach, server.adapted.num_experts_per_tok)
-            update = with_rows_at_most(update, server.clients.most_rows())
         except InvalidMessage as error:
             self._exclude(profile.client, plan.active_experts, str(error))
             return None

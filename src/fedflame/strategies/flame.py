@@ -43,11 +43,6 @@ from fedflame.strategies.base import (
 )
 from fedflame.strategies.robust import mean_by
 
-MOST_TIMES_EVEN = 8.0
-"""Counts can lie: a client with k = 1 that claims all its tokens for one of 64 experts would have 64 times
-the frequency of even use. Honest clients of the embedded model reach 2.1, 2.4, 5.1 and 6.9 at k = 8, 4, 2 and
-1."""
-
 
 @dataclass(frozen=True)
 class Flame:
@@ -140,11 +135,7 @@ class _AdapterMean:
 def expert_weights(
     update: ClientUpdate, rows: int, temperature: float, count_normalization: CountNormalization
 ) -> Tensor:
-    """Return gamma_i [L,E] = f^t * |D_i|; f is c / T (the paper) or, with `slot`, c / (T k_i).
-
-    f counts up to `MOST_TIMES_EVEN` times that of a client that uses all experts alike.
-    """
+    """Return gamma_i [L,E] = f^t * |D_i|; f is c / T (the paper) or, with `slot`, c / (T k_i)."""
     slots = update.active_experts if count_normalization == "slot" else 1
     frequency = update.counts.to(torch.float32) / (update.tokens * slots)
-    even = update.active_experts / (slots * update.counts.shape[1])
-    return frequency.clamp(max=MOST_TIMES_EVEN * even) ** temperature * rows
+    return frequency**temperature * rows
