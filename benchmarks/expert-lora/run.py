@@ -118,6 +118,8 @@ def step_section(device: str, result: dict[str, Any]) -> str:
     rows = result["steps"]
     place = "a CPU" if device == "cpu" else "a GPU"
     lines = [f"## A whole training step on {place}, routing {result['routing']}\n"]
+    if "layers" in result:
+        lines += [f"{result['layers']} layers, each with weights of its own.\n"]
     if device == "cpu":
         (time,) = (verdict(ratio, STEP_TIME_BAR) for ratio in time_ratios(rows).values())
         (full,) = (row for row in rows if row["active_experts"] == 8)
@@ -197,10 +199,13 @@ memory inside the matrix library and what the C library keeps of freed blocks ar
 size of a process grows by more. On a GPU time is from events, and the peak is torch.cuda's. Compare ratios,
 not seconds: they do not travel.
 
-The whole step (`full_step.py`) is OLMoE-1B-7B with all 16 layers around the weights of one, its head, a
-loss at every token but the first, LoRA on experts and on q, k, v, o, and AdamW. Its routing is balanced,
-as that of a trained model, unless the heading says *collapsed*: so the weights are initialised, and by depth
-all tokens choose the same few experts, whose products are then larger and quicker at small k.
+The whole step (`full_step.py`) is OLMoE-1B-7B with its head, a loss at every token but the first, LoRA on
+experts and on q, k, v, o, and AdamW. On a GPU all 16 layers run, on a CPU 4 (`--layers` says otherwise), each
+with weights of its own. The step figures below are older than this: their 16 layers shared the weights of
+one, and each had its own LoRA. Now the experts' weights of a layer lie in one buffer with its LoRA, so that
+no two layers can share them. The routing is balanced, as that of a trained model, unless the heading says
+*collapsed*: so the weights are initialised, and by depth all tokens choose the same few experts, whose
+products are then larger and quicker at small k.
 
 On the H200 one row does not fill the GPU: a block takes three to six times as long as its products, a whole
 step reaches a tenth of what one large product does, and a smaller k saves memory but next to no time. What

@@ -66,7 +66,9 @@ def adapted_model(folder: Path, gradient_checkpointing: Checkpointed = "none") -
     config = AutoConfig.from_pretrained(folder)
     model, _ = load_mapped(folder / WEIGHTS, config, torch.bfloat16)
     targets = ADAPTER.target_modules
-    return AdaptedModel(model.eval(), ADAPTER.r, ADAPTER.lora_alpha, targets, gradient_checkpointing)
+    return AdaptedModel(
+        model.eval(), ADAPTER.r, ADAPTER.lora_alpha, targets, gradient_checkpointing, mapped=True
+    )
 
 
 def plan(adapted: AdaptedModel, folder: Path, k: int, steps: int) -> RoundPlan:

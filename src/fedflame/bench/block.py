@@ -67,21 +67,21 @@ def frozen_model(geometry: Geometry) -> OlmoeForCausalLM:
         pad_token_id=None,
         eos_token_id=None,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device(geometry.device):
         torch.manual_seed(SEED)
         model: OlmoeForCausalLM = AutoModelForCausalLM.from_config(
             config, dtype=geometry.torch_dtype, trust_remote_code=False
         )
-    nn.Module.to(model.requires_grad_(False), geometry.device)
-    return model
+    return model.requires_grad_(False)
 
 
-def sharing_copy(module: AnyModule, *shared: object) -> AnyModule:
-    """Copy the modules, but share their parameters and the `shared` objects with the original."""
-    return copy.deepcopy(module, {id(kept): kept for kept in (*module.parameters(), *shared)})
+def sharing_copy(module: AnyModule) -> AnyModule:
+    """Copy the modules, but share their parameters with the original."""
+    return copy.deepcopy(module, {id(kept): kept for kept in module.parameters()})
 
 
 def random_rows(geometry: Geometry, rows: int, width: int, seed: int) -> Tensor:
-    """Return normal values [rows, width]; the same seed gives the same values."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, width, generator=generator).to(geometry.device, geometry.torch_dtype)
+    """Return normal values [rows, width]; the same seed gives the same values on the same device."""
+    generator = torch.Generator(geometry.device).manual_seed(seed)
+    values = torch.randn(rows, width, generator=generator, device=geometry.device)
+    return values.to(geometry.torch_dtype)

@@ -101,6 +101,13 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return time.thread_time() - begin
 
 
+def median_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Return the median of the seconds that `run` takes, after three runs that are not timed."""
+    for _ in range(3):
+        run()
+    return statistics.median(seconds(run, device) for _ in range(repeats))
+
+
 def saved_bytes(one: Pass) -> int:
     """Return the bytes that autograd keeps for the backward, without parameters and input."""
     there_before = {tensor.untyped_storage().data_ptr() for tensor in (*one.leaves.values(), *one.parameters)}

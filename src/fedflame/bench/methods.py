@@ -1,7 +1,7 @@
 """The methods that the benchmark compares on one MoE block, forward and backward.
 
-All methods share one set of frozen weights. Methods with LoRA hold their adapters in float32 and cast them in
-each forward, as a training step does.
+All methods share one set of frozen weights, of which `ours` has a copy with its adapter (`moe.projection`).
+Methods with LoRA hold their adapters in float32 and cast them in each forward, as a training step does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.functional import grouped_mm
 from transformers import OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -63,14 +64,17 @@ class Method:
         """Return a model with the weights of `frozen`, ready for `prepare(model, geometry, tokens, k)`."""
         model = sharing_copy(frozen)
         self.attach(model, geometry)
-        nn.Module.to(model, geometry.device)  # moves what was attached
+        nn.Module.to(model, geometry.device)  # moves what PEFT has attached
         return model
 
 
 def _attach_ours(
-    model: OlmoeForCausalLM, geometry: Geometry, gradient_checkpointing: Checkpointed = "none"
+    model: OlmoeForCausalLM,
+    geometry: Geometry,
+    gradient_checkpointing: Checkpointed = "none",
+    mapped: bool = False,
 ) -> None:
-    adapted = AdaptedModel(model, geometry.r, LORA_ALPHA, (), gradient_checkpointing)
+    adapted = AdaptedModel(model, geometry.r, LORA_ALPHA, (), gradient_checkpointing, mapped)
     zero = adapted.initial_adapter(0)
     generator = torch.Generator().manual_seed(1)
     # B is not zero: otherwise half of the gradients would be zero in the comparison with `composed`.
@@ -81,7 +85,7 @@ def _attach_ours(
 
 
 def _attach_composed(model: OlmoeForCausalLM, geometry: Geometry) -> None:
-    _attach_ours(model, geometry)
+    _attach_ours(model, geometry, mapped=True)  # the weights stay where they are
     model.set_experts_implementation(COMPOSED)
 
 
@@ -129,13 +133,14 @@ ALL_EXPERTS_FUNCTIONS.register(COMPOSED, _composed_experts)
 def _block_pass(model: OlmoeForCausalLM, geometry: Geometry, tokens: int, k: int) -> Pass:
     block: Any = model.model.layers[0].mlp
     x, d_output = _input_and_gradient(geometry, tokens)
+    trained = {name: value for name, value in block.named_parameters() if value.requires_grad}
 
     def forward() -> Tensor:
+        increment_version(trained.values())  # as after an optimizer step: what was cast is out of date
         block.gate.top_k = k
         output: Tensor = block(x.unsqueeze(0))
         return output.squeeze(0)
 
-    trained = {name: value for name, value in block.named_parameters() if value.requires_grad}
     return Pass(forward, d_output, {"x": x, **trained}, list(block.parameters()))
 
 

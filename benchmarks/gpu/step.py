@@ -1,0 +1,130 @@
+"""A whole training step: time, memory, launches, waits, and the kernels of the most important one."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from findings import Findings
+from kernels import kernels
+from sizes import Sizes
+from torch import Tensor
+from torch._dynamo.utils import counters
+from waits import waits
+
+from fedflame.bench.measurement import peak_bytes, seconds
+from fedflame.bench.step import (
+    adapt,
+    labelled_batch,
+    olmoe_config,
+    product_flops,
+    random_olmoe,
+    step_flops,
+    step_optimizer,
+    training_step,
+)
+from fedflame.config.words import Checkpointed
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.expert_adamw import ExpertAdamW
+
+CHECKPOINTING: tuple[Checkpointed, ...] = ("none", "experts")
+FIRST, THEN = (8, 1), (4, 2)
+"""The k of the goals, and the others: each compiles anew."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model, its optimizer, and what its steps are measured against."""
+
+    sizes: Sizes
+    findings: Findings
+    adapted: AdaptedModel
+    optimizer: ExpertAdamW
+    ceiling: float
+
+    def measure(
+        self, tokens: int, ks: Sequence[int], checkpointing: Checkpointed, compiled: bool = True
+    ) -> None:
+        """Warm the steps of every k up, time them in turn, then count their launches and waits."""
+        for lora in self.adapted.loras:
+            lora.recompute = checkpointing == "experts"
+        settings = {"tokens": tokens, "gradient_checkpointing": checkpointing, "compiled_layers": compiled}
+        steps: dict[int, Callable[[], Tensor]] = {}
+        rows: dict[int, dict[str, Any]] = {}
+        for k in ks:
+            with self.findings.attempt(named(settings, k)):
+                step = self._step(tokens, k, compiled)
+                rows[k] = {**settings, "active_experts": k, **self._warm_up(step)}
+                steps[k] = step
+        taken: dict[int, list[float]] = {k: [] for k in steps}
+        for _ in range(self.sizes.repeats):
+            for k, step in steps.items():
+                taken[k].append(seconds(step, self.sizes.device))
+        for k, step in steps.items():
+            self._add({**rows[k], "seconds": statistics.median(taken[k]), "all_seconds": taken[k]}, step)
+
+    def _step(self, tokens: int, k: int, compiled: bool) -> Callable[[], Tensor]:
+        vocabulary = self.adapted.model.config.vocab_size
+        batch = labelled_batch(vocabulary, tokens // self.sizes.row, self.sizes.row)
+        return training_step(self.adapted, self.optimizer, batch, k, compiled)
+
+    def _warm_up(self, step: Callable[[], Tensor]) -> dict[str, Any]:
+        begun = time.monotonic()
+        for _ in range(2):
+            float(step())
+        warm_up = time.monotonic() - begun
+        self.adapted.counts.reset()
+        peak = peak_bytes(step, self.sizes.device)
+        used = (self.adapted.counts.total > 0).double().mean().item()
+        return {"warm_up_seconds": warm_up, "peak_bytes": peak, "experts_used": used}
+
+    def _add(self, row: dict[str, Any], step: Callable[[], Tensor]) -> None:
+        """Add a row to the table; the kernels of the first one are a table of their own."""
+        sizes, k, rows = self.sizes, row["active_experts"], row["tokens"] // self.sizes.row
+        name = named(row, k)
+        flops = step_flops(sizes.config, sizes.layers, k, rows, sizes.row)
+        row |= {"training_flops": flops, "of_ceiling": flops / row["seconds"] / self.ceiling}
+        with self.findings.attempt(f"kernels, {name}"):
+            found = kernels(step, sizes.device)
+            longest = found.pop("kernels")
+            row |= found
+            if "step" not in self.findings.tables:
+                for kernel in longest:
+                    self.findings.add("kernels", **kernel)
+        with self.findings.attempt(f"waits, {name}"):
+            row["waits"] = waits(step, sizes.device)
+        self.findings.add("step", **row)
+
+
+def named(settings: Mapping[str, Any], k: int) -> str:
+    layers = "compiled" if settings["compiled_layers"] else "eager"
+    checkpointing = settings["gradient_checkpointing"]
+    return f"{settings['tokens']} tokens, k = {k}, checkpointing {checkpointing}, {layers} layers"
+
+
+def measure(sizes: Sizes, findings: Findings) -> None:
+    begun = time.monotonic()
+    adapted = adapt(random_olmoe(olmoe_config(sizes.config, sizes.layers), torch.bfloat16, sizes.device))
+    optimizer = step_optimizer(adapted)
+    resident = torch.cuda.memory_allocated() if sizes.device == "cuda" else 0
+    findings.add("model", build_seconds=time.monotonic() - begun, resident_bytes=resident)
+    bench = Bench(sizes, findings, adapted, optimizer, product_flops(sizes.device, sizes.product))
+    for ks in (FIRST, THEN):
+        for tokens in sizes.tokens:
+            for checkpointing in CHECKPOINTING:
+                with findings.attempt(f"steps of {tokens} tokens, k = {ks}, checkpointing {checkpointing}"):
+                    bench.measure(tokens, ks, checkpointing)
+        if ks == FIRST:
+            with findings.attempt("steps with eager layers"):
+                bench.measure(sizes.tokens[0], ks, "none", compiled=False)
+        breaks = sum(counters["graph_break"].values())
+        findings.add(
+            "compiler",
+            active_experts=f"{ks[0]}, {ks[1]}",
+            graphs=counters["stats"]["unique_graphs"],
+            breaks=breaks,
+        )
