@@ -9,10 +9,13 @@ from typing import Any
 
 from fedflame.checked_json import read_checked
 from fedflame.config.run_config import RunConfig
-from fedflame.errors import UserError
 from fedflame.run_files import ADVICE
 from fedflame.run_files.checkpoints import kept_round, kept_rounds, read_sealed, remove_later
 from fedflame.run_files.lines import FILE_NAME, read_lines
+from fedflame.run_files.residuals import read_residual, residual_path
+
+RESIDUALS = "residuals"
+"""The folder of what clients owe."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,7 @@ def _has_trained(run: Path) -> bool:
 def _require_residuals(run: Path, events: list[dict[str, Any]]) -> None:
     last = {event["client"]: event["round"] for event in events if event.get("event") == "client"}
     for client, number in last.items():
-        path = run / "residuals" / str(client) / f"{number}.sealed"
-        if not path.is_file():
-            raise UserError(f"{path}: missing: what client {client} owes after round {number}; {ADVICE}")
+        read_residual(residual_path(run / RESIDUALS, client, number))
 
 
 def _advice(run: Path, number: int) -> str:

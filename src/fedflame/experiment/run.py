@@ -23,7 +23,7 @@ from fedflame.experiment.assemble import Experiment, assemble
 from fedflame.experiment.environment import environment
 from fedflame.experiment.method import build_strategy
 from fedflame.experiment.prepare import Prepared
-from fedflame.experiment.resumption import Resumption, find_resumption, go_back
+from fedflame.experiment.resumption import RESIDUALS, Resumption, find_resumption, go_back
 from fedflame.experiment.run_folder import (
     check_run_folder,
     device_change,
@@ -196,7 +196,7 @@ def _clients(
         ) as at_sites:
             yield at_sites
         return
-    residuals = Residuals(run / "residuals", config.server.save_total_limit)
+    residuals = Residuals(run / RESIDUALS, config.server.save_total_limit)
     own = LocalClients(adapted, experiment.encoded.clients, pad_token(experiment.tokenizer), residuals)
     if workers == 1:
         yield own

@@ -13,18 +13,15 @@ from pathlib import Path
 
 import torch
 
-from fedflame.atomic_file import write_atomically
-from fedflame.errors import InvalidMessage, UserError
+from fedflame.errors import UserError
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
+from fedflame.run_files.residuals import read_residual, residual_path, residual_rounds, write_residual
 from fedflame.training.update_norm import scaled_update, update_norm
 from fedflame.wire.buffer import pack, unpack
 from fedflame.wire.codec import decode_update, encode_update
-from fedflame.wire.frame import seal, unseal
 
 _ROOM_FOR_ROUNDING = 0.99
 """A scaled update is rounded anew, to bfloat16 by up to 1 in 256 of each value."""
-_VERSION = 1
-_KIND = "residual"
 
 
 @dataclass(frozen=True)
@@ -41,17 +38,14 @@ class Residuals:
         Raises:
             UserError: the file is damaged.
         """
-        earlier = [path for path in self._files(client) if int(path.stem) < round_number]
+        earlier = [number for number in residual_rounds(self.folder, client) if number < round_number]
         if not earlier:
             return None
+        path = residual_path(self.folder, client, earlier[-1])
         try:
-            body = unseal(earlier[-1].read_bytes(), _VERSION, _KIND)
-            return Adapter.from_tensors(unpack(body)[0])
-        except (OSError, ValueError, InvalidMessage) as error:
-            raise UserError(
-                f"{earlier[-1]}: cannot be read ({error}); put back a copy of the file, or remove it: the "
-                "client then owes nothing, and the run ends in other bytes"
-            ) from error
+            return Adapter.from_tensors(unpack(read_residual(path))[0])
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be read ({error}); put back a copy of the file") from error
 
     def keep(self, client: int, round_number: int, residual: Adapter) -> None:
         """Store the client's residual after this round; one of a later round is of a run that was undone.
@@ -59,18 +53,13 @@ class Residuals:
         Raises:
             UserError: the disk is full.
         """
-        path = self.folder / str(client) / f"{round_number}.sealed"
-        write_atomically(path, seal(pack(residual.tensors(), {"round": round_number}), _VERSION))
-        files = self._files(client)
-        until_now = [file for file in files if int(file.stem) <= round_number]
-        for old in {*files} - {*until_now[-self.checkpoints - 1 :]}:
+        body = pack(residual.tensors(), {"round": round_number})
+        write_residual(residual_path(self.folder, client, round_number), body)
+        rounds = residual_rounds(self.folder, client)
+        until_now = [number for number in rounds if number <= round_number]
+        for old in {*rounds} - {*until_now[-self.checkpoints - 1 :]}:
             with suppress(OSError):
-                old.unlink()
-
-    def _files(self, client: int) -> list[Path]:
-        """Return the client's files in ascending order of rounds."""
-        files = (path for path in (self.folder / str(client)).glob("*.sealed") if path.stem.isdecimal())
-        return sorted(files, key=lambda path: int(path.stem))
+                residual_path(self.folder, client, old).unlink()
 
 
 def encode_with_feedback(
