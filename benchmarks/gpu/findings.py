@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from fedflame.atomic_file import write_json
+from fedflame.atomic_file import write_atomically
+from fedflame.json_text import to_text
 
 
 class Findings:
@@ -45,7 +46,7 @@ class Findings:
     def write(self) -> None:
         seconds = time.monotonic() - self._start
         found = {"begun": self.begun, "seconds": seconds, "failures": self.failures, "tables": self.tables}
-        write_json(self._file, found)
+        write_atomically(self._file, to_text(found, indent=1).encode())
 
 
 def failure(what: str, message: str, trace: str = "") -> dict[str, str]:

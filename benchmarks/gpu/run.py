@@ -23,7 +23,8 @@ from typing import Any
 
 from report import readme
 
-from fedflame.atomic_file import write_json
+from fedflame.atomic_file import write_atomically
+from fedflame.json_text import to_text
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
@@ -85,7 +86,7 @@ def measure(device: str, small: bool, data: Path | None, output: Path, names: st
                     raise SystemExit("nothing is measured; --small runs on a CPU")
                 file = output / f"{card(found['tables'][DEVICE][0])}.json"
                 results = json.loads(file.read_text()) if file.exists() else {}
-            write_json(file, results | {process.name: found})
+            write_atomically(file, to_text(results | {process.name: found}, indent=1).encode())
             results[process.name] = found
             partial.unlink()
     print(f"results: {file}")

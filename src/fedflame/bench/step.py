@@ -42,7 +42,9 @@ def random_olmoe(
     """
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(SEED)
-        model: OlmoeForCausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: OlmoeForCausalLM = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
         if balanced:
             _balance(model)
     return model
