@@ -91,7 +91,7 @@ def test_refusals_that_need_no_weights_load_no_torch(folder: Path) -> None:
         "run --model kept": "model kept: the folder has no config.json",
         "run --output-dir kept": ("kept: exists already; --resume goes on with it, --overwrite starts anew"),
         "run --output-dir kept --overwrite": (
-            "kept: not a run folder (no config.json of a run); it is left as it is"
+            "kept: not a run folder (kept/config.json: No such file or directory); it is left as it is"
         ),
         "run --output-dir none --resume": (
             "none: not a run folder (no config.json of a run); it is left as it is"

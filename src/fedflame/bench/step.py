@@ -27,7 +27,7 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 
 def olmoe_config(folder: Path, layers: int) -> OlmoeConfig:
     """Read the config of an OLMoE from a folder, with so many layers."""
-    config: OlmoeConfig = AutoConfig.from_pretrained(folder)
+    config: OlmoeConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.num_hidden_layers = layers
     return config
 
