@@ -94,14 +94,14 @@ def test_refusals_that_need_no_weights_load_no_torch(folder: Path) -> None:
             "kept: not a run folder (kept/config.json: No such file or directory); it is left as it is"
         ),
         "run --output-dir none --resume": (
-            "none: not a run folder (no config.json of a run); it is left as it is"
+            "none: not a run folder (none/config.json: No such file or directory); it is left as it is"
         ),
         "plan --set clients.active_experts=9": f"active_experts 9: must be between 1 and 8 {FULL}",
         "evaluate olmoe-tiny --active-experts 9": f"active_experts 9: must be between 1 and 8 {FULL}",
         "evaluate olmoe-tiny --active-experts x": (
             "--active-experts 'x': must be integers of at least 1, such as [8, 4, 2, 1] or \"8,4,2,1\""
         ),
-        "export none --to out": "none: not a run folder (no config.json of a run); it is left as it is",
+        "export none --to out": "none: not a run folder (none/config.json: No such file or directory); it is left as it is",
         "report none": "none: does not exist; a report needs a run folder, which holds a config.json",
         "compare none.toml": "config file none.toml: No such file or directory",
         "trainer --site none.toml": "site file none.toml: No such file or directory",
