@@ -101,7 +101,8 @@ def test_refusals_that_need_no_weights_load_no_torch(folder: Path) -> None:
         "evaluate olmoe-tiny --active-experts x": (
             "--active-experts 'x': must be integers of at least 1, such as [8, 4, 2, 1] or \"8,4,2,1\""
         ),
-        "export none --to out": "none: not a run folder (none/config.json: No such file or directory); it is left as it is",
+        "export none --to out": "none: not a run folder (none/config.json: No such file or directory); "
+        "it is left as it is",
         "report none": "none: does not exist; a report needs a run folder, which holds a config.json",
         "compare none.toml": "config file none.toml: No such file or directory",
         "trainer --site none.toml": "site file none.toml: No such file or directory",
