@@ -44,23 +44,26 @@ def parse_json(text: bytes, bare_words: bool = False) -> Any:
         raise ValueError(f"not JSON: {error}") from error
 
 
-def parse_object(text: bytes) -> dict[str, Any]:
-    """Return the object of a JSON text, with its numbers that are not finite.
+def parse_object(text: bytes, bare_words: bool = False) -> dict[str, Any]:
+    """Return the object of a JSON text, with its numbers that are not finite; see `parse_json`.
 
     Raises:
         ValueError: as `parse_json`; it is no object; or see `require_plain`.
     """
-    value = parse_json(text)
+    value = parse_json(text, bare_words)
     if not isinstance(value, dict):
         raise ValueError(f"holds a {type(value).__name__}; it must hold a JSON object")
     require_plain(value)
     return put_back(value)
 
 
-def read_object(path: Path, what: str = "") -> dict[str, Any]:
-    """Return the object in a JSON file. Raises UserError with the path, after `what`, and what is wrong."""
+def read_object(path: Path, what: str = "", bare_words: bool = False) -> dict[str, Any]:
+    """Return the object in a JSON file; see `parse_json`.
+
+    Raises UserError with the path, after `what`, and what is wrong.
+    """
     try:
-        return parse_object(read_bytes(path, LONGEST_JSON))
+        return parse_object(read_bytes(path, LONGEST_JSON), bare_words)
     except ValueError as error:
         raise UserError(f"{what}{path}: {error}") from error
 

@@ -267,7 +267,9 @@ def test_a_damaged_results_file_is_one_line_and_stays_as_it_is(
     (out / RESULTS).write_bytes(damaged)
     result = invoke("compare", write_grid(tmp_path, tiny_folder), "--output-dir", out, *option)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"fedflame: {out / RESULTS}:5: not the results of a cell: Invalid JSON")
+    assert result.stderr.startswith(
+        f"fedflame: {out / RESULTS}:5: not the results of a cell: not JSON: Unter"
+    )
     assert result.stderr.endswith("; delete the line to make it anew\n") and result.stderr.count("\n") == 1
     assert (out / RESULTS).read_bytes() == damaged
 

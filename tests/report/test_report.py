@@ -346,9 +346,6 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     assert rows(part(html, "Results by tier"))[1][2:4] == ["3.00 → not finite", "10.0 % → not finite"]
     assert "not finite" in part(html, "By category")
     assert "nan" not in part(html, "Over rounds") and "inf" not in part(html, "Over rounds")
-    assert read_run(run).not_finite() == {8: 2}
-    append(run, evaluation(3, 8, None, 2.0, 0.3))
-    assert read_run(run).not_finite() == {}
 
 
 def test_a_small_device_whose_result_is_not_finite(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fedflame.clients.local import LocalClients
 from fedflame.errors import UserError
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
 from fedflame.server.checkpoint import read_checkpoint
-from fedflame.server.finite import NotFinite, require_finite_loss, require_finite_state
+from fedflame.server.finite import Diverged, require_finite_loss, require_finite_state
 from fedflame.server.rounds import _aggregate
 from fedflame.strategies.base import ServerState
 from fedflame.wire.codec import decode_plan, decode_update, encode_update
@@ -55,10 +55,10 @@ def test_every_part_of_a_state_is_looked_at(value: float) -> None:
         "the rescaler at k = 1": replace(state, rescalers=state.rescalers | {1: torch.tensor([1.0, value])}),
     }
     for words, bad in wrong.items():
-        with pytest.raises(NotFinite, match=words):
+        with pytest.raises(Diverged, match=words):
             require_finite_state(bad)
     require_finite_loss(1.0, 4)
-    with pytest.raises(NotFinite, match="k = 4 is"):
+    with pytest.raises(Diverged, match="k = 4 is"):
         require_finite_loss(value, 4)
 
 
@@ -75,7 +75,7 @@ def test_a_decomposition_that_fails_undoes_the_round_too() -> None:
     class Parts:
         strategy: Decomposing = Decomposing()
 
-    with pytest.raises(NotFinite, match="cannot be aggregated"):
+    with pytest.raises(Diverged, match="cannot be aggregated"):
         _aggregate(Parts(), a_state(), [])  # type: ignore[arg-type]
 
 
@@ -183,7 +183,8 @@ def test_where_no_client_alone_is_to_blame_the_run_ends_in_one_line_with_the_las
         tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED)
     assert str(error.value).startswith("round 2: the adapter has a value in experts.")
     assert str(error.value).endswith(
-        "no client alone is to blame. The checkpoint of the round before is kept"
+        "no client alone is to blame. The checkpoint of the round before is kept; "
+        "a new run may need a smaller training.learning_rate"
     )
     assert "\n" not in str(error.value)
     assert read_checkpoint(tmp_path / "run").round == 1

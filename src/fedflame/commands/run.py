@@ -11,7 +11,6 @@ from rich.console import Console
 from fedflame.base.device import device_in_words
 from fedflame.commands.progress import reporter, say_line
 from fedflame.commands.tables import cost_table, partition_table, result_table
-from fedflame.errors import NotFinite
 from fedflame.experiment.prepare import Prepared
 from fedflame.experiment.run import Begun, run_experiment
 from fedflame.report.records import read_run
@@ -27,9 +26,7 @@ SKIPPED_ROWS_SHOWN = 5
 def print_run(prepared: Prepared, config_text: str, console: Console, workers: int = 1) -> None:
     """Run it to its end, and print what is found, what happens and what came of it.
 
-    Raises:
-        UserError: see `run_experiment`.
-        NotFinite: the run is finished, and a last loss is not finite.
+    Raises UserError; see `run_experiment`.
     """
 
     @contextmanager
@@ -43,16 +40,9 @@ def print_run(prepared: Prepared, config_text: str, console: Console, workers: i
     written = run_experiment(prepared, config_text=config_text, workers=workers, watch=watch)
     if written.note:
         say_line(console, written.note)
-    results = read_run(written.run)
-    console.print(result_table(results))
+    console.print(result_table(read_run(written.run)))
     files = [written.run / name for name in ("report.html", "adapter")]
     say_line(console, "\n".join(f"{path.stem}: {path}" for path in files if path.exists()))
-    if broken := results.not_finite():
-        where = ", ".join(f"k = {tier} after round {at}" for tier, at in broken.items())
-        raise NotFinite(
-            f"{written.run}: the loss is not finite at {where}; take a smaller training.learning_rate, or go "
-            "back with --resume-from"
-        )
 
 
 def _print_experiment(experiment: Experiment, sites: tuple[str, ...], console: Console) -> None:

@@ -167,7 +167,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
         raise UserError(f"model {path}: the folder has no config.json")
-    return read_object(file, "model ")
+    return read_object(
+        file, "model ", bare_words=True
+    )  # transformers writes them: "time_step_limit": [0, Infinity]
 
 
 def _of_the_text(whole: dict[str, Any]) -> dict[str, Any]:

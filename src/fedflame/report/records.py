@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,11 +252,6 @@ class Run:
         before = next((value for at, value in history if at == 0), None)
         after = history[-1][1] if history and history[-1][0] > 0 else None
         return before, after
-
-    def not_finite(self) -> dict[int, int]:
-        """Return tier -> round, for the tiers whose last loss is not finite, largest tier first."""
-        last = {tier: self.history("loss", tier)[-1:] for tier in self.tiers()}
-        return {tier: at for tier, found in last.items() for at, value in found if not math.isfinite(value)}
 
 
 def read_run(folder: Path) -> Run:

@@ -10,25 +10,25 @@ from fedflame.messages import Adapter
 from fedflame.strategies.base import ServerState
 
 
-class NotFinite(UserError):
-    """What is not finite, in words that go on from "round 3: "."""
+class Diverged(UserError):
+    """A state that must not be kept: what is not finite, in words that go on from "round 3: "."""
 
 
 def require_finite_state(state: ServerState) -> None:
-    """Raises `NotFinite` for a value that is infinite or no number."""
+    """Raises `Diverged` for a value that is infinite or no number."""
     for what, adapter in _adapters(state):
         for name, value in adapter.tensors().items():
             if not bool(value.isfinite().all()):
-                raise NotFinite(f"{what} has a value in {name} that is not finite")
+                raise Diverged(f"{what} has a value in {name} that is not finite")
     for k, values in state.rescalers.items():
         if not bool(values.isfinite().all()):
-            raise NotFinite(f"the rescaler at k = {k} is not finite")
+            raise Diverged(f"the rescaler at k = {k} is not finite")
 
 
 def require_finite_loss(loss: float, k: int) -> None:
-    """Raises `NotFinite` for a held-out loss that is infinite or no number."""
+    """Raises `Diverged` for a held-out loss that is infinite or no number."""
     if not math.isfinite(loss):
-        raise NotFinite(f"the held-out loss of the global model at k = {k} is {loss}")
+        raise Diverged(f"the held-out loss of the global model at k = {k} is {loss}")
 
 
 def _adapters(state: ServerState) -> Iterator[tuple[str, Adapter]]:

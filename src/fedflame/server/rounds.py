@@ -18,12 +18,14 @@ from fedflame.messages import ClientUpdate, RoundPlan, validate_update
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
 from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
-from fedflame.server.finite import NotFinite, require_finite_state
+from fedflame.server.finite import Diverged, require_finite_state
 from fedflame.server.parts import Server
 from fedflame.server.scoring import evaluate_tiers, require_finite_losses
 from fedflame.strategies.base import ClientProfile, ServerState
 from fedflame.training.reach import require_within_reach, trained_reach
 from fedflame.wire.codec import decode_update, encode_plan
+
+_SMALLER = "a new run may need a smaller training.learning_rate"
 
 
 def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
@@ -39,7 +41,7 @@ def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
     for round_number in range(checkpoint.round + 1, server.config.server.num_server_rounds + 1):
         try:
             state = _round(server, round_number, _Updates(server, checkpoint.state, round_number))
-        except NotFinite as error:
+        except Diverged as error:
             state = _round_again(server, checkpoint, round_number, error)
         checkpoint = _keep(server, round_number, state)
     return checkpoint
@@ -49,11 +51,11 @@ def _round(server: Server, round_number: int, updates: _Updates) -> ServerState:
     """Aggregate the updates, check what comes of it, and evaluate it.
 
     Raises:
-        NotFinite: the new state, or a held-out loss that it gives, is not finite.
+        Diverged: the new state, or a held-out loss that it gives, is not finite.
     """
     start = time.monotonic()
     state = updates.aggregated()
-    _require_quorum(server, round_number, updates.usable)
+    _require_quorum(server, round_number, updates)
     require_finite_state(state)
     updates.warn_of_outliers()
     server.metrics.log(
@@ -66,7 +68,7 @@ def _round(server: Server, round_number: int, updates: _Updates) -> ServerState:
     return state
 
 
-def _round_again(server: Server, checkpoint: Checkpoint, round_number: int, error: NotFinite) -> ServerState:
+def _round_again(server: Server, checkpoint: Checkpoint, round_number: int, error: Diverged) -> ServerState:
     """Ask for the round's updates again, and use those that alone leave everything finite.
 
     A client trains the same again, or sends its last answer, so that no update has to be kept.
@@ -79,10 +81,10 @@ def _round_again(server: Server, checkpoint: Checkpoint, round_number: int, erro
     server.reporter.message(f"round {round_number} is undone: {error}; each client's update is tried alone")
     try:
         return _round(server, round_number, _Updates(server, checkpoint.state, round_number, alone=True))
-    except NotFinite as again:
+    except Diverged as again:
         raise UserError(
-            f"round {round_number}: {again}, and no client alone is to blame. "
-            "The checkpoint of the round before is kept"
+            f"round {round_number}: {again}, and no client alone is to blame. The checkpoint of the round "
+            f"before is kept; {_SMALLER}"
         ) from again
 
 
@@ -109,7 +111,7 @@ class _Updates:
 
     def __init__(self, server: Server, state: ServerState, round_number: int, alone: bool = False) -> None:
         """With `alone`, an update is left out that makes a state not finite without any other."""
-        self._server, self._state, self._round, self._alone = server, state, round_number, alone
+        self._server, self._state, self._round, self.alone = server, state, round_number, alone
         self._reach = state.past.reach
         self._used: list[Taken] = []  # without the deltas
 
@@ -138,7 +140,7 @@ class _Updates:
         server = self._server
         rule = server.config.strategy.clip
         for one in clipped(self._accepted(), self._state.past, rule, server.run):
-            if self._alone and (found := _not_finite_alone(server, self._state, one.update)):
+            if self.alone and (found := _not_finite_alone(server, self._state, one.update)):
                 self._exclude(one.update.client, one.update.active_experts, f"by its update alone {found}")
                 continue
             self._used.append(one.without_delta())
@@ -233,7 +235,7 @@ def _aggregate(server: Server, state: ServerState, updates: Iterable[ClientUpdat
     try:
         return server.strategy.aggregate_train(state, iter(updates))
     except LinAlgError as error:  # a decomposition met a value that is not finite
-        raise NotFinite(f"the updates cannot be aggregated ({error})") from error
+        raise Diverged(f"the updates cannot be aggregated ({error})") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -246,7 +248,7 @@ def _not_finite_alone(server: Server, state: ServerState, update: ClientUpdate) 
         alone = _aggregate(server, state, [update])
         require_finite_state(alone)
         require_finite_losses(server, alone, server.held_out)
-    except NotFinite as error:
+    except Diverged as error:
         return str(error)
     return ""
 
@@ -289,12 +291,13 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
     )
 
 
-def _require_quorum(server: Server, round_number: int, usable: int) -> None:
+def _require_quorum(server: Server, round_number: int, updates: _Updates) -> None:
     needed = server.config.server.min_clients
-    if usable < needed:
+    if updates.usable < needed:
+        advice = _SMALLER if updates.alone else "--resume tries this round again"
         raise UserError(
-            f"round {round_number}: {usable} usable updates; server.min_clients = {needed} are needed. "
-            "The checkpoint of the round before is kept; --resume tries this round again"
+            f"round {round_number}: {updates.usable} usable updates; server.min_clients = {needed} are "
+            f"needed. The checkpoint of the round before is kept; {advice}"
         )
 
 

@@ -50,7 +50,7 @@ def _evaluate(
 
 
 def require_finite_losses(server: Server, state: ServerState, rows: HeldOut) -> None:
-    """Raises `NotFinite` where the global model's loss on these rows is not finite."""
+    """Raises `Diverged` where the global model's loss on these rows is not finite."""
     models = [(k, state.adapter_at(k)) for k in server.tiers]
     models += [(k, state.adapter.with_rank(rank)) for k, rank in server.deployments]
     for k, adapter in models:
