@@ -113,7 +113,7 @@ def _hub_file(federation: Federation) -> str:
         f'[nvflare]\nadmin_kit = "kits/{federation.admin}"\n\n'
         "[rounds]\n"
         "# round_timeout = 3600.0   # seconds; a site without an answer by then is left out of the round\n"
-        "# straggler_grace = 0.0    # seconds after server.min_clients answers; 0 to wait for all\n"
+        '# straggler_grace = "learned" # or seconds after server.min_clients answers; 0: as round_timeout\n'
         "# rejoin_timeout = 120.0   # seconds that a site that is gone has to come back\n"
     )
 
