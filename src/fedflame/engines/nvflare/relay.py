@@ -5,18 +5,20 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nvflare.apis.controller_spec import ClientTask, Task
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedflame.engines.link import HubLink
+from fedflame.engines.nvflare.job_folders import prune_kit
 from fedflame.engines.nvflare.payload import TASK, from_shareable, to_shareable
 from fedflame.wire.envelope import Bytes
 
@@ -47,6 +49,8 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
         self._heard: dict[str, float] = {}
         """Site -> time of the last message of its job process, in seconds of the monotonic clock."""
         self._begun = time.monotonic()
+        self._kit = Path()
+        """The server's kit."""
 
     def set_communicator(self, communicator: Any) -> None:
         """Record the time of every heartbeat that the communicator reports."""
@@ -60,7 +64,10 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
         communicator.client_is_active = heard
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Connect to the driver; end the job if there is none."""
+        """Connect to the driver; end the job if there is none. Remove what killed jobs have left in the kit."""
+        self._kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir())
+        with suppress(OSError):  # it is no reason to end a job
+            prune_kit(self._kit)
         try:
             self._link = HubLink(self._hub_socket, self._job_key)
         except OSError as error:
