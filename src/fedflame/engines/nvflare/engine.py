@@ -74,6 +74,12 @@ class NvflareEngine:
         """See `Engine.stop`. The relay ends by itself when the driver closes its connection."""
         self._watch.forget(job)
 
+    def revoke(self, site: str) -> None:
+        """Let the server admit a site no longer. Raises OSError if it does not take it."""
+        state = self._ask("system", "disable-client", site, "--force").get("state")
+        if state != "disabled":
+            raise OSError(f"nvflare system disable-client: the state of {site} is {state!r}")
+
     def connected(self) -> set[str] | None:
         """See `Engine.connected`."""
         try:
