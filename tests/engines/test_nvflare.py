@@ -240,6 +240,17 @@ def test_a_site_that_was_revoked_is_not_admitted_and_the_others_stay(federation:
         restart_site_3(federation)
 
 
+def test_a_site_whose_certificate_was_renewed_is_back_and_no_other_is_touched(federation: Loopback) -> None:
+    kits = federation.hub_file.parent / "kits"
+    before = {path: path.read_bytes() for path in kits.glob("*/startup/*.crt")}
+    federation.services["site-3 engine"].stop()
+    told = fedflame("hub", "renew", federation.hub_file, "site-3")
+    assert told.returncode == 0 and f"{kits}/site-3/startup" in told.stdout, told.stdout
+    restart_site_3(federation)
+    changed = {path for path, content in before.items() if path.read_bytes() != content}
+    assert changed == {kits / "site-3" / "startup" / "client.crt"}
+
+
 def test_a_site_posing_as_administrator_may_not_start_a_run(
     federation: Loopback, experiment: Path, tmp_path: Path
 ) -> None:
