@@ -22,7 +22,7 @@ from fedflame.run_files.checkpoints import kept_rounds
 from loopback import alive, descendants
 
 COMMAND = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from fedflame.cli.ending import ends_when_told
 left = Path(sys.argv[1])
@@ -38,6 +38,9 @@ try:
             print("the last words", flush=True)
             left.write_text("clean")
 except BaseException as error:
+    names = ("SIGTERM", "SIGHUP")
+    ignored = [name for name in names if signal.getsignal(signal.Signals[name]) == signal.SIG_IGN]
+    left.with_name("ignored").write_text(" ".join(ignored))
     sys.exit(error.exit_code)
 """
 """A command that cleans up until a file is there, beside the one that says how far it is."""
@@ -67,6 +70,8 @@ def test_further_signals_leave_a_command_to_clean_up(end: signal.Signals, tmp_pa
     (tmp_path / "enough").touch()
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, left.read_text()) == (128 + end, "clean")
+    ignored = (tmp_path / "ignored").read_text()
+    assert ignored == "SIGTERM SIGHUP", "Python takes all other handlers away while it ends"
     what = "interrupted" if end == signal.SIGINT else f"ended by {end.name}"
     assert errors == f"fedflame: it is ending; another Ctrl-C ends it at once, as it is\nfedflame: {what}\n"
 

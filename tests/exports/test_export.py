@@ -427,8 +427,9 @@ def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
         read_settings(tmp_path)
 
 
-def test_an_export_that_is_ended_while_it_replaces_another_leaves_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("moved", "left"), [(False, "the earlier one"), (True, "the new one")])
+def test_an_export_that_is_ended_while_it_replaces_another_leaves_one_of_them(
+    moved: bool, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, rename = tmp_path / "out", Path.rename
     target.mkdir()
@@ -436,11 +437,13 @@ def test_an_export_that_is_ended_while_it_replaces_another_leaves_that(
 
     def interrupted(path: Path, to: Path) -> Path:
         if path.name == "new":
+            if moved:
+                rename(path, to)
             raise KeyboardInterrupt
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), new_folder(target, overwrite=True) as folder:
         (folder / RUN_FILE).write_text("the new one")
-    assert (target / RUN_FILE).read_text() == "the earlier one"
+    assert (target / RUN_FILE).read_text() == left
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
