@@ -21,7 +21,11 @@ This page is made from the code by `python docs/make_command_line.py`.
 - CONFIG_FILE is a TOML file ([Configuration](configuration.md)). Without it a run takes the embedded model
   and generated data.
 - Exit code 0 means that all is well, and 1 that a check or a cell failed. 2 means an error that you can mend;
-  one line says what it is. 130 means that you interrupted the command.
+  one line says what it is. 130 means that you interrupted the command, 143 that SIGTERM ended it, and 129
+  that SIGHUP did, as a terminal sends it that is closed.
+- These three signals end a command alike: a run keeps its last round, writes its report and says how to go
+  on. Further signals leave it to do so, but for a third Ctrl-C. SIGHUP is ignored under `nohup`. A trainer
+  that is told to end ends with 0.
 """
 
 

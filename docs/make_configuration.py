@@ -16,7 +16,7 @@ from fedflame.config.methods import NAMED_METHODS
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import Device, MedianNoneOrNumber, MinFullOrNumber
 from fedflame.config.settings import SettingsFile
-from fedflame.engines.hub import Hub
+from fedflame.engines.hub import Hub, LearnedOrSeconds
 from fedflame.trainer.site import Site
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -116,6 +116,8 @@ def _type(key: str, field: FieldInfo) -> str:
         return "`median`, `none` or a number above 0"
     if get_args(Device)[1] in field.metadata:
         return "`auto`, `cpu`, `cuda` or a card such as `cuda:1`"
+    if get_args(LearnedOrSeconds)[1] in field.metadata:
+        return "`learned` or a number of at least 0"
     choices = list(_choices(field.annotation))
     bounds = [
         f"{words} {_number(getattr(part, name))}"

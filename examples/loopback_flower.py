@@ -112,7 +112,7 @@ def flower_federation(
 def make_certificates(folder: Path) -> None:
     """Make a certificate authority, and the SuperLink's certificate signed by it."""
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-384", "-nodes"]
-    _done(["openssl", "req", "-x509", *curve, "-days", "365", "-subj", "/CN=fedflame hub",
+    _done(["openssl", "req", "-x509", *curve, "-days", "3650", "-subj", "/CN=fedflame hub",
            "-keyout", "ca.key", "-out", "ca.crt"], folder)  # fmt: skip
     _done(["openssl", "req", "-x509", *curve, "-days", "365", "-subj", f"/CN={ADDRESS}",
            "-addext", f"subjectAltName=IP:{ADDRESS}", "-addext", "basicConstraints=critical,CA:FALSE",

@@ -16,6 +16,7 @@ from tests.tiny_models import VOCABULARY
 from fedflame.base.adapted import load_adapted_model
 from fedflame.base.device import Card, DeviceChoice
 from fedflame.clients.answers import OnStep
+from fedflame.clients.fork_server import SIGNALS
 from fedflame.clients.local import LocalClients
 from fedflame.clients.workers import WorkerClients, WorkerSetup, _Worker, worker_devices
 from fedflame.config.sections import AdapterConfig
@@ -245,12 +246,13 @@ def test_workers_that_are_not_wanted_any_longer_do_not_load_the_model_first(
 
 
 @pytest.mark.timeout(120)
-def test_ctrl_c_which_reaches_all_processes_ends_no_worker(
-    local: LocalClients, workers: WorkerClients
+@pytest.mark.parametrize("end", SIGNALS)
+def test_a_signal_which_reaches_all_processes_ends_no_worker(
+    end: signal.Signals, local: LocalClients, workers: WorkerClients
 ) -> None:
     def interrupt(tokens: int) -> None:
         for child in multiprocessing.active_children():
-            os.kill(child.pid or 0, signal.SIGINT)
+            os.kill(child.pid or 0, end)
 
     order = (3, 4, 2)
     got = list(workers.train([plan(local, client) for client in order], interrupt))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
+import threading
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from cryptography.x509.oid import NameOID
 from tests.engines_here import trainers, write_site
 from tests.tiny_runs import invoke
 
-from fedflame.commands.check import check_certificate
+from fedflame.commands.check import check_certificate, check_handshake
 from fedflame.engines.nvflare.certificate import read_certificate
 from fedflame.trainer.site import SiteFlower, load_site
 
@@ -25,7 +29,10 @@ def named(name: str) -> x509.Name:
 def write_kit(kit: Path, days: int, days_of_authority: int) -> None:
     """A certificate for `site-1` and its authority's, which end after so many days."""
     (kit / "startup").mkdir(parents=True)
-    begins, signer, own = datetime.now(UTC), *(ec.generate_private_key(ec.SECP256R1()) for _ in "12")
+    begins, signer, own = (
+        datetime.now(UTC) - timedelta(days=4),
+        *(ec.generate_private_key(ec.SECP256R1()) for _ in "12"),
+    )
     for file, name, key, lasts in (
         ("client.crt", "site-1", own, days),
         ("rootCA.pem", "hub", signer, days_of_authority),
@@ -33,7 +40,7 @@ def write_kit(kit: Path, days: int, days_of_authority: int) -> None:
         made = (
             x509.CertificateBuilder(named("hub"), named(name), key.public_key(), x509.random_serial_number())
             .not_valid_before(begins)
-            .not_valid_after(begins + timedelta(days=lasts))
+            .not_valid_after(begins + timedelta(days=4 + lasts))
             .sign(signer, hashes.SHA256())
         )
         (kit / "startup" / file).write_bytes(made.public_bytes(serialization.Encoding.PEM))
@@ -47,7 +54,54 @@ def test_a_certificate_ends_no_later_than_its_authority(
 ) -> None:
     write_kit(tmp_path / "kit", days, authority)
     found = check_certificate(tmp_path / "kit", "site-1")
-    assert found.good == good and found.what == f"certificate of site-1 ends in {left} days"
+    day = datetime.now(UTC) + timedelta(days=left)
+    assert found.good == good
+    assert found.what == f"certificate of site-1 ends in {left} days, on {day:%Y-%m-%d}"
+
+
+def test_a_certificate_that_has_ended_is_said_to_have_ended(tmp_path: Path) -> None:
+    write_kit(tmp_path / "kit", -3, 360)
+    found = check_certificate(tmp_path / "kit", "site-1")
+    day = datetime.now(UTC) - timedelta(days=3)
+    assert (found.good, found.what) == (False, f"certificate of site-1 ended on {day:%Y-%m-%d}")
+    assert found.advice == "the hub's administrator renews it: fedflame hub renew"
+
+
+@pytest.mark.parametrize(("days", "good"), [(40, True), (20, False)])
+def test_a_server_whose_certificate_is_about_to_end_is_found(days: int, good: bool, tmp_path: Path) -> None:
+    key, ends = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC) + timedelta(days=days, hours=1)
+    made = (
+        x509.CertificateBuilder(named("hub"), named("hub"), key.public_key(), x509.random_serial_number())
+        .not_valid_before(datetime.now(UTC) - timedelta(days=1))
+        .not_valid_after(ends)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    authority, private = tmp_path / "ca.crt", tmp_path / "ca.key"
+    authority.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(authority, private)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError), context.wrap_socket(connection, server_side=True) as tls:
+                tls.recv(1)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        port = listener.getsockname()[1]
+        found = check_handshake("127.0.0.1", port, "localhost", authority)
+        server.join()
+    end = f"its certificate ends in {days} days, on {ends:%Y-%m-%d}"
+    assert (found.good, found.what) == (good, f"TLS: 127.0.0.1:{port} is localhost, signed by ca.crt; {end}")
 
 
 def test_a_hub_in_a_relative_folder_takes_another_site_later(

@@ -239,16 +239,28 @@ def test_with_rounded_updates_bytes_shrink_and_what_clients_owe_survives_a_kill(
     assert after < 0.5 * before  # headers are a large part of such small messages
 
 
+ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
+
+
 @pytest.mark.timeout(120)
-def test_an_interrupt_says_how_to_go_on_and_keeps_the_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
-    process = start(tiny_folder, tmp_path / "run")
-    wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 34)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_that_is_told_to_end_says_how_to_go_on_and_goes_on_to_the_same_bytes(
+    end: signal.Signals, finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(tiny_folder, run)
+    wait_for_lines(process, run / "metrics.jsonl", 34)
+    process.send_signal(end)
     errors = process.stderr(120)
-    assert process.returncode == 130
-    kept = read_checkpoint(tmp_path / "run").round
-    assert errors == f"fedflame: interrupted; the same command with --resume goes on after round {kept}\n"
+    assert process.returncode == 128 + end
+    kept = read_checkpoint(run).round
+    assert errors == f"fedflame: {ENDS[end]}; the same command with --resume goes on after round {kept}\n"
     assert kept < 3
+    assert "<html" in (run / "report.html").read_text()
+    assert not (run / ".lock").exists()
+    assert start(tiny_folder, run, "--resume").wait(90) == 0
+    assert adapter_bytes(run) == adapter_bytes(finished)
+    assert state_bytes(run) == state_bytes(finished)
 
 
 @pytest.mark.timeout(120)
@@ -263,7 +275,7 @@ def test_worker_processes_change_no_byte(
     assert timeless(tmp_path / "run") == timeless(finished)
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGKILL, *ENDS])
 def test_no_worker_outlives_a_run_that_is_ended(
     end: signal.Signals, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -275,8 +287,8 @@ def test_no_worker_outlives_a_run_that_is_ended(
         time.sleep(0.02)
     process.send_signal(end)
     errors = process.stderr(120)
-    assert process.returncode == (130 if end == signal.SIGINT else -end)
-    assert end == signal.SIGKILL or errors.startswith("fedflame: interrupted; "), errors
+    assert process.returncode == (-end if end == signal.SIGKILL else 128 + end)
+    assert end == signal.SIGKILL or errors.startswith(f"fedflame: {ENDS[end]}; "), errors
     deadline = time.monotonic() + 60  # one that is still importing finds out when it is done
     while left := [child for child in children if alive(child)]:
         assert time.monotonic() < deadline, f"{left} are still there"

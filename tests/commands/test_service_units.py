@@ -54,7 +54,7 @@ def test_a_trainer_that_is_killed_is_started_again_and_answers(site: Path) -> No
     command = shlex.split(service["ExecStart"])
     assert command == [sys.executable, "-m", "fedflame", "trainer", "--site", str(site / "site.toml")]
     request = Envelope({"kind": "describe", "ticket": "", "run": "0" * 32, "site": "north"})
-    for end, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 0)):
+    for end, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 0), (signal.SIGHUP, 0)):
         process = CliProcess(command[3:])
         answer = ask(load_site(site / "site.toml").socket_path, request, patience=60, timeout=60)
         assert (answer.header["kind"], answer.header["num_examples"]) == ("description", 3)

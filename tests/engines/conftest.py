@@ -12,7 +12,7 @@ from loopback import fedflame
 
 EXPERIMENT = """\
 [data]
-max_rows = 400
+max_rows = 500 # of which no count is more than eight times the even one, which is all that a hub believes
 [clients]
 num_clients = 3
 active_experts = "8,4,1"

@@ -79,6 +79,7 @@ def test_whatever_one_site_says_the_other_is_used_and_every_line_can_be_shown(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("fedflame.engines.clients.encode_addition", lambda plan, held: None)
     monkeypatch.setattr("fedflame.engines.clients.encoded_update_limit", lambda plan: 100)
+    monkeypatch.setattr("fedflame.engines.clients.encoded_plan_work", lambda plan: 1.0)
     south, engine, found = jobs
     said: list[str] = []
     rounds = HubRounds(rejoin_timeout=0)

@@ -47,6 +47,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 0.02)
     monkeypatch.setattr("fedflame.engines.clients.encode_addition", lambda plan, held: plan)
     monkeypatch.setattr("fedflame.engines.clients.encoded_update_limit", lambda plan: 10**6)
+    monkeypatch.setattr("fedflame.engines.clients.encoded_plan_work", lambda plan: 1.0)
     monkeypatch.setattr(carrier, "POLL_SECONDS", 0.01)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK
 

@@ -49,6 +49,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of a few bytes that are no plans: nothing of them is held by a site, and any answer fits."""
     monkeypatch.setattr("fedflame.engines.clients.encode_addition", lambda plan, held: None)
     monkeypatch.setattr("fedflame.engines.clients.encoded_update_limit", lambda plan: 10**6)
+    monkeypatch.setattr("fedflame.engines.clients.encoded_plan_work", lambda plan: 1.0)
 
 
 def answer(request: bytes, **changes: Any) -> bytes:
@@ -98,7 +99,7 @@ def driver(
     tmp_path: Path,
     quorum: int = 1,
     engine: type[ThreadEngine] = ThreadEngine,
-    **rounds: float,
+    **rounds: Any,
 ) -> Iterator[Driver]:
     carrier, said = engine(deliver, set(SITES)), list[str]()
     with engine_jobs(carrier, said.append) as jobs:
@@ -291,6 +292,100 @@ def test_the_grace_begins_with_the_quorum_and_not_before(tmp_path: Path) -> None
 
     with driver(slow, tmp_path, quorum=3, straggler_grace=0.2) as hub:
         assert updates(hub.round()) == LEARNED
+
+
+def test_a_site_that_fell_silent_is_waited_for_by_what_it_took_and_again_once_it_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.patience.LEAST_SECONDS", 0.3)
+    silent, end = threading.Event(), threading.Event()
+
+    def falls_silent(site: str, request: bytes) -> bytes:
+        if site == "west" and silent.is_set():
+            end.wait(20)
+        return answer(request)
+
+    with driver(falls_silent, tmp_path, quorum=2) as hub:
+        assert updates(hub.round()) == LEARNED
+        silent.set()
+        for _ in range(2):
+            answers = hub.round()
+            assert updates(answers) == [LEARNED[0], LEARNED[1], b""]
+            assert "by what was taken before (rounds.straggler_grace)" in answers[2].failure
+            assert 0.3 <= answers[2].seconds < 10
+        silent.clear()
+        end.set()
+        deadline = time.monotonic() + 20
+        while hub.clients._patience.wait("west", 1.0) < 0.9:  # type: ignore[operator]
+            assert time.monotonic() < deadline, "the late answer counts, three times its 0.3 s or more"
+            assert updates(hub.round()) == LEARNED
+
+
+def test_a_site_that_never_answered_is_waited_for_to_the_end_of_a_round_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.patience.LEAST_SECONDS", 0.1)
+    end = threading.Event()
+
+    def stuck(site: str, request: bytes) -> bytes:
+        if site == "west":
+            end.wait(20)
+        return answer(request)
+
+    with driver(stuck, tmp_path, quorum=2, round_timeout=2) as hub:
+        first, second = hub.round()[2], hub.round()[2]
+        end.set()
+    assert first.failure == "no answer within 2 s (rounds.round_timeout)"
+    assert second.failure == "no answer within 0 s, by what was taken before (rounds.straggler_grace)"
+
+
+def test_without_a_quorum_nothing_that_was_learned_ends_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.patience.LEAST_SECONDS", 0.1)
+    slow = threading.Event()
+
+    def slower(site: str, request: bytes) -> bytes:
+        time.sleep(0.6 if slow.is_set() else 0)
+        return answer(request)
+
+    with driver(slower, tmp_path, quorum=2) as hub:
+        assert updates(hub.round()) == LEARNED
+        slow.set()
+        assert sum(map(bool, updates(hub.round()))) >= 2
+
+
+def test_a_grace_of_zero_waits_until_the_rounds_time_whatever_was_taken_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.patience.LEAST_SECONDS", 0.1)
+    slow = threading.Event()
+
+    def slower(site: str, request: bytes) -> bytes:
+        time.sleep(0.8 if slow.is_set() and site == "west" else 0)
+        return answer(request)
+
+    with driver(slower, tmp_path, quorum=1, straggler_grace=0) as hub:
+        assert updates(hub.round()) == LEARNED
+        slow.set()
+        assert updates(hub.round()) == LEARNED
+
+
+def test_a_site_that_does_not_describe_itself_costs_no_whole_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.patience.LEAST_SECONDS", 0.3)
+    end = threading.Event()
+
+    def mute(site: str, request: bytes) -> bytes:
+        if site == "west":
+            end.wait(20)
+        return described(request)
+
+    with driver(mute, tmp_path) as hub:
+        assert sorted(hub.clients.describe()) == ["north", "south"]
+        end.set()
+        assert hub.heard("west: no answer within 0 s")
 
 
 class Twice(ThreadEngine):
@@ -745,6 +840,8 @@ def test_after_a_resumption_a_site_that_trained_the_round_is_not_sent_it_again(
         hub.clients.describe()
         list(hub.clients.train([(1, plan)], hub.tokens.append))
         list(hub.clients.train([(2, plan)], hub.tokens.append))
+        waits = [hub.clients._patience.wait(site, 1.0) for site in ("south", "west")]
+        assert waits == [None, 600], "an answer without training says nothing of the next"
     assert decode_addition(bodies[0], plan) == bodies[1] == plan
     assert len(bodies[0]) < len(plan) / 5
 

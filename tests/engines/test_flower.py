@@ -24,7 +24,7 @@ from fedflame.engines.flower.key import make_key
 from fedflame.engines.hub import load_hub
 from fedflame.errors import USER_ERROR
 from loopback import Loopback, descendants, fedflame, free_port
-from loopback_flower import BIN, QUIET, flwr, loopback_flower, start_node
+from loopback_flower import BIN, QUIET, flwr, loopback_flower, register, start_node
 
 pytest.importorskip("flwr")
 pytestmark = [
@@ -118,22 +118,45 @@ def test_flwr_run_gives_the_same_bytes_although_a_trainer_is_killed_in_a_round(
 # Who is turned away
 
 
-def test_a_node_whose_key_is_not_registered_is_refused(federation: Loopback, tmp_path: Path) -> None:
+def refused_node(federation: Loopback, folder: Path) -> str:
+    """What a node says that is started with the key in this folder, and ends."""
     superlink = load_hub(federation.hub_file).flower.address
     authority = str(federation.hub_file.parent / "ca.crt")
-    make_key(tmp_path / "node")
     asked = [str(BIN / "flower-supernode"), "--superlink", superlink, "--root-certificates", authority,
-             "--auth-supernode-private-key", str(tmp_path / "node"), "--port", free_port()]  # fmt: skip
-    log = tmp_path / "log"
+             "--auth-supernode-private-key", str(folder / "node"), "--port", free_port()]  # fmt: skip
+    log = folder / "log"
     with log.open("wb") as out:  # no pipe: a child of the node may live on for some seconds
         node = subprocess.Popen(
-            asked, env=os.environ | QUIET | {"FLWR_HOME": str(tmp_path)}, stdout=out, stderr=out
+            asked, env=os.environ | QUIET | {"FLWR_HOME": str(folder)}, stdout=out, stderr=out
         )
         try:
             assert node.wait(120) != 0
         finally:
             node.kill()
-    assert "Failed to activate SuperNode" in log.read_text(), "as a node whose key is registered would be"
+    return log.read_text()
+
+
+REFUSED = "Failed to activate SuperNode"
+"""Which a node whose key is registered is not told."""
+
+
+def test_a_node_whose_key_is_not_registered_is_refused(federation: Loopback, tmp_path: Path) -> None:
+    make_key(tmp_path / "node")
+    assert REFUSED in refused_node(federation, tmp_path)
+
+
+def test_a_site_that_was_revoked_is_refused(federation: Loopback, tmp_path: Path) -> None:
+    """A guest beside the sites of the other tests, who stay."""
+    node = register(federation.hub_file.parent, make_key(tmp_path / "node"))
+    text = federation.hub_file.read_text().replace('"ca.crt"', f'"{federation.hub_file.parent}/ca.crt"')
+    hub = tmp_path / "hub.toml"
+    hub.write_text(text.replace('sites = "', 'sites = "guest,') + f'guest = "{node}"\n')
+    told = fedflame("hub", "revoke", hub, "guest")
+    assert told.returncode == 0 and "guest is revoked" in told.stdout, told.stdout
+    assert REFUSED in refused_node(federation, tmp_path)
+    assert fedflame("hub", "check", federation.hub_file).returncode == 0
+    again = fedflame("hub", "revoke", hub, "guest")
+    assert again.returncode == USER_ERROR and "guest is not revoked: flwr supernode: " in again.stdout
 
 
 def test_a_node_with_the_key_of_another_site_does_not_become_this_one(federation: Loopback) -> None:

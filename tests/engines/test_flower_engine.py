@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny_runs import invoke
 
 from fedflame.engines.flower.engine import FlowerEngine
 from fedflame.engines.hub import FlowerHub, Hub, HubRounds
@@ -134,6 +135,33 @@ def test_sites_are_connected_whose_nodes_are_online(flwr: Flwr, address: str, tm
     flwr.says("supernode", {"success": False, "error-message": "is unavailable"})
     assert engine.connected() is None
     assert FlowerEngine(a_hub(tmp_path, address, nodes={})).connected() is None
+
+
+def test_a_site_is_revoked_by_taking_its_node_from_the_superlink(
+    flwr: Flwr, address: str, tmp_path: Path
+) -> None:
+    hub = tmp_path / "hub.toml"
+    hub.write_text(
+        f'sites = "a,b"\n[flower]\naddress = "{address}"\nroot_certificates = "ca.crt"\n'
+        f'[flower.nodes]\na = "7"\nb = "{ID}"\n'
+    )
+    told = invoke("hub", "revoke", hub, "b")
+    assert told.exit_code == 0, told.output
+    assert flwr.notes()[-1]["asked"] == ["supernode", "unregister", ID, "hub", "--format", "json"]
+    assert "Take b out of `sites` and `flower.nodes`" in told.output
+    flwr.says("supernode", {"success": False, "error-message": "is unavailable"})
+    told = invoke("hub", "revoke", hub, "b")
+    assert told.output == "fedflame: b is not revoked: flwr supernode: is unavailable\n"
+    assert told.exit_code == 2
+    told = invoke("hub", "renew", hub)
+    assert told.exit_code == 2 and told.output.startswith("fedflame: over Flower, the keys of sites have no")
+
+
+def test_where_nodes_have_no_keys_nobody_can_be_revoked(flwr: Flwr, address: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"flower\.nodes has no a: only a node whose key is registered can be"
+    ):
+        FlowerEngine(a_hub(tmp_path, address, nodes={})).revoke("a")
 
 
 @pytest.mark.parametrize(

@@ -190,11 +190,15 @@ def engine_environment() -> dict[str, str]:
     return {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def restart_site_3(federation: Loopback) -> None:
+def start_site_3(federation: Loopback) -> Service:
     kit = federation.folder / "hub" / "kits" / "site-3"
     trainer = {"FEDFLAME_TRAINER": str(federation.folder / "site-3" / "trainer.sock")}
     command = ["bash", "startup/sub_start.sh", "--once"]
-    federation.services["site-3 engine"] = Service("engine", command, kit, engine_environment() | trainer)
+    return Service("engine", command, kit, engine_environment() | trainer)
+
+
+def restart_site_3(federation: Loopback) -> None:
+    federation.services["site-3 engine"] = start_site_3(federation)
     wait_until_connected(federation)
 
 
@@ -203,6 +207,48 @@ def wait_until_connected(federation: Loopback) -> None:
     while fedflame("hub", "check", federation.hub_file).returncode:
         assert time.monotonic() < deadline
         time.sleep(1)
+
+
+def test_a_site_that_was_revoked_is_not_admitted_and_the_others_stay(federation: Loopback) -> None:
+    kits = federation.hub_file.parent / "kits"
+    admin = kits / "researcher@hub.example"
+    others = {path: path.read_bytes() for path in kits.glob("*/startup/*.crt")}
+    told = fedflame("hub", "revoke", federation.hub_file, "site-3")
+    assert told.returncode == 0 and "site-3 is revoked" in told.stdout, told.stdout
+    try:
+        federation.services["site-3 engine"].stop()
+        federation.services["site-3 engine"] = start_site_3(federation)
+        deadline = time.monotonic() + 100
+        while (
+            "Reject disabled client registration: site-3" not in (kits / "localhost" / "log.txt").read_text()
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        check = fedflame("hub", "check", federation.hub_file)
+        assert check.returncode == 1
+        bad = [line for line in check.stdout.splitlines() if line.startswith("BAD")]
+        assert [line.partition(";")[0] for line in bad] == [
+            "BAD  site-3 was revoked",
+            "BAD  site site-3 is not connected",
+        ]
+        assert {path: path.read_bytes() for path in others} == others
+    finally:
+        nvflare = str(Path(sys.executable).with_name("nvflare"))
+        enable = [nvflare, "system", "enable-client", "site-3", "--force", "--startup-kit", str(admin)]
+        subprocess.run(enable, check=True, capture_output=True)
+        federation.services["site-3 engine"].stop()
+        restart_site_3(federation)
+
+
+def test_a_site_whose_certificate_was_renewed_is_back_and_no_other_is_touched(federation: Loopback) -> None:
+    kits = federation.hub_file.parent / "kits"
+    before = {path: path.read_bytes() for path in kits.glob("*/startup/*.crt")}
+    federation.services["site-3 engine"].stop()
+    told = fedflame("hub", "renew", federation.hub_file, "site-3")
+    assert told.returncode == 0 and f"{kits}/site-3/startup" in told.stdout, told.stdout
+    restart_site_3(federation)
+    changed = {path for path, content in before.items() if path.read_bytes() != content}
+    assert changed == {kits / "site-3" / "startup" / "client.crt"}
 
 
 def test_a_site_posing_as_administrator_may_not_start_a_run(

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("nvflare")
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.wf_comm_server import WFCommServer
 from nvflare.apis.shareable import Shareable
@@ -22,6 +23,7 @@ from nvflare.apis.shareable import Shareable
 from fedflame.engines.nvflare import payload
 from fedflame.engines.nvflare import relay as relay_module
 from fedflame.engines.nvflare.relay import FedflameRelay
+from fedflame.engines.nvflare.revoked import revoked_path, revoked_text
 
 
 @dataclass
@@ -87,3 +89,36 @@ def test_a_site_that_nvflare_misses_is_not_reached_until_it_is_heard_again(relay
     assert relay._reachable() == {"a"}
     says_something(relay, "b")
     assert relay._reachable() == {"a", "b"}
+
+
+def begin(relay: FedflameRelay, kit: Path) -> None:
+    """As nvflare begins a job in the server's kit; no driver listens."""
+    context, panics = FLContext(), list[str]()
+    workspace = SimpleNamespace(get_root_dir=lambda: str(kit))
+    context.set_prop(FLContextKey.WORKSPACE_OBJECT, workspace, private=True, sticky=False)
+    with patch.object(relay, "system_panic", lambda reason, _: panics.append(reason)):
+        relay.start_controller(context)
+    assert "no fedflame driver" in panics[0]
+
+
+def test_a_site_that_is_revoked_in_a_job_is_out_of_it_at_once(relay: FedflameRelay, tmp_path: Path) -> None:
+    """nvflare itself lets a job that runs go on with a site that it no longer admits."""
+    begin(relay, tmp_path)
+    link: Any = Link()
+    relay._link, relay._open = link, {"ticket-a": "a", "ticket-b": "b", "ticket-c": "b"}
+    assert relay._reachable() == {"a", "b"}
+    revoked_path(tmp_path).write_text(revoked_text(frozenset({"b"})))
+    result = SimpleNamespace(get_return_code=lambda: ReturnCode.OK)
+    task = SimpleNamespace(result=result, client=SimpleNamespace(name="b"))
+    relay._received("ticket-b", client_task=task, fl_ctx=FLContext())  # type: ignore[arg-type]
+    why = "revoked by the hub's administrator"
+    assert link.failures == [("ticket-b", "b", why)], "what it sends is used no longer"
+    assert relay._reachable() == {"a"}
+    relay._give_up_on_the_dead(relay._reachable())
+    assert link.failures[1:] == [("ticket-c", "b", why)]
+
+
+def test_a_job_removes_what_old_jobs_left_in_the_servers_kit(relay: FedflameRelay, tmp_path: Path) -> None:
+    with patch.object(relay_module, "prune_kit") as prune:
+        begin(relay, tmp_path)
+    prune.assert_called_once_with(tmp_path)

@@ -165,8 +165,8 @@ def names(run: Path) -> set[str]:
     return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "a folder", "a list", "no UTF-8", "deep"])
-def test_files_that_are_missing_or_of_another_type_are_refused(
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "a folder", "a list", "no UTF-8", "deep"])
+def test_files_that_are_missing_cut_or_of_another_type_are_refused(
     damage: str, finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "work" / "run"
@@ -176,7 +176,9 @@ def test_files_that_are_missing_or_of_another_type_are_refused(
             if Path(name).name.removesuffix(".sealed") not in READ[reader]:
                 continue
             path = copy(finished, run) / name
-            if damage in contents:
+            if damage == "cut":
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            elif damage in contents:
                 path.write_bytes(contents[damage])
             else:
                 path.unlink()
@@ -220,3 +222,13 @@ def test_a_run_without_its_checkpoints_is_not_begun_anew(
     with pytest.raises(UserError, match="the run has no checkpoint; put back a copy of it, or start anew"):
         resume_at_the_end(run, tiny_folder)
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_a_client_owes_must_be_there(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    for client in range(3):
+        run = copy(finished, tmp_path / "work" / "run")
+        (run / "residuals" / str(client) / "2.sealed").unlink()
+        with pytest.raises(
+            UserError, match=rf"residuals/{client}/2\.sealed: missing: what client {client} owes"
+        ):
+            resume(run, tiny_folder)

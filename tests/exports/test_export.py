@@ -37,6 +37,7 @@ from fedflame.exports import (
     merge_checkpoint,
     read_settings,
 )
+from fedflame.exports.new_folder import RUN_FILE, new_folder
 from fedflame.messages import NOTHING, Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ServerState
@@ -424,3 +425,25 @@ def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match="No such file or directory; no adapter folder"):
         read_settings(tmp_path)
+
+
+@pytest.mark.parametrize(("moved", "left"), [(False, "the earlier one"), (True, "the new one")])
+def test_an_export_that_is_ended_while_it_replaces_another_leaves_one_of_them(
+    moved: bool, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "out", Path.rename
+    target.mkdir()
+    (target / RUN_FILE).write_text("the earlier one")
+
+    def interrupted(path: Path, to: Path) -> Path:
+        if path.name == "new":
+            if moved:
+                rename(path, to)
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_folder(target, overwrite=True) as folder:
+        (folder / RUN_FILE).write_text("the new one")
+    assert (target / RUN_FILE).read_text() == left
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -66,7 +66,7 @@ def hub_init(
         from fedflame.engines.nvflare.provision import Federation
 
         names = validated(Hub, {"sites": sites}, "--sites").site_names()
-        init_hub(folder, Federation(host, port, names, admin), Console())
+        init_hub(folder, Federation(host, port, names, [admin]), Console())
 
 
 @hub_app.command("check")
@@ -83,6 +83,37 @@ def hub_check(
         model = load_config(config_file).model.model_name_or_path if config_file else None
         if not check_hub(load_hub(hub), model, Console()):
             raise typer.Exit(CHECK_FAILED)
+
+
+@hub_app.command("renew")
+def hub_renew(
+    hub: Annotated[Path, typer.Argument(help="The hub's file, in the folder of its kits.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Sites, host or administrators; without any, all whose certificates end soon."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Sign new certificates with the same authority; who is not named keeps key and certificate."""
+    with user_errors(debug):
+        from fedflame.commands.membership import renew_members
+        from fedflame.engines.hub import load_hub
+
+        renew_members(load_hub(hub), names or [], Console())
+
+
+@hub_app.command("revoke")
+def hub_revoke(
+    hub: Annotated[Path, typer.Argument(help="The hub's file, in the folder of its kits.")],
+    site: Annotated[str, typer.Argument(help="The site that may join no longer.")],
+    debug: Debug = False,
+) -> None:
+    """Shut a site out for good, also of runs under way; the others keep keys and certificates."""
+    with user_errors(debug):
+        from fedflame.commands.membership import revoke_site
+        from fedflame.engines.hub import load_hub
+
+        revoke_site(load_hub(hub), site, Console())
 
 
 @site_app.command("init")

@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
+from fedflame.cli.ending import ends_when_told
 from fedflame.commands.quiet import quiet_libraries
 from fedflame.config.load import load_config
 from fedflame.config.run_config import RunConfig
 from fedflame.errors import USER_ERROR, NotFinite, UserError
 
-INTERRUPTED = 130
 CELL_FAILED = 1
 CHECK_FAILED = 1
 NOT_FINITE = 1
@@ -70,8 +70,14 @@ def flags(
 
 @contextmanager
 def user_errors(debug: bool) -> Iterator[None]:
-    """The body of a command: one line on stderr for what the user can mend, and quiet libraries."""
+    """The body of a command: quiet libraries, and one line on stderr for what the user can mend or ended."""
     quiet_libraries()
+    with ends_when_told(), _errors_in_one_line(debug):
+        yield
+
+
+@contextmanager
+def _errors_in_one_line(debug: bool) -> Iterator[None]:
     try:
         yield
     except UserError as error:
@@ -82,6 +88,3 @@ def user_errors(debug: bool) -> Iterator[None]:
     except NotFinite as error:
         print(f"fedflame: {error}", file=sys.stderr)
         raise typer.Exit(NOT_FINITE) from error
-    except KeyboardInterrupt as error:
-        print(f"fedflame: interrupted{str(error) and '; '}{error}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from error

@@ -6,11 +6,21 @@ A process that has computed must not be forked: torch's threads and a GPU do not
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 from typing import Any
 
 PRELOADED = ["fedflame.experiment.run"]
 """What the server imports once. The name is text: a room on a higher floor, which imports all below it."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Those that tell a command to end. Each may reach all processes of its group or control group."""
+
+
+def leave_signals_to_main() -> None:
+    """Let the main process decide what a signal ends: it kills this one, which has nothing to lose."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def process_context() -> Any:

@@ -8,7 +8,6 @@ process is killed.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from transformers.utils import logging
 from fedflame.base.adapted import load_adapted_model
 from fedflame.base.device import DeviceChoice
 from fedflame.clients.answers import Answer, OnStep
-from fedflame.clients.fork_server import process_context
+from fedflame.clients.fork_server import leave_signals_to_main, process_context
 from fedflame.clients.local import LocalClients
 from fedflame.config.sections import AdapterConfig
 from fedflame.config.words import Checkpointed, Dtype
@@ -215,7 +214,7 @@ class WorkerClients:
         for number in numbers:
             worker = self._workers.pop(number)
             worker.connection.close()
-            worker.process.terminate()
+            worker.process.kill()
             worker.process.join(STOP_SECONDS)
 
 
@@ -230,7 +229,7 @@ def _start(setup: WorkerSetup) -> _Worker:
 
 def _serve(connection: Connection, setup: WorkerSetup) -> None:
     """Run a worker: load the base, say so with None, and answer plans until the connection ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    leave_signals_to_main()
     torch.set_num_threads(setup.threads)
     logging.disable_progress_bar()
     with suppress(EOFError, OSError):

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
 from rich.console import Console
 
 from fedflame.engines.address import host_and_port
-from fedflame.engines.nvflare.certificate import now, read_certificate
+from fedflame.engines.nvflare.certificate import certificate_of, now, read_certificate
 from fedflame.errors import UserError
 from fedflame.reading import read_object
 
@@ -49,15 +50,16 @@ def check_certificate(kit: Path, name: str) -> Finding:
         certificate = read_certificate(kit)
     except UserError as error:
         return Finding(False, str(error), "ask the hub's administrator for the kit")
-    days, moment = certificate.days_left(now()), now()
+    moment = now()
     if certificate.name != name:
         return Finding(
             False, f"certificate is for {certificate.name}, not {name}", "use the kit of this name"
         )
     if moment < certificate.begins:
         return Finding(False, f"certificate begins at {certificate.begins}", "set this machine's clock")
-    advice = "the hub's administrator renews it: docs/hub-administrator.md"
-    return Finding(days > RENEW_DAYS, f"certificate of {name} ends in {days:.0f} days", advice)
+    advice = "the hub's administrator renews it: fedflame hub renew"
+    good = certificate.days_left(moment) > RENEW_DAYS
+    return Finding(good, f"certificate of {name} {certificate.end_in_words(moment)}", advice)
 
 
 def check_clock() -> Finding:
@@ -94,7 +96,7 @@ def check_port(host: str, port: int) -> Finding:
 def check_handshake(
     host: str, port: int, identity: str, authority: Path, own: tuple[Path, Path] | None = None
 ) -> Finding:
-    """The hub's server shows a certificate of this authority, under its own name.
+    """The hub's server shows a certificate of this authority, under its own name, that is not about to end.
 
     Args:
         host: where it listens.
@@ -107,13 +109,19 @@ def check_handshake(
         context = ssl.create_default_context(cafile=str(authority))
         if own is not None:
             context.load_cert_chain(*own)
-        with socket.create_connection((host, port), CONNECT_SECONDS) as plain:
-            context.wrap_socket(plain, server_hostname=identity).close()
-    except (OSError, ssl.SSLError) as error:
+        with (
+            socket.create_connection((host, port), CONNECT_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=identity) as tls,
+        ):
+            shown = x509.load_der_x509_certificate(tls.getpeercert(binary_form=True) or b"")
+    except (OSError, ssl.SSLError, ValueError) as error:
         return Finding(
             False, f"TLS with {host}:{port}: {error}", "another federation's certificate, or another server"
         )
-    return Finding(True, f"TLS: {host}:{port} is {identity}, signed by {authority.name}")
+    certificate, moment = certificate_of(shown, shown), now()
+    what = f"TLS: {host}:{port} is {identity}, signed by {authority.name}; its certificate "
+    good = certificate.days_left(moment) > RENEW_DAYS
+    return Finding(good, what + certificate.end_in_words(moment), "the hub's administrator renews it")
 
 
 def client_target(kit: Path) -> tuple[str, int, str]:

@@ -22,11 +22,13 @@ from fedflame.commands.check import (
     print_findings,
     read_admin,
 )
+from fedflame.commands.membership import check_members
 from fedflame.commands.service_units import service_unit
 from fedflame.engines.flower.engine import FlowerEngine
 from fedflame.engines.hub import Hub, load_hub
 from fedflame.engines.nvflare.engine import NvflareEngine, nvflare_command
-from fedflame.engines.nvflare.provision import Federation, provision
+from fedflame.engines.nvflare.membership import read_membership
+from fedflame.engines.nvflare.provision import Federation, authority_path, provision
 
 
 def init_hub(folder: Path, federation: Federation, console: Console) -> None:
@@ -66,6 +68,8 @@ def _server(hub: Hub) -> Iterator[Finding]:
     kit = hub.folder / hub.nvflare.admin_kit
     admin = read_admin(kit)
     yield check_certificate(kit, admin["username"])
+    if authority_path(hub.folder).exists():
+        yield from check_members(read_membership(hub.folder), hub.site_names())
     port = check_port(admin["host"], int(admin["port"]))
     yield port
     if not port.good:
@@ -110,10 +114,10 @@ def _hub_file(federation: Federation) -> str:
     return (
         "# The hub of a federation: `fedflame run CONFIG --engine nvflare --hub hub.toml`\n"
         f"sites = {json.dumps(list(federation.sites))} # the first is client 0 of a run\n\n"
-        f'[nvflare]\nadmin_kit = "kits/{federation.admin}"\n\n'
+        f'[nvflare]\nadmin_kit = "kits/{federation.admins[0]}"\n\n'
         "[rounds]\n"
         "# round_timeout = 3600.0   # seconds; a site without an answer by then is left out of the round\n"
-        "# straggler_grace = 0.0    # seconds after server.min_clients answers; 0 to wait for all\n"
+        '# straggler_grace = "learned" # or seconds after server.min_clients answers; 0: as round_timeout\n'
         "# rejoin_timeout = 120.0   # seconds that a site that is gone has to come back\n"
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +15,7 @@ SKIPPED_ROWS_SHOWN = 5
 
 
 def run_trainer(site_file: Path, console: Console) -> None:
-    """Serve the site until this process is told to end.
+    """Serve the site until this process is told to end, by a KeyboardInterrupt.
 
     Args:
         site_file: the site's file.
@@ -32,7 +32,7 @@ def run_trainer(site_file: Path, console: Console) -> None:
     def say(text: str) -> None:
         say_line(console, text)
 
-    with sole_trainer(site):
+    with suppress(KeyboardInterrupt), sole_trainer(site):  # to end when it is told to is what a service does
         service = TrainerService(site, say)
         for row in service.skipped[:SKIPPED_ROWS_SHOWN]:
             say(f"skipped {row.where}: {row.reason}")
@@ -40,12 +40,4 @@ def run_trainer(site_file: Path, console: Console) -> None:
             threading.Thread(target=serve, args=(listener, service, say), daemon=True).start()
             rows, k = service.num_examples, site.trainer.active_experts
             say(f"{site.name}: {rows} rows, k = {k}, on {service.device.name}, at {site.socket_path}")
-            _wait_for_the_end()
-
-
-def _wait_for_the_end() -> None:
-    """Until SIGTERM or SIGINT."""
-    end = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: end.set())
-    end.wait()
+            threading.Event().wait()

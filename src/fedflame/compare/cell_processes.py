@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import threading
 from collections import deque
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 
 from fedflame.atomic_file import write_atomically
 from fedflame.base.files import model_config_path
-from fedflame.clients.fork_server import process_context
+from fedflame.clients.fork_server import leave_signals_to_main, process_context
 from fedflame.compare.grid import Cell, Grid
 from fedflame.compare.results import RESULTS, leave_result, read_results, take_over
 from fedflame.cost.model_shape import read_model_shape
@@ -72,7 +71,7 @@ def run_cells(grid: Grid, workers: int, progress: Progress) -> dict[str, str]:
                 progress.ended(cell, failure)
     finally:
         for process, _ in running.values():
-            process.terminate()
+            process.kill()
         for process, _ in running.values():
             process.join(STOP_SECONDS)
     return failures
@@ -97,7 +96,7 @@ def _start(cell: Cell) -> BaseProcess:
 
 def _run_cell(cell: Cell) -> None:
     """Run or resume a cell in its process; then leave its results, or error.txt if it failed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    leave_signals_to_main()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cell.folder.mkdir(parents=True, exist_ok=True)
     with (cell.folder / "log.txt").open("ab") as log:

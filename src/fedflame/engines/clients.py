@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from fedflame.engines.answers import Description, progress, read_answer, said
 from fedflame.engines.engine import Engine
 from fedflame.engines.hub import HubRounds
 from fedflame.engines.jobs import POLL_SECONDS, EngineJobEnded, EngineJobs
+from fedflame.engines.patience import Patience, learned_wait
 from fedflame.engines.requests import Request, mapped, new_ticket, store
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import ClientUpdate, believed, most_rows
 from fedflame.wire.addition import encode_addition, plan_digest
-from fedflame.wire.codec import encoded_update_limit
+from fedflame.wire.codec import encoded_plan_work, encoded_update_limit
 from fedflame.wire.envelope import LONGEST_BEFORE_BODY, Envelope
 
 BACKOFF_SECONDS = 2.0
@@ -57,6 +59,9 @@ class EngineClients:
     _known: dict[str, Description] = field(default_factory=dict)
     _left_out: dict[str, str] = field(default_factory=dict)
     """Sites that get no plan in this run -> why."""
+    _patience: Patience = field(default_factory=Patience)
+    _late: dict[str, Request] = field(default_factory=dict)
+    """Ticket -> a request that was given up; its answer comes too late, but tells how long it took."""
 
     def num_examples(self) -> list[int]:
         return [self._known[site].num_examples if site in self._known else 0 for site in self.sites]
@@ -99,10 +104,11 @@ class EngineClients:
             return request
         store(request.plan_path, plan)
         request.longest_answer = LONGEST_BEFORE_BODY + encoded_update_limit(mapped(request.plan_path))
+        request.work = encoded_plan_work(mapped(request.plan_path))
         held = request.held_path if request.held_path.exists() else None
         # In a resumed run, the site may have trained this round before the driver ended.
         if site in self._known and self._known[site].held == plan_digest(plan):
-            held = request.plan_path
+            held, request.answered_before = request.plan_path, True
         addition = encode_addition(mapped(request.plan_path), mapped(held)) if held else None
         if addition is not None:
             request.addition = True
@@ -121,9 +127,11 @@ class EngineClients:
             now = time.monotonic()
             if reached is None and sum(request.answered for request in requests) >= quorum:
                 reached = now
-            if reason := self._over(begun, reached, now):
-                for request in open_requests:
-                    request.fail(request.gone or reason)
+            for request in open_requests:
+                if reason := self._over(request, begun, reached, now):
+                    self._give_up(request, request.gone or reason)
+            open_requests = [request for request in open_requests if not request.settled]
+            if not open_requests:
                 break
             try:
                 if self.engine_jobs.current is None:
@@ -156,17 +164,33 @@ class EngineClients:
         }
         content = Envelope(header, request.content).pieces()
         self.engine_jobs.carry(request.ticket, request.site, request.longest_answer, *content)
-        request.sent = True
+        request.sent, request.asked = True, time.monotonic()
         request.bytes_down += sum(map(len, content))
 
-    def _over(self, begun: float, reached: float | None, now: float) -> str:
-        """Return why the round stops waiting for the open requests; empty if it does not."""
+    def _over(self, request: Request, begun: float, reached: float | None, now: float) -> str:
+        """Return why an open request is not waited for any longer; empty if it is."""
+        grace = self.rounds.straggler_grace
         if now - begun > self.rounds.round_timeout:
             return f"no answer within {self.rounds.round_timeout:.0f} s (rounds.round_timeout)"
-        grace = self.rounds.straggler_grace
-        if reached is not None and grace and now - reached > grace:
+        if grace == "learned":
+            wait = self._learned_wait(request, reached)
+            if wait is not None and now - request.asked > wait:
+                return f"no answer within {wait:.0f} s, by what was taken before (rounds.straggler_grace)"
+        elif reached is not None and grace and now - reached > grace:
             return f"no answer within {grace:.0f} s of the others (rounds.straggler_grace)"
         return ""
+
+    def _learned_wait(self, request: Request, reached: float | None) -> float | None:
+        if request.kind == "describe":  # takes no training
+            return learned_wait((), request.work)
+        return None if reached is None else self._patience.wait(request.site, request.work)
+
+    def _give_up(self, request: Request, reason: str) -> None:
+        request.fail(reason)
+        if request.kind == "train" and not request.gone:
+            self._patience.missed(request.site)
+            self._late = {t: late for t, late in self._late.items() if late.site != request.site}
+            self._late[request.ticket] = request
 
     def _start_job(self, open_requests: Iterable[Request]) -> None:
         if self._failures > self.rounds.max_resubmissions:
@@ -192,6 +216,7 @@ class EngineClients:
         request = next((request for request in requests if request.ticket == ticket), None)
         if request is None or request.settled:
             self.say(f"refused: a late or repeated answer of {said(event, 'site')}")
+            self._learn_from_late(event)
             return
         if kind == "failed":
             request.gone = said(event, "reason")
@@ -208,6 +233,13 @@ class EngineClients:
             return
         self._failures = 0
         self._absent.discard(request.site)
+
+    def _learn_from_late(self, event: Envelope) -> None:
+        """Note how long an answer took that came after its round, so that the next is waited for."""
+        request = self._late.pop(str(event.header.get("ticket")), None)
+        with suppress(InvalidMessage):
+            if request and read_answer(event, request, self.run).header["kind"] == "update":
+                self._patience.heard(request.site, request.work, time.monotonic() - request.start)
 
     def _reaches(self, sites: Any) -> None:
         """Note which sites the job reaches."""
@@ -234,6 +266,8 @@ class EngineClients:
             else:
                 store(request.answer_path, answer.body)
             request.steps, request.answered = progress(answer), True
+            if not request.answered_before:
+                self._patience.heard(request.site, request.work, time.monotonic() - request.start)
         else:
             prefix = "the site refuses: " if kind == "refused" else ""
             request.fail(f"{prefix}{said(answer, 'reason')}")

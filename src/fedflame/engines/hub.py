@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PlainValidator, field_validator
 
 from fedflame.config.lists import Names
 from fedflame.config.settings import Section, SettingsFile, load_file
+
+
+def _learned_or_seconds(value: Any) -> float | Literal["learned"]:
+    if value == "learned":
+        return "learned"
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError("must be 'learned' or a number of seconds of at least 0")
+    return float(value)
+
+
+LearnedOrSeconds = Annotated[float | Literal["learned"], PlainValidator(_learned_or_seconds)]
 
 
 class HubRounds(Section):
@@ -16,9 +28,11 @@ class HubRounds(Section):
 
     round_timeout: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds that a round may take. A site that has not answered by then is left out of the round."""
-    straggler_grace: Annotated[float, Field(ge=0)] = 0.0
-    """Seconds that the other sites have after `server.min_clients` updates have arrived. 0: wait for all
-    sites until `round_timeout`."""
+    straggler_grace: LearnedOrSeconds = "learned"
+    """How long the others are waited for once `server.min_clients` updates have arrived. `learned`: three
+    times as long as their own answers took before, for as much work, and at least 10 minutes; a site that
+    has never answered, until `round_timeout` once, and then by what the others take. A number: so many
+    seconds from then on. 0: until `round_timeout`, whatever they took before."""
     rejoin_timeout: Annotated[float, Field(ge=0)] = 120.0
     """Seconds to wait for a site that has gone. After that, rounds go on without it until it is back."""
     start_timeout: Annotated[float, Field(gt=0)] = 120.0

@@ -31,7 +31,11 @@ class HubLink:
             OSError: no driver listens there.
         """
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._connection.connect(str(path))
+        try:
+            self._connection.connect(str(path))
+        except OSError:
+            self._connection.close()
+            raise
         self._sending = threading.Lock()
         self._longest: dict[str, int] = {}
         """Ticket -> most bytes of the answer, as the driver says."""

@@ -28,10 +28,16 @@ class Request:
     """File of the whole plan; unused if the request asks for a description."""
     longest_answer: int
     """Most bytes of an answer, with its envelope; a longer one is not read."""
+    work: float = 1.0
+    """Steps times experts per token that the plan asks for."""
     ticket: str = field(default_factory=new_ticket)
     addition: bool = False
     """Whether to send only the difference between the plan and the plan that the site holds."""
     start: float = field(default_factory=time.monotonic)
+    asked: float = field(default_factory=time.monotonic)
+    """When it was last sent."""
+    answered_before: bool = False
+    """Whether the site has trained this plan before, so that its answer takes no training."""
     gone: str = ""
     """Why the engine does not reach the site; empty while it does."""
     returns: int = 0

@@ -112,12 +112,13 @@ def require_free(target: Path, overwrite: bool) -> None:
 
 
 def _replace(folder: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        target.rename(old)
+    """Put a folder in the place of the target, which is there again where anything ends this on the way."""
     try:
+        if target.exists():
+            target.rename(old)
         folder.rename(target)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not target.exists():
             old.rename(target)
         raise
 

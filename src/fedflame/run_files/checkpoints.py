@@ -14,7 +14,7 @@ from fedflame.errors import InvalidMessage, UserError
 from fedflame.run_files import ADVICE
 from fedflame.wire.envelope import Bytes
 from fedflame.wire.frame import HEAD_BYTES, seal, unseal
-from fedflame.wire.packed_header import SIZE_BYTES, header_size, read_packed_header
+from fedflame.wire.packed_header import SIZE_BYTES, header_size, packed_size, read_packed_header
 
 FOLDER = "checkpoint"
 FORMAT_VERSION = 3
@@ -85,10 +85,12 @@ def read_sealed(run: Path, round_number: int) -> tuple[Bytes, dict[str, Any]]:
 
 
 def last_kept(run: Path) -> Kept | None:
-    """Return what the last checkpoint says of itself, its seal unchecked; None where there is none.
+    """Return what the last checkpoint says of itself; None where there is none.
+
+    Its length is checked, its seal is not: a checkpoint may have gigabytes.
 
     Raises:
-        UserError: its header cannot be read.
+        UserError: its header cannot be read, or it is truncated.
     """
     if not (rounds := kept_rounds(run)):
         return None
@@ -96,7 +98,11 @@ def last_kept(run: Path) -> Kept | None:
     try:
         with path.open("rb") as file:
             start = file.read(HEAD_BYTES + SIZE_BYTES)[HEAD_BYTES:]
-            return _kept(read_packed_header(start + file.read(header_size(start) - SIZE_BYTES)), rounds[-1])
+            start += file.read(header_size(start) - SIZE_BYTES)
+            wanted, found = HEAD_BYTES + packed_size(start), path.stat().st_size
+        if found != wanted:
+            raise ValueError(f"{found:,} bytes, where it says that it has {wanted:,}")
+        return _kept(read_packed_header(start), rounds[-1])
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; {advice(run, rounds[-1])}") from error
 

@@ -37,6 +37,9 @@ def read_residual(path: Path) -> Bytes:
     """
     try:
         return unseal(path.read_bytes(), FORMAT_VERSION, _KIND)
+    except FileNotFoundError as error:
+        owed = f"what client {path.parent.name} owes after round {path.name.removesuffix(_SUFFIX)}"
+        raise UserError(f"{path}: missing: {owed}; put back a copy of the file") from error
     except (OSError, InvalidMessage) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: cannot be read ({reason}); put back a copy of the file") from error

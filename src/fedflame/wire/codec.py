@@ -22,6 +22,7 @@ from fedflame.messages import MERGED_PREFIX, Adapter, ClientUpdate, RoundPlan, i
 from fedflame.wire.buffer import pack, unpack, views
 from fedflame.wire.envelope import Bytes
 from fedflame.wire.frame import opened, seal, unseal
+from fedflame.wire.packed_header import read_packed_header
 from fedflame.wire.plan_ranges import require_possible
 from fedflame.wire.planes import compress, decompress
 from fedflame.wire.values import layout, restored, rounded
@@ -105,6 +106,12 @@ def encoded_update_limit(plan: Bytes) -> int:
     adapter = Adapter.from_tensors(tensors)
     experts = next(iter(adapter.experts.values())).shape[0]
     return _update_limit(adapter, (len(tensors["rescaler_values"]), experts), header["update_dtype"])
+
+
+def encoded_plan_work(plan: Bytes) -> float:
+    """Return steps times experts per token of a plan that this process has encoded."""
+    header = read_packed_header(opened(plan))
+    return float(header["max_steps"] * header["active_experts"])
 
 
 def _update_limit(adapter: Adapter, counts: tuple[int, int], dtype: UpdateDtype) -> int:

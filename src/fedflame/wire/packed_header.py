@@ -30,7 +30,27 @@ def header_size(start: Bytes) -> int:
 def read_packed_header(buffer: Bytes) -> dict[str, Any]:
     """Return the header that `pack` was given. Raises ValueError if `pack` did not make the buffer."""
     try:
-        entries = json.loads(bytes(buffer[SIZE_BYTES : header_size(buffer)]))
-        return read_header(entries["__metadata__"][KEY])
-    except (KeyError, TypeError, AttributeError, RecursionError, InvalidMessage) as error:
+        return read_header(_entries(buffer)["__metadata__"][KEY])
+    except (KeyError, TypeError, AttributeError, InvalidMessage) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def packed_size(start: Bytes) -> int:
+    """Return how many bytes a whole buffer has, of its start with the header.
+
+    Raises:
+        ValueError: `pack` did not make the buffer.
+    """
+    try:
+        tensors = [entry for name, entry in _entries(start).items() if name != "__metadata__"]
+        return header_size(start) + max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _entries(buffer: Bytes) -> Any:
+    """Return the JSON with the place of each tensor. Raises ValueError if there is none."""
+    try:
+        return json.loads(bytes(buffer[SIZE_BYTES : header_size(buffer)]))
+    except RecursionError as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error

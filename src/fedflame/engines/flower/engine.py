@@ -77,6 +77,21 @@ class FlowerEngine:
             return None
         return {site for site, node in nodes.items() if node in online}
 
+    def revoke(self, site: str) -> None:
+        """Take a site's key from those that the SuperLink admits.
+
+        Raises:
+            UserError: nodes are not known by their keys here, so that nobody can be shut out.
+            OSError: the SuperLink does not take it.
+        """
+        nodes = self._hub.flower.nodes
+        if site not in nodes:
+            raise UserError(
+                f"hub file: flower.nodes has no {site}: only a node whose key is registered can be shut out, "
+                "of a SuperLink with --enable-supernode-auth (docs/flower.md)"
+            )
+        self._ask("supernode", "unregister", str(nodes[site]), _CONNECTION)
+
     def online(self) -> set[int]:
         """Return the nodes that the SuperLink reaches. Raises OSError if it does not answer."""
         nodes = self._ask("supernode", "list", _CONNECTION)["nodes"]

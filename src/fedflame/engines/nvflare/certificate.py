@@ -27,6 +27,13 @@ class Certificate:
         """Return the days until it expires; negative afterwards."""
         return (self.ends - now).total_seconds() / 86400
 
+    def end_in_words(self, now: datetime) -> str:
+        """Say when it expires."""
+        days = self.days_left(now)
+        if days < 0:
+            return f"ended on {self.ends:%Y-%m-%d}"
+        return f"ends in {days:.0f} days, on {self.ends:%Y-%m-%d}"
+
 
 def read_certificate(kit: Path) -> Certificate:
     """Read the certificate in `kit/startup`.
@@ -46,6 +53,11 @@ def read_certificate(kit: Path) -> Certificate:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except InvalidSignature as error:
         raise UserError(f"{path}: not signed by the authority in {startup / 'rootCA.pem'}") from error
+    return certificate_of(found, authority)
+
+
+def certificate_of(found: x509.Certificate, authority: x509.Certificate) -> Certificate:
+    """Return what a certificate says, that is good as long as its authority's is."""
     names = found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return Certificate(
         str(names[0].value) if names else "",

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from fedflame.engines.command import installed_command
 from fedflame.engines.hub import Hub
 from fedflame.engines.nvflare.job import write_job
+from fedflame.engines.nvflare.job_folders import superfluous_jobs
 from fedflame.engines.watch import JobWatch
 from fedflame.errors import UserError
 
@@ -54,7 +57,14 @@ class NvflareEngine:
             write_job(Path(folder) / "job", hub_socket, job_key)
             job = str(self._ask("job", "submit", "-j", f"{folder}/job")["job_id"])
         self._watch.begin(job, partial(self._over, job, started))
+        threading.Thread(target=self._prune, daemon=True).start()
         return job
+
+    def _prune(self) -> None:
+        """Delete old jobs from the hub's store; what cannot be deleted now, a later job tries again."""
+        with suppress(OSError):
+            for job in superfluous_jobs(self._answer("job", "list")):
+                self._ask("job", "delete", job, "--force")
 
     def ended(self, job: str) -> str | None:
         """See `Engine.ended`; the result of the last status query."""
@@ -63,6 +73,12 @@ class NvflareEngine:
     def stop(self, job: str) -> None:
         """See `Engine.stop`. The relay ends by itself when the driver closes its connection."""
         self._watch.forget(job)
+
+    def revoke(self, site: str) -> None:
+        """Let the server admit a site no longer. Raises OSError if it does not take it."""
+        state = self._ask("system", "disable-client", site, "--force").get("state")
+        if state != "disabled":
+            raise OSError(f"nvflare system disable-client: the state of {site} is {state!r}")
 
     def connected(self) -> set[str] | None:
         """See `Engine.connected`."""
@@ -84,22 +100,27 @@ class NvflareEngine:
         return self._ask("system", "status")
 
     def _ask(self, *arguments: str) -> dict[str, Any]:
+        """Return the object that `nvflare` answers. Raises OSError as `_answer` does."""
+        data = self._answer(*arguments)
+        if not isinstance(data, dict):
+            raise OSError(f"nvflare {' '.join(arguments[:2])}: {data!r} is no object")
+        return data
+
+    def _answer(self, *arguments: str) -> Any:
         """Run `nvflare` and return `data` of its answer. Raises OSError with its message if it fails."""
         command = [self._command, *arguments, "--startup-kit", str(self._kit), "--format", "json"]
+        said = f"nvflare {' '.join(arguments[:2])}"
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise OSError(
-                f"nvflare {' '.join(arguments[:2])} took more than {COMMAND_SECONDS:.0f} s"
-            ) from error
+            raise OSError(f"{said} took more than {COMMAND_SECONDS:.0f} s") from error
         answer = _json_object(done.stdout)
-        data = answer.get("data")
-        if answer.get("status") != "ok" or not isinstance(data, dict):
+        if answer.get("status") != "ok":
             words = str(answer.get("message") or done.stderr.strip() or done.stdout.strip() or "no output")
-            raise OSError(f"nvflare {' '.join(arguments[:2])}: {words.splitlines()[-1]}")
-        return data
+            raise OSError(f"{said}: {words.splitlines()[-1]}")
+        return answer.get("data")
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 _APP = "app"
-_NAME = "fedflame"
+NAME = "fedflame"
+"""Of every job of ours."""
 
 
 def write_job(folder: Path, hub_socket: Path, job_key: str) -> None:
@@ -34,7 +35,7 @@ def write_job(folder: Path, hub_socket: Path, job_key: str) -> None:
         "components": [],
     }
     meta = {
-        "name": _NAME,
+        "name": NAME,
         "resource_spec": {},
         "min_clients": 1,
         "deploy_map": {_APP: ["@ALL"]},

@@ -10,12 +10,16 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
+from fedflame.engines.nvflare.revoked import revoked_names
 from fedflame.errors import UserError
+from fedflame.reading import read_object
 
 CLASSES = (
     "fedflame.engines.nvflare.relay.FedflameRelay",
@@ -25,6 +29,8 @@ _LOGS = ("site_log_streamer", "log_receiver")
 """nvflare's components that send the sites' error logs to the hub; the first adds a class to every job."""
 _CODE = ("byoc", "server-predeployed-flwr", "shell_commands")
 """Rights to send code or commands."""
+AUTHORITY_DAYS = 3650
+"""Days that a new authority lasts; nvflare lets the certificates that it signs last 360."""
 DEAD_AFTER_SECONDS = 60
 """Seconds without a heartbeat after which a site counts as gone; nvflare's default is 600."""
 JOBS = 1000
@@ -39,8 +45,12 @@ class Federation:
     """The hub's host name, as the sites resolve it. The server's certificate is issued for it."""
     port: int
     sites: Sequence[str]
-    admin: str
-    """Mail address of the administrator, who may start runs."""
+    admins: Sequence[str]
+    """Mail addresses of the administrators, who may start runs."""
+
+    def names(self) -> list[str]:
+        """Return the names of all that have a kit."""
+        return [self.host, *self.sites, *self.admins]
 
 
 def provision(command: str, folder: Path, federation: Federation) -> None:
@@ -55,23 +65,68 @@ def provision(command: str, folder: Path, federation: Federation) -> None:
         federation: the participants.
 
     Raises:
-        UserError: nvflare refuses the names, or the folder cannot be written.
+        UserError: nvflare refuses the names, one of them was revoked, or the folder cannot be written.
     """
-    workspace, kits = folder / "provision", folder / "kits"
+    kits = folder / "kits"
+    refuse_revoked(kits / federation.host, federation.sites)
+    made = make_kits(command, folder, federation)
     try:
-        workspace.mkdir(parents=True, exist_ok=True, mode=0o700)
-        project = workspace / "project.yml"
-        project.write_text(_project(federation))
-        made = _run(command, project, workspace)
-        for name in (federation.host, *federation.sites, federation.admin):
+        for name in federation.names():
             if not (kits / name).exists():
-                shutil.copytree(made / name, kits / name)
-                _narrow(kits / name)
+                add_kit(made / name, kits / name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be provisioned: {error}") from error
 
 
-def _project(federation: Federation) -> str:
+def make_kits(command: str, folder: Path, federation: Federation) -> Path:
+    """Let nvflare make the kits of a federation in `folder/provision`, with the authority that is there.
+
+    Returns:
+        The folder with a kit for each name. Who had a certificate before has the same.
+
+    Raises:
+        UserError: nvflare refuses the names, or the folder cannot be written.
+    """
+    workspace = folder / "provision"
+    try:
+        workspace.mkdir(parents=True, exist_ok=True, mode=0o700)
+        project = workspace / "project.yml"
+        project.write_text(_project(federation, _authority_days(folder)))
+        return _run(command, project, workspace)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be provisioned: {error}") from error
+
+
+def add_kit(made: Path, kit: Path) -> None:
+    """Put a kit that nvflare has made where there is none. Raises OSError."""
+    shutil.copytree(made, kit)
+    _narrow(kit)
+
+
+def refuse_revoked(server_kit: Path, sites: Iterable[str]) -> None:
+    """Raise UserError at a site that was revoked: its old certificate would be admitted, too."""
+    for site in sorted(revoked_names(server_kit).intersection(sites)):
+        raise UserError(f"{site} was revoked, and its name stays so; give the site another name")
+
+
+def authority_path(folder: Path) -> Path:
+    """Return the path of the file in which nvflare keeps the authority and all certificates with keys."""
+    return folder / "provision" / "fedflame" / "state" / "cert.json"
+
+
+def _authority_days(folder: Path) -> int:
+    """Return how long the authority that is there lasts in all, or a new one is to."""
+    path = authority_path(folder)
+    if not path.exists():
+        return AUTHORITY_DAYS
+    try:
+        found = x509.load_pem_x509_certificate(str(read_object(path)["root_cert"]).encode())
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: not what nvflare keeps there: {error!r}; put back a copy of it") from error
+    return (found.not_valid_after_utc - found.not_valid_before_utc).days
+
+
+def _project(federation: Federation, authority_days: int) -> str:
     """Return nvflare's project file. It is YAML, of which JSON is a part."""
     participants: list[dict[str, Any]] = [
         {"name": federation.host, "type": "server", "org": "hub", "fed_learn_port": federation.port}
@@ -79,14 +134,16 @@ def _project(federation: Federation) -> str:
     participants += [
         {"name": site, "type": "client", "org": _organisation(site)} for site in federation.sites
     ]
-    participants.append({"name": federation.admin, "type": "admin", "org": "hub", "role": "lead"})
+    participants += [
+        {"name": admin, "type": "admin", "org": "hub", "role": "lead"} for admin in federation.admins
+    ]
     builders = [
         {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder"},
         {
             "path": "nvflare.lighter.impl.static_file.StaticFileBuilder",
             "args": {"config_folder": "config", "scheme": "grpc"},
         },
-        {"path": "nvflare.lighter.impl.cert.CertBuilder"},
+        {"path": "nvflare.lighter.impl.cert.CertBuilder", "args": {"root_valid_days": authority_days}},
         {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
     ]
     project = {

@@ -5,22 +5,26 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nvflare.apis.controller_spec import ClientTask, Task
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedflame.engines.link import HubLink
+from fedflame.engines.nvflare.job_folders import prune_kit
 from fedflame.engines.nvflare.payload import TASK, from_shareable, to_shareable
+from fedflame.engines.nvflare.revoked import revoked_names
 from fedflame.wire.envelope import Bytes
 
 _POLL_SECONDS = 0.1
+_REVOKED = "revoked by the hub's administrator"
 SILENT_SECONDS = 60.0
 """A site whose job process is silent for this long counts as gone; heartbeats come every 10 seconds.
 
@@ -47,6 +51,8 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
         self._heard: dict[str, float] = {}
         """Site -> time of the last message of its job process, in seconds of the monotonic clock."""
         self._begun = time.monotonic()
+        self._kit = Path()
+        """The server's kit."""
 
     def set_communicator(self, communicator: Any) -> None:
         """Record the time of every heartbeat that the communicator reports."""
@@ -60,7 +66,10 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
         communicator.client_is_active = heard
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Connect to the driver; end the job if there is none."""
+        """Connect to the driver; end the job if there is none. Remove what old jobs have left in the kit."""
+        self._kit = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir())
+        with suppress(OSError):  # it is no reason to end a job
+            prune_kit(self._kit)
         try:
             self._link = HubLink(self._hub_socket, self._job_key)
         except OSError as error:
@@ -99,7 +108,7 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
         self.log_warning(fl_ctx, f"late answer of {client.name} is dropped")
 
     def _reachable(self) -> set[str]:
-        names = {client.name for client in self._engine.get_clients()}
+        names = {client.name for client in self._engine.get_clients()} - revoked_names(self._kit)
         since = time.monotonic() - SILENT_SECONDS
         return {
             name
@@ -128,6 +137,9 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
         if result.get_return_code() != ReturnCode.OK:
             self._fail(ticket, f"its engine says {result.get_return_code()}")
             return
+        if site in revoked_names(self._kit):
+            self._fail(ticket, _REVOKED)
+            return
         if self._settle(ticket) and self._link is not None:
             self._link.answered(ticket, site, *from_shareable(result))
 
@@ -136,9 +148,9 @@ class FedflameRelay(Controller):  # type: ignore[misc] # nvflare ships no types
 
     def _give_up_on_the_dead(self, reachable: set[str]) -> None:
         with self._lock:
-            dead = [ticket for ticket, site in self._open.items() if site not in reachable]
-        for ticket in dead:
-            self._fail(ticket, "disconnected")
+            dead = [(ticket, site) for ticket, site in self._open.items() if site not in reachable]
+        for ticket, site in dead:
+            self._fail(ticket, _REVOKED if site in revoked_names(self._kit) else "disconnected")
 
     def _fail(self, ticket: str, reason: str) -> None:
         site = self._settle(ticket)
