@@ -1,11 +1,13 @@
 """What every test shares: no hub, no GPU, and the folder of real instruction data where there is one."""
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+gc.disable()  # while everything is imported: nothing of that is garbage, and looking for some takes long
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads both once
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # also where there are cards, the tests compute on the CPU
@@ -16,6 +18,11 @@ if not os.environ.get("CI"):
 
 CHECKOUT = Path(__file__).parents[1]
 SHARED_DATA = Path(os.environ.get("FEDFLAME_SHARED_DATA", CHECKOUT.parent / "shared" / "data"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
