@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,24 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_olmoe().save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The finished `tiny_run` with these overrides, one for all tests; to be asked for before any patch.
+
+    A test reads it, or changes a copy.
+    """
+    from tests.tiny_runs import tiny_run
+
+    runs: dict[frozenset[str], Path] = {}
+
+    def run_with(*overrides: str) -> Path:
+        key = frozenset(overrides)
+        if key not in runs:
+            run = tmp_path_factory.mktemp("undisturbed") / "run"
+            tiny_run(tiny_folder, run, *overrides)
+            runs[key] = run
+        return runs[key]
+
+    return run_with
