@@ -141,7 +141,7 @@ def test_a_cell_says_what_each_device_deploys(
 
 def test_planned_bytes_are_those_of_whole_runs(tiny_folder: Path, tmp_path: Path) -> None:
     """Up to the headers, and up at most, since experts without a token are not sent."""
-    settings = ("adapter.r=16", "clients.ranks=16,7,2", "evaluation.evaluate_every=0")
+    settings = ("adapter.r=16", "clients.ranks=16,7,2", "training.max_steps=1", "evaluation.evaluate_every=0")
     for name in NAMED_METHODS:
         run = tmp_path / name
         a_run(name, tiny_folder, run, *settings)
