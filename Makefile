@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-federation lint types docs check clean
+.PHONY: help run test test-slow test-federation test-others lint types docs check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "make %-15s %s\n", $$1, $$2 }'
@@ -21,7 +21,10 @@ test-slow: $(READY) ## Run the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m slow $(PYTEST_FLAGS)
 
 test-federation: $(READY) ## Run the tests marked federation, one after another
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m federation $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engines -m federation $(PYTEST_FLAGS)
+
+test-others: $(READY) ## Run the tests but those marked federation, the slow ones among them
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not federation" $(PYTEST_FLAGS)
 
 lint: $(READY) ## Check style and format
 	$(BIN)/ruff check
@@ -33,9 +36,10 @@ types: $(READY) ## Check types
 docs: $(READY) ## Build the documentation site, docs/_build/html/index.html
 	$(BIN)/sphinx-build -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
 
-# Federations mostly wait, so that they run beside all the rest.
+# Federations mostly wait, so that they run beside all the rest. What is slow runs with the others: every process
+# that runs tests imports all of them first.
 check: $(READY) ## Everything that CI checks: style, types, the documentation site, all tests
-	$(MAKE) --keep-going --jobs=2 --output-sync=target test-federation lint types docs test test-slow
+	$(MAKE) --keep-going --jobs=2 --output-sync=target test-federation lint types docs test-others
 
 clean: ## Remove .venv, caches and builds; runs/ stays
 	rm -rf .venv dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

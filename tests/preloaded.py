@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import signal
@@ -91,11 +92,14 @@ def command_words() -> tuple[str, ...]:
 
 
 def _serve(path: str) -> NoReturn:
+    gc.disable()  # so that importing takes less
     from fedflame.cli import app
     from fedflame.commands.run import print_run
     from fedflame.trainer.service import TrainerService
 
     assert app and print_run and TrainerService
+    gc.freeze()
+    gc.enable()
     threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks, so the system does
     with socket.socket(socket.AF_UNIX) as listener:

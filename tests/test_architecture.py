@@ -260,3 +260,9 @@ def test_the_example_imports_the_library_in_main_only() -> None:
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import)]
     outside = [ast.unparse(node) for node in froms if id(node) not in inside]
     assert outside and not any("fedflame" in statement for statement in outside)
+
+
+def test_tests_marked_federation_lie_where_make_looks_for_them() -> None:
+    tests, mark = Path(__file__).parent, "pytest.mark." + "federation"
+    marked = [path for path in tests.rglob("*.py") if mark in path.read_text(encoding="utf-8")]
+    assert marked and {path.parent for path in marked} == {tests / "engines"}

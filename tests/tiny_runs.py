@@ -31,9 +31,12 @@ SETTINGS = (
     "training.per_device_train_batch_size=4",
     "server.num_server_rounds=3",
     "evaluation.rows_per_category=1",
-    "evaluation.max_new_tokens=2",
+    "evaluation.max_new_tokens=0",
     "evaluation.generate_every=0",
 )
+ANSWERS = "evaluation.max_new_tokens=2"
+"""For runs whose answers are looked at; to generate them takes a fifth of a run."""
+ONE_ROUND = "server.num_server_rounds=1"
 
 
 def start_cli(*arguments: str | Path) -> CliProcess:

@@ -9,7 +9,8 @@ import sys
 from fedflame.clients.fork_server import PRELOADED
 
 CHILD = f"""
-import importlib, traceback
+import gc, importlib, traceback
+gc.disable()  # so that importing takes less
 import torch
 
 def refuse(*arguments, **settings):

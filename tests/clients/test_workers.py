@@ -140,9 +140,9 @@ def test_the_others_get_plans_while_this_process_trains_but_no_more_than_twice_t
     def plans() -> Iterator[tuple[int, bytes]]:
         for client in [0, 1, 2, 3, 4] * 3:
             taken.append(client)
-            yield plan(local, client, steps=2 if taken[1:] else 400)  # all others wait for the first
+            yield plan(local, client, steps=2 if taken[1:] else 80)  # all others wait for the first
 
-    answers = workers.train(plans(), lambda _: None)
+    answers = workers.train(plans(), lambda _: time.sleep(0.03))
     assert next(answers).update
     assert len(taken) == 6
     answers.close()
@@ -361,7 +361,7 @@ def test_a_worker_that_is_killed_at_work_is_a_failure_and_is_replaced(
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
-    answers = list(workers.train([plan(local, client, steps=200) for client in (0, 1, 2)], kill_once))
+    answers = list(workers.train([plan(local, client, steps=100) for client in (0, 1, 2)], kill_once))
     assert len(killed) == 2
     assert [answer.failure for answer in answers] == ["", *["its worker process ended with exit code -9"] * 2]
     assert answers[0].update and len(multiprocessing.active_children()) == 2, "they have been replaced"

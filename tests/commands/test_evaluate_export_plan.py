@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tests.tiny_models import TOP_K
-from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, tiny_run
+from tests.tiny_runs import ANSWERS, SETTINGS, adapter_bytes, events, invoke
 from transformers import AutoModelForCausalLM
 
 from fedflame.data.federation import SKILLS_ROWS
@@ -16,10 +17,8 @@ MODELS = Path(__file__).parents[2] / "configs" / "models"
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    tiny_run(tiny_folder, run, "server.num_server_rounds=2", "training.learning_rate=0.02")
-    return run
+def finished(undisturbed: Callable[..., Path]) -> Path:
+    return undisturbed("server.num_server_rounds=2", "training.learning_rate=0.02", ANSWERS)
 
 
 def scores(*command: str | Path) -> dict[str, dict[str, dict[str, float]]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ from fedflame.server.checkpoint import read_checkpoint, write_checkpoint
 from fedflame.strategies.hetlora import HetLoRA
 from fedflame.training.fine_tune import fine_tune
 
+TWO_ROUNDS = ("server.num_server_rounds=2", "training.learning_rate=0.02")
+
 
 def a_run(name: str, model: Path, run: Path, *overrides: str, existing: Existing = "refuse") -> str:
-    settings = ("server.num_server_rounds=2", "training.learning_rate=0.02", f"strategy.name={name}")
-    return tiny_run(model, run, *settings, *overrides, existing=existing)
+    return tiny_run(model, run, *TWO_ROUNDS, f"strategy.name={name}", *overrides, existing=existing)
 
 
 def last_losses(run: Path) -> dict[str, float]:
@@ -41,14 +44,25 @@ def losses(*command: str | Path) -> dict[str, float]:
     return {k: values["all"]["loss"] for k, values in json.loads(result.stdout).items()}
 
 
+@pytest.fixture(scope="session")
+def of_command_line(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A method's run of two rounds, made once by the command line; not to be changed."""
+
+    @functools.cache
+    def run_of(name: str) -> Path:
+        run = tmp_path_factory.mktemp("methods") / name
+        result = invoke(*arguments(tiny_folder, run, *TWO_ROUNDS, f"strategy.name={name}"))
+        assert result.exit_code == 0, result.stderr
+        return run
+
+    return run_of
+
+
 @pytest.mark.parametrize("name", NAMED_METHODS)
 def test_every_method_runs_from_the_command_line_and_learns(
-    name: str, tiny_folder: Path, tmp_path: Path
+    name: str, of_command_line: Callable[[str], Path]
 ) -> None:
-    run = tmp_path / "run"
-    settings = (f"strategy.name={name}", "server.num_server_rounds=2", "training.learning_rate=0.02")
-    result = invoke(*arguments(tiny_folder, run, *settings))
-    assert result.exit_code == 0, result.stderr
+    run = of_command_line(name)
     assert not events(run, "excluded")
     clients = [(e["active_experts"], e["rank"]) for e in events(run, "client") if e["round"] == 2]
     assert clients == (
@@ -127,9 +141,10 @@ def test_a_cell_says_what_each_device_deploys(
 
 def test_planned_bytes_are_those_of_whole_runs(tiny_folder: Path, tmp_path: Path) -> None:
     """Up to the headers, and up at most, since experts without a token are not sent."""
+    settings = ("adapter.r=16", "clients.ranks=16,7,2", "training.max_steps=1", "evaluation.evaluate_every=0")
     for name in NAMED_METHODS:
         run = tmp_path / name
-        a_run(name, tiny_folder, run, "adapter.r=16", "clients.ranks=16,7,2")
+        a_run(name, tiny_folder, run, *settings)
         plan = json.loads((run / "plan.json").read_text())
         tiers = {(tier["active_experts"], tier["rank"]): tier for tier in plan["tiers"]}
         for event in events(run, "client"):
@@ -158,15 +173,19 @@ def killed_and_resumed(
 
 @pytest.mark.parametrize("name", NAMED_METHODS)
 def test_a_run_that_was_killed_resumes_to_the_same_bytes(
-    name: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+    name: str,
+    of_command_line: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    a_run(name, tiny_folder, tmp_path / "whole")
-    killed_and_resumed(name, tiny_folder, tmp_path / "killed", monkeypatch)
-    one, other = (read_checkpoint(tmp_path / run).state for run in ("whole", "killed"))
+    whole, killed = of_command_line(name), tmp_path / "killed"
+    killed_and_resumed(name, tiny_folder, killed, monkeypatch)
+    one, other = (read_checkpoint(run).state for run in (whole, killed))
     assert one.trainable == other.trainable
     assert_same_bits(one.total_at(TOP_K), other.total_at(TOP_K))
-    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
-    assert last_losses(tmp_path / "killed") == last_losses(tmp_path / "whole")
+    assert adapter_bytes(killed) == adapter_bytes(whole)
+    assert last_losses(killed) == last_losses(whole)
 
 
 def test_a_run_whose_clients_prune_their_ranks_resumes_to_the_same_bytes(

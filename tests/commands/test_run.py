@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from tests.cli_process import CliProcess
 from tests.random_rounds import assert_same_bits
 from tests.tiny_models import EXPERTS, LAYERS, TOP_K, tiny_olmoe
 from tests.tiny_runs import (
+    ANSWERS,
+    ONE_ROUND,
     adapter_bytes,
     arguments,
     checkpoint_bytes,
@@ -32,6 +35,8 @@ from fedflame.checked_json import write_checked
 from fedflame.config.run_config import SCHEMA_VERSION
 from fedflame.errors import UserError
 from fedflame.experiment.adapter_folder import trained_run
+from fedflame.experiment.prepare import prepare
+from fedflame.experiment.run import run_experiment
 from fedflame.exports import export_adapter
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
 from fedflame.run_files.checkpoints import checkpoint_path
@@ -47,12 +52,10 @@ from loopback import alive, descendants
 Misbehave = Callable[[RoundPlan, ClientUpdate], ClientUpdate]
 
 
-@pytest.fixture(scope="session")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def finished(undisturbed: Callable[..., Path]) -> Path:
     """A run that nothing disturbed."""
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    tiny_run(tiny_folder, run)
-    return run
+    return undisturbed()
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_counts_and_tokens_of_every_client_add_up(finished: Path) -> None:
 def test_steps_by_tokens_are_as_large_as_each_client_is_told(tiny_folder: Path, tmp_path: Path) -> None:
     budgets = (130, 260, 520)  # rows have at most 120 tokens
     override = f"training.tokens_per_step={','.join(map(str, budgets))}"
-    tiny_run(tiny_folder, tmp_path / "run", override, "server.num_server_rounds=1")
+    tiny_run(tiny_folder, tmp_path / "run", override, ONE_ROUND)
     for event, budget in zip(events(tmp_path / "run", "client"), budgets, strict=True):
         assert event["steps"] == 2
         assert 0.5 * 2 * budget < event["tokens"] <= 2 * budget
@@ -121,7 +124,7 @@ def test_under_a_compute_budget_every_client_spends_what_flame_does_at_its_k(
     method = ("strategy.k_rotation=none",)
     if trained != "flame":
         method = ("strategy.name=fedavg", f"strategy.active_experts={trained}")
-    settings = ("training.budget=compute", "training.max_steps=7", "server.num_server_rounds=1")
+    settings = ("training.budget=compute", "training.max_steps=7", ONE_ROUND)
     tiny_run(tiny_folder, tmp_path / "run", *method, *settings)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     flops = {tier["active_experts"]: tier["training_flops_per_token"] for tier in plan["tiers"]}
@@ -140,8 +143,8 @@ def test_under_a_compute_budget_every_client_spends_what_flame_does_at_its_k(
     }[trained]
 
 
-def test_every_tier_is_evaluated_before_and_after_every_round(finished: Path) -> None:
-    together = [e for e in events(finished, "evaluation") if e["category"] is None]
+def test_every_tier_is_evaluated_before_and_after_every_round(undisturbed: Callable[..., Path]) -> None:
+    together = [e for e in events(undisturbed(ANSWERS), "evaluation") if e["category"] is None]
     assert [(e["round"], e["active_experts"]) for e in together] == [
         (round_number, k) for round_number in range(4) for k in (4, 2, 1)
     ]
@@ -199,18 +202,20 @@ def test_another_seed_gives_other_bytes(finished: Path, tiny_folder: Path, tmp_p
 
 @pytest.mark.timeout(240)
 def test_killed_at_three_instants_and_resumed_it_ends_in_the_same_bytes(
-    finished: Path, tiny_folder: Path, tmp_path: Path
+    undisturbed: Callable[..., Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
+    finished = undisturbed(ANSWERS)  # to generate the last of them takes longer than the kill
     run, rng = tmp_path / "killed", random.Random(time.time_ns())
     lines = len((finished / "metrics.jsonl").read_text().splitlines())
     goals = sorted(rng.sample(range(1, lines - 1), 3))
     for number, goal in enumerate(goals):
-        process = start(tiny_folder, run, *(["--resume"] if number else []))
+        process = start(tiny_folder, run, "--set", ANSWERS, *(["--resume"] if number else []))
         wait_for_lines(process, run / "metrics.jsonl", goal)
         time.sleep(rng.random() * 0.05)
         process.kill()
         assert process.wait(20) == -signal.SIGKILL, f"goals {goals}"
-    process = start(tiny_folder, run, "--resume" if (run / "config.json").exists() else "--overwrite")
+    begun = (run / "config.json").exists()
+    process = start(tiny_folder, run, "--set", ANSWERS, "--resume" if begun else "--overwrite")
     assert process.wait(60) == 0, f"goals {goals}"
     assert adapter_bytes(run) == adapter_bytes(finished), f"goals {goals}"
     assert state_bytes(run) == state_bytes(finished)
@@ -264,12 +269,11 @@ def test_a_run_that_is_told_to_end_says_how_to_go_on_and_goes_on_to_the_same_byt
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("workers", ["2", "3"])
+@pytest.mark.parametrize("workers", [2, 3])
 def test_worker_processes_change_no_byte(
-    workers: str, finished: Path, tiny_folder: Path, tmp_path: Path
+    workers: int, finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    process = start(tiny_folder, tmp_path / "run", "--workers", workers)
-    assert process.wait(90) == 0
+    run_experiment(prepare(tiny_config(tiny_folder, tmp_path / "run")), workers=workers)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
     assert state_bytes(tmp_path / "run") == state_bytes(finished)
     assert timeless(tmp_path / "run") == timeless(finished)
@@ -305,15 +309,17 @@ def test_an_existing_run_is_neither_touched_nor_forgotten(finished: Path, tiny_f
     assert checkpoint_bytes(finished) == before
 
 
-def test_overwrite_starts_anew(tiny_folder: Path, tmp_path: Path) -> None:
-    tiny_run(tiny_folder, tmp_path / "run")
-    tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1", existing="overwrite")
+def test_overwrite_starts_anew(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    tiny_run(tiny_folder, tmp_path / "run", ONE_ROUND, existing="overwrite")
     assert read_checkpoint(tmp_path / "run").round == 1
     assert len(events(tmp_path / "run", "round")) == 1
 
 
-def test_overwrite_keeps_the_old_run_if_the_new_one_cannot_start(tiny_folder: Path, tmp_path: Path) -> None:
-    tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+def test_overwrite_keeps_the_old_run_if_the_new_one_cannot_start(
+    undisturbed: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed(ONE_ROUND), tmp_path / "run")
     before = checkpoint_bytes(tmp_path / "run")
     with pytest.raises(UserError, match="num_clients"):
         tiny_run(tiny_folder, tmp_path / "run", "clients.num_clients=400", existing="overwrite")
@@ -358,10 +364,12 @@ def test_resume_refuses_other_data(tiny_folder: Path, tmp_path: Path) -> None:
         tiny_run(tiny_folder, tmp_path / "run", data, existing="resume")
 
 
-def test_a_run_folder_may_be_moved_and_resumed(tiny_folder: Path, tmp_path: Path) -> None:
-    tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+def test_a_run_folder_may_be_moved_and_resumed(
+    undisturbed: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed(ONE_ROUND), tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
-    tiny_run(tiny_folder, tmp_path / "moved", "server.num_server_rounds=1", existing="resume")
+    tiny_run(tiny_folder, tmp_path / "moved", ONE_ROUND, existing="resume")
     assert read_checkpoint(tmp_path / "moved").round == 1
 
 
@@ -372,14 +380,14 @@ def test_resume_without_a_run_says_so(tiny_folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kept", [0, 5, 200, -1])
 def test_a_truncated_checkpoint_is_refused_and_left_alone(
-    kept: int, tiny_folder: Path, tmp_path: Path
+    kept: int, undisturbed: Callable[..., Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+    shutil.copytree(undisturbed(ONE_ROUND), tmp_path / "run")
     path = checkpoint_path(tmp_path / "run", 1)
     path.write_bytes(path.read_bytes()[:kept])
     damaged, metrics = path.read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"truncated or damaged|that are no fedflame checkpoint") as error:
-        tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1", existing="resume")
+        tiny_run(tiny_folder, tmp_path / "run", ONE_ROUND, existing="resume")
     assert "\n" not in str(error.value)
     assert path.read_bytes() == damaged
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
@@ -394,7 +402,7 @@ def test_a_client_that_raises_is_left_out_and_the_round_goes_on(
         return update
 
     misbehave(raise_for_client_1)
-    shown = tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+    shown = tiny_run(tiny_folder, tmp_path / "run", ONE_ROUND)
     assert "round 1: client 1 is left out: ArithmeticError: no result" in shown
     assert [e["clients"] for e in events(tmp_path / "run", "round")] == [2]
     assert [e["client"] for e in events(tmp_path / "run", "client")] == [0, 2]
@@ -421,7 +429,7 @@ def test_nonsense_is_left_out_with_its_reason(
         return replace(update, delta=Adapter(experts, update.delta.attention))
 
     misbehave(spoil_client_0)
-    tiny_run(tiny_folder, tmp_path / "run", "server.num_server_rounds=1")
+    tiny_run(tiny_folder, tmp_path / "run", ONE_ROUND)
     (excluded,) = events(tmp_path / "run", "excluded")
     assert (excluded["client"], excluded["active_experts"]) == (0, 4)
     assert reason in excluded["reason"]
@@ -476,7 +484,7 @@ def test_a_full_disk_while_checkpointing_loses_nothing(
 def test_fedavg_at_the_smallest_k_runs_and_is_evaluated_at_every_tier(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    tiny_run(tiny_folder, tmp_path / "run", "strategy.name=fedavg", "server.num_server_rounds=1")
+    tiny_run(tiny_folder, tmp_path / "run", "strategy.name=fedavg", ONE_ROUND)
     assert {e["active_experts"] for e in events(tmp_path / "run", "client")} == {1}
     assert {e["active_experts"] for e in events(tmp_path / "run", "evaluation")} == {4, 2, 1}
 
@@ -491,15 +499,14 @@ def test_a_run_is_evaluated_as_often_as_asked_and_learns_the_same(
 
 
 def test_a_run_of_no_new_tokens_is_measured_by_loss_alone(
-    finished: Path, tiny_folder: Path, tmp_path: Path
+    finished: Path, undisturbed: Callable[..., Path]
 ) -> None:
-    run = tmp_path / "run"
-    tiny_run(tiny_folder, run, "evaluation.max_new_tokens=0")
-    found, scored = events(run, "evaluation"), events(finished, "evaluation")
+    run, with_answers = finished, undisturbed(ANSWERS)
+    found, scored = events(run, "evaluation"), events(with_answers, "evaluation")
     assert [event["loss"] for event in found] == [event["loss"] for event in scored]
     assert all(event["exact_match"] is None and event["rouge_l"] is None for event in found)
     assert any(event["exact_match"] is not None for event in scored)
-    assert state_bytes(run) == state_bytes(finished)
+    assert state_bytes(run) == state_bytes(with_answers)
     assert "This run has no scores by generation." in (run / "report.html").read_text()
     result = invoke("evaluate", run, "--json")
     assert all(k["all"]["exact_match"] is None for k in json.loads(result.output).values())
@@ -508,7 +515,7 @@ def test_a_run_of_no_new_tokens_is_measured_by_loss_alone(
 @pytest.mark.parametrize("rescaler", ["none", "static", "mass"])
 def test_every_rescaler_option_runs(rescaler: str, tiny_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    tiny_run(tiny_folder, run, f"strategy.rescaler={rescaler}", "server.num_server_rounds=1")
+    tiny_run(tiny_folder, run, f"strategy.rescaler={rescaler}", ONE_ROUND)
     values = {event["active_experts"]: event["rescaler"] for event in events(run, "client")}
     assert values[TOP_K] == [1.0] * LAYERS
     if rescaler == "none":

@@ -11,7 +11,8 @@ import pytest
 
 HEAVY = ("torch", "datasets", "peft", "scipy", "flwr", "nvflare", "rouge_score")
 CHILD = """
-import json, sys
+import gc, json, sys
+gc.disable()  # so that importing takes less
 from typer.testing import CliRunner
 from fedflame.base import device
 from fedflame.cli import app

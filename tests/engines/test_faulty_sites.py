@@ -172,6 +172,7 @@ def test_with_thirty_percent_failing_at_random_fifty_rounds_equal_those_that_ski
         "training.max_steps=1",
         "training.per_device_train_batch_size=1",
         f"server.num_server_rounds={ROUNDS}",
+        "evaluation.evaluate_every=0",
     )
     files = make_sites(tiny_folder, tmp_path, ks, *shape)
     with trainers(list(files.values())) as sites:

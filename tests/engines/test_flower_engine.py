@@ -88,6 +88,7 @@ def test_a_run_is_an_app_without_code_and_nothing_of_the_users_own_configuration
 ) -> None:
     engine = FlowerEngine(a_hub(tmp_path, address))
     assert engine.submit(Path("/run/hub.sock"), "the-key") == ID
+    engine.stop(ID)  # otherwise it is watched for as long as this process lives
     note = flwr.notes()[0]
     assert note["asked"][0] == "run" and note["asked"][2:4] == ["hub", "--run-config"]
     assert note["project"] == ["pyproject.toml"]

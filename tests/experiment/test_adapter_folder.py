@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.tiny_models import ATTENTION, EXPERTS, HIDDEN, PAD, TOP_K, VOCABULARY, WIDTH, character_tokenizer
-from tests.tiny_runs import SETTINGS, adapter_bytes, checkpoint_bytes, events, invoke, tiny_config, tiny_run
+from tests.tiny_runs import (
+    ONE_ROUND,
+    SETTINGS,
+    adapter_bytes,
+    checkpoint_bytes,
+    events,
+    invoke,
+    tiny_config,
+    tiny_run,
+)
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from fedflame.base.adapted import load_adapted_model
@@ -20,14 +30,11 @@ from fedflame.server.checkpoint import read_checkpoint
 from fedflame.training.fine_tune import fine_tune
 
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-ONE_ROUND = "server.num_server_rounds=1"
 
 
 @pytest.fixture(scope="module")
-def first(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "first"
-    tiny_run(tiny_folder, run, "training.learning_rate=0.02", "server.num_server_rounds=2")
-    return run
+def first(undisturbed: Callable[..., Path]) -> Path:
+    return undisturbed("training.learning_rate=0.02", "server.num_server_rounds=2")
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny_runs import SETTINGS, adapter_bytes, tiny_config, tiny_run
+from tests.tiny_runs import ANSWERS, ONE_ROUND, SETTINGS, adapter_bytes, tiny_config
 
 import fedflame
 from fedflame.config.run_config import RunConfig
@@ -54,7 +55,7 @@ class Sign(FedAvg):
 
 
 def config_of(model: Path, run: Path, *overrides: str) -> RunConfig:
-    return tiny_config(model, run, "server.num_server_rounds=1", *overrides)
+    return tiny_config(model, run, ONE_ROUND, *overrides)
 
 
 def rows_of(texts: Iterable[Instruction]) -> list[dict[str, str]]:
@@ -66,7 +67,7 @@ ROWS = rows_of(instructions(60, 3, "train"))
 
 @pytest.fixture(scope="module")
 def first(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> fedflame.Run:
-    return fedflame.run(tiny_config(tiny_folder, tmp_path_factory.mktemp("runs") / "first"))
+    return fedflame.run(tiny_config(tiny_folder, tmp_path_factory.mktemp("runs") / "first", ANSWERS))
 
 
 def test_every_name_is_there_and_documented_and_costs_nothing_before_it_is_used() -> None:
@@ -81,13 +82,14 @@ def test_every_name_is_there_and_documented_and_costs_nothing_before_it_is_used(
 
 
 def test_the_api_and_the_command_line_do_the_same(
-    first: fedflame.Run, tiny_folder: Path, tmp_path: Path
+    first: fedflame.Run, undisturbed: Callable[..., Path]
 ) -> None:
-    tiny_run(tiny_folder, tmp_path / "run")
-    assert adapter_bytes(first.folder) == adapter_bytes(tmp_path / "run")
+    assert adapter_bytes(first.folder) == adapter_bytes(undisturbed())
 
 
-def test_a_method_in_the_programs_own_file_trains_in_fifteen_lines(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_method_in_the_programs_own_file_trains_in_fifteen_lines(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings: dict[str, Any] = {}
     for line in (*SETTINGS, f"model.model_name_or_path={tiny_folder}", f"output_dir={tmp_path / 'run'}"):
         key, _, value = line.partition("=")
@@ -95,9 +97,9 @@ def test_a_method_in_the_programs_own_file_trains_in_fifteen_lines(tiny_folder: 
         (settings.setdefault(section, {}) if section else settings)[name] = value
     program = PROGRAM % json.dumps(settings)
     assert len(program.splitlines()) <= 15
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    scores = eval(done.stdout)  # what the program printed: a plain dict
+    (tmp_path / "program.py").write_text(program)
+    runpy.run_path(str(tmp_path / "program.py"), run_name="__main__")
+    scores = eval(capsys.readouterr().out)  # what the program printed: a plain dict
     assert sorted(scores) == [0, 1, 2, 3] and scores[3][4]["loss"] < scores[0][4]["loss"]
 
 

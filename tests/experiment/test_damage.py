@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,41 @@ from fedflame.experiment.run import run_experiment
 SETTINGS = ("communication.update_dtype=int8", "evaluation.generate_every=0", "evaluation.max_new_tokens=0")
 FLIPS = 20
 Reader = Callable[[Path, Path], Any]
-_opened: set[Path] | None = None
+
+
+@dataclass
+class Opened:
+    """The files that are opened for reading: as they were, or after they were put in place anew."""
+
+    found: set[Path] = field(default_factory=set)
+    renewed: set[Path] = field(default_factory=set)
+    _placed: set[Path] = field(default_factory=set)
+
+    def note(self, event: str, given: tuple[Any, ...]) -> None:
+        if event == "os.rename":
+            self._placed.add(Path(given[1]))
+        elif event == "open" and isinstance(given[0], str) and given[1] in ("r", "rb"):
+            path = Path(given[0])
+            is_new = not self._placed.isdisjoint((path, *path.parents)) and path not in self.found
+            (self.renewed if is_new else self.found).add(path)
+
+
+_opened: Opened | None = None
 
 
 def _watch(event: str, given: tuple[Any, ...]) -> None:
-    if _opened is not None and event == "open" and isinstance(given[0], str) and given[1] in ("r", "rb"):
-        _opened.add(Path(given[0]))
+    if _opened is not None:
+        _opened.note(event, given)
 
 
 sys.addaudithook(_watch)
 
 
 @contextmanager
-def opened() -> Iterator[set[Path]]:
+def opened() -> Iterator[Opened]:
     """The files that are opened for reading within the block."""
     global _opened
-    _opened = set()
+    _opened = Opened()
     try:
         yield _opened
     finally:
@@ -141,24 +161,44 @@ def test_twenty_flipped_bits_in_each_file_are_refused_or_harmless(
     run, rng = tmp_path / "work" / "run", random.Random(20)
     with opened() as files:
         wanted = reader(copy(finished, run), tiny_folder)
-    there = {str(path.relative_to(run)) for path in files if path.is_relative_to(run)}
-    read = sorted(there & names(finished) - {"report.html"})  # which `report` itself has just written
-    assert READ[reader] <= {Path(name).name.removesuffix(".sealed") for name in read}
+    read, renewed = (sorted(inside(run, paths) & names(finished)) for paths in (files.found, files.renewed))
+    assert READ[reader] <= {Path(name).name.removesuffix(".sealed") for name in (*read, *renewed)}
+    for name in renewed:  # all at once: whatever stood there is gone before anyone looks
+        content = (finished / name).read_bytes()
+        (copy(finished, run) / name).write_bytes(flipped(content, rng.sample(range(8 * len(content)), FLIPS)))
+        assert reader(run, tiny_folder) == wanted, name
     refused = 0
+    copy(finished, run)
     for name in read:
-        size = (finished / name).stat().st_size
-        for place in rng.sample(range(8 * size), FLIPS):
-            content = bytearray((finished / name).read_bytes())
-            content[place // 8] ^= 1 << place % 8
-            (copy(finished, run) / name).write_bytes(bytes(content))
+        content = (finished / name).read_bytes()
+        for place in rng.sample(range(8 * len(content)), FLIPS):
+            (run / name).write_bytes(flipped(content, [place]))
             try:
                 got = reader(run, tiny_folder)
             except UserError as error:
                 assert "\n" not in str(error)
                 refused += 1
+                (run / name).write_bytes(content)
             else:
                 assert got == wanted, f"bit {place} of {name}"
+                copy(finished, run)
+        assert contents(run) == contents(finished), "who refuses leaves all as it was"
     assert refused > 0.8 * FLIPS * len(read), "only the layout of JSON may be harmless"
+
+
+def inside(run: Path, paths: set[Path]) -> set[str]:
+    return {str(path.relative_to(run)) for path in paths if path.is_relative_to(run)}
+
+
+def flipped(content: bytes, places: Sequence[int]) -> bytes:
+    changed = bytearray(content)
+    for place in places:
+        changed[place // 8] ^= 1 << place % 8
+    return bytes(changed)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in names(run)}
 
 
 def names(run: Path) -> set[str]:
@@ -170,7 +210,7 @@ def test_files_that_are_missing_cut_or_of_another_type_are_refused(
     damage: str, finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "work" / "run"
-    contents = {"empty": b"", "a list": b"[1, 2]\n", "no UTF-8": b'{"a": "\xff"}\n', "deep": b"[" * 100_000}
+    damaged = {"empty": b"", "a list": b"[1, 2]\n", "no UTF-8": b'{"a": "\xff"}\n', "deep": b"[" * 100_000}
     for reader in (report, metrics, values, export, resume):
         for name in sorted(names(finished)):
             if Path(name).name.removesuffix(".sealed") not in READ[reader]:
@@ -178,13 +218,13 @@ def test_files_that_are_missing_cut_or_of_another_type_are_refused(
             path = copy(finished, run) / name
             if damage == "cut":
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-            elif damage in contents:
-                path.write_bytes(contents[damage])
+            elif damage in damaged:
+                path.write_bytes(damaged[damage])
             else:
                 path.unlink()
                 if damage == "a folder":
                     path.mkdir()
-            before = {str(left): (run / left).read_bytes() for left in names(run)}
+            before = contents(run)
             if damage == "missing" and name.endswith("round-3.sealed") and reader in (report, metrics):
                 reader(run, tiny_folder)  # the checkpoint before vouches for the metrics until then
                 continue
@@ -198,7 +238,7 @@ def test_files_that_are_missing_cut_or_of_another_type_are_refused(
                 assert line == f"{run}: no checkpoint after round 2 is kept; there are those after 3"
             else:
                 assert "\n" not in line and Path(name).name in line, name
-            assert {str(left): (run / left).read_bytes() for left in names(run)} == before
+            assert contents(run) == before
 
 
 def test_metrics_that_end_before_their_checkpoint_are_refused_before_training(

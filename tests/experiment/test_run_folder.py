@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.tiny_runs import checkpoint_bytes, invoke, tiny_run
+from tests.tiny_runs import ONE_ROUND, checkpoint_bytes, invoke, tiny_run
 
 from fedflame.checked_json import read_checked, write_checked
 from fedflame.config.run_config import SCHEMA_VERSION
 from fedflame.errors import UserError
 from fedflame.experiment.run_folder import saved_config
 
-ONE_ROUND = "server.num_server_rounds=1"
-
 
 @pytest.mark.parametrize("checked", [True, False], ids=["checked", "without a checksum"])
 @pytest.mark.parametrize("version", [None, SCHEMA_VERSION + 1, "1"])
 def test_a_run_folder_of_another_version_is_refused_and_may_be_replaced(
-    version: int | str | None, checked: bool, tiny_folder: Path, tmp_path: Path
+    version: int | str | None,
+    checked: bool,
+    undisturbed: Callable[..., Path],
+    tiny_folder: Path,
+    tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
-    tiny_run(tiny_folder, run, ONE_ROUND)
+    shutil.copytree(undisturbed(ONE_ROUND), run)
     path = run / "config.json"
     values = read_checked(path, "")
     assert values.pop("schema_version") == SCHEMA_VERSION

@@ -80,7 +80,8 @@ def test_what_no_honest_client_can_send_is_left_out_in_every_round_from_the_firs
 ) -> None:
     falsify, reason = REFUSED[name]
     attack(monkeypatch, falsify)
-    tiny_run(tiny_folder, tmp_path / "run", "strategy.clip=none", "strategy.k_rotation=none")
+    settings = ("strategy.clip=none", "strategy.k_rotation=none", "evaluation.evaluate_every=0")
+    tiny_run(tiny_folder, tmp_path / "run", *settings)
     excluded = events(tmp_path / "run", "excluded")
     assert [(event["round"], event["client"]) for event in excluded] == [(n, HOSTILE) for n in (1, 2, 3)]
     assert all(reason in event["reason"] for event in excluded), excluded[0]["reason"]
@@ -103,9 +104,8 @@ def test_within_the_bound_of_adamw_an_update_counts_for_no_more_than_the_factor(
     """Eight steps, after which honest values are well within the bound."""
     sent = attack(monkeypatch, to_the_edge)
     run = tmp_path / "run"
-    tiny_run(
-        tiny_folder, run, f"strategy.name={method}", "training.max_steps=8", "server.num_server_rounds=2"
-    )
+    settings = ("training.max_steps=8", "server.num_server_rounds=2", "evaluation.evaluate_every=0")
+    tiny_run(tiny_folder, run, f"strategy.name={method}", *settings)
     assert not events(run, "excluded"), "it is within the bound"
     paces = {(e["round"], e["client"]): e["pace"] for e in events(run, "client")}
     shares = {(e["round"], e["client"]): e["share"] for e in events(run, "clipped")}

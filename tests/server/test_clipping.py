@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,13 +266,15 @@ def test_an_outlier_has_over_three_times_the_median() -> None:
 # Runs
 
 
-def test_clipping_is_on_by_default_and_said(tiny_folder: Path, tmp_path: Path) -> None:
-    tiny_run(tiny_folder, tmp_path / "whole")
+def test_clipping_is_on_by_default_and_said(
+    undisturbed: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole = undisturbed()
     tiny_run(tiny_folder, tmp_path / "median", "strategy.clip=median")
-    assert adapter_bytes(tmp_path / "whole") == adapter_bytes(tmp_path / "median")
+    assert adapter_bytes(whole) == adapter_bytes(tmp_path / "median")
     tight = "strategy.clip=0.3"
     tiny_run(tiny_folder, tmp_path / "tight", tight)
-    assert adapter_bytes(tmp_path / "tight") != adapter_bytes(tmp_path / "whole")
+    assert adapter_bytes(tmp_path / "tight") != adapter_bytes(whole)
     assert {event["client"] for event in events(tmp_path / "tight", "clipped")} == {0, 1, 2}
     for event in events(tmp_path / "tight", "client"):
         assert set(event["norms"]) == {"A1", "B1", "A2", "B2", "attention", "rescaler"}

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -129,6 +128,8 @@ def _score_rows(adapted: AdaptedModel, held_out: HeldOut, indices: list[int], ge
         return [Scores(1, loss, tokens) for loss, tokens in zip(losses, lengths, strict=True)]
     rows = [held_out.rows[index] for index in indices]
     answers = generate_responses(adapted, held_out, rows)
+    from rouge_score.rouge_scorer import RougeScorer  # it imports NLTK, which takes half a second
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return [
         Scores(
