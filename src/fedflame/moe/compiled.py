@@ -16,16 +16,23 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import maybe_mark_dynamic
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
+OPTIONS: dict[str, Any] = {"comprehensive_padding": False, "assert_indirect_indexing": False}
+"""Rows stay as wide as they are, so that operators can write into them. Indices are not checked."""
 VARIANTS = 64
 """Most kinds of arguments that a layer is compiled for: each k is one, and a batch of one row another."""
 
 
 def compiled_on_cuda(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Compile a function of tensors where the first of them lies on CUDA."""
+    """Compile a function of tensors where the first of them lies on CUDA.
+
+    The tensors that `of_any_length` has marked may have any length in the first dimension. All other sizes
+    are constants of the compiled program: kernels that divide by unknown widths take several times as long.
+    """
 
     @wraps(function)
     def chosen(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -34,6 +41,12 @@ def compiled_on_cuda(function: Callable[Parameters, Result]) -> Callable[Paramet
         return run(*args, **kwargs)
 
     return chosen
+
+
+def of_any_length(*tensors: Tensor) -> None:
+    """Let a compiled function take these tensors with any length in the first dimension."""
+    for tensor in tensors:
+        maybe_mark_dynamic(tensor, 0)
 
 
 def can_compile(device_type: str) -> bool:
@@ -50,7 +63,7 @@ def _has_compiler() -> bool:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False, options=OPTIONS)
     return compiled
 
 

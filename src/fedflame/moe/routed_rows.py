@@ -8,6 +8,7 @@ Shapes: N tokens, k active experts, S = N*k routed rows, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,7 @@ class Block:
     """[experts] int32: the index after each expert's last row, counted from the block's first."""
 
 
-@dataclass(frozen=True)
-class RoutedRows:
+class RoutedRows(NamedTuple):
     """The order of N*k routed rows: by expert, and back to tokens."""
 
     order: Tensor

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fedflame.moe.compiled import compiled_on_cuda
-
 Gate = Callable[[Tensor], Tensor]
 """The activation of the family, row by row: [S,nI], in the order of the weights, to [S,I]."""
 
@@ -25,7 +23,6 @@ def with_tail(rows: Tensor, tail: Tensor) -> Tensor:
     return torch.cat([rows, tail.to(rows.dtype).expand(len(rows), -1)], 1)
 
 
-@compiled_on_cuda
 def weighted_gate(gate: Gate, inner: Tensor, weights: Tensor, constant: Tensor) -> Tensor:
     """Return w * gate(inner), [S,I], with the tail w * constant [n] behind it; w [S,1] is the routing weight.
 
@@ -34,7 +31,6 @@ def weighted_gate(gate: Gate, inner: Tensor, weights: Tensor, constant: Tensor) 
     return with_tail((gate(inner) * weights).to(inner.dtype), weights * constant)
 
 
-@compiled_on_cuda
 def gate_backward(
     gate: Gate, inner: Tensor, d_weighted: Tensor, weights: Tensor, room: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +54,6 @@ def gate_backward(
     return weighted, with_tail(d_inner, d_inner.new_zeros(room)), d_weights
 
 
-@compiled_on_cuda
 def sum_per_token(rows: Tensor, positions: Tensor) -> Tensor:
     """Add up the k rows of each token, [S,H] to [N,H]; `positions` [N,k] says where they are.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from fedflame.data.batches import Batch
+from fedflame.data.batches import Batch, PlacedBatch
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.causal_attention import right_padded
 
@@ -27,17 +27,14 @@ CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 """Bytes of a chunk's logits in float32, by kind of device: they fit a CPU's cache, and fill a GPU."""
 
 
-def token_losses(adapted: AdaptedModel, batch: Batch) -> Tensor:
+def token_losses(adapted: AdaptedModel, batch: Batch | PlacedBatch) -> Tensor:
     """Return the negative log-likelihood of each labelled token in nats, row by row, [T] in float32.
 
     The output embedding is applied only at labelled positions; this saves its cost for the prompt tokens.
     The result lies on the device of the model, and nothing has waited for it.
     """
     decoder, device = adapted.model.get_decoder(), adapted.device
-    input_ids, mask, predictors, targets = (
-        value.to(device, non_blocking=True)
-        for value in (batch.input_ids, batch.attention_mask, batch.predictors, batch.targets)
-    )
+    input_ids, mask, predictors, targets, _ = batch.on(device) if isinstance(batch, Batch) else batch
     with right_padded(adapted.model):
         output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
