@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,7 @@ from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
 
 CHECKPOINTING: tuple[Checkpointed, ...] = ("none", "experts")
-LAUNCHED: tuple[Launched, ...] = ("compiled", "captured", "eager")
-LAST: tuple[Launched, ...] = ("captured",)
+OTHERWISE: tuple[Launched, ...] = ("compiled", "eager")
 FIRST, THEN = (8, 1), (4, 2)
 """The k of the goals, and the others: each compiles anew."""
 
@@ -109,6 +108,19 @@ def named(settings: Mapping[str, Any], k: int) -> str:
     return f"{settings['tokens']} tokens, k = {k}, checkpointing {checkpointing}, {settings['launched']}"
 
 
+def in_order(
+    sizes: Sequence[int],
+) -> Iterator[tuple[tuple[int, int], int, Checkpointed, Launched]]:
+    """Yield k, tokens, checkpointing and launching of all steps, the most important first."""
+    for ks in (FIRST, THEN):
+        for tokens in sizes:
+            for checkpointing in CHECKPOINTING:
+                yield ks, tokens, checkpointing, "captured"
+        if ks == FIRST:
+            for launched in OTHERWISE:
+                yield ks, sizes[0], "none", launched
+
+
 def measure(sizes: Sizes, findings: Findings) -> None:
     begun = time.monotonic()
     adapted = adapt(random_olmoe(olmoe_config(sizes.config, sizes.layers), torch.bfloat16, sizes.device))
@@ -116,16 +128,7 @@ def measure(sizes: Sizes, findings: Findings) -> None:
     resident = torch.cuda.memory_allocated() if sizes.device == "cuda" else 0
     findings.add("model", build_seconds=time.monotonic() - begun, resident_bytes=resident)
     bench = Bench(sizes, findings, adapted, optimizer, product_flops(sizes.device, sizes.product))
-    runs = [
-        (ks, tokens, checkpointing, launched)
-        for ks in (FIRST, THEN)
-        for tokens in sizes.tokens
-        for checkpointing in CHECKPOINTING
-        for launched in (
-            LAUNCHED if (ks, tokens, checkpointing) == (FIRST, sizes.tokens[0], "none") else LAST
-        )
-    ]
-    for ks, tokens, checkpointing, launched in runs:
+    for ks, tokens, checkpointing, launched in in_order(sizes.tokens):
         with findings.attempt(f"{tokens} tokens, k = {ks}, checkpointing {checkpointing}, {launched}"):
             bench.measure(tokens, ks, checkpointing, launched)
     stats = counters["stats"]

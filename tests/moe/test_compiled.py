@@ -89,7 +89,7 @@ def test_cuda_compiles_where_triton_and_a_c_compiler_are(
 
 def test_layers_run_as_they_were_after_the_block() -> None:
     layers = tiny_olmoe().model.layers
-    compiled_layers = compiled.CompiledLayers(layers)
+    compiled_layers = compiled.CompiledLayers(layers, save_memory=False)
     with compiled_layers.used():
         assert all("forward" in layer.__dict__ for layer in layers)
     assert not any("forward" in layer.__dict__ for layer in layers)

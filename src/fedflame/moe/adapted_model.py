@@ -207,7 +207,7 @@ class AdaptedModel:
         ):
             return None
         leave_experts_uncompiled()
-        return CompiledLayers(checkpointable_layers(self.model))
+        return CompiledLayers(checkpointable_layers(self.model), self.gradient_checkpointing == "experts")
 
 
 def _shapes(adapter: Adapter, rank: int) -> dict[str, tuple[int, ...]]:

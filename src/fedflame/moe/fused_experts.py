@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedflame.moe.compiled import compiled_on_cuda, of_any_length
+from fedflame.moe.compiled import compiled_on_cuda
 from fedflame.moe.projection import Projection
 from fedflame.moe.routed_rows import EVERYTHING, Block, RoutedRows
 from fedflame.moe.row_passes import Gate, gate_backward, sum_per_token, weighted_gate, with_tail
@@ -71,7 +71,6 @@ class FusedExperts(torch.autograd.Function):
         experts: Experts,
         recompute: bool,
     ) -> tuple[Tensor, Tensor]:
-        of_any_length(x, weights, index)
         output, rows, kept = _forward(x, weights, index, experts, recompute)
         ctx.save_for_backward(x, weights, *rows, *kept)
         ctx.experts, ctx.rank = experts, bank_b2.shape[2]
@@ -84,12 +83,11 @@ class FusedExperts(torch.autograd.Function):
         x, weights, *saved = ctx.saved_tensors
         rows, kept = RoutedRows(*saved[:4]), saved[4:]
         needs_x, _, *needs_banks = ctx.needs_input_grad[:6]
-        of_any_length(d_y, x, weights, *rows[:3], *(value for value in kept if value is not None))
         gradients = _backward(d_y, x, weights, rows, kept, ctx.experts, ctx.rank, needs_x, needs_banks)
         return *gradients, None, None, None
 
 
-@compiled_on_cuda
+@compiled_on_cuda(varying=3)
 def _forward(
     x: Tensor, weights: Tensor, index: Tensor, experts: Experts, recompute: bool
 ) -> tuple[Tensor, RoutedRows, list[Tensor | None]]:
@@ -109,7 +107,7 @@ def _forward(
     return sum_per_token(outputs.whole, rows.positions), rows, kept
 
 
-@compiled_on_cuda
+@compiled_on_cuda(varying=5)
 def _backward(
     d_y: Tensor,
     x: Tensor,
