@@ -48,12 +48,12 @@ def rows_of(results: Results, stage: str, name: str, **wanted: object) -> list[d
 
 
 def step(name: str, tokens: int, k: int, checkpointing: str = "none") -> Callable[[Results], float | None]:
-    """Read a value of one whole step with compiled layers."""
+    """Read a value of one whole step."""
     wanted = {
         "tokens": tokens,
         "active_experts": k,
         "gradient_checkpointing": checkpointing,
-        "compiled_layers": True,
+        "launched": "captured",
     }
     return lambda results: next((row[name] for row in rows_of(results, "step", "step", **wanted)), None)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-KEPT = 25
+KEPT = 60
 COPIES = ("Memcpy", "Memset")
 
 

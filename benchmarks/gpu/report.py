@@ -111,7 +111,7 @@ def model(rows: list[Row]) -> str:
 
 
 def steps(rows: list[Row]) -> str:
-    names = ("tokens", "checkpointing", "layers", "k", "ms", "tokens/s", "TFLOP", "of the product's rate")
+    names = ("tokens", "checkpointing", "launched", "k", "ms", "tokens/s", "TFLOP", "of the product's rate")
     more = ("peak, GB", "launches", "copies", "idle", "waits", "experts used", "warm-up, s")
     return table((*names, *more), map(step_cells, rows))
 
@@ -120,7 +120,7 @@ def step_cells(row: Row) -> Sequence[object]:
     return (
         row["tokens"],
         row["gradient_checkpointing"],
-        "compiled" if row["compiled_layers"] else "eager",
+        row["launched"],
         row["active_experts"],
         f"{row['seconds'] * 1e3:.4g}",
         f"{row['tokens'] / row['seconds']:,.0f}",
@@ -137,13 +137,15 @@ def step_cells(row: Row) -> Sequence[object]:
 
 
 def compiler(rows: list[Row]) -> str:
-    cells = [(row["active_experts"], row["graphs"], row["breaks"]) for row in rows]
-    return table(("k", "graphs so far", "breaks so far"), cells)
+    return table(("graphs", "breaks"), [(row["graphs"], row["breaks"]) for row in rows])
 
 
 def kernels(rows: list[Row]) -> str:
-    cells = [(f"`{row['kernel']}`", f"{row['seconds'] * 1e3:.3f}", row["launches"]) for row in rows]
-    return table(("kernel", "ms", "launches"), cells)
+    cells = [
+        (row["active_experts"], f"`{row['kernel']}`", f"{row['seconds'] * 1e3:.3f}", row["launches"])
+        for row in rows
+    ]
+    return table(("k", "kernel", "ms", "launches"), cells)
 
 
 def parts(rows: list[Row]) -> str:

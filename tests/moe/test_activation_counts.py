@@ -35,20 +35,18 @@ def hand_count(batch: Batch, k: int) -> list[list[int]]:
 def test_a_step_says_where_the_tokens_are_that_are_no_padding() -> None:
     counts = ActivationCounts(1, 2)
     assert counts.real_tokens is None
-    counts.begin_step(torch.tensor([[1, 1, 0], [1, 0, 0]]))
-    assert counts.real_tokens is not None and counts.real_tokens.tolist() == [0, 1, 3]
+    counts.begin_step(real := torch.tensor([0, 1, 3]))
+    assert counts.real_tokens is real
     counts.end_step()
     assert counts.real_tokens is None
-    counts.begin_step(torch.ones(2, 3))
-    assert counts.real_tokens is None, "no padding: nothing to pick"
-    counts.begin_step(torch.tensor([[1, 0]]))
+    counts.begin_step(real)
     counts.abandon_step()
     assert counts.real_tokens is None
 
 
 def test_a_second_record_of_a_layer_within_a_step_is_ignored() -> None:
     counts = ActivationCounts(1, 3)
-    counts.begin_step(torch.ones(1, 2))
+    counts.begin_step(None)
     counts.record(0, torch.tensor([0, 1, 1]))
     counts.record(0, torch.tensor([2, 0, 0]))
     counts.end_step()
@@ -58,7 +56,7 @@ def test_a_second_record_of_a_layer_within_a_step_is_ignored() -> None:
 def test_steps_add_up_and_touched_is_that_of_the_last_step() -> None:
     counts = ActivationCounts(1, 3)
     for per_expert in ([1, 1, 0], [0, 2, 0]):
-        counts.begin_step(torch.ones(1, 2))
+        counts.begin_step(None)
         counts.record(0, torch.tensor(per_expert))
         within = counts.touched()
         touched = counts.end_step()
@@ -72,10 +70,10 @@ def test_steps_add_up_and_touched_is_that_of_the_last_step() -> None:
 def test_nothing_is_counted_outside_a_step() -> None:
     counts = ActivationCounts(1, 3)
     counts.record(0, torch.tensor([1, 0, 0]))
-    counts.begin_step(torch.ones(1, 1))
+    counts.begin_step(None)
     counts.end_step()
     counts.record(0, torch.tensor([1, 1, 0]))
-    counts.begin_step(torch.ones(1, 1))
+    counts.begin_step(None)
     counts.abandon_step()
     counts.record(0, torch.tensor([1, 1, 0]))
     assert counts.total.tolist() == [[0, 0, 0]]
@@ -83,10 +81,10 @@ def test_nothing_is_counted_outside_a_step() -> None:
 
 def test_a_layer_that_did_not_run_in_a_step_adds_nothing() -> None:
     counts = ActivationCounts(2, 3)
-    counts.begin_step(torch.ones(1, 1))
+    counts.begin_step(None)
     counts.record(0, torch.tensor([0, 0, 1]))
     counts.end_step()
-    counts.begin_step(torch.ones(1, 1))
+    counts.begin_step(None)
     counts.record(1, torch.tensor([0, 1, 0]))
     assert counts.end_step().tolist() == [[False] * 3, [False, True, False]]
     assert counts.total.tolist() == [[0, 0, 1], [0, 1, 0]]
@@ -105,7 +103,7 @@ def counted_step(k: int, checkpointing: bool = False) -> tuple[Tensor, list[int]
     for index, layer in enumerate(adapted.layers):
         layer.router.register_forward_hook(lambda *_, index=index: called(index))
     with adapted.active_experts(k):
-        adapted.counts.begin_step(batch.attention_mask)
+        adapted.counts.begin_step(batch.real_tokens)
         token_losses(adapted, batch).mean().backward()
         adapted.counts.end_step()
     return adapted.counts.total, calls

@@ -16,7 +16,7 @@ from fedflame.moe import adapted_model, compiled, expert_lora, fused_experts
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION
-from fedflame.training.token_loss import token_losses
+from fedflame.training.steps import training_steps
 
 LAYERS = 6
 BATCHES = [(4, (11, 7, 4)), (2, (9, 8)), (1, (14, 2)), (4, (5, 5, 5)), (4, (6,))]
@@ -45,7 +45,8 @@ def _front_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def trained() -> tuple[list[float], list[Tensor]]:
     """The losses of a few steps, and the adapter after them."""
-    adapted = AdaptedModel(tiny_olmoe(num_hidden_layers=LAYERS), RANK, ALPHA, ATTENTION)
+    model = tiny_olmoe(num_hidden_layers=LAYERS, intermediate_size=40).bfloat16()  # as on a card
+    adapted = AdaptedModel(model, RANK, ALPHA, ATTENTION)
     adapted.load(random_adapter(adapted), torch.ones(LAYERS))
     scalars = [lora.s for lora in adapted.loras]
     optimizer = ExpertAdamW(adapted.loras, adapted.attention.values(), 0.01, 0.1, scalars)
@@ -53,10 +54,7 @@ def trained() -> tuple[list[float], list[Tensor]]:
     for seed, (k, lengths) in enumerate(BATCHES):
         batch = random_batch(seed, lengths)
         with adapted.training(k):
-            adapted.counts.begin_step(batch.attention_mask)
-            loss = token_losses(adapted, batch).mean()
-            optimizer.backward(loss, adapted.counts.touched())
-            adapted.counts.end_step()
+            loss = training_steps(adapted, optimizer)(batch)
         losses.append(loss.item())
     return losses, list(adapted.adapter().tensors().values())
 
@@ -91,7 +89,7 @@ def test_cuda_compiles_where_triton_and_a_c_compiler_are(
 
 def test_layers_run_as_they_were_after_the_block() -> None:
     layers = tiny_olmoe().model.layers
-    compiled_layers = compiled.CompiledLayers(layers)
+    compiled_layers = compiled.CompiledLayers(layers, save_memory=False)
     with compiled_layers.used():
         assert all("forward" in layer.__dict__ for layer in layers)
     assert not any("forward" in layer.__dict__ for layer in layers)

@@ -115,7 +115,7 @@ def test_backward_and_update_together_give_the_bits_that_they_give_one_after_the
         for step in range(3):
             batch = random_batch(seed=step)
             with adapted.active_experts(2):
-                adapted.counts.begin_step(batch.attention_mask)
+                adapted.counts.begin_step(batch.real_tokens)
                 loss = token_losses(adapted, batch).mean()
                 if together:
                     optimizer.backward(loss, adapted.counts.touched())
@@ -151,7 +151,7 @@ def test_from_zero_b_every_bank_of_every_expert_that_is_used_twice_moves_within_
     used, moved = [], []
     with adapted.active_experts(k):
         for _ in range(2):
-            adapted.counts.begin_step(batch.attention_mask)
+            adapted.counts.begin_step(batch.real_tokens)
             token_losses(adapted, batch).mean().backward()
             optimizer.step(adapted.counts.end_step())
             used.append(used_for_the_loss(routed, batch))

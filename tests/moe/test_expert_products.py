@@ -59,12 +59,8 @@ def test_torchs_kernel_runs_where_it_is_one_kernel_and_ours_elsewhere(
     """The card is asked, nothing is tried."""
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    expert_products._torch_waits.cache_clear()
-    try:
-        assert expert_products._torch_waits(card, dtype) == ours
-        assert not expert_products._torch_waits(torch.device("cpu"), dtype)
-    finally:
-        expert_products._torch_waits.cache_clear()
+    assert expert_products._torch_waits(card, dtype) == ours
+    assert not expert_products._torch_waits(torch.device("cpu"), dtype)
 
 
 def test_where_torch_would_wait_our_kernel_gets_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:

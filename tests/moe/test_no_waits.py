@@ -19,6 +19,7 @@ from fedflame.config.words import Checkpointed
 from fedflame.data.batches import Batch
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
+from fedflame.training.steps import training_steps
 from fedflame.training.token_loss import token_losses
 
 READ_THE_MASK = {
@@ -44,10 +45,7 @@ def train_step(adapted: AdaptedModel, batch: Batch, k: int) -> None:
     scalars = [lora.s for lora in adapted.loras]
     optimizer = ExpertAdamW(adapted.loras, adapted.attention.values(), 0.01, 0.1, scalars)
     with adapted.training(k):
-        adapted.counts.begin_step(batch.attention_mask)
-        loss = token_losses(adapted, batch).mean()
-        optimizer.backward(loss, adapted.counts.touched())
-        adapted.counts.end_step()
+        loss = training_steps(adapted, optimizer)(batch)
     assert loss.device.type == adapted.counts.total.device.type == "meta"
 
 
@@ -84,10 +82,11 @@ class ReadBatch(Batch):
 
     def __init__(self, batch: Batch) -> None:
         super().__init__(batch.input_ids, batch.attention_mask, batch.labels)
-        self.__dict__["read"] = (batch.predictors, batch.targets)
+        self.__dict__["read"] = (batch.predictors, batch.targets, batch.real_tokens)
 
     predictors = property(lambda self: self.read[0])  # type: ignore[assignment]
     targets = property(lambda self: self.read[1])  # type: ignore[assignment]
+    real_tokens = property(lambda self: self.read[2])  # type: ignore[assignment]
 
 
 def fake_step(head: str) -> None:
@@ -99,9 +98,10 @@ def fake_step(head: str) -> None:
         adapted = AdaptedModel(model, RANK, ALPHA, ())  # PEFT cannot attach to fake weights
         weight = torch.ones(model.lm_head.weight.shape, device=head, dtype=torch.bfloat16)
         model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
-    adapted.counts.begin_step(batch.attention_mask)
     with mode, adapted.training(2):
-        token_losses(adapted, batch).mean().backward()
+        placed = batch.on(adapted.device)
+        adapted.counts.begin_step(placed.real_tokens)
+        token_losses(adapted, placed).mean().backward()
         adapted.counts.end_step()
 
 

@@ -317,7 +317,7 @@ def test_gradients_too_small_for_float16_survive_in_it(monkeypatch: pytest.Monke
         return deltas(fine_tune(adapted, rows(9), plan_for(adapted, **changes), PAD))
 
     exact, scaled = one_step(torch.float32), one_step(torch.float16)
-    monkeypatch.setattr("fedflame.training.fine_tune.LOSS_SCALE", 1.0)
+    monkeypatch.setattr("fedflame.training.steps.LOSS_SCALE", 1.0)
     bare = one_step(torch.float16)
     moved = exact != 0
     assert (bare[moved] == 0).float().mean() > 0.4 and cosine_similarity(bare, exact, 0) < 0.8
@@ -335,7 +335,7 @@ def test_a_step_whose_gradients_overflow_is_skipped_and_the_next_is_scaled_less(
         assert update.steps == steps and update.counts.sum() == update.tokens * 2 * LAYERS
         return deltas(update)
 
-    monkeypatch.setattr("fedflame.training.fine_tune.LOSS_SCALE", 2.0**24)
+    monkeypatch.setattr("fedflame.training.steps.LOSS_SCALE", 2.0**24)
     assert not first(1).any()
     assert first(20).any()
 
@@ -596,7 +596,7 @@ def test_the_proximal_term_is_autograds_of_the_penalised_loss(trainable: str) ->
         return loss + mu / 2 * distance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedflame.training.fine_tune.token_losses", penalised)
+        patch.setattr("fedflame.training.steps.token_losses", penalised)
         wanted = fine_tune(adapted, examples, replace(plan, proximal_mu=0.0), PAD)
     for name, delta in wanted.delta.tensors().items():
         torch.testing.assert_close(update.delta.tensors()[name], delta, rtol=1e-3, atol=1e-5, msg=name)

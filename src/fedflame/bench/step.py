@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from fedflame.cost.model_shape import read_model_shape
 from fedflame.data.batches import IGNORE_INDEX, Batch
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
-from fedflame.training.token_loss import token_losses
+from fedflame.training.steps import training_steps
 
 ADAPTER = AdapterConfig(r=16)
 SEED = 0
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+Launched = Literal["eager", "compiled", "captured"]
+"""How a GPU gets its work: layers kernel by kernel, compiled layers, or these within a graph of the step."""
 
 
 def olmoe_config(folder: Path, layers: int) -> OlmoeConfig:
@@ -83,28 +86,21 @@ def step_optimizer(adapted: AdaptedModel, learning_rate: float = LEARNING_RATE) 
 
 
 def training_step(
-    adapted: AdaptedModel, optimizer: ExpertAdamW, batch: Batch, k: int, compiled: bool = True
+    adapted: AdaptedModel, optimizer: ExpertAdamW, batch: Batch, k: int, launched: Launched = "captured"
 ) -> Callable[[], Tensor]:
     """Return a function that takes one optimizer step with k experts per token, and returns the mean loss.
 
-    It is what `training.fine_tune` does in a step, without regularizers: nothing in it waits for a GPU. With
-    `compiled` the decoder layers run compiled where that function would compile them.
+    It is a step of `training.fine_tune`. By default it runs as that function would run it here; see
+    `Launched`.
     """
-    running = adapted.training if compiled else adapted.active_experts
+    running = adapted.active_experts if launched == "eager" else adapted.training
+    step = training_steps(adapted, optimizer, capture=launched == "captured")
 
-    def step() -> Tensor:
+    def within() -> Tensor:
         with running(k):
-            adapted.counts.begin_step(batch.attention_mask)
-            try:
-                loss = token_losses(adapted, batch).mean()
-                optimizer.backward(loss, adapted.counts.touched())
-                adapted.counts.end_step()
-            finally:
-                adapted.counts.abandon_step()
-                adapted.model.zero_grad()
-        return loss.detach()
+            return step(batch)
 
-    return step
+    return within
 
 
 def step_flops(folder: Path, layers: int, k: int, rows: int, length: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,33 @@ class Batch:
         """[T] the labelled tokens, row by row; the first of a row has nothing that predicts it."""
         labels = self.labels[:, 1:]
         return labels[labels != IGNORE_INDEX]
+
+    @property
+    def real_tokens(self) -> Tensor | None:
+        """The positions in the flattened batch that are no padding; None if all are."""
+        mask = self.attention_mask.reshape(-1).bool()
+        return None if bool(mask.all()) else mask.nonzero().flatten()
+
+    def on(self, device: torch.device) -> PlacedBatch:
+        """Copy to a device what a step needs, without waiting for it."""
+        real = self.real_tokens
+        return PlacedBatch(
+            self.input_ids.to(device, non_blocking=True),
+            self.attention_mask.to(device, non_blocking=True),
+            self.predictors.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            None if real is None else real.to(device, non_blocking=True),
+        )
+
+
+class PlacedBatch(NamedTuple):
+    """A batch on a device, as a step needs it; see `Batch`."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    predictors: Tensor
+    targets: Tensor
+    real_tokens: Tensor | None
 
 
 def collate(rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:

@@ -9,8 +9,8 @@ from torch import Tensor
 class ActivationCounts:
     """Counts the tokens of each expert during training, each token once per step, without waiting for a GPU.
 
-    `begin_step` opens a step with its padding mask, the experts function calls `record`, and
-    `end_step` closes the step. Outside a step (evaluation, generation) nothing is counted. Gradient
+    `begin_step` opens a step, the experts function calls `record`, and `end_step` closes the step. Outside a
+    step (evaluation, generation) nothing is counted. Gradient
     checkpointing runs a layer's forward again in the backward: this second `record` of a layer in a step is
     ignored.
     """
@@ -28,12 +28,10 @@ class ActivationCounts:
         """Set the counts to zero, at the start of a client's round."""
         self.total.zero_()
 
-    def begin_step(self, token_mask: Tensor) -> None:
-        """Open a step; `token_mask` [batch, sequence] is true for non-padding tokens, and lies on the CPU."""
-        mask = token_mask.reshape(-1).bool()
+    def begin_step(self, real_tokens: Tensor | None) -> None:
+        """Open a step with the indices of its non-padding tokens; None if all are."""
         self._open = True
-        indices = None if bool(mask.all()) else mask.nonzero().flatten()
-        self.real_tokens = None if indices is None else indices.to(self.total.device, non_blocking=True)
+        self.real_tokens = real_tokens
         self._recorded.clear()
         self._step.zero_()
 

@@ -100,6 +100,11 @@ class AdaptedModel:
         return list(dict.fromkeys(lora.s.device for lora in self.loras))
 
     @property
+    def can_capture(self) -> bool:
+        """Whether a training step is one GPU's alone and launches the same kernels every time."""
+        return self._compiled is not None
+
+    @property
     def num_experts_per_tok(self) -> int:
         """K, the model's own number of active experts."""
         return self.layers[0].num_experts_per_tok
@@ -202,7 +207,7 @@ class AdaptedModel:
         ):
             return None
         leave_experts_uncompiled()
-        return CompiledLayers(checkpointable_layers(self.model))
+        return CompiledLayers(checkpointable_layers(self.model), self.gradient_checkpointing == "experts")
 
 
 def _shapes(adapter: Adapter, rank: int) -> dict[str, tuple[int, ...]]:

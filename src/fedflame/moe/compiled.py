@@ -16,24 +16,53 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
+from torch.utils._pytree import tree_leaves
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
+OPTIONS: dict[str, Any] = {
+    "comprehensive_padding": False,
+    "assert_indirect_indexing": False,
+    "max_pointwise_cat_inputs": 0,
+    "max_complex_pointwise_cat_inputs": 0,
+}
+"""Rows stay as wide as they are, so that operators can write into them. Indices are not checked. What lies
+side by side is computed into its place, not all of it for every place."""
+BUDGET = 0.8
+"""Of the activations that compiled layers would keep, the share that they may keep to save memory; what is
+left out is computed again."""
 VARIANTS = 64
 """Most kinds of arguments that a layer is compiled for: each k is one, and a batch of one row another."""
 
 
-def compiled_on_cuda(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Compile a function of tensors where the first of them lies on CUDA."""
+def compiled_on_cuda(
+    varying: int,
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Compile a function of tensors where the first of them lies on CUDA.
 
-    @wraps(function)
-    def chosen(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        device = next(value.device for value in args if isinstance(value, Tensor))
-        run = _compiled(function) if can_compile(device.type) else function
-        return run(*args, **kwargs)
+    The first `varying` arguments are tensors, or sequences of them, of any length in the first dimension. All
+    other sizes are constants of the compiled program: kernels that divide by unknown widths take several
+    times as long.
+    """
 
-    return chosen
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @wraps(function)
+        def chosen(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            device = next(value.device for value in args if isinstance(value, Tensor))
+            if not can_compile(device.type):
+                return function(*args, **kwargs)
+            run = _compiled(function)
+            for value in tree_leaves(args[:varying]):
+                if value is not None:
+                    torch._dynamo.maybe_mark_dynamic(value, 0)
+            result: Result = run(*args, **kwargs)
+            return result
+
+        return chosen
+
+    return decorate
 
 
 def can_compile(device_type: str) -> bool:
@@ -50,7 +79,10 @@ def _has_compiler() -> bool:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
+    from torch._inductor import config as inductor  # here, because a CPU needs no second for it
+
+    known = {name: value for name, value in OPTIONS.items() if hasattr(inductor, name)}
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False, options=known)
     return compiled
 
 
@@ -60,7 +92,8 @@ class CompiledLayers:
     Nothing is compiled before a layer runs within `used`.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], save_memory: bool) -> None:
+        self._budget = BUDGET if save_memory else 1.0
         self._forwards = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
 
     @contextmanager
@@ -69,7 +102,10 @@ class CompiledLayers:
         for layer, forward in self._forwards:
             layer.forward = forward
         try:
-            with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            with (
+                torch._dynamo.config.patch(recompile_limit=VARIANTS),
+                functorch.patch(activation_memory_budget=self._budget),
+            ):
                 yield
         finally:
             for layer, _ in self._forwards:

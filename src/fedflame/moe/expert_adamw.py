@@ -52,6 +52,7 @@ class ExpertAdamW:
             betas=BETAS,
             eps=EPSILON,
             fused=kinds <= FUSED,
+            capturable=kinds == {"cuda"},
         )
         self._learning_rate, self._weight_decay = learning_rate, weight_decay
 

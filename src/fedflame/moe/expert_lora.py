@@ -20,7 +20,6 @@ from fedflame.moe.families import MoELayer
 from fedflame.moe.fused_experts import Experts, FusedExperts
 from fedflame.moe.projection import apart, joined
 from fedflame.moe.rescaler import rescale
-from fedflame.moe.routed_rows import RoutedRows
 
 EXPERTS_IMPLEMENTATION = "fedflame"
 BANKS = ("A1", "B1", "A2", "B2")
@@ -124,17 +123,19 @@ def experts_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_we
     real = lora.counts.real_tokens
     if real is None:
         return _real_tokens_forward(lora, x, top_k_index, top_k_weights)
+    real = real.to(x.device)
     chosen = (value.index_select(0, real) for value in (x, top_k_index, top_k_weights))
     output = _real_tokens_forward(lora, *chosen)
     return torch.zeros_like(x).index_copy(0, real, output)
 
 
 def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    rows = RoutedRows.sort(top_k_index, lora.layer.num_experts)
-    lora.counts.record(lora.index, rows.per_expert)
-    output: Tensor = FusedExperts.apply(  # type: ignore[no-untyped-call]
-        x, rescale(top_k_weights, lora.s), *lora.banks().values(), lora.written(), rows, lora.recompute
+    banks, experts = lora.banks().values(), lora.written()
+    output: Tensor
+    output, per_expert = FusedExperts.apply(  # type: ignore[no-untyped-call]
+        x, rescale(top_k_weights, lora.s), *banks, top_k_index, experts, lora.recompute
     )
+    lora.counts.record(lora.index, per_expert)
     return output
 
 

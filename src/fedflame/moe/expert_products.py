@@ -10,8 +10,6 @@ Shapes: S routed rows, E experts; offsets [E] int32, the index after each expert
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
@@ -25,9 +23,8 @@ FUSED_CAPABILITIES = (9, 10)
 def times(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """Multiply rows [S,a] with the weights [E,a,b] of their expert: [S,b]."""
     if _torch_waits(rows.device, rows.dtype):
-        from fedflame.moe import triton_products  # here, because only CUDA builds of torch bring Triton
-
-        return triton_products.times(rows, weights, offsets)
+        product: Tensor = _triton_times(rows, weights, offsets)
+        return product
     return grouped_mm(rows, weights, offs=offsets)
 
 
@@ -37,15 +34,42 @@ def outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     The product of an expert without rows is undefined on some cards, and zero on a CPU.
     """
     if _torch_waits(left.device, left.dtype):
-        from fedflame.moe import triton_products
-
-        return triton_products.outer(left, right, offsets)
+        product: Tensor = _triton_outer(left, right, offsets)
+        return product
     return grouped_mm(left.mT, right, offs=offsets)
 
 
-@cache
+# Operators, so that torch.compile does not look into them: they choose their tiles by the number of rows.
+# Triton is imported where it is used, because only CUDA builds of torch bring it.
+
+
+@torch.library.custom_op("fedflame::triton_times", mutates_args=())
+def _triton_times(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    from fedflame.moe import triton_products
+
+    return triton_products.times(rows, weights, offsets)
+
+
+@_triton_times.register_fake
+def _(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[2])
+
+
+@torch.library.custom_op("fedflame::triton_outer", mutates_args=())
+def _triton_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    from fedflame.moe import triton_products
+
+    return triton_products.outer(left, right, offsets)
+
+
+@_triton_outer.register_fake
+def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return left.new_empty(offsets.shape[0], left.shape[1], right.shape[1])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _torch_waits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped_mm would copy the offsets to the host on this device."""
+    """Whether torch's grouped_mm would copy the offsets to the host; decided when a caller is compiled."""
     if device.type != "cuda":
         return False
     major, _ = torch.cuda.get_device_capability(device)

@@ -12,6 +12,7 @@ n projections before the activation: 2 (gate and up) or 1 (up).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedflame.moe.compiled import compiled_on_cuda
 from fedflame.moe.projection import Projection
-from fedflame.moe.routed_rows import Block, RoutedRows
+from fedflame.moe.routed_rows import EVERYTHING, Block, RoutedRows
 from fedflame.moe.row_passes import Gate, gate_backward, sum_per_token, weighted_gate, with_tail
 
 BLOCK_BYTES = 4 * 2**20
@@ -37,17 +39,23 @@ class Experts:
     down: Projection
     gate: Gate
 
+    @property
+    def count(self) -> int:
+        return len(self.up.weight)
+
     def of(self, experts: slice) -> Experts:
         """Return these experts only, as views."""
+        if experts == EVERYTHING:
+            return self
         return Experts(self.up.of(experts), self.down.of(experts), self.gate)
 
 
 class FusedExperts(torch.autograd.Function):
-    """`apply(x, weights, A1, B1, A2, B2, experts, rows, recompute)` -> [N,H].
+    """`apply(x, weights, A1, B1, A2, B2, index, experts, recompute)` -> [N,H], and each expert's rows [E].
 
-    x is [N,H], the routing weights are [N,k]. The banks A1 [E,nR,H], B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R]
-    are float32; `experts` holds their values already. With `recompute` the backward computes the
-    pre-activation again, with the same bits, instead of keeping it.
+    x is [N,H], the routing weights and the experts' numbers `index` are [N,k]. The banks A1 [E,nR,H],
+    B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] are float32; `experts` holds their values already. With `recompute`
+    the backward computes the pre-activation again, with the same bits, instead of keeping it.
     """
 
     @staticmethod
@@ -59,70 +67,96 @@ class FusedExperts(torch.autograd.Function):
         bank_b1: Tensor,
         bank_a2: Tensor,
         bank_b2: Tensor,
+        index: Tensor,
         experts: Experts,
-        rows: RoutedRows,
         recompute: bool,
-    ) -> Tensor:
-        wide_x, row_weights = with_tail(x, experts.up.constant), _by_row(weights, rows)
-        kept, outputs = [], _Collected(len(rows.order))
-        blocks = _blocks(rows, experts.up)
-        for block in blocks:
-            up, down = (one := experts.of(block.experts)).up, one.down
-            routed = wide_x.index_select(0, rows.tokens[block.rows])
-            up.project(routed, block.offsets)
-            inner = up.times(routed, block.offsets)
-            gated = weighted_gate(one.gate, inner, row_weights[block.rows], down.constant)
-            down.project(gated, block.offsets)
-            outputs.put(block.rows, down.times(gated, block.offsets))
-            kept += [None if recompute else inner, up.tail(routed).clone(), down.tail(gated).clone()]
-        ctx.save_for_backward(x, weights, bank_a1, bank_b1, bank_a2, bank_b2, *kept)
-        ctx.experts, ctx.rows, ctx.blocks = experts, rows, blocks
-        return sum_per_token(outputs.whole, rows.positions)
+    ) -> tuple[Tensor, Tensor]:
+        output, rows, kept = _forward(x, weights, index, experts, recompute)
+        ctx.save_for_backward(x, weights, *rows, *kept)
+        ctx.experts, ctx.rank = experts, bank_b2.shape[2]
+        ctx.mark_non_differentiable(per_expert := rows.per_expert)
+        return output, per_expert
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, *saved = ctx.saved_tensors
-        experts, rows, banks, kept = ctx.experts, ctx.rows, saved[:4], saved[4:]
+        rows, kept = RoutedRows(*saved[:4]), saved[4:]
         needs_x, _, *needs_banks = ctx.needs_input_grad[:6]
-        wide_x, row_weights = with_tail(x, experts.up.constant), _by_row(weights, rows)
-        wide_d_y = with_tail(d_y, torch.zeros_like(experts.down.constant))
-        d_rows, d_weights = _Collected(len(rows.order)), _Collected(len(rows.order))
-        d_banks = [_Collected(len(bank)) for bank in banks]
-        rank = banks[3].shape[2]
-        for number, block in enumerate(ctx.blocks):
-            inner, low1, low2 = kept[3 * number : 3 * number + 3]
-            up, down = (one := experts.of(block.experts)).up, one.down
-            tokens, offsets = rows.tokens[block.rows], block.offsets
-            routed, d_out = wide_x.index_select(0, tokens), wide_d_y.index_select(0, tokens)
-            if inner is None:
-                up.tail(routed).copy_(low1)
-                inner = up.times(routed, offsets)
-            down.project_back(d_out, offsets)
-            gated, d_inner, d_row_weights = gate_backward(
-                one.gate, inner, down.times_back(d_out, offsets), row_weights[block.rows], len(up.constant)
-            )
-            if down.has_bias:
-                d_row_weights += d_out[:, down.out + down.low]
-            d_weights.put(block.rows, d_row_weights)
-            up.project_back(d_inner, offsets)
-            if needs_x:
-                d_rows.put(block.rows, up.times_back(d_inner, offsets))
-            gradients = (
-                partial(up.gradient_of_a, d_inner, routed),
-                partial(up.gradient_of_b, d_inner, low1),
-                partial(down.gradient_of_a, d_out, gated),
-                partial(down.gradient_of_b, d_out, low2),
-            )
-            for wanted, d_bank, gradient in zip(needs_banks, d_banks, gradients, strict=True):
-                if wanted:
-                    d_bank.put(block.experts, gradient(offsets, rank))
-        return (
-            sum_per_token(d_rows.whole, rows.positions) if needs_x else None,
-            d_weights.whole[rows.positions].to(weights.dtype),
-            *(d_bank.whole if wanted else None for wanted, d_bank in zip(needs_banks, d_banks, strict=True)),
-            *[None] * 3,
+        gradients = _backward(d_y, x, weights, rows, kept, ctx.experts, ctx.rank, needs_x, needs_banks)
+        return *gradients, None, None, None
+
+
+@compiled_on_cuda(varying=3)
+def _forward(
+    x: Tensor, weights: Tensor, index: Tensor, experts: Experts, recompute: bool
+) -> tuple[Tensor, RoutedRows, list[Tensor | None]]:
+    """Return the output [N,H], the order of the rows, and for each block what the backward needs."""
+    rows = RoutedRows.sort(index, experts.count)
+    row_weights = _by_row(weights, rows)
+    kept, outputs = [], _Collected(len(rows.order))
+    for block in _blocks(rows, experts.up):
+        up, down = (one := experts.of(block.experts)).up, one.down
+        routed = with_tail(x.index_select(0, rows.tokens[block.rows]), up.constant)
+        low1 = up.project(routed, block.offsets)
+        inner = up.times(routed, block.offsets)
+        gated = weighted_gate(one.gate, inner, row_weights[block.rows], down.constant)
+        low2 = down.project(gated, block.offsets)
+        outputs.put(block.rows, down.times(gated, block.offsets))
+        kept += [None if recompute else inner, low1, low2]
+    return sum_per_token(outputs.whole, rows.positions), rows, kept
+
+
+@compiled_on_cuda(varying=5)
+def _backward(
+    d_y: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    rows: RoutedRows,
+    kept: Sequence[Tensor | None],
+    experts: Experts,
+    rank: int,
+    needs_x: bool,
+    needs_banks: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, of the routing weights, and of those banks that need one."""
+    row_weights = _by_row(weights, rows)
+    d_rows, d_weights = _Collected(len(rows.order)), _Collected(len(rows.order))
+    d_banks = [_Collected(experts.count) for _ in needs_banks]
+    for number, block in enumerate(_blocks(rows, experts.up)):
+        inner, low1, low2 = kept[3 * number : 3 * number + 3]
+        assert low1 is not None and low2 is not None
+        up, down = (one := experts.of(block.experts)).up, one.down
+        tokens, offsets = rows.tokens[block.rows], block.offsets
+        routed = x.index_select(0, tokens)
+        d_out = with_tail(d_y.index_select(0, tokens), torch.zeros_like(down.constant))
+        if inner is None:
+            up.tail(wide := with_tail(routed, up.constant)).copy_(low1)
+            inner = up.times(wide, offsets)
+        down.project_back(d_out, offsets)
+        gated, d_inner, d_row_weights = gate_backward(
+            one.gate, inner, down.times_back(d_out, offsets), row_weights[block.rows], len(up.constant)
         )
+        if down.has_bias:
+            d_row_weights += d_out[:, down.out + down.low]
+        d_weights.put(block.rows, d_row_weights)
+        up.project_back(d_inner, offsets)
+        if needs_x:
+            d_rows.put(block.rows, up.times_back(d_inner, offsets))
+        gradients = (
+            partial(up.gradient_of_a, d_inner, routed),
+            partial(up.gradient_of_b, d_inner, low1),
+            partial(down.gradient_of_a, d_out, gated),
+            partial(down.gradient_of_b, d_out, low2),
+        )
+        for wanted, d_bank, gradient in zip(needs_banks, d_banks, gradients, strict=True):
+            if wanted:
+                d_bank.put(block.experts, gradient(offsets, rank))
+    return (
+        sum_per_token(d_rows.whole, rows.positions) if needs_x else None,
+        d_weights.whole[rows.positions].to(weights.dtype),
+        *(d_bank.whole if wanted else None for wanted, d_bank in zip(needs_banks, d_banks, strict=True)),
+    )
 
 
 class _Collected:

@@ -63,7 +63,8 @@ def masked_adamw(
         increment_version(bank)  # a change through slices is not counted
     else:
         state = (moments.mean, moments.mean_square, moments.steps)
-        _update_all(bank, *state, gradient, touched, learning_rate, weight_decay)
+        rate = bank.new_full((), learning_rate, dtype=torch.float64)  # no constant of the compiled program
+        _update_all(bank, *state, gradient, touched, rate, weight_decay)
 
 
 def _update_slices(
@@ -96,7 +97,7 @@ def _update_slices(
     )
 
 
-@compiled_on_cuda
+@compiled_on_cuda(varying=0)
 def _update_all(
     bank: Tensor,
     mean: Tensor,
@@ -104,7 +105,7 @@ def _update_all(
     steps: Tensor,
     gradient: Tensor,
     touched: Tensor,
-    learning_rate: float,
+    learning_rate: Tensor,
     weight_decay: float,
 ) -> None:
     """Go over the whole bank, and let the mask decide, on the device, which experts move."""

@@ -102,9 +102,9 @@ class Projection:
     def _columns(self, part: int, rank: int) -> slice:
         return slice(part * self.filled, part * self.filled + rank)
 
-    def project(self, rows: Tensor, offsets: Tensor) -> None:
-        """Fill the tail of rows [S,in+n] with A x; the columns after it stay as they are."""
-        self.tail(rows).copy_(times(rows[:, : self.into], self.a[:, : self.low].mT, offsets))
+    def project(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Return A x, [S,low], and put it into the tail of rows [S,in+n]; the columns after it stay."""
+        return project_into(rows, self.a[:, : self.low].mT, offsets)
 
     def times(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Compute W x + c B A x + bias, [S,out], from rows [S,in+n] with their tail."""
@@ -113,9 +113,9 @@ class Projection:
         base = times(rows[:, : self.into], self.weight.mT, offsets)
         return base.add_(times(rows[:, self.into :], self.b.mT, offsets))
 
-    def project_back(self, d_rows: Tensor, offsets: Tensor) -> None:
-        """Fill the tail of d_rows [S,out+n], which begin with g, with c B' g and g . bias."""
-        d_rows[:, self.out :] = times(d_rows[:, : self.out], self.b, offsets)
+    def project_back(self, d_rows: Tensor, offsets: Tensor) -> Tensor:
+        """Return c B' g and g . bias, [S,n], and put it into the tail of d_rows [S,out+n], which hold g."""
+        return project_into(d_rows, self.b, offsets)
 
     def times_back(self, d_rows: Tensor, offsets: Tensor) -> Tensor:
         """Compute W' g + A' (c B' g), [S,in], from d_rows [S,out+n] with their tail."""
@@ -123,6 +123,30 @@ class Projection:
             return times(d_rows, self.buffer[:, :, : self.into], offsets)
         base = times(d_rows[:, : self.out], self.weight, offsets)
         return base.add_(times(d_rows[:, self.out :], self.a, offsets))
+
+
+def project_into(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply the first columns of rows [S,a+n] with weights [E,a,b], and put the product behind them."""
+    if torch.compiler.is_compiling():
+        product: Tensor = _operator(rows, weights, offsets)
+        return product
+    return _project_into(rows, weights, offsets)
+
+
+def _project_into(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    into, low = weights.shape[1:]
+    product = times(rows[:, :into], weights, offsets)
+    rows[:, into : into + low] = product
+    return product
+
+
+_operator = torch.library.custom_op("fedflame::project_into", _project_into, mutates_args={"rows"})
+"""torch.compile would copy all rows to change their last columns; it does not look into an operator."""
+
+
+@_operator.register_fake
+def _(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[2])
 
 
 def joined(

@@ -8,6 +8,7 @@ Shapes: N tokens, k active experts, S = N*k routed rows, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,7 @@ class Block:
     """[experts] int32: the index after each expert's last row, counted from the block's first."""
 
 
-@dataclass(frozen=True)
-class RoutedRows:
+class RoutedRows(NamedTuple):
     """The order of N*k routed rows: by expert, and back to tokens."""
 
     order: Tensor
@@ -41,10 +41,11 @@ class RoutedRows:
     @classmethod
     def sort(cls, top_k_index: Tensor, num_experts: int) -> RoutedRows:
         """Sort the routing choices [N,k] by expert, stably."""
-        experts, order = torch.sort(top_k_index.reshape(-1).to(torch.int32), stable=True)
+        narrow = torch.uint8 if num_experts <= 256 else torch.int16  # a GPU sorts byte by byte
+        experts, order = torch.sort(top_k_index.reshape(-1).to(narrow), stable=True)
         positions = torch.empty_like(order)
         positions[order] = torch.arange(order.numel(), device=order.device)
-        numbers = torch.arange(num_experts, device=order.device, dtype=torch.int32)
+        numbers = torch.arange(num_experts, device=order.device, dtype=narrow)
         offsets = torch.searchsorted(experts, numbers, right=True, out_int32=True)
         return cls(order, order // top_k_index.shape[1], positions.view(top_k_index.shape), offsets)
 

@@ -7,26 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
 from fedflame.data.batches import Batch, training_batches
 from fedflame.data.encoding import EncodedRow
-from fedflame.errors import UserError
-from fedflame.messages import NOTHING, Adapter, ClientUpdate, RoundPlan
+from fedflame.messages import NOTHING, ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.moe.rescaler import mass_ratio
 from fedflame.seeds import derive_seed
 from fedflame.training.regularizers import regularizer
-from fedflame.training.token_loss import token_losses
+from fedflame.training.steps import training_steps
 
 MASS_BATCHES = 4
 """Batches on which the rescaler `mass` is measured: enough for a mean over about a thousand tokens."""
-
-LOSS_SCALE = 2.0**12
-"""Loss scale at the start of a round in float16. A scale that is too large skips steps, which a short round
-cannot afford: torch's default of 2^16 skips two of the embedded model's first four steps. With 2^12 only
-gradients below 1e-11 are lost."""
 
 
 def fine_tune(
@@ -59,18 +52,18 @@ def fine_tune(
         adapted.load(plan.adapter, measured, plan.merged)
     adapted.counts.reset()
     optimizer = _optimizer(adapted, plan)
-    scaler = GradScaler(adapted.device.type, LOSS_SCALE, enabled=adapted.dtype == "float16")
     start = adapted.beside(plan.adapter) if plan.proximal_mu else NOTHING
+    step = training_steps(adapted, optimizer, lambda: regularizer(adapted.attached(), plan, start))
     rows, tokens = 0, 0
     losses: list[Tensor] = []  # they stay on the device until the round's end
     with adapted.training(plan.active_experts):
         for batch in itertools.islice(_batches(examples, plan, pad_token_id), plan.max_steps):
-            losses.append(_train_step(adapted, optimizer, scaler, batch, plan, start))
+            losses.append(step(batch))
             rows += len(batch.input_ids)
             tokens += batch.tokens
             on_step(batch.tokens)
     loss_values = torch.stack(losses).tolist()
-    del optimizer  # free the moments, twice the adapter's size, before the delta is made
+    del optimizer, step  # free the moments, twice the adapter's size, before the delta is made
     return ClientUpdate(
         round=plan.round,
         client=plan.client,
@@ -135,47 +128,6 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
         plan.weight_decay,
         unregularized=scalars if learned else [],
     )
-
-
-def _train_step(
-    adapted: AdaptedModel,
-    optimizer: ExpertAdamW,
-    scaler: GradScaler,
-    batch: Batch,
-    plan: RoundPlan,
-    start: Adapter,
-) -> Tensor:
-    """Run one optimizer step; return the batch's mean response loss, without `regularizers`, on the device.
-
-    An enabled scaler skips the update if a gradient is not finite. The step's counts are still added.
-    """
-    adapted.counts.begin_step(batch.attention_mask)
-    try:
-        loss = token_losses(adapted, batch).mean()
-        objective = loss + regularizer(adapted.attached(), plan, start)
-        touched = adapted.counts.touched()
-        if scaler.is_enabled():
-            _scaled_step(optimizer, scaler, objective, touched)
-        else:
-            optimizer.backward(objective, touched)
-        adapted.counts.end_step()
-    finally:
-        # The next step or client uses this model too: nothing of a failed or skipped step may remain.
-        adapted.counts.abandon_step()
-        adapted.model.zero_grad()
-    return loss.detach()
-
-
-def _scaled_step(optimizer: ExpertAdamW, scaler: GradScaler, loss: Tensor, touched: Tensor) -> None:
-    if not loss.isfinite():
-        raise UserError(
-            f"the loss is {loss.item()} in float16, whose largest number is 65504; "
-            "try model.dtype=bfloat16 or float32"
-        )
-    scaler.scale(loss).backward()
-    # The scaler uses only `param_groups` and `step` of an optimizer.
-    scaler.step(optimizer, touched)  # type: ignore[arg-type]
-    scaler.update()
 
 
 def _batches(examples: Sequence[EncodedRow], plan: RoundPlan, pad_token_id: int) -> Iterator[Batch]:

@@ -16,28 +16,26 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from fedflame.data.batches import Batch
+from fedflame.data.batches import Batch, PlacedBatch
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.causal_attention import right_padded
+from fedflame.moe.compiled import compiled_on_cuda
 
 Head = Callable[[Tensor], Tensor]
 """Maps hidden states [T,H] to logits [T,V], including the family's scaling and caps."""
 
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 """Bytes of a chunk's logits in float32, by kind of device: they fit a CPU's cache, and fill a GPU."""
 
 
-def token_losses(adapted: AdaptedModel, batch: Batch) -> Tensor:
+def token_losses(adapted: AdaptedModel, batch: Batch | PlacedBatch) -> Tensor:
     """Return the negative log-likelihood of each labelled token in nats, row by row, [T] in float32.
 
     The output embedding is applied only at labelled positions; this saves its cost for the prompt tokens.
     The result lies on the device of the model, and nothing has waited for it.
     """
     decoder, device = adapted.model.get_decoder(), adapted.device
-    input_ids, mask, predictors, targets = (
-        value.to(device, non_blocking=True)
-        for value in (batch.input_ids, batch.attention_mask, batch.predictors, batch.targets)
-    )
+    input_ids, mask, predictors, targets, _ = batch.on(device) if isinstance(batch, Batch) else batch
     with right_padded(adapted.model):
         output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
@@ -80,6 +78,15 @@ def token_loss(hidden: Tensor, labels: Tensor, head: Head, chunk: int) -> Tensor
     return losses
 
 
+@compiled_on_cuda(varying=2)
+def _losses_and_gradients(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the losses [T] in float32, and their gradients by the logits [T,V], in the logits' dtype."""
+    log_probabilities = logits.float().log_softmax(1)
+    losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+    right = torch.arange(logits.shape[1], device=logits.device) == labels.unsqueeze(1)
+    return losses, log_probabilities.exp_().sub_(right.float()).to(logits.dtype)
+
+
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head, chunk: int) -> Tensor:
@@ -87,10 +94,13 @@ class _TokenLoss(torch.autograd.Function):
         for states, wanted in zip(hidden.split(chunk), labels.split(chunk), strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 states = states.detach().requires_grad_(ctx.needs_input_grad[0])
-                loss = cross_entropy(head(states).float(), wanted, reduction="none")
-            losses.append(loss.detach())
-            if ctx.needs_input_grad[0]:
-                gradients += torch.autograd.grad(loss, states, torch.ones_like(loss))
+                logits = head(states)
+            if not ctx.needs_input_grad[0]:
+                losses.append(cross_entropy(logits.float(), wanted, reduction="none"))
+                continue
+            loss, d_logits = _losses_and_gradients(logits.detach(), wanted)
+            losses.append(loss)
+            gradients += torch.autograd.grad(logits, states, d_logits)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)

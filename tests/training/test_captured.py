@@ -1,0 +1,105 @@
+"""Which steps of a round are captured, and that a captured step reads its batch and is seen by others.
+
+A card alone captures; here a graph is stood for by a call of the same step on the same places.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.tiny_models import PAD, tiny_adapted
+from tests.training.test_fine_tune import plan_for, rows
+from torch import Tensor
+
+from fedflame.data.batches import PlacedBatch
+from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.training import captured
+from fedflame.training.captured import WAITS, CapturedSteps, Step
+from fedflame.training.fine_tune import fine_tune
+
+
+class CalledGraph:
+    """Runs the step anew on the place of its batch, as a graph does."""
+
+    made: list[CalledGraph]
+    pool = "one for all"
+
+    def __init__(self, step: Step, batch: PlacedBatch, pool: object) -> None:
+        assert pool == (self.pool if self.made else None)
+        self._step, self._place = step, PlacedBatch._make(None if v is None else v.clone() for v in batch)
+        self.replays = 0
+        self.made.append(self)
+
+    def replay(self, batch: PlacedBatch) -> Tensor:
+        self.replays += 1
+        for place, value in zip(self._place, batch, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        return self._step(self._place)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[CalledGraph]:
+    CalledGraph.made = []
+    monkeypatch.setattr(captured, "_Graph", CalledGraph)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    return CalledGraph.made
+
+
+def batch(*shape: int, seed: int = 0) -> PlacedBatch:
+    ids = torch.randint(9, shape, generator=torch.Generator().manual_seed(seed))
+    return PlacedBatch(ids, torch.ones_like(ids), ids[0], ids[0], None)
+
+
+def test_the_third_step_of_the_same_sizes_is_captured_and_each_size_by_itself(
+    graphs: list[CalledGraph],
+) -> None:
+    steps = CapturedSteps(lambda given: given.input_ids.sum().float(), [])
+    long, short = (batch(2, 5, seed=n) for n in range(4)), (batch(1, 3, seed=n) for n in range(4))
+    for number, pair in enumerate(zip(long, short, strict=True)):
+        for given in pair:
+            assert steps(given) == given.input_ids.sum(), "the batch that was given is the one that counts"
+        assert len(graphs) == (2 if number >= 2 else 0)
+    assert [graph.replays for graph in graphs] == [2, 2]
+
+
+def test_steps_that_wait_are_never_captured(graphs: list[CalledGraph]) -> None:
+    def waiting(given: PlacedBatch) -> Tensor:
+        warnings.warn(f"called a {WAITS}", stacklevel=1)
+        return given.input_ids.sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        steps = CapturedSteps(waiting, [])
+        for _ in range(5):
+            steps(batch(2, 5))
+    assert not graphs
+
+
+def test_the_changes_of_a_captured_step_are_counted(graphs: list[CalledGraph]) -> None:
+    """`ExpertLoRA.written` would otherwise keep what it made of older values."""
+    value = torch.zeros(2)
+    steps = CapturedSteps(lambda given: given.input_ids.sum(), [value])
+    seen = []
+    for _ in range(5):
+        steps(batch(2, 5))
+        seen.append(value._version)
+    assert seen[1] == 0 and seen[2] < seen[3] < seen[4]
+
+
+@pytest.mark.parametrize("rescaler", ["learned", "fixed"])
+def test_a_round_of_captured_steps_gives_the_same_bytes(
+    rescaler: str, graphs: list[CalledGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(plan_for(tiny_adapted(), rescaler=rescaler), max_steps=7)
+    expected = fine_tune(tiny_adapted(), rows(4), plan, PAD)
+    monkeypatch.setattr(AdaptedModel, "can_capture", True)
+    found = fine_tune(tiny_adapted(), rows(4), plan, PAD)
+    assert graphs and sum(graph.replays for graph in graphs) > 0
+    assert found.loss == expected.loss and torch.equal(found.counts, expected.counts)
+    for one, other in zip(found.delta.tensors().values(), expected.delta.tensors().values(), strict=True):
+        assert torch.equal(one, other)
