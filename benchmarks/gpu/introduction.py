@@ -44,12 +44,15 @@ What the tables say:
 - **One block.** OLMoE-1B-7B's (64 experts, H = 2048, I = 1024), r = 16, bfloat16, random weights, even load.
   *ours* is what training runs, *ours-eager* the same with nothing compiled, *composed* split LoRA under
   autograd beside the base's own weights, *peft* PEFT's `target_parameters`, *frozen* the block without LoRA.
-  The share counts the base's arithmetic alone: 12 S H I for S = tokens times k. The last number is the time
-  over that of ours.
+  What ends in *-captured* is the same as a CUDA graph, as training runs whole steps. The share counts the
+  base's arithmetic alone: 12 S H I for S = tokens times k. The last number is the time over that of ours,
+  captured or not.
 - **Whole steps.** OLMoE-1B-7B, 16 layers, random weights; rows of 512 tokens, all labelled but the first of
   each; LoRA on experts and attention; AdamW. The routing uses all experts, as that of a trained model does.
   FLOPs are those of `fedflame plan`; what checkpointing computes again is not among them. *Peak* is what a
-  step takes beyond model, adapter and moments. *Launches* are kernels; *idle* is the share of the step in
+  step takes beyond model, adapter and moments. *Launched* says how: *captured* is what training does from the
+  third step of the same sizes on, *compiled* what it does before, *eager* what it does where a compiler is
+  missing. *Launches* are kernels; *idle* is the share of the step in
   which neither a kernel nor a copy runs; *waits* is how often the program waits for the card; *warm-up* is
   the first two steps, with compilation.
 - **Losses.** The embedded model in float32 on generated rows, step by step on the same batches; then

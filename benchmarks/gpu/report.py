@@ -83,10 +83,11 @@ def products(rows: list[Row]) -> str:
 
 
 def block_times(rows: list[Row]) -> str:
-    ours = {(row["tokens"], row["active_experts"]): row["seconds"] for row in rows if row["method"] == "ours"}
+    seconds = {(row["tokens"], row["active_experts"], row["method"]): row["seconds"] for row in rows}
 
     def cell(row: Row) -> str:
-        times = row["seconds"] / ours[row["tokens"], row["active_experts"]]
+        ours = "ours-captured" if row["method"].endswith("-captured") else "ours"
+        times = row["seconds"] / seconds[row["tokens"], row["active_experts"], ours]
         return f"{row['seconds'] * 1e3:.3g} ({row['of_ceiling']:.0%}), {times:.2f}"
 
     return pivot(rows, ("tokens", "active_experts"), ("method",), cell)

@@ -70,7 +70,8 @@ def assert_correct(tables: Tables) -> None:
 def assert_timed(tables: dict[str, Tables]) -> None:
     products, blocks, steps = tables["products"]["products"], tables["block"]["block"], tables["step"]["step"]
     assert len(products) == 26 and {row["active_experts"] for row in products} == {8, 1}
-    methods = ("ours", "ours-eager", "composed", "peft", "frozen")
+    launched = ("ours", "composed", "peft", "frozen")
+    methods = ("ours-eager", *launched, *(f"{method}-captured" for method in launched))
     found = {(row["method"], row["active_experts"]) for row in blocks}
     assert found == {(method, k) for method in methods for k in (8, 4, 2, 1)}
     settings = ("active_experts", "gradient_checkpointing", "launched")

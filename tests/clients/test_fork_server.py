@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from multiprocessing.connection import arbitrary_address
+from pathlib import Path
 
-from fedflame.clients.fork_server import PRELOADED
+import pytest
+
+from fedflame.clients.fork_server import LONGEST_TEMPORARY, PRELOADED, process_context
+from fedflame.errors import UserError
 
 CHILD = f"""
 import gc, importlib, traceback
@@ -29,3 +38,26 @@ def test_what_is_imported_before_the_fork_asks_nothing_of_cuda() -> None:
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=120)
     assert done.stdout == "quiet\n", done.stderr
     assert all(importlib.import_module(name) for name in PRELOADED)
+
+
+@pytest.fixture
+def longest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder whose path is as long as is allowed."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        folder = Path(parent) / ("a" * (LONGEST_TEMPORARY - len(parent) - 1))
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
+        yield folder
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="it spawns processes")
+def test_a_temporary_folder_with_a_longer_path_is_refused(
+    longest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process_context()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(arbitrary_address("AF_UNIX"))
+    monkeypatch.setattr(tempfile, "tempdir", f"{longest}b")
+    with pytest.raises(UserError, match=rf"TMPDIR {longest}b is too long .* at most {LONGEST_TEMPORARY}"):
+        process_context()

@@ -6,9 +6,13 @@ A process that has computed must not be forked: torch's threads and a GPU do not
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
+import tempfile
 from typing import Any
+
+from fedflame.errors import UserError
 
 PRELOADED = ["fedflame.experiment.run"]
 """What the server imports once. The name is text: a room on a higher floor, which imports all below it."""
@@ -23,13 +27,25 @@ def leave_signals_to_main() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+LONGEST_TEMPORARY = 75
+"""Bytes: the server's socket lies two levels below, and the path of a socket has at most 107."""
+
+
 def process_context() -> Any:
     """The `multiprocessing` context for worker processes and for the cells of a comparison.
 
     macOS has none but `spawn`: forking is not safe once its frameworks are loaded.
+
+    Raises:
+        UserError: the path of the temporary folder is too long.
     """
     if sys.platform == "darwin":
         return multiprocessing.get_context("spawn")
+    if len(os.fsencode(temporary := tempfile.gettempdir())) > LONGEST_TEMPORARY:
+        raise UserError(
+            f"TMPDIR {temporary} is too long for the socket of worker processes; "
+            f"set it to a path of at most {LONGEST_TEMPORARY} letters, or use one worker"
+        )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
