@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from fedflame.moe.compiled import compiled_on_cuda
 from fedflame.moe.projection import Projection
 from fedflame.moe.routed_rows import EVERYTHING, Block, RoutedRows
-from fedflame.moe.row_passes import Gate, gate_backward, sum_per_token, weighted_gate, with_tail
+from fedflame.moe.row_passes import Gate, gate_backward, gathered, sum_per_token, to_gather, weighted_gate
 
 BLOCK_BYTES = 4 * 2**20
 """Target size of a block's temporary values [rows,nI] on a CPU, so that they stay in the cache."""
@@ -93,11 +93,11 @@ def _forward(
 ) -> tuple[Tensor, RoutedRows, list[Tensor | None]]:
     """Return the output [N,H], the order of the rows, and for each block what the backward needs."""
     rows = RoutedRows.sort(index, experts.count)
-    row_weights = _by_row(weights, rows)
+    wide_x, row_weights = to_gather(x, experts.up.constant), _by_row(weights, rows)
     kept, outputs = [], _Collected(len(rows.order))
     for block in _blocks(rows, experts.up):
         up, down = (one := experts.of(block.experts)).up, one.down
-        routed = with_tail(x.index_select(0, rows.tokens[block.rows]), up.constant)
+        routed = gathered(wide_x, rows.tokens[block.rows], up.constant)
         low1 = up.project(routed, block.offsets)
         inner = up.times(routed, block.offsets)
         gated = weighted_gate(one.gate, inner, row_weights[block.rows], down.constant)
@@ -120,7 +120,9 @@ def _backward(
     needs_banks: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, of the routing weights, and of those banks that need one."""
-    row_weights = _by_row(weights, rows)
+    wide_x, row_weights = to_gather(x, experts.up.constant), _by_row(weights, rows)
+    no_bias = torch.zeros_like(experts.down.constant)
+    wide_d_y = to_gather(d_y, no_bias)
     d_rows, d_weights = _Collected(len(rows.order)), _Collected(len(rows.order))
     d_banks = [_Collected(experts.count) for _ in needs_banks]
     for number, block in enumerate(_blocks(rows, experts.up)):
@@ -128,11 +130,10 @@ def _backward(
         assert low1 is not None and low2 is not None
         up, down = (one := experts.of(block.experts)).up, one.down
         tokens, offsets = rows.tokens[block.rows], block.offsets
-        routed = x.index_select(0, tokens)
-        d_out = with_tail(d_y.index_select(0, tokens), torch.zeros_like(down.constant))
+        routed, d_out = gathered(wide_x, tokens, up.constant), gathered(wide_d_y, tokens, no_bias)
         if inner is None:
-            up.tail(wide := with_tail(routed, up.constant)).copy_(low1)
-            inner = up.times(wide, offsets)
+            up.tail(routed).copy_(low1)
+            inner = up.times(routed, offsets)
         down.project_back(d_out, offsets)
         gated, d_inner, d_row_weights = gate_backward(
             one.gate, inner, down.times_back(d_out, offsets), row_weights[block.rows], len(up.constant)

@@ -23,6 +23,21 @@ def with_tail(rows: Tensor, tail: Tensor) -> Tensor:
     return torch.cat([rows, tail.to(rows.dtype).expand(len(rows), -1)], 1)
 
 
+def to_gather(rows: Tensor, tail: Tensor) -> Tensor:
+    """Return what `gathered` takes of rows that are to be gathered with this tail behind each.
+
+    Compiled, gathering and tail are one pass. Run eagerly they would be two, over as many rows as there are
+    experts per token; so the tail is put behind every row once.
+    """
+    return rows if torch.compiler.is_compiling() else with_tail(rows, tail)
+
+
+def gathered(rows: Tensor, positions: Tensor, tail: Tensor) -> Tensor:
+    """Gather rows, made ready by `to_gather`, with the tail behind each: [S,*]."""
+    chosen = rows.index_select(0, positions)
+    return with_tail(chosen, tail) if torch.compiler.is_compiling() else chosen
+
+
 def weighted_gate(gate: Gate, inner: Tensor, weights: Tensor, constant: Tensor) -> Tensor:
     """Return w * gate(inner), [S,I], with the tail w * constant [n] behind it; w [S,1] is the routing weight.
 
