@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedflame.data.encoding import EncodedRow
 
@@ -51,6 +52,15 @@ class Batch:
         mask = self.attention_mask.reshape(-1).bool()
         return None if bool(mask.all()) else mask.nonzero().flatten()
 
+    def rounded(self) -> Batch:
+        """Return it with more padding, so that different batches have the same width; see `round_up`."""
+        more = round_up(self.input_ids.shape[1]) - self.input_ids.shape[1]
+        return Batch(
+            pad(self.input_ids, (0, more)),
+            pad(self.attention_mask, (0, more)),
+            pad(self.labels, (0, more), value=IGNORE_INDEX),
+        )
+
     def on(self, device: torch.device) -> PlacedBatch:
         """Copy to a device what a step needs, without waiting for it."""
         real = self.real_tokens
@@ -62,6 +72,25 @@ class Batch:
             None if real is None else real.to(device, non_blocking=True),
         )
 
+    def in_few_sizes(self, device: torch.device) -> PlacedBatch:
+        """Copy it to a device in one of few sizes, filled up with what counts for nothing.
+
+        All positions are computed, also padding, and a quarter, half, three quarters or all of them predict.
+        """
+        batch = self.rounded()
+        predictors, targets = batch.predictors, batch.targets
+        quarter = -(-batch.input_ids.numel() // 4)
+        more = -len(predictors) % quarter
+        return PlacedBatch(
+            batch.input_ids.to(device, non_blocking=True),
+            batch.attention_mask.to(device, non_blocking=True),
+            pad(predictors, (0, more)).to(device, non_blocking=True),
+            pad(targets, (0, more)).to(device, non_blocking=True),
+            None,
+            batch.attention_mask.reshape(-1).to(device, non_blocking=True),
+            pad(torch.ones(len(predictors)), (0, more)).to(device, non_blocking=True),
+        )
+
 
 class PlacedBatch(NamedTuple):
     """A batch on a device, as a step needs it; see `Batch`."""
@@ -71,6 +100,23 @@ class PlacedBatch(NamedTuple):
     predictors: Tensor
     targets: Tensor
     real_tokens: Tensor | None
+    """The positions that experts compute; None for all."""
+    counted: Tensor | None = None
+    """For every position, 1 if it counts as a token of its experts, else 0; None: all computed ones do."""
+    weights: Tensor | None = None
+    """For every predictor, 1 if its loss counts, else 0; None: all do."""
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Return the mean of those losses that count."""
+        if self.weights is None:
+            return losses.mean()
+        return (losses * self.weights).sum() / self.weights.sum()
+
+
+def round_up(width: int) -> int:
+    """Return the next of eight widths between two powers of two; below 64 the next multiple of 8."""
+    step = max(8, 1 << max(0, width.bit_length() - 4))
+    return -(-width // step) * step
 
 
 def collate(rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:

@@ -21,6 +21,8 @@ class ActivationCounts:
         self._step = torch.zeros_like(self.total)
         self._recorded: set[int] = set()
         self._open = False
+        self.counted: Tensor | None = None
+        """For every token that the experts compute in a step, 1 if it counts, else 0; None if all count."""
         self.real_tokens: Tensor | None = None
         """Indices of the step's non-padding tokens; None if there is no padding, and outside a step."""
 
@@ -28,10 +30,15 @@ class ActivationCounts:
         """Set the counts to zero, at the start of a client's round."""
         self.total.zero_()
 
-    def begin_step(self, real_tokens: Tensor | None) -> None:
-        """Open a step with the indices of its non-padding tokens; None if all are."""
+    def begin_step(self, real_tokens: Tensor | None, counted: Tensor | None = None) -> None:
+        """Open a step.
+
+        Args:
+            real_tokens: the indices of the tokens that the experts compute; None for all.
+            counted: for every token that they compute, int64, 1 if it counts, else 0; None if all count.
+        """
         self._open = True
-        self.real_tokens = real_tokens
+        self.real_tokens, self.counted = real_tokens, counted
         self._recorded.clear()
         self._step.zero_()
 
@@ -44,7 +51,7 @@ class ActivationCounts:
 
     def abandon_step(self) -> None:
         """Close the step without counting it."""
-        self._open, self.real_tokens = False, None
+        self._open, self.real_tokens, self.counted = False, None, None
 
     def touched(self) -> Tensor:
         """Return which experts have seen a token in this step, bool [L,E]."""
@@ -52,6 +59,6 @@ class ActivationCounts:
 
     def end_step(self) -> Tensor:
         """Close the step, add its counts to `total`, and return the experts it `touched`, bool [L,E]."""
-        self._open, self.real_tokens = False, None
+        self._open, self.real_tokens, self.counted = False, None, None
         self.total += self._step
         return self.touched()

@@ -20,6 +20,7 @@ from fedflame.moe.families import MoELayer
 from fedflame.moe.fused_experts import Experts, FusedExperts
 from fedflame.moe.projection import apart, joined
 from fedflame.moe.rescaler import rescale
+from fedflame.moe.routed_rows import tokens_of_experts
 
 EXPERTS_IMPLEMENTATION = "fedflame"
 BANKS = ("A1", "B1", "A2", "B2")
@@ -135,6 +136,8 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
     output, per_expert = FusedExperts.apply(  # type: ignore[no-untyped-call]
         x, rescale(top_k_weights, lora.s), *banks, top_k_index, experts, lora.recompute
     )
+    if (counted := lora.counts.counted) is not None:
+        per_expert = tokens_of_experts(top_k_index, counted, lora.layer.num_experts)
     lora.counts.record(lora.index, per_expert)
     return output
 

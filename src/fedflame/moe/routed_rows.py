@@ -69,3 +69,9 @@ class RoutedRows(NamedTuple):
     def one_block(self) -> Block:
         """Return all experts as one block, without waiting for a GPU to say how many rows they have."""
         return Block(EVERYTHING, EVERYTHING, self.offsets)
+
+
+def tokens_of_experts(chosen: Tensor, counted: Tensor, num_experts: int) -> Tensor:
+    """Return [E] int64: how many tokens with a 1 in `counted` [N] chose each expert, by `chosen` [N,k]."""
+    of_choices = counted.unsqueeze(1).expand_as(chosen).reshape(-1)
+    return counted.new_zeros(num_experts).index_add_(0, chosen.reshape(-1), of_choices)

@@ -42,7 +42,7 @@ def training_steps(
     step = _Step(adapted, optimizer, scaler, regularizer)
     if capture and adapted.can_capture and not scaler.is_enabled():  # its scale is read in every step
         captured = CapturedSteps(step, list(adapted.attached().tensors().values()))
-        return lambda batch: captured(batch.on(adapted.device))
+        return lambda batch: captured(batch.in_few_sizes(adapted.device))
     return lambda batch: step(batch.on(adapted.device))
 
 
@@ -56,9 +56,9 @@ class _Step:
     def __call__(self, batch: PlacedBatch) -> Tensor:
         """Run one optimizer step. The counts are added also if the scaler skips the update."""
         counts = self.adapted.counts
-        counts.begin_step(batch.real_tokens)
+        counts.begin_step(batch.real_tokens, batch.counted)
         try:
-            loss = token_losses(self.adapted, batch).mean()
+            loss = batch.mean(token_losses(self.adapted, batch))
             objective = loss + self.regularizer()
             touched = counts.touched()
             if self.scaler.is_enabled():

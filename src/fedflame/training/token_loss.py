@@ -35,7 +35,7 @@ def token_losses(adapted: AdaptedModel, batch: Batch | PlacedBatch) -> Tensor:
     The result lies on the device of the model, and nothing has waited for it.
     """
     decoder, device = adapted.model.get_decoder(), adapted.device
-    input_ids, mask, predictors, targets, _ = batch.on(device) if isinstance(batch, Batch) else batch
+    input_ids, mask, predictors, targets, *_ = batch.on(device) if isinstance(batch, Batch) else batch
     with right_padded(adapted.model):
         output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
