@@ -16,6 +16,7 @@ from waits import waits
 
 from fedflame.bench.measurement import TOLERANCE_IN_EPSILONS
 from fedflame.bench.step import (
+    Launched,
     adapt,
     labelled_batch,
     olmoe_config,
@@ -27,8 +28,11 @@ from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow
 from fedflame.moe.expert_lora import BANKS
 from fedflame.moe.masked_adamw import Moments, masked_adamw
+from fedflame.training.steps import training_steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EXPERTS = ((torch.bfloat16, 8), (torch.bfloat16, 1), (torch.float32, 8), (torch.float16, 1))
+"""Number formats and k in which a layer's experts are checked: each is compiled anew."""
 KINDS: dict[str, Callable[[], AbstractContextManager[None]]] = {"compiled": nullcontext, "eager": eager}
 IDLE = [0, 13, 31]
 """Experts of the 32 without a token."""
@@ -39,10 +43,11 @@ CONFIG = olmoe_config(SMALL.config, 2)
 
 
 def measure(sizes: Sizes, findings: Findings) -> None:
-    for dtype in DTYPES:
-        for k in (8, 1):
-            with findings.attempt(f"experts, {dtype}, k = {k}"):
-                check_experts(sizes.device, dtype, k, findings)
+    with findings.attempt("captured steps"):
+        check_captured(sizes.device, findings)
+    for dtype, k in EXPERTS:
+        with findings.attempt(f"experts, {dtype}, k = {k}"):
+            check_experts(sizes.device, dtype, k, findings)
     with findings.attempt("Triton's products"):
         check_triton(sizes.device, findings)
     with findings.attempt("masked AdamW"):
@@ -184,6 +189,28 @@ def check_adamw(device: str, findings: Findings) -> None:
         results[kind] = bank
     error = relative_error(results["compiled"], results["eager"].double())
     check(findings, "masked AdamW, compiled against eager", error, 1e-6)
+
+
+def check_captured(device: str, findings: Findings) -> None:
+    """A round of captured steps against the same steps without a graph, in bfloat16, and once more."""
+    launched: tuple[Launched, ...] = ("compiled", "captured", "captured")
+    rounds = [small_round(device, how) for how in launched]
+    (losses, counts), (found, captured_counts), (again, _) = rounds
+    worst = max(abs(a - b) / b for a, b in zip(found, losses, strict=True))
+    check(findings, "losses of captured steps against compiled ones", worst, 1e-2)
+    check(findings, "counts of captured steps: differences", float((counts != captured_counts).sum()), 0.0)
+    check(findings, "captured steps: other losses when run again", float(found != again), 0.0)
+
+
+def small_round(device: str, launched: Launched) -> tuple[list[float], Tensor]:
+    """The losses of ten steps, on batches of two sizes in turn, one of them padded, and the counts."""
+    adapted = adapt(random_olmoe(CONFIG, torch.bfloat16, device))
+    step = training_steps(adapted, step_optimizer(adapted), capture=launched == "captured")
+    rows = [EncodedRow(list(range(3, 3 + length)), 2, False) for length in (21, 13, 7)]
+    batches = [labelled_batch(CONFIG.vocab_size, 3, 20), collate(rows, 0)]
+    with adapted.training(8):
+        losses = [float(step(batches[number % 2])) for number in range(10)]
+    return losses, adapted.counts.total.cpu()
 
 
 def check_steps(device: str, findings: Findings) -> None:
