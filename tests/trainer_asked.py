@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from fedflame.messages import RoundPlan
@@ -17,6 +18,13 @@ ROWS = 7
 class Told(list[str]):
     def heard(self, words: str) -> int:
         return sum(words in line for line in self)
+
+    def will_hear(self, words: str) -> int:
+        """What a service says on a thread of its own, after the connection has ended."""
+        deadline = time.monotonic() + 10
+        while not self.heard(words) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.heard(words)
 
 
 def request(asked: TrainingJob, plan: RoundPlan, **changes: Any) -> Envelope:

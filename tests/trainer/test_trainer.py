@@ -436,7 +436,7 @@ def test_another_user_is_sent_away_even_through_an_open_door(
         connection.connect(str(door))
         with pytest.raises(EOFError):
             receive(connection)
-    assert told.heard("refused: a connection of another user")
+    assert told.will_hear("refused: a connection of another user")
 
 
 def of_another_user(door: Path, try_it: Callable[[socket.socket], bool]) -> bool:
@@ -478,7 +478,7 @@ def test_another_user_whom_the_socket_lets_in_is_sent_away(door: Path, told: Tol
 
     door.chmod(0o777)
     assert of_another_user(door, is_sent_away)
-    assert told.heard("refused: a connection of another user")
+    assert told.will_hear("refused: a connection of another user")
 
 
 def test_nonsense_at_the_door_ends_that_connection_only(door: Path, told: Told) -> None:
@@ -487,7 +487,7 @@ def test_nonsense_at_the_door_ends_that_connection_only(door: Path, told: Told) 
         connection.sendall(b"x" * 100)
         with pytest.raises((EOFError, ConnectionResetError)):
             receive(connection)
-    assert told.heard("refused: bytes that are no envelope")
+    assert told.will_hear("refused: bytes that are no envelope")
     assert ask(door, DESCRIBE, patience=1).header["kind"] == "description"
 
 
@@ -500,7 +500,7 @@ def test_a_plan_that_is_longer_than_the_memory_allows_is_not_read(
         assert ask(path, Envelope(DESCRIBE.header, bytes(1000)), patience=1).header["kind"] == "description"
         with pytest.raises(OSError, match="no trainer at"):
             ask(path, Envelope(DESCRIBE.header, bytes(1001)), patience=0)
-    assert told.heard("refused: envelope with a body of 1,001 bytes; at most 1,000 are read") == 1
+    assert told.will_hear("refused: envelope with a body of 1,001 bytes; at most 1,000 are read") == 1
 
 
 def test_of_many_connections_some_are_closed_until_others_end(door: Path, told: Told) -> None:
@@ -509,7 +509,7 @@ def test_of_many_connections_some_are_closed_until_others_end(door: Path, told: 
             held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)).connect(str(door))
         with pytest.raises(OSError, match="no trainer at"):
             ask(door, DESCRIBE, patience=0)
-        assert told.heard(f"refused: a connection beside {MOST_CONNECTIONS} others") == 1
+        assert told.will_hear(f"refused: a connection beside {MOST_CONNECTIONS} others") == 1
     assert ask(door, DESCRIBE, patience=5).header["kind"] == "description"
 
 
