@@ -6,6 +6,7 @@ A card alone captures; here a graph is stood for by a call of the same step on t
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -34,7 +35,7 @@ class CalledGraph:
     def __init__(self, step: Step, batch: PlacedBatch, pool: object) -> None:
         assert pool == (self.pool if self.made else None)
         self._step, self._place = step, PlacedBatch._make(None if v is None else v.clone() for v in batch)
-        self.replays = 0
+        self.replays, self.tokens = 0, batch.input_ids.numel()
         self.made.append(self)
 
     def replay(self, batch: PlacedBatch) -> Tensor:
@@ -51,6 +52,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[CalledGraph]:
     monkeypatch.setattr(captured, "_Graph", CalledGraph)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
     return CalledGraph.made
 
 
@@ -82,6 +88,50 @@ def test_steps_that_wait_are_never_captured(graphs: list[CalledGraph]) -> None:
         for _ in range(5):
             steps(batch(2, 5))
     assert not graphs
+
+
+class Card:
+    """A card of 1,000 bytes. A step takes 10 for each token, and so does its graph, while it is there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._last = 0
+        self._graphs: weakref.WeakSet[CalledGraph] = weakref.WeakSet()
+        monkeypatch.setattr(captured, "_Graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self._last)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", self.held)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000 - self.held(), 1000))
+
+    def graph(self, step: Step, batch: PlacedBatch, pool: object) -> CalledGraph:
+        graph = CalledGraph(step, batch, None)
+        CalledGraph.made.clear()  # nothing but the steps holds it
+        self._graphs.add(graph)
+        return graph
+
+    def held(self) -> int:
+        return sum(10 * graph.tokens for graph in self._graphs)
+
+    def step(self, given: PlacedBatch) -> Tensor:
+        self._last = 10 * given.input_ids.numel()
+        return given.input_ids.sum()
+
+
+def test_graphs_give_way_to_a_step_that_would_find_too_little(
+    graphs: list[CalledGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Card(monkeypatch)
+    steps = CapturedSteps(card.step, [])
+    small, large = batch(1, 40), batch(1, 80)
+    for number in range(1, 4):
+        steps(small)
+        assert card.held() == (400 if number == 3 else 0)
+    steps(batch(1, 60))
+    assert card.held() == 400, "600 bytes are free"
+    held = []
+    for _ in range(4):
+        for one in (large, small):
+            steps(one)
+            held.append(card.held())
+    assert held == [0, 400, 0, 400, 0, 0, 0, 0], "the third time the graphs do not come back"
 
 
 def test_the_changes_of_a_captured_step_are_counted(graphs: list[CalledGraph]) -> None:
