@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from fedflame.errors import UserError
-from fedflame.run_files.checkpoints import FORMAT_VERSION, Kept, checkpoint_path, last_kept, write_sealed
+from fedflame.run_files.checkpoints import (
+    FORMAT_VERSION,
+    Kept,
+    checkpoint_path,
+    kept_rounds,
+    last_kept,
+    remove_later,
+    write_sealed,
+)
 from fedflame.wire.frame import HEAD_BYTES, seal
 
 SAYS = {"kind": "checkpoint", "round": 3, "metrics_bytes": 70}
@@ -116,6 +124,41 @@ def test_places_that_are_none_are_refused(entries: Any, tmp_path: Path) -> None:
 def test_a_checkpoint_that_says_nothing_of_itself_is_refused(metadata: Any, tmp_path: Path) -> None:
     put(tmp_path, seal(body_of({"__metadata__": metadata, **TENSORS}), FORMAT_VERSION))
     refusal(tmp_path)
+
+
+def test_checkpoints_after_a_round_are_removed_and_no_others(tmp_path: Path) -> None:
+    for number in (1, 2, 3, 4):
+        write_sealed(tmp_path, number, b"body", most=9)
+    remove_later(tmp_path, 2)
+    assert kept_rounds(tmp_path) == [1, 2]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    write_sealed(tmp_path, 3, b"body", most=1)
+    monkeypatch.setattr(Path, "unlink", forbidden)
+    with pytest.raises(UserError) as refused:
+        remove_later(tmp_path, 2)
+    assert str(refused.value) == f"{checkpoint_path(tmp_path, 3)}: cannot be removed: Permission denied"
+
+
+def test_a_checkpoint_that_somebody_removed_meanwhile_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(path: Path) -> None:
+        unlink(path)
+        unlink(path)
+
+    unlink = Path.unlink
+    for number in (1, 2, 3):
+        write_sealed(tmp_path, number, b"body", most=9)
+    monkeypatch.setattr(Path, "unlink", second)
+    remove_later(tmp_path, 1)
+    assert kept_rounds(tmp_path) == [1]
 
 
 def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
