@@ -98,6 +98,40 @@ def test_a_lock_that_its_holder_removes_while_another_opens_it_is_not_believed(
             pass
 
 
+def test_a_lock_that_its_holder_removes_while_another_opens_it_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    lock, flock, removed, before = tmp_path / ".lock", fcntl.flock, [], os.listdir("/dev/fd")
+
+    def flock_late(file: int, how: int) -> None:
+        if not removed:
+            removed.append(lock.unlink())
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with sole_user(lock, "taken"):
+        assert f'"process": {os.getpid()}' in lock.read_text()
+    assert os.listdir("/dev/fd") == before
+
+
+def test_a_lock_that_cannot_be_written_is_one_line_and_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> dict[str, object]:
+        raise OSError(28, "No space left on device")
+
+    lock, before = tmp_path / ".lock", os.listdir("/dev/fd")
+    with monkeypatch.context() as patch, pytest.raises(UserError) as refused:
+        patch.setattr("fedflame.folder_lock._this_process", full)
+        sole_user(lock, "taken").__enter__()
+    assert str(refused.value) == f"{lock}: cannot be locked: No space left on device"
+    assert os.listdir("/dev/fd") == before
+    with sole_user(lock, "taken"):
+        pass
+
+
 def test_a_lock_that_says_nothing_still_holds(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     with sole_user(lock, "taken"):

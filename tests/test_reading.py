@@ -55,7 +55,7 @@ def test_what_is_no_file_is_one_line(read: Any, tmp_path: Path) -> None:
     for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "no", "No such file or directory")):
         with pytest.raises(UserError, match=reason):
             read(path)
-    with pytest.raises(UserError, match="embedded null byte"):
+    with pytest.raises(UserError, match=r"\0b: no path: embedded null byte$"):
         read(Path("a\0b"))
 
 
@@ -66,6 +66,22 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read_whole(tmp_path: P
             file.truncate(10 * most)  # no block of it is on the disk
         with pytest.raises(UserError, match=f"larger than {most:,} bytes"):
             read(path)
+
+
+def test_what_is_just_allowed_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    for text in (
+        '{"a": 9223372036854775807, "b": -9223372036854775807}',
+        '{"\ufb01": "\ud7ff \ue000 \U0001f600"}',
+        '{"a": ' + "[" * (DEEPEST - 1) + "]" * (DEEPEST - 1) + "}",
+    ):
+        path.write_text(text)
+        assert read_object(path) == json.loads(text)
+    path.write_text('{"a": ' + "[" * DEEPEST + "]" * DEEPEST + "}")
+    with pytest.raises(UserError, match=f"nested in more than {DEEPEST} levels"):
+        read_object(path)
+    path.write_text("a = 1 #".ljust(LONGEST_TOML))
+    assert read_toml(path) == {"a": 1}
 
 
 TOML = {

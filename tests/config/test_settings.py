@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,12 @@ def test_a_broken_site_file_gets_one_line(text: str, reason: str, tmp_path: Path
         ),
         (HUB + "[rounds]\nround_timeout = 0\n", "rounds.round_timeout = 0"),
         (HUB + "[rounds]\nround_timeout = nan\n", "rounds.round_timeout = nan"),
+        (HUB + "[rounds]\nstart_timeout = 0\n", "rounds.start_timeout = 0"),
+        (HUB + "[rounds]\nstraggler_grace = 'later'\n", "rounds.straggler_grace = 'later': "),
+        (HUB + "[rounds]\nstraggler_grace = true\n", "rounds.straggler_grace = True: "),
+        (HUB + "[rounds]\nstraggler_grace = -1\n", "rounds.straggler_grace = -1: "),
+        (HUB + "[rounds]\nstraggler_grace = inf\n", "rounds.straggler_grace = inf: "),
+        (HUB + "[rounds]\nstraggler_grace = nan\n", "rounds.straggler_grace = nan: "),
         (HUB + "[flower]\nnodes = 7\n", "flower.nodes = 7"),
         (HUB + "flower = 7\n", "flower is a section; write flower.key=value"),
         (HUB + '[flower.nodes]\na = "x"\n', "flower.nodes.a = 'x'"),
@@ -67,6 +74,38 @@ def test_a_broken_site_file_gets_one_line(text: str, reason: str, tmp_path: Path
 )
 def test_a_broken_hub_file_gets_one_line(text: str, reason: str, tmp_path: Path) -> None:
     assert reason in refusal(load_hub, "hub", text, tmp_path)
+
+
+LEAST_OF_SITE = {
+    "trainer.active_experts": 1, "trainer.max_active_experts": 0, "trainer.kept_runs": 1,
+    "limits.max_rounds": 1, "limits.max_steps": 1, "limits.max_tokens": 1, "limits.max_flops": 0,
+    "limits.max_rank": 1, "limits.max_memory": 0, "limits.max_seconds_per_round": 0,
+    "limits.max_rounds_per_day": 0, "limits.max_runs": 0, "limits.min_rows_per_update": 1,
+    "limits.min_tokens_per_update": 1, "limits.max_update_norm": 0,
+}  # fmt: skip
+LEAST_OF_HUB = {"rounds.rejoin_timeout": 0, "rounds.max_resubmissions": 0, "rounds.straggler_grace": 0}
+
+
+@pytest.mark.parametrize(("key", "least"), LEAST_OF_SITE.items())
+def test_the_least_number_of_a_site_is_taken_and_one_less_is_one_line(
+    key: str, least: int, tmp_path: Path
+) -> None:
+    def with_number(number: int) -> str:
+        values = {"name": "'a'", "data.dataset_name": "'x'", "trainer.active_experts": 2, key: number}
+        return "".join(f"{name} = {value}\n" for name, value in values.items())
+
+    (tmp_path / "good.toml").write_text(with_number(least))
+    assert attrgetter(key)(load_site(tmp_path / "good.toml")) == least
+    assert f"{key} = {least - 1}: " in refusal(load_site, "site", with_number(least - 1), tmp_path)
+
+
+@pytest.mark.parametrize(("key", "least"), LEAST_OF_HUB.items())
+def test_the_least_number_of_a_hub_is_taken_and_one_less_is_one_line(
+    key: str, least: int, tmp_path: Path
+) -> None:
+    (tmp_path / "good.toml").write_text(f"{HUB}{key} = {least}\n")
+    assert attrgetter(key)(load_hub(tmp_path / "good.toml")) == least
+    assert f"{key} = {least - 1}: " in refusal(load_hub, "hub", f"{HUB}{key} = {least - 1}\n", tmp_path)
 
 
 def test_files_know_their_folder_and_take_names_of_users_as_they_are(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.engines_here import ThreadEngine
 from tests.examples_drawn import MANY
 from tests.message_samples import a_plan
 
+from fedflame.engines.answers import Description
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.hub import HubRounds
 from fedflame.engines.jobs import EngineJobs, engine_jobs
@@ -112,6 +113,29 @@ def test_a_job_is_of_just_the_types_that_it_must_have_or_refused(changed: dict[s
     assert job.model_dump().keys() == said.keys()
     for name, value in job.model_dump().items():
         assert type(value) is type(JOB[name]) and value == said[name] and type(said[name]) is not bool
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("r", 1), ("lora_alpha", 5e-324), ("max_length", 8), ("num_server_rounds", 1)]
+)
+def test_a_job_has_the_least_numbers_with_which_there_is_training(name: str, least: float) -> None:
+    assert getattr(TrainingJob.read(JOB | {name: least}, "job"), name) == least
+    for less in (least - 1, type(least)(0)):
+        with pytest.raises(InvalidMessage, match=rf"^job\.{name} = "):
+            TrainingJob.read(JOB | {name: less}, "job")
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("num_examples", 2**63 - 1), ("active_experts", 2**31 - 1), ("max_active_experts", 2**31 - 1)],
+)
+def test_a_site_describes_itself_with_numbers_that_there_can_be(name: str, most: int) -> None:
+    said = {"num_examples": 7, "active_experts": 2, "max_active_experts": 2, "held": ""}
+    for number in (1, most):
+        assert getattr(Description.read(said | {name: number}, "description"), name) == number
+    for number in (0, most + 1):
+        with pytest.raises(InvalidMessage, match=rf"^description\.{name} = {number}: "):
+            Description.read(said | {name: number}, "description")
 
 
 NUMBERS = (

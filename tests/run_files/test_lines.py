@@ -76,6 +76,8 @@ def test_a_line_that_is_lost_moved_or_put_in_is_noticed(path: Path) -> None:
         (2, [first, b"{}\n", second]),
         (2, [first, b"\n", second]),
         (1, [json.dumps(RECORDS[0]).encode() + b"\n"]),
+        (2, [first, second[:-1] + b" \n", third]),
+        (2, [first, second[:-1] + b"}\n", third]),
     ):
         path.write_bytes(b"".join(damaged))
         assert refusal(path) == f", line {number}: damaged or edited"

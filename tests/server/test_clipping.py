@@ -255,6 +255,15 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.undo()
 
 
+def test_a_disk_that_is_full_when_the_last_bytes_are_written_is_one_line_too(tmp_path: Path) -> None:
+    with Spool(tmp_path) as spool:
+        spool._file.close()
+        spool._file = open("/dev/full", "wb", buffering=1 << 20)  # noqa: SIM115 (the spool closes it)
+        spool.put(updates_of(1, [3])[0])
+        with pytest.raises(UserError, match="cannot hold the updates of a round: No space left"):
+            next(iter(spool))
+
+
 # Outliers
 
 

@@ -46,12 +46,14 @@ def _first_digit(count: int) -> int:
 
 
 def _shared_out(weights: list[int], total: int, most: int) -> list[int]:
-    """Share `total` in proportion to the weights; a share is from 1 to `most`, and 0 where the weight is."""
+    """Share `total` in proportion to the weights; a share is from 1 to `most`, and 0 where the weight is.
+
+    That it is 1 at least, and that no more is left than the others can take, follows: the largest go first,
+    and the weights sum to no more than `total`, which is no more than `most` for each.
+    """
     shares = [0] * len(weights)
-    order = sorted((index for index, weight in enumerate(weights) if weight), key=lambda i: -weights[i])
     left, weight_left = total, sum(weights)
-    for behind, index in zip(range(len(order) - 1, -1, -1), order, strict=True):
-        share = round(left * weights[index] / weight_left)
-        shares[index] = min(max(share, 1, left - most * behind), most, left - behind)
+    for index in sorted((index for index, weight in enumerate(weights) if weight), key=lambda i: -weights[i]):
+        shares[index] = min(round(left * weights[index] / weight_left), most)
         left, weight_left = left - shares[index], weight_left - weights[index]
     return shares

@@ -71,7 +71,7 @@ def decode_addition(message: Bytes, held: bytes) -> bytes:
 def _put_together(parts: Mapping[str, Tensor], about: Mapping[str, Any], held: Mapping[str, Tensor]) -> bytes:
     own, there = _own(parts), _own(held)
     names = {name.removesuffix(_ROWS) for name in own} | there.keys()
-    tensors = {name: _with_changes(name, own, there.get(name)) for name in names}
+    tensors = {name: _with_changes(name, own, there) for name in names}
     kept = Adapter.from_tensors(held, MERGED_PREFIX) if about["kept_merged_rank"] else NOTHING
     merged = kept.concatenate(Adapter.from_tensors(parts, MERGED_PREFIX))
     return seal(pack(tensors | merged.tensors(MERGED_PREFIX), about["header"]))
@@ -96,11 +96,11 @@ def _changed(name: str, value: Tensor, before: Tensor | None) -> dict[str, Tenso
     return {name: value[rows], name + _ROWS: rows} if len(rows) else {}
 
 
-def _with_changes(name: str, own: Mapping[str, Tensor], before: Tensor | None) -> Tensor:
+def _with_changes(name: str, own: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> Tensor:
     rows = own.get(name + _ROWS)
-    if before is None or (name in own and rows is None):
-        return own[name]
-    return before if rows is None else before.index_copy(0, rows, own[name])
+    if rows is not None:
+        return held[name].index_copy(0, rows, own[name])
+    return own[name] if name in own else held[name]
 
 
 def _begins_with(merged: Adapter, before: Adapter) -> bool:

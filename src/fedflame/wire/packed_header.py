@@ -31,7 +31,7 @@ def read_packed_header(buffer: Bytes) -> dict[str, Any]:
     """Return the header that `pack` was given. Raises ValueError if `pack` did not make the buffer."""
     try:
         return read_header(_entries(buffer)["__metadata__"][KEY])
-    except (KeyError, TypeError, AttributeError, InvalidMessage) as error:
+    except (KeyError, TypeError, InvalidMessage) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
