@@ -33,7 +33,7 @@ from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
 from fedflame.experiment import run as experiment_run
 from fedflame.experiment.prepare import prepare
-from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.messages import ClientUpdate, RoundPlan, believed, most_rows
 from fedflame.report.records import read_run
 from fedflame.training.reach import longest_way, trained_reach
 from fedflame.wire.codec import decode_plan, decode_update, encode_update
@@ -167,6 +167,10 @@ class Liars:
 
     def name(self, client: int) -> str:
         return self.clients.name(client)
+
+    def believed(self, update: ClientUpdate) -> ClientUpdate:
+        """What a hub believes of sites."""
+        return believed(update, most_rows(self.num_examples()))
 
     def _who_trains(self) -> Clients:
         if self.attack != LABELS:
