@@ -78,7 +78,7 @@ def test_compiled_steps_compute_what_eager_steps_do(request: pytest.FixtureReque
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
     (reason,) = counters["graph_break"]
     assert "experts_forward" in reason, "the experts are the only break in a layer"
-    assert counters["stats"]["unique_graphs"] < 4 * len(BATCHES), "not one for every layer"
+    assert counters["stats"]["unique_graphs"] < 5 * len(BATCHES), "not one for every layer"
 
 
 @pytest.mark.parametrize("tools", [("triton", "cc"), ("triton",), ("cc",), ()])
