@@ -63,14 +63,9 @@ class Batch:
 
     def on(self, device: torch.device) -> PlacedBatch:
         """Copy to a device what a step needs, without waiting for it."""
-        real = self.real_tokens
         return PlacedBatch(
-            self.input_ids.to(device, non_blocking=True),
-            self.attention_mask.to(device, non_blocking=True),
-            self.predictors.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            None if real is None else real.to(device, non_blocking=True),
-        )
+            self.input_ids, self.attention_mask, self.predictors, self.targets, self.real_tokens
+        ).to(device)
 
     def in_few_sizes(self, device: torch.device) -> PlacedBatch:
         """Copy it to a device in one of few sizes, filled up with what counts for nothing.
@@ -82,14 +77,14 @@ class Batch:
         quarter = -(-batch.input_ids.numel() // 4)
         more = -len(predictors) % quarter
         return PlacedBatch(
-            batch.input_ids.to(device, non_blocking=True),
-            batch.attention_mask.to(device, non_blocking=True),
-            pad(predictors, (0, more)).to(device, non_blocking=True),
-            pad(targets, (0, more)).to(device, non_blocking=True),
+            batch.input_ids,
+            batch.attention_mask,
+            pad(predictors, (0, more)),
+            pad(targets, (0, more)),
             None,
-            batch.attention_mask.reshape(-1).to(device, non_blocking=True),
-            pad(torch.ones(len(predictors)), (0, more)).to(device, non_blocking=True),
-        )
+            counted=batch.attention_mask.reshape(-1),
+            weights=pad(torch.ones(len(predictors)), (0, more)),
+        ).to(device)
 
 
 class PlacedBatch(NamedTuple):
@@ -105,6 +100,12 @@ class PlacedBatch(NamedTuple):
     """For every position, 1 if it counts as a token of its experts, else 0; None: all computed ones do."""
     weights: Tensor | None = None
     """For every predictor, 1 if its loss counts, else 0; None: all do."""
+
+    def to(self, device: torch.device) -> PlacedBatch:
+        """Copy it to a device, without waiting for it."""
+        return PlacedBatch._make(
+            None if value is None else value.to(device, non_blocking=True) for value in self
+        )
 
     def mean(self, losses: Tensor) -> Tensor:
         """Return the mean of those losses that count."""
