@@ -24,6 +24,7 @@ from fedflame.engines.clients import EngineClients
 from fedflame.engines.hub import HubRounds
 from fedflame.engines.jobs import EngineJobs, engine_jobs
 from fedflame.engines.link import HubLink
+from fedflame.engines.requests import Request
 from fedflame.errors import UserError
 from fedflame.wire.addition import decode_addition, encode_addition, plan_digest
 from fedflame.wire.codec import encode_plan, encoded_update_limit, update_limit
@@ -369,6 +370,18 @@ def test_a_grace_of_zero_waits_until_the_rounds_time_whatever_was_taken_before(
         assert updates(hub.round()) == LEARNED
         slow.set()
         assert updates(hub.round()) == LEARNED
+
+
+def test_a_late_answer_that_is_none_ends_nothing_and_teaches_nothing(tmp_path: Path) -> None:
+    with driver(honest, tmp_path) as hub:
+        for is_answer in (False, True):
+            request = Request("west", "train", tmp_path / "west.plan", 100)
+            hub.clients._give_up(request, "no answer in time")
+            about = {"ticket": request.ticket, "site": "west"}
+            late = Envelope(about | {"run": RUN, "kind": "update"}).to_bytes() if is_answer else b"garbage"
+            hub.clients._take(Envelope(about | {"kind": "answered"}, late), [request])
+            assert hub.said.pop() == "refused: a late or repeated answer of west"
+            assert ("west" in hub.clients._patience._slowest) is is_answer
 
 
 def test_a_site_that_does_not_describe_itself_costs_no_whole_round(

@@ -307,6 +307,7 @@ def test_requests_come_as_they_were_sent_until_the_driver_hangs_up(tmp_path: Pat
         Envelope(carried("t", "100")).to_bytes(),
         Envelope(carried("t", True)).to_bytes(),
         Envelope(carried("t") | {"ticket": ["t"]}).to_bytes(),
+        Envelope(carried("t") | {"kind": "end"}).to_bytes(),
     ],
 )
 def test_what_is_no_request_is_the_end(said: bytes, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.message_samples import an_update
 from tests.random_rounds import LAYERS, an_adapter
 from tests.tiny_runs import adapter_bytes, events, tiny_run
 from torch.linalg import LinAlgError
@@ -21,8 +22,10 @@ from fedflame.errors import UserError
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
 from fedflame.server.checkpoint import read_checkpoint
 from fedflame.server.finite import Diverged, require_finite_loss, require_finite_state
-from fedflame.server.rounds import _aggregate
+from fedflame.server.rounds import _aggregate, _not_finite_alone
+from fedflame.server.scoring import evaluate_tiers
 from fedflame.strategies.base import ServerState
+from fedflame.training.scores import Scores
 from fedflame.wire.codec import decode_plan, decode_update, encode_update
 
 UNBOUNDED = ("strategy.clip=none", "server.num_server_rounds=3")
@@ -97,6 +100,36 @@ def test_a_disk_that_cannot_hold_what_a_method_keeps_there_is_one_line() -> None
         _aggregate(Parts(Writing(errno.EPIPE)), a_state(), [])  # type: ignore[arg-type]
 
 
+def test_an_update_whose_state_alone_is_not_finite_is_to_blame_whatever_the_held_out_loss_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass(frozen=True)
+    class Spoiling:
+        def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+            return replace(state, adapter=spoiled(state.adapter, math.inf))
+
+    @dataclass(frozen=True)
+    class Parts:
+        strategy: Spoiling = Spoiling()
+        held_out: tuple[()] = ()
+
+    monkeypatch.setattr("fedflame.server.rounds.require_finite_losses", lambda *_: None)
+    found = _not_finite_alone(Parts(), a_state(), an_update())  # type: ignore[arg-type]
+    assert found == "the adapter has a value in experts.1.B1 that is not finite"
+
+
+def test_the_loss_of_the_first_ranks_must_be_finite_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Parts:
+        tiers: tuple[()] = ()
+        deployments: tuple[tuple[int, int], ...] = ((4, 2),)
+
+    scores = {"all": Scores(rows=2, loss_sum=math.nan, response_tokens=3)}
+    monkeypatch.setattr("fedflame.server.scoring._evaluate", lambda *_: scores)
+    with pytest.raises(Diverged, match="the held-out loss of the global model at k = 4 is nan"):
+        evaluate_tiers(Parts(), a_state(), 3)  # type: ignore[arg-type]
+
+
 # Runs
 
 
@@ -160,14 +193,15 @@ def test_a_round_is_undone_without_the_client_that_caused_it_and_equals_one_with
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("every", [1, 0])
 def test_a_loss_that_is_not_finite_undoes_a_round_whose_values_are(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     def large(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
         return times(update, 1e25) if (plan.client, plan.round) == (2, 1) else update
 
     falsify(monkeypatch, large)
-    tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED)
+    tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED, f"evaluation.evaluate_every={every}")
     (undone,) = events(tmp_path / "run", "undone")
     assert "the held-out loss of the global model" in undone["reason"]
     (excluded,) = events(tmp_path / "run", "excluded")
