@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedflame.config.load import load_config
 from fedflame.data.federation import Federation, load_federation
-from fedflame.data.instructions import Instruction
+from fedflame.data.conversations import Conversation
 from fedflame.data.skills import CATEGORIES
 from fedflame.errors import UserError
 
@@ -28,8 +28,8 @@ def both_splits(*overrides: str) -> tuple[Federation, Federation]:
     return test, validation
 
 
-def content(rows: list[Instruction]) -> set[tuple[str, str, str]]:
-    return {(row.instruction, row.context, row.response) for row in rows}
+def content(rows: list[Conversation]) -> set[tuple[str, str, str]]:
+    return {(row.turns[0].content, row.turns[0].context, row.response) for row in rows}
 
 
 def assert_disjoint(test: Federation, validation: Federation) -> None:
@@ -114,7 +114,7 @@ def test_validation_rows_by_hand(tmp_path: Path) -> None:
     )
     assert len(test.training) == 44
     for federation in (test, validation):
-        numbers = [int(row.instruction) for row in federation.held_out]
+        numbers = [int(row.turns[0].content) for row in federation.held_out]
         assert numbers == sorted(numbers)
         assert Counter(row.category for row in federation.held_out) == {"a": 3, "b": 3}
 

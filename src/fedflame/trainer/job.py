@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from fedflame.config.sections import AdapterConfig
+from fedflame.config.sections import AdapterConfig, CompletionOnly
 from fedflame.config.words import Dtype
 from fedflame.trainer.header_model import HeaderModel
 
@@ -27,6 +27,11 @@ class TrainingJob(HeaderModel):
     """Attention projections, comma-separated."""
     max_length: Annotated[int, Field(ge=8)]
     """Largest number of tokens per row."""
+    template_digest: str = ""
+    """The digest of the chat template that renders the rows; empty for the plain form."""
+    assistant_only_loss: bool = True
+    completion_only_loss: CompletionOnly = "auto"
+    train_on_eos: bool = True
     num_server_rounds: Annotated[int, Field(ge=1)]
 
     @property
