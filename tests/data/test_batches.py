@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.tiny_models import END, PAD, random_adapter, tiny_adapted
 from torch import Tensor
 
-from fedflame.data.batches import BATCHES_PER_WINDOW, IGNORE_INDEX, Batch, collate, training_batches
+from fedflame.data.batches import BATCHES_PER_WINDOW, Batch, collate, training_batches
 from fedflame.data.encoding import EncodedRow
 from fedflame.training.token_loss import token_losses
 

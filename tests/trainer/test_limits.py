@@ -118,6 +118,26 @@ def test_what_the_sites_file_does_not_allow_is_refused_before_anything_is_loaded
     assert not told.heard("loading") and not told.heard("training")
 
 
+@pytest.mark.parametrize(
+    ("file", "digest", "reason"),
+    [
+        ("", "ab" * 16, "the plain form (Instruction, Input, Response), digest none; the hub's abababab)"),
+        ("mine.jinja", "", "the chat template of data.chat_template_path, digest "),
+    ],
+)
+def test_a_hub_with_another_chat_template_is_refused(
+    file: str, digest: str, reason: str, make_service: Make, job: TrainingJob, plan: RoundPlan, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    service = make_service()
+    site = service._site
+    data = site.data.model_copy(update={"chat_template_path": file})
+    service._site = site.model_copy(update={"data": data})
+    answer = service.answer(request(job.model_copy(update={"template_digest": digest}), plan))
+    assert answer.header["kind"] == "refused" and reason in answer.header["reason"]
+    assert answer.header["reason"].startswith("the chat template is another one here (")
+
+
 def test_merged_factors_count_in_the_memory_of_a_round(
     make_service: Make, job: TrainingJob, plan: RoundPlan, told: Told
 ) -> None:

@@ -4,11 +4,13 @@ import itertools
 import random
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.chat_templates import tokenizer_of
 from tests.tiny_models import (
     END,
     LAYERS,
@@ -25,9 +27,9 @@ from transformers import OlmoeForCausalLM
 
 import fedflame.training.evaluation as evaluation
 from fedflame.data.batches import collate
-from fedflame.data.encoder import new_encoder
-from fedflame.data.encoding import EncodedPrompt, EncodedRow, encode, encode_prompts
 from fedflame.data.conversations import Conversation, single_turn
+from fedflame.data.encoder import new_encoder
+from fedflame.data.encoding import EncodedRow, encode, encode_prompts
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.training.evaluation import HeldOut, evaluate, generate_responses
 from fedflame.training.scores import Scores, total
@@ -179,6 +181,36 @@ def test_answers_are_greedy_and_those_of_each_row_alone(k: int) -> None:
             assert generate_responses(adapted, held_out(), range(len(ROWS))) == [
                 answer for answer, _ in by_hand
             ]
+
+
+class Answers:
+    """A model whose answers are given, one token row for each prompt."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers, self.asked = answers, dict[str, object]()
+
+    def generate(self, input_ids: torch.Tensor, **asked: object) -> torch.Tensor:
+        self.asked = asked
+        rows = [TOKENIZER.encode(answer) for answer in self.answers]
+        width = max(map(len, rows))
+        filled = torch.tensor([row + [END] * (width - len(row)) for row in rows])
+        return torch.cat([input_ids, filled], 1)
+
+
+def test_of_an_answer_with_thoughts_what_follows_them_is_scored() -> None:
+    model = Answers("<think>\n2 3\n</think>\n\n5", "Hello Ann")
+    adapted: object = SimpleNamespace(model=model, device=torch.device("cpu"))
+    assert generate_responses(adapted, held_out(), [0, 1]) == ["5", "Hello Ann"]  # type: ignore[arg-type]
+
+
+def test_generation_stops_at_the_templates_end_of_turn_too() -> None:
+    tokenizer = tokenizer_of("gemma")
+    encoder, row = new_encoder(tokenizer, 100), single_turn("Add", "", "5", "sum")
+    scored = HeldOut([row], [encode(row, encoder)], encode_prompts([row], encoder, None), encoder, 4)
+    model = Answers("5")
+    generate_responses(SimpleNamespace(model=model, device=torch.device("cpu")), scored, [0])  # type: ignore[arg-type]
+    ends = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    assert sorted(model.asked["eos_token_id"]) == sorted(ends)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("k", [1, TOP_K])

@@ -56,10 +56,8 @@ def _print_experiment(experiment: Experiment, sites: tuple[str, ...], console: C
         f"model {config.model.model_name_or_path} in {experiment.dtype.name} ({experiment.dtype.reason}), "
         f"{threads} thread{'s' * (threads > 1)}"
     )
-    say_line(
-        console,
-        f"device {device_in_words(experiment.device)}; rows in {experiment.encoder.template.in_words}",
-    )
+    say_line(console, f"device {device_in_words(experiment.device)}")
+    say_line(console, f"rows in {experiment.encoder.template.in_words}")
     clients = experiment.clients
     console.print(partition_table(clients, cost.clients, experiment.encoded.truncated, sites))
     console.print(cost_table(cost))

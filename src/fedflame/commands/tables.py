@@ -56,8 +56,8 @@ def print_rows(columns: Sequence[str], cut_prompts: int, console: Console) -> No
     if cut_prompts:
         say_line(
             console,
-            f"{cut_prompts:,} prompts of held-out rows are cut: with evaluation.max_new_tokens they are "
-            "longer than the model's context",
+            f"held-out prompts that are cut: {cut_prompts:,}; with evaluation.max_new_tokens they are longer "
+            "than the model's context",
         )
 
 

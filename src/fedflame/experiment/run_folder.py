@@ -134,7 +134,8 @@ def device_change(run: Path, device: DeviceChoice) -> str:
 
 
 def require_same_data(run: Path, experiment: Experiment, at_sites: bool) -> None:
-    """Raises UserError where the data now gives another partition than the one the run began with."""
+    """Raises UserError where the data now gives another partition, or other text, than when the run began."""
+    _require_same_form(run, experiment)
     saved, now = read_checked(run / "partition.json", ADVICE), _partition(experiment)
     # What sites hold is their own; of the hub's data only the held-out rows count.
     compared = ("data_digest", "held_out_rows") if at_sites else now.keys() - {"columns", "cut_prompts"}
@@ -142,6 +143,16 @@ def require_same_data(run: Path, experiment: Experiment, at_sites: bool) -> None
         raise UserError(
             f"{run}: --resume needs the data it was started with; {experiment.config.data.dataset_name} now "
             "gives another partition (partition.json in the run folder has it)"
+        )
+
+
+def _require_same_form(run: Path, experiment: Experiment) -> None:
+    """Raises UserError where rows are now rendered in another form than when the run began."""
+    saved, now = saved_prompt_form(run), experiment.encoder.template
+    if (saved.template, saved.jinja) != (now.kind, now.jinja):
+        raise UserError(
+            f"{run}: --resume needs the chat template it was started with; rows are now in {now.in_words} "
+            "(prompt.json in the run folder has the other)"
         )
 
 
