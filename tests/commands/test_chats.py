@@ -82,22 +82,22 @@ def test_the_exports_say_which_prompt_was_trained(instruct: Path, data: Path, tm
     tiny_run(instruct, run, f"data.dataset_name={data}", ONE_ROUND)
     card = (run / "adapter" / "README.md").read_text()
     assert "the base model's own chat template" in card
-    assert "\n    [user]{instruction}<end>[assistant]\n" in card and "An answer ends with <end>." in card
+    assert "\n    '[user]{instruction}<end>[assistant]'\n" in card and "An answer ends with <end>." in card
     assert not (run / "adapter" / "chat_template.jinja").exists()
     tiny_run(instruct, tmp_path / "other", f"data.dataset_name={data}", ONE_ROUND, given)
     adapter = tmp_path / "other" / "adapter"
-    assert "\n    #[user]{instruction}<end>[assistant]\n" in (adapter / "README.md").read_text()
+    assert "\n    '#[user]{instruction}<end>[assistant]'\n" in (adapter / "README.md").read_text()
     assert (adapter / "chat_template.jinja").read_text() == OTHER
     export_run(tmp_path / "other", tmp_path / "merged", merge=True)
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert merged.chat_template == OTHER
     sent = merged.apply_chat_template(turns("{instruction}"), tokenize=False, add_generation_prompt=True)
-    assert f"\n    {sent}\n" in (tmp_path / "merged" / "README.md").read_text()
+    assert f"\n    {sent!r}\n" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_the_card_of_a_plain_run_gives_the_plain_form(undisturbed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     card = (undisturbed() / "adapter" / "README.md").read_text()
-    assert "\n    Instruction: {instruction}\n    Response:\n" in card
+    assert "\n    'Instruction: {instruction}\\nResponse:'\n" in card
     assert "`Input: ...`" in card
 
 
@@ -127,8 +127,8 @@ def test_a_template_that_refuses_most_rows_stops_the_run_before_it_begins(
     assert (result.exit_code, result.stderr) == (
         2,
         f"fedflame: 20 of 30 rows cannot be used; the first, {data}:"
-        f"{result.stderr.partition(f'{data}:')[2].partition(':')[0]}: the chat template refuses it: no system "
-        "please; change the rows, or name another data.chat_template_path\n",
+        f"{result.stderr.partition(f'{data}:')[2].partition(':')[0]}: the chat template refuses it: no "
+        "system please; change the rows, or name another data.chat_template_path\n",
     )
     assert not (tmp_path / "run").exists()
 
@@ -167,7 +167,7 @@ def test_split_writes_conversations_that_a_run_reads_as_they_were(
 
 def test_prompts_that_do_not_fit_into_the_context_are_counted(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [
-        {"instruction": f"{n:02} " + "x" * (460 if n % 2 else 30), "response": "y", "category": "ab"[n % 2]}
+        {"instruction": f"{n:02} " + "x" * (475 if n % 2 else 30), "response": "y", "category": "ab"[n % 2]}
         for n in range(30)
     ]
     data = write(tmp_path / "rows.jsonl", rows)
@@ -220,6 +220,6 @@ def test_an_end_token_that_the_model_does_not_have_is_refused_in_a_line(
         result = invoke(*command)
         assert (result.exit_code, result.stderr) == (
             2,
-            f"fedflame: the tokenizer gives '[END]' the id {VOCABULARY}; the model has embeddings for the ids 0 to "
-            f"{VOCABULARY - 1}: they do not belong together\n",
+            f"fedflame: the tokenizer gives '[END]' the id {VOCABULARY}; the model has embeddings for the "
+            f"ids 0 to {VOCABULARY - 1}: they do not belong together\n",
         )

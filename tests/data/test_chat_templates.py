@@ -130,7 +130,8 @@ def test_tools_and_tool_calls_reach_the_template() -> None:
     tokenizer = byte_tokenizer("<|end|>", ("<|tools|>", "<|user|>", "<|assistant|>", "<|tool|>"), jinja=jinja)
     call = json.dumps({"tool_calls": [{"function": {"name": "add"}}]})
     turns = (
-        Turn("user", "2 and 2"), Turn("assistant", "", more=call), Turn("tool", "4"), Turn("assistant", "It is 4"),
+        Turn("user", "2 and 2"), Turn("assistant", "", more=call), Turn("tool", "4"),
+        Turn("assistant", "It is 4"),
     )  # fmt: skip
     row = encode(Conversation(turns, tools='[{"name": "add"}]'), new_encoder(tokenizer, 1000))
     assert tokenizer.decode(row.ids) == (
@@ -157,7 +158,8 @@ def test_a_context_follows_the_instruction_after_an_empty_line() -> None:
         (
             MISTRAL,
             Conversation((TURNS[0], TURNS[0], TURNS[1])),
-            "the chat template refuses it: Conversation roles must alternate user/assistant/user/assistant/...",
+            "the chat template refuses it: Conversation roles must alternate "
+            "user/assistant/user/assistant/...",
         ),
         ("{{ messages[7].content }}", Conversation(TURNS), "the chat template refuses it: "),
         ("{{ 1 // 0 }}", Conversation(TURNS), "the chat template refuses it: "),
@@ -214,7 +216,7 @@ def byte_like(tokenizer: PreTrainedTokenizerFast, jinja: str) -> PreTrainedToken
     [
         (
             None,
-            ": no such file; it must be a jinja file, a tokenizer's folder with chat_template.jinja, 'plain', ",
+            ": no such file; it must be a jinja file, a tokenizer's folder with chat_template.jinja, 'plain'",
         ),
         ("{% for %}", ": no jinja template: line 1: "),
         ("  ", ": has no chat template"),

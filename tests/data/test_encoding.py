@@ -204,8 +204,8 @@ def test_tokens_that_were_added_to_a_tokenizer_are_one_token_in_a_row() -> None:
     with pytest.raises(UserError) as caught:
         require_known_ids([row], known, new_encoder(tokenizer, 100))
     assert str(caught.value) == (
-        f"the tokenizer gives '<glucose>' the id {known}; the model has embeddings for the ids 0 to {known - 1}: "
-        "they do not belong together"
+        f"the tokenizer gives '<glucose>' the id {known}; the model has embeddings for the ids 0 to "
+        f"{known - 1}: they do not belong together"
     )
 
 

@@ -189,10 +189,12 @@ def test_if_all_rows_can_be_encoded_the_federation_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("parts", "held_out", "reason"),
     [
-        (("nny", "nnn"), "y", "5 of 7 rows cannot be used; the first, rows:0.0: the chat template refuses it: not "
-         "this; change the rows, or name another data.chat_template_path"),
-        (("yyyy", "n"), "y", "none of the rows of client 1 can be used; rows:1.0: the chat template refuses it: not this"),
-        (("yyyy", "y"), "n", "none of the held-out rows can be used; held out: the chat template refuses it: not this"),
+        (("nny", "nnn"), "y", "5 of 7 rows cannot be used; the first, rows:0.0: the chat template "
+         "refuses it: not this; change the rows, or name another data.chat_template_path"),
+        (("yyyy", "n"), "y", "none of the rows of client 1 can be used; rows:1.0: the chat template "
+         "refuses it: not this"),
+        (("yyyy", "y"), "n", "none of the held-out rows can be used; held out: the chat template refuses "
+         "it: not this"),
     ],
 )  # fmt: skip
 def test_too_many_rows_that_cannot_be_encoded_stop_the_run(
@@ -204,10 +206,7 @@ def test_too_many_rows_that_cannot_be_encoded_stop_the_run(
 
 
 def test_half_of_the_rows_may_be_left_out() -> None:
-    assert (
-        len(encode_federation(federation("nny", "yy", held_out="n" + "y" * 0 + "y"), encoder()).clients[0])
-        == 1
-    )
+    assert len(encode_federation(federation("nny", "yy", held_out="ny"), encoder()).clients[0]) == 1
 
 
 def test_rows_without_an_answer_within_max_length_stop_the_run_with_what_to_change() -> None:

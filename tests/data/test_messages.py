@@ -61,7 +61,9 @@ def reason(row: dict[str, Any], **columns: str) -> str:
         # What the user says last has no answer and is left out.
         ({"messages": [*OPENAI, OPENAI[0]]}, Conversation((ASKED, TOLD))),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "2 "}, {"text": "and 2"}]}, OPENAI[1]]},
+            {"messages": [
+                {"role": "user", "content": [{"type": "text", "text": "2 "}, {"text": "and 2"}]}, OPENAI[1]
+            ]},
             Conversation((ASKED, TOLD)),
         ),
     ],
@@ -82,8 +84,8 @@ def test_tools_and_calls_are_kept_for_the_template() -> None:
     turns = [OPENAI[0], {"role": "assistant", "content": None, "tool_calls": [call]},
              {"role": "tool", "name": "add", "tool_call_id": "1", "content": "4"}, OPENAI[1]]  # fmt: skip
     tools = [{"type": "function", "function": {"name": "add"}}]
-    for given in (tools, json.dumps(tools)):
-        (row,) = read({"messages": turns, "tools": given})
+    for kind in (tools, json.dumps(tools)):
+        (row,) = read({"messages": turns, "tools": kind})
         assert [turn.role for turn in row.turns] == ["user", "assistant", "tool", "assistant"]
         assert row.turns[1].content == "" and json.loads(row.turns[1].more) == {"tool_calls": [call]}
         assert json.loads(row.turns[2].more) == {"tool_call_id": "1", "name": "add"}
@@ -126,8 +128,8 @@ def test_messages_in_files_of_every_kind_are_the_same_rows(tmp_path: Path) -> No
         ([{"content": "hi"}], "'messages', message 1 has neither 'role' nor 'from'"),
         (
             [OPENAI[0], {"role": "narrator\x1b[2J", "content": "hi"}],
-            "'messages', message 2: role 'narrator\\x1b[2J' is not known; known are system, developer, user, human, "
-            "assistant, gpt, model, tool, function, observation, function_response",
+            "'messages', message 2: role 'narrator\\x1b[2J' is not known; known are system, developer, user, "
+            "human, assistant, gpt, model, tool, function, observation, function_response",
         ),
         ([{"role": 7, "content": "hi"}], "'messages', message 1: role 7 is not known; known are system, "),
         ([{"role": ["user"], "content": "hi"}], "'messages', message 1: role ['user'] is not known; "),
@@ -204,7 +206,8 @@ def test_a_prompt_or_completion_that_is_none_is_skipped(row: dict[str, Any], exp
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
 MESSAGE = VALUES | st.fixed_dictionaries(

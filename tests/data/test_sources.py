@@ -275,6 +275,6 @@ def test_an_array_that_is_too_large_is_refused_with_a_way_out(
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(ALPACA, indent=1))
     assert refusal(path) == (
-        f"data.dataset_name = {str(path)!r}: a JSON array that is larger than 60 bytes; write one row on each "
-        "line (jq -c '.[]' rows.json > rows.jsonl)"
+        f"data.dataset_name = {str(path)!r}: a JSON array that is larger than 60 bytes; write one row on "
+        "each line (jq -c '.[]' rows.json > rows.jsonl)"
     )

@@ -11,7 +11,6 @@ from fedflame import __version__
 from fedflame.config.sections import EMBEDDED_MODEL, AdapterConfig
 from fedflame.data.encoder import PromptForm
 from fedflame.moe.families import MoELayer
-from fedflame.reading import escaped
 from fedflame.strategies.base import ServerState
 
 FORMAT_VERSION = 2
@@ -128,20 +127,15 @@ def _prompt(form: PromptForm) -> str:
         "plain": "The rows were trained in a plain form and not by a chat template. A row with a context has "
         "the line `Input: ...` after the instruction; earlier turns stand before it in the same form.",
     }
-    lines = [escaped(line) for line in form.prompt.split("\n")]
-    exact = "\n".join(f"    {line}" for line in lines)
-    special = "`add_special_tokens=False`: it has all special tokens that it needs"
+    special = "without special tokens, since it has all that it needs"
     if form.template == "plain":
         special = (
-            f"{form.beginning!r} before it, as the tokenizer puts it"
+            f"with {form.beginning} before it, as the tokenizer puts it"
             if form.beginning
-            else "nothing before it"
+            else "with nothing before it"
         )
-    example = (
-        f"\n\nThe prompt of an instruction is exactly this text, with {special}:\n\n{exact}"
-        if form.prompt
-        else ""
-    )
+    exact = f"The prompt of an instruction is exactly this Python string, tokenised {special}:"
+    example = f"\n\n{exact}\n\n    {form.prompt!r}" if form.prompt else ""
     end = f"\n\nAn answer ends with {form.end}." if form.end else ""
     return f"## Prompt\n\n{chats.get(form.template, chats['plain'])}{example}{end}"
 
