@@ -182,14 +182,12 @@ def main(model_name: str = "olmoe-tiny", rounds: int = 3, steps: int = 6) -> Non
 
     loaded, tokenizer = load_base_model(model_name, "float32")
     model: Any = loaded.requires_grad_(False)
-    encoder = new_encoder(tokenizer, max_length=96)
-    pad, full = pad_token(tokenizer), model.config.num_experts_per_tok
+    pad, full, encoder = pad_token(tokenizer), model.config.num_experts_per_tok, new_encoder(tokenizer, 96)
     held_out = collate([encode(row, encoder) for row in instructions(50, 0, "held_out")], pad)
-    by_skill = sorted(instructions(800, 0, "train"), key=lambda row: row.category)
-    rows = [[encode(row, encoder) for row in by_skill[i * 200 : (i + 1) * 200]] for i in range(4)]
+    rows = [encode(r, encoder) for r in sorted(instructions(800, 0, "train"), key=lambda r: r.category)]
 
     def batches(n: int, i: int) -> Iterator[Batch]:
-        return itertools.islice(training_batches(rows[i], 8, pad, seed=4 * n + i), steps)
+        return itertools.islice(training_batches(rows[200 * i :][:200], 8, pad, seed=4 * n + i), steps)
 
     clients = [(k, 200) for k in (full, full // 2, full // 4, 1)]
     for n, (adapter, s, _) in enumerate(flame(model, initial_adapter(model, 0), clients, rounds, batches)):

@@ -142,6 +142,31 @@ def test_tools_and_tool_calls_reach_the_template() -> None:
     assert "the plain form cannot show" in encode_rows([Conversation(turns)], plain)[0]
 
 
+def test_a_tool_call_after_a_content_has_loss_to_its_end() -> None:
+    jinja = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ '\\n<tool_call>' + call.name + '</tool_call>' }}{% endfor %}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer = byte_tokenizer("<|im_end|>", ("<|im_start|>", "<tool_call>", "</tool_call>"), jinja=jinja)
+    call = '{"tool_calls": [{"name": "add"}]}'
+    turns = (TURNS[0], Turn("assistant", "Let me see.", more=call), Turn("tool", "4"), TURNS[1])
+    row = encode(Conversation(turns), new_encoder(tokenizer, 1000))
+    assert with_loss(row, tokenizer) == [
+        "Let me see.\n<tool_call>add</tool_call><|im_end|>", "4<|im_end|>"
+    ]  # fmt: skip
+
+
+def test_a_template_that_writes_nothing_before_an_answer_is_refused_where_answers_are_generated() -> None:
+    jinja = "{% for m in messages if m.role == 'assistant' %}{{ m.content + '</s>' }}{% endfor %}"
+    encoder = new_encoder(byte_tokenizer("</s>", jinja=jinja), 100)
+    row = single_turn("Hi", "", "Yes", "all")
+    assert encode(row, encoder).labelled == 4
+    with pytest.raises(UserError, match="the chat template writes nothing in front of it"):
+        encode_prompts([row], encoder, None)
+
+
 def test_a_context_follows_the_instruction_after_an_empty_line() -> None:
     tokenizer = tokenizer_of("chatml")
     row = encode(single_turn("Who won?", "Ann won.", "Ann", "all"), new_encoder(tokenizer, 1000))

@@ -73,12 +73,14 @@ def encode_prompts(rows: Sequence[Conversation], encoder: Encoder, most: int | N
     A prompt that is too long loses what a row loses that is too long; see `encode_rows`.
 
     Raises:
-        UserError: the template does not take the turns before an answer.
+        UserError: the template does not take the turns before an answer, or writes nothing of them.
     """
     try:
         texts = [_prompt_text(row, encoder) for row in rows]
     except BrokenRowError as error:
         raise UserError(f"no answer to a held-out row can be generated: {error}") from error
+    if not all(texts):
+        raise UserError("no answer can be generated: the chat template writes nothing in front of it")
     return [
         _fitted_prompt(row, tokens, encoder, most)
         for row, tokens in zip(rows, tokenise(texts, encoder), strict=True)

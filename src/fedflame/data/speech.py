@@ -75,10 +75,12 @@ def _stretch(
     if differs:  # not in the middle of the token where they part
         around = special.finditer(text, max(start, stop - 100))
         stop = next((match.start() for match in around if match.start() < stop < match.end()), stop)
-    content = row.turns[index].content.strip()
+    turn = row.turns[index]
+    content = turn.content.strip()
     if stop <= start or (differs and content not in text[start:stop]):
         return None
-    return _closed(text, start, stop, content, special, False)
+    # After the content of a turn with a tool call the call follows, and not the end of the turn.
+    return _closed(text, start, stop, "" if "tool_calls" in turn.more else content, special, False)
 
 
 def _start(text: str, row: Conversation, index: int, template: Template) -> int | None:
