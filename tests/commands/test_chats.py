@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.tiny_models import VOCABULARY, character_tokenizer
-from tests.tiny_runs import ONE_ROUND, arguments, invoke, tiny_config, tiny_run
+from tests.tiny_runs import ONE_ROUND, adapter_bytes, arguments, invoke, state_bytes, tiny_config, tiny_run
 from transformers import AutoTokenizer
 
 from fedflame.base.loading import load_base_model
@@ -116,6 +116,17 @@ def test_a_run_goes_on_with_the_template_that_it_began_with_only(
     assert {
         path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"
     } == {path: content for path, content in before.items() if path.name != ".lock"}
+
+
+def test_a_run_over_conversations_that_goes_on_ends_in_the_same_bytes(
+    instruct: Path, data: Path, tmp_path: Path
+) -> None:
+    run, settings = tmp_path / "run", (f"data.dataset_name={data}", "server.num_server_rounds=2")
+    tiny_run(instruct, run, *settings, "evaluation.max_new_tokens=2")
+    before = adapter_bytes(run), state_bytes(run)
+    config = tiny_config(instruct, run, *settings, "evaluation.max_new_tokens=2")
+    run_experiment(prepare(config, "resume", resume_from=1))
+    assert (adapter_bytes(run), state_bytes(run)) == before
 
 
 def test_a_template_that_refuses_most_rows_stops_the_run_before_it_begins(

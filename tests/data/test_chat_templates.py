@@ -264,6 +264,12 @@ def test_a_models_template_that_is_no_jinja_is_refused_in_a_line() -> None:
         new_encoder(tokenizer, 1000)
 
 
+def test_a_models_template_that_is_too_long_is_refused_in_a_line() -> None:
+    tokenizer = byte_tokenizer("</s>", jinja="{{ messages }}" + " " * (1 << 20))
+    with pytest.raises(UserError, match=r"the model's chat template: has 1,048,590 characters; at most "):
+        new_encoder(tokenizer, 1000)
+
+
 def test_plain_takes_the_plain_form_also_where_the_model_has_a_template() -> None:
     tokenizer = tokenizer_of("gemma")
     encoder = new_encoder(tokenizer, 1000, DataConfig(chat_template_path="plain"))

@@ -307,6 +307,20 @@ def test_the_last_answer_keeps_its_loss_whatever_is_cut(name: str) -> None:
         assert len(prompt.ids) <= most and prompt.truncated
 
 
+@pytest.mark.parametrize("most", [90, 60])
+def test_the_systems_turn_goes_as_a_whole_where_not_even_the_answer_fits_beside_it(most: int) -> None:
+    tokenizer = tokenizer_of("chatml")
+    turns = (Turn("system", "Be brief. " * 9), Turn("user", "Why? " * 40), Turn("assistant", "Because"))
+    row = encode(Conversation(turns), new_encoder(tokenizer, most))
+    kept = str(tokenizer.decode(row.ids))
+    assert len(row.ids) == most and "Be brief" not in kept
+    assert kept.startswith("<|im_start|>user\n") and kept.endswith("assistant\nBecause<|im_end|>\n")
+    assert (
+        encode(Conversation(turns), new_encoder(tokenizer, 150)).ids[: len("system\nBe brief")]
+        == (tokenizer.encode("<|im_start|>system\n" + "Be brief. " * 9)[: len("system\nBe brief")])
+    ), "where it fits, the user's words are cut and it stays"
+
+
 def test_a_long_conversation_is_cut_in_few_renderings() -> None:
     tokenizer = tokenizer_of("chatml")
     turns = tuple(
