@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from tests.chat_templates import CHATML, FAMILIES, GEMMA, MISTRAL, byte_tokenizer, tokenizer_of
+from tests.chat_templates import CHATML, FAMILIES, GEMMA, MISTRAL, PHI, byte_tokenizer, tokenizer_of
 from transformers import PreTrainedTokenizerFast
 
 from fedflame.config.sections import DataConfig
@@ -156,6 +156,36 @@ def test_a_tool_call_after_a_content_has_loss_to_its_end() -> None:
     assert with_loss(row, tokenizer) == [
         "Let me see.\n<tool_call>add</tool_call><|im_end|>", "4<|im_end|>"
     ]  # fmt: skip
+
+
+def test_a_tool_call_in_an_earlier_turn_ends_with_its_end_of_turn() -> None:
+    """Of a template that writes something else after the last turn."""
+    said = "(message['content'] or 'call ' ~ message['tool_calls'][0]['name'])"
+    family = FAMILIES["phi"]
+    tokenizer = byte_tokenizer(
+        family.eos, (*family.special, "<|tool|>"), jinja=PHI.replace("message['content']", said)
+    )
+    call = '{"tool_calls": [{"name": "add"}]}'
+    turns = (TURNS[0], Turn("assistant", "", more=call), Turn("tool", "4"), TURNS[1])
+    row = encode(Conversation(turns), new_encoder(tokenizer, 1000))
+    assert with_loss(row, tokenizer) == ["call add<|end|>", "4<|end|>"]
+
+
+def test_an_earlier_turn_that_only_begins_as_it_would_be_generated_has_no_loss() -> None:
+    tokenizer = tokenizer_of("qwen3")
+    turns = (TURNS[0], Turn("assistant", "<b>4</b>"), *TURNS[2:])
+    row = encode(Conversation(turns), new_encoder(tokenizer, 1000))
+    assert with_loss(row, tokenizer) == [FAMILIES["qwen3"].last]
+
+
+def test_a_row_whose_last_turn_has_no_loss_gets_no_end_token() -> None:
+    jinja = (
+        "{% for m in messages %}{% if loop.index0 == 1 %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{{ '|' }}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer("</s>", jinja=jinja)
+    row = encode(Conversation(TURNS), new_encoder(tokenizer, 1000))
+    assert tokenizer.decode(row.ids) == "2 and 2|4|3 and 3|6|" and with_loss(row, tokenizer) == ["4"]
 
 
 def test_a_template_that_writes_nothing_before_an_answer_is_refused_where_answers_are_generated() -> None:

@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedflame.base.files import resolve_model
+from fedflame.config.sections import DataConfig
 from fedflame.data.batches import IGNORE_INDEX, collate
 from fedflame.data.conversations import Conversation, Turn, single_turn
 from fedflame.data.encoder import new_encoder, pad_token
@@ -282,6 +283,9 @@ def test_the_oldest_turns_go_first_and_the_systems_turn_stays(name: str, system:
     for more in (0, 5):  # the third exchange does not fit
         row = encode(whole, new_encoder(tokenizer, len(of_two.ids) + more))
         assert row == replace(of_two, truncated=True)
+    of_one = encode(Conversation((*head, *EXCHANGES[-2:])), new_encoder(tokenizer, 10_000))
+    row = encode(whole, new_encoder(tokenizer, len(of_two.ids) - 1))
+    assert row == replace(of_one, truncated=True), "the end of the turn counts"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -305,6 +309,17 @@ def test_the_last_answer_keeps_its_loss_whatever_is_cut(name: str) -> None:
             assert row.ids[0] == tokenizer.bos_token_id
         (prompt,) = encode_prompts([Conversation(turns)], new_encoder(tokenizer, most), most)
         assert len(prompt.ids) <= most and prompt.truncated
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_bos_stays_where_the_words_of_the_form_are_cut(plain: bool) -> None:
+    tokenizer = tokenizer_of("llama3")
+    row = single_turn("Why", "", "z" * 18, "all")
+    encoder = new_encoder(tokenizer, 30, DataConfig(chat_template_path="plain" if plain else ""))
+    encoded, (prompt,) = encode(row, encoder), encode_prompts([row], encoder, 12)
+    assert len(encoded.ids) == 30 and len(prompt.ids) == 12
+    for ids in (encoded.ids, prompt.ids):
+        assert ids[0] == tokenizer.bos_token_id and "Why" not in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("most", [90, 60])
