@@ -176,18 +176,18 @@ def main(model_name: str = "olmoe-tiny", rounds: int = 3, steps: int = 6) -> Non
     """Train four clients with k = K, K/2, K/4, 1 on different skills; print the held-out loss per round."""
     from fedflame.base.loading import load_base_model
     from fedflame.data.batches import collate, training_batches
-    from fedflame.data.encoding import encode, pad_token
+    from fedflame.data.encoder import new_encoder, pad_token
+    from fedflame.data.encoding import encode
     from fedflame.data.skills import instructions
 
     loaded, tokenizer = load_base_model(model_name, "float32")
     model: Any = loaded.requires_grad_(False)
-    pad, full = pad_token(tokenizer), model.config.num_experts_per_tok
-    held_out = collate([encode(row, tokenizer, 96) for row in instructions(50, 0, "held_out")], pad)
-    by_skill = sorted(instructions(800, 0, "train"), key=lambda row: row.category)
-    rows = [[encode(row, tokenizer, 96) for row in by_skill[i * 200 : (i + 1) * 200]] for i in range(4)]
+    pad, full, encoder = pad_token(tokenizer), model.config.num_experts_per_tok, new_encoder(tokenizer, 96)
+    held_out = collate([encode(row, encoder) for row in instructions(50, 0, "held_out")], pad)
+    rows = [encode(r, encoder) for r in sorted(instructions(800, 0, "train"), key=lambda r: r.category)]
 
     def batches(n: int, i: int) -> Iterator[Batch]:
-        return itertools.islice(training_batches(rows[i], 8, pad, seed=4 * n + i), steps)
+        return itertools.islice(training_batches(rows[200 * i :][:200], 8, pad, seed=4 * n + i), steps)
 
     clients = [(k, 200) for k in (full, full // 2, full // 4, 1)]
     for n, (adapter, s, _) in enumerate(flame(model, initial_adapter(model, 0), clients, rounds, batches)):

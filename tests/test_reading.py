@@ -12,7 +12,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fedflame.errors import UserError
-from fedflame.reading import DEEPEST, LONGEST_JSON, LONGEST_TOML, read_object, read_toml, require_plain, shown
+from fedflame.reading import (
+    DEEPEST,
+    LONGEST_JSON,
+    LONGEST_TOML,
+    escaped,
+    read_object,
+    read_toml,
+    require_plain,
+    shown,
+)
 
 JSON = {
     "": "not JSON: Expecting value: line 1 column 1 (char 0)",
@@ -146,3 +155,7 @@ def test_reading_keeps_no_file_open(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("{}")
     assert read_object(tmp_path / "x") == {}
     assert os.listdir("/dev/fd") == before
+
+
+def test_escaped_text_is_printable_and_keeps_letters_of_every_script() -> None:
+    assert escaped("a\x1b[2J\u202eé日\n") == "a\\x1b[2J\\u202eé日\\n"

@@ -17,7 +17,8 @@ from fedflame.base.loading import load_base_model
 from fedflame.bench.step import adapt, step_optimizer, training_step
 from fedflame.config.sections import TrainingConfig
 from fedflame.data.batches import training_batches
-from fedflame.data.encoding import encode_rows, pad_token
+from fedflame.data.encoder import new_encoder, pad_token
+from fedflame.data.encoding import encode
 from fedflame.data.skills import instructions
 from fedflame.experiment.run import usable_cores
 
@@ -48,7 +49,8 @@ def step_losses(device: str, k: int, steps: int) -> list[float]:
     model, tokenizer = load_base_model("olmoe-tiny", "float32", device)
     adapted = adapt(model)
     optimizer = step_optimizer(adapted, TrainingConfig().learning_rate)
-    rows = encode_rows(instructions(400, 0, "train"), tokenizer, 256)
+    encoder = new_encoder(tokenizer, 256)
+    rows = [encode(row, encoder) for row in instructions(400, 0, "train")]
     batches = training_batches(rows, 8, pad_token(tokenizer), 0)
     return [float(training_step(adapted, optimizer, next(batches), k)()) for _ in range(steps)]
 

@@ -130,6 +130,11 @@ def _require_plain_scalar(value: object) -> None:
         raise ValueError(f"has text that is no Unicode: {shown(value)}")
 
 
+def escaped(text: str) -> str:
+    """Return text with every character that is not printable as its escape, such as that of a line feed."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def shown(value: object, longest: int = 100) -> str:
     """Return `repr`, cut to so many characters: what a person needs of a wrong value."""
     try:

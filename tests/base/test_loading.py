@@ -25,7 +25,7 @@ from fedflame.base import loading
 from fedflame.base.adapted import load_adapted_model
 from fedflame.base.device import DeviceChoice
 from fedflame.base.dtype import DTYPES, DtypeChoice, choose_dtype
-from fedflame.base.files import resolve_model
+from fedflame.base.files import model_digest, resolve_model
 from fedflame.base.loading import load_base_model
 from fedflame.config.sections import AdapterConfig
 from fedflame.cost.model_shape import read_model_shape
@@ -332,3 +332,12 @@ def test_a_hub_that_cannot_be_reached_is_refused_soon_and_in_one_line(tmp_path: 
     assert float(seconds) < SECONDS
     assert message == NOT_LOADABLE.format("nobody/no-such-model")
     assert "Retrying" not in done.stderr
+
+
+def test_the_digest_of_a_model_changes_with_its_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    before = model_digest(str(folder))
+    assert before == model_digest(str(tiny_folder))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert model_digest(str(folder)) != before

@@ -75,7 +75,7 @@ def test_a_run_leaves_everything_the_design_names(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "adapter", "checkpoint", "config.json", "config.toml", "environment.json", "metrics.jsonl",
-        "partition.json", "plan.json", "report.html", "skipped.jsonl",
+        "partition.json", "plan.json", "prompt.json", "report.html", "skipped.jsonl",
     }  # fmt: skip
     assert "<html" in (finished / "report.html").read_text()
 

@@ -84,8 +84,8 @@ def test_refusals_that_need_no_weights_load_no_torch(folder: Path) -> None:
             f"strategy.active_experts 9: must be 'min', 'full' or between 1 and 8 {FULL}"
         ),
         "run --set evaluation.max_new_tokens=256": (
-            "evaluation.max_new_tokens = 256: must be below data.max_length = 256, which prompt and answer "
-            "share"
+            "evaluation.max_new_tokens = 256: must be below the model's context of 256 tokens "
+            "(max_position_embeddings), which prompt and answer share"
         ),
         "run --data none.jsonl": "data.dataset_name = 'none.jsonl': no such file",
         "run --data rows.jsonl": "rows.jsonl: 1 usable rows; too few to hold some out for evaluation",

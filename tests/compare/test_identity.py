@@ -116,7 +116,7 @@ DEFAULTS = {
     "data.response_field": "",
     "data.category_field": "",
     "data.max_rows": 0,
-    "data.max_length": 256,
+    "data.max_length": 0,
     "data.partition": "dirichlet",
     "data.alpha": 5.0,
     "clients.num_clients": 4,

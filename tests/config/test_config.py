@@ -84,7 +84,7 @@ def test_overrides_of_a_configuration_leave_it_and_its_other_values_alone() -> N
 def test_every_field_is_a_scalar_or_a_list_of_them_and_keys_of_names_it() -> None:
     values = flat(RunConfig())
     assert keys_of(RunConfig) == list(values)
-    assert {type(value) for value in values.values()} <= {str, int, float, tuple}
+    assert {type(value) for value in values.values()} <= {str, int, float, bool, tuple}
     assert {"seed", "output_dir", "data.alpha", "training.per_device_train_batch_size"} <= values.keys()
 
 

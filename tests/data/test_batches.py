@@ -8,29 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny_models import END, PAD, character_tokenizer, random_adapter, tiny_adapted
-from tokenizers.processors import TemplateProcessing
+from tests.tiny_models import END, PAD, random_adapter, tiny_adapted
 from torch import Tensor
 
-from fedflame.data.batches import BATCHES_PER_WINDOW, IGNORE_INDEX, Batch, collate, training_batches
-from fedflame.data.encoding import EncodedRow, encode, encode_prompt, format_prompt, pad_token
-from fedflame.data.instructions import Instruction
-from fedflame.errors import UserError
+from fedflame.data.batches import BATCHES_PER_WINDOW, Batch, collate, training_batches
+from fedflame.data.encoding import EncodedRow
 from fedflame.training.token_loss import token_losses
-
-TOKENIZER = character_tokenizer()
-MARKER = "\nResponse:"
-GREET = Instruction("Greet", "Ann", "Hi Ann!", "greeting")
-
-
-def text(ids: list[int]) -> str:
-    return str(TOKENIZER.decode(ids))
-
-
-def instruction(prompt: int, response: int) -> Instruction:
-    """A row whose prompt and response, with its blank and the end token, have so many tokens."""
-    fixed = len("Instruction: ")
-    return Instruction("x" * (prompt - fixed), "", "y" * (response - 2), "any")
 
 
 def numbered(count: int, seed: int = 0) -> list[EncodedRow]:
@@ -51,100 +34,6 @@ def row_numbers(batch: Batch) -> list[int]:
     return [int(first) - 100 for first in batch.input_ids[:, 0]]
 
 
-# One row
-
-
-def test_the_prompt_names_the_input_only_where_there_is_one() -> None:
-    assert format_prompt(GREET) == "Instruction: Greet\nInput: Ann"
-    assert format_prompt(Instruction("Greet", "", "Hi", "greeting")) == "Instruction: Greet"
-
-
-def test_a_row_is_the_prompt_the_marker_a_blank_the_response_and_the_end() -> None:
-    row = encode(GREET, TOKENIZER, 100)
-    assert text(row.ids[:-1]) == "Instruction: Greet\nInput: Ann\nResponse: Hi Ann!"
-    assert row.ids[-1] == END and row.ids.count(END) == 1
-    assert text(row.ids[: row.prompt_length]) == "Instruction: Greet\nInput: Ann\nResponse:"
-    assert not row.truncated
-
-
-def test_generation_starts_from_exactly_the_prompt_of_the_row() -> None:
-    row = encode(GREET, TOKENIZER, 100)
-    assert encode_prompt(GREET, TOKENIZER, 100) == row.ids[: row.prompt_length]
-
-
-def test_labels_are_the_response_and_the_end_only() -> None:
-    rows = [encode(GREET, TOKENIZER, 100), encode(Instruction("Go", "", "on", "other"), TOKENIZER, 100)]
-    batch = collate(rows, PAD)
-    answers = [[id for id in labels if id != IGNORE_INDEX] for labels in batch.labels.tolist()]
-    assert [text(answer[:-1]) for answer in answers] == [" Hi Ann!", " on"]
-    assert [answer[-1] for answer in answers] == [END, END]
-    where = [index for index, label in enumerate(batch.labels[0].tolist()) if label != IGNORE_INDEX]
-    assert where == list(range(rows[0].prompt_length, len(rows[0].ids)))
-
-
-def test_special_tokens_that_a_tokenizer_adds_by_itself_stay_out() -> None:
-    tokenizer = character_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<unknown> $A <unknown>", special_tokens=[("<unknown>", 2)]
-    )
-    assert 2 in tokenizer.encode("Hi")
-    assert encode(GREET, tokenizer, 100) == encode(GREET, TOKENIZER, 100)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "response", "kept_prompt", "kept_response"),
-    [
-        (30, 20, 30, 20),  # 60 with the marker: fits exactly
-        (31, 20, 30, 20),  # the response is within its half: the prompt gives way
-        (90, 10, 40, 10),
-        (20, 31, 20, 30),  # beyond its half: the response gives way
-        (20, 90, 20, 30),
-        (15, 90, 15, 35),  # the half is a floor, not a ceiling
-        (90, 90, 20, 30),  # both too long
-    ],
-)
-def test_truncation_takes_the_response_beyond_half_and_then_the_prompt(
-    prompt: int, response: int, kept_prompt: int, kept_response: int
-) -> None:
-    original = instruction(prompt, response)
-    row = encode(original, TOKENIZER, 60)
-    whole = f"{format_prompt(original)[:kept_prompt]}{MARKER}"
-    assert text(row.ids[: row.prompt_length]) == whole
-    answer = [*TOKENIZER.encode(f" {original.response}"), END][:kept_response]
-    assert row.ids[row.prompt_length :] == answer
-    assert row.truncated == (prompt + response + len(MARKER) > 60)
-
-
-@settings(deadline=None)
-@given(st.integers(14, 80), st.integers(2, 80), st.integers(16, 120))
-def test_no_row_is_longer_than_allowed_and_each_keeps_its_marker_and_a_label(
-    prompt: int, response: int, max_length: int
-) -> None:
-    original = instruction(prompt, response)
-    row = encode(original, TOKENIZER, max_length)
-    assert len(row.ids) <= max_length
-    assert len(row.ids) == min(max_length, prompt + len(MARKER) + response)
-    assert text(row.ids[: row.prompt_length]).endswith(MARKER)
-    assert row.prompt_length < len(row.ids)
-    start = encode_prompt(original, TOKENIZER, max_length)
-    assert len(start) <= max_length and text(start).endswith(MARKER)
-
-
-def test_a_tokenizer_without_an_end_token_is_refused() -> None:
-    tokenizer = character_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(UserError) as caught:
-        encode(GREET, tokenizer, 100)
-    assert str(caught.value) == "the tokenizer has no eos_token; responses need one to end"
-
-
-def test_without_a_padding_token_the_end_token_pads() -> None:
-    tokenizer = character_tokenizer()
-    assert pad_token(tokenizer) == PAD
-    tokenizer.pad_token = None
-    assert pad_token(tokenizer) == END
-
-
 # Batches
 
 
@@ -156,6 +45,12 @@ def test_rows_are_padded_on_the_right_and_the_padding_is_masked() -> None:
     assert batch.tokens == 6
 
 
+def test_stretches_without_loss_after_the_prompt_have_no_labels() -> None:
+    row = EncodedRow([7, 8, 9, 10, 11, END], 2, False, ((3, 4), (5, 6)))
+    assert collate([row], PAD).labels.tolist() == [[-100, -100, 9, -100, 11, -100]]
+    assert row.labelled == 2
+
+
 def test_padding_with_the_end_token_does_not_label_the_padding() -> None:
     batch = collate([EncodedRow([7, 8, END], 1, False), EncodedRow([5, END], 1, False)], END)
     assert batch.labels.tolist() == [[-100, 8, END], [-100, END, -100]]
@@ -165,7 +60,10 @@ def test_padding_with_the_end_token_does_not_label_the_padding() -> None:
 def test_a_row_alone_has_the_loss_it_has_in_a_padded_batch(k: int) -> None:
     adapted = tiny_adapted()
     adapted.load(random_adapter(adapted), torch.tensor([0.9, 1.2]))
-    rows = [encode(instruction(14 + 9 * n, 3 + 4 * n), TOKENIZER, 100) for n in range(4)]
+    draw = random.Random(0)
+    rows = [
+        EncodedRow([draw.randint(3, 70) for _ in range(27 + 13 * n)], 24 + 9 * n, False) for n in range(4)
+    ]
     lengths = [len(row.ids) - row.prompt_length for row in rows]
 
     def losses(batch: Batch) -> Tensor:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.chat_templates import byte_tokenizer
 
+from fedflame.base.files import resolve_model
 from fedflame.config.load import load_config
-from fedflame.data.federation import Federation, load_federation
-from fedflame.data.instructions import Instruction
+from fedflame.cost.model_shape import read_model_shape
+from fedflame.cost.row_length import prompt_length, row_length
+from fedflame.data.conversations import Conversation, Turn, single_turn
+from fedflame.data.encoder import Encoder, new_encoder
+from fedflame.data.federation import Federation, encode_federation, load_federation
+from fedflame.data.rows import SkippedRow
 from fedflame.data.skills import CATEGORIES
 from fedflame.errors import UserError
 
@@ -28,8 +35,8 @@ def both_splits(*overrides: str) -> tuple[Federation, Federation]:
     return test, validation
 
 
-def content(rows: list[Instruction]) -> set[tuple[str, str, str]]:
-    return {(row.instruction, row.context, row.response) for row in rows}
+def content(rows: list[Conversation]) -> set[tuple[str, str, str]]:
+    return {(row.turns[0].content, row.turns[0].context, row.response) for row in rows}
 
 
 def assert_disjoint(test: Federation, validation: Federation) -> None:
@@ -114,7 +121,7 @@ def test_validation_rows_by_hand(tmp_path: Path) -> None:
     )
     assert len(test.training) == 44
     for federation in (test, validation):
-        numbers = [int(row.instruction) for row in federation.held_out]
+        numbers = [int(row.turns[0].content) for row in federation.held_out]
         assert numbers == sorted(numbers)
         assert Counter(row.category for row in federation.held_out) == {"a": 3, "b": 3}
 
@@ -127,3 +134,106 @@ def test_a_file_used_whole_has_no_validation_rows(tmp_path: Path) -> None:
         f"{path}: 40 usable rows; data.max_rows = 0 must leave some of them for "
         "evaluation.split = 'validation'"
     )
+
+
+# Rows that cannot be encoded
+
+
+REFUSING = (
+    "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('not this') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def federation(*parts: str, held_out: str = "y") -> Federation:
+    """A client for each part, a row for each letter; rows of `n` are refused by the template."""
+    words = {"y": "yes", "n": "no"}
+    rows = [
+        replace(single_turn(words[letter], "", "Hi", "all"), where=f"rows:{client}.{number}")
+        for client, part in enumerate(parts)
+        for number, letter in enumerate(part)
+    ]
+    starts = [sum(map(len, parts[:client])) for client in range(len(parts))]
+    indices = [list(range(start, start + len(part))) for start, part in zip(starts, parts, strict=True)]
+    tested = [replace(single_turn(words[letter], "", "Hi", "all"), where="held out") for letter in held_out]
+    return Federation(rows, indices, "iid", tested, [])
+
+
+def encoder() -> Encoder:
+    return new_encoder(byte_tokenizer("<|im_end|>", ("<|im_start|>",), jinja=REFUSING), 100)
+
+
+def test_rows_that_cannot_be_encoded_are_left_out_and_skipped() -> None:
+    whole = federation("yny", "yy", held_out="yn")
+    encoded = encode_federation(whole, encoder(), generate=True)
+    assert [len(rows) for rows in encoded.clients] == [2, 2]
+    assert encoded.federation.parts == [[0, 1], [2, 3]]
+    assert [row.where for row in encoded.federation.training] == [
+        "rows:0.0",
+        "rows:0.2",
+        "rows:1.0",
+        "rows:1.1",
+    ]
+    assert len(encoded.held_out) == len(encoded.federation.held_out) == len(encoded.prompts) == 1
+    reason = "the chat template refuses it: not this"
+    assert encoded.federation.skipped == [SkippedRow("rows:0.1", reason), SkippedRow("held out", reason)]
+    assert whole.skipped == [], "the rows as they were loaded stay as they are"
+
+
+def test_if_all_rows_can_be_encoded_the_federation_is_the_same() -> None:
+    whole = federation("yy", "y")
+    assert encode_federation(whole, encoder()).federation is whole
+
+
+@pytest.mark.parametrize(
+    ("parts", "held_out", "reason"),
+    [
+        (("nny", "nnn"), "y", "5 of 7 rows cannot be used; the first, rows:0.0: the chat template "
+         "refuses it: not this; change the rows, or name another data.chat_template_path"),
+        (("yyyy", "n"), "y", "none of the rows of client 1 can be used; rows:1.0: the chat template "
+         "refuses it: not this"),
+        (("yyyy", "y"), "n", "none of the held-out rows can be used; held out: the chat template refuses "
+         "it: not this"),
+    ],
+)  # fmt: skip
+def test_too_many_rows_that_cannot_be_encoded_stop_the_run(
+    parts: tuple[str, ...], held_out: str, reason: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        encode_federation(federation(*parts, held_out=held_out), encoder())
+    assert str(caught.value) == reason
+
+
+def test_half_of_the_rows_may_be_left_out() -> None:
+    assert len(encode_federation(federation("nny", "yy", held_out="ny"), encoder()).clients[0]) == 1
+
+
+def test_rows_without_an_answer_within_max_length_stop_the_run_with_what_to_change() -> None:
+    short = replace(encoder(), max_length=1)
+    with pytest.raises(UserError, match=r"no token of the assistant is left .*; raise data\.max_length$"):
+        encode_federation(federation("yyy"), short)
+
+
+def test_the_share_of_tokens_with_loss_counts_every_turn() -> None:
+    turns = (Turn("user", "2"), Turn("assistant", "4"), Turn("user", "3"), Turn("assistant", "6"))
+    row = Conversation(turns)
+    encoded = encode_federation(Federation([row, row], [[0], [1]], "iid", [row], []), encoder())
+    # Of a row two times an answer and its end, of im_start, role, line feed, content and im_end.
+    length = len(encoded.clients[0][0].ids)
+    assert encoded.labelled_share == 4 / length and encoded.mean_length == length
+
+
+@pytest.mark.parametrize("context", [None, 100, 5000])
+def test_rows_have_as_many_tokens_as_they_need_up_to_1024_and_the_models_context(context: int | None) -> None:
+    shape = replace(read_model_shape(Path(resolve_model("olmoe-tiny"))), max_position_embeddings=context)
+    assert row_length(0, shape) == min(1024, context or 1024)
+    assert row_length(64, shape) == 64
+    assert prompt_length(30, shape) == (None if context is None else context - 30)
+    if context == 100:
+        with pytest.raises(UserError, match=r"data\.max_length = 101: the model's context is 100 tokens"):
+            row_length(101, shape)
+        with pytest.raises(
+            UserError, match=r"evaluation\.max_new_tokens = 100: must be below the model's context"
+        ):
+            prompt_length(100, shape)

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from fedflame.data.instructions import Instruction
+from fedflame.data.conversations import Conversation
 from fedflame.data.skills import (
     CATEGORIES,
     GENERATORS,
@@ -156,16 +156,16 @@ ENGLISH = (
 )
 
 
-def oracle(row: Instruction) -> str | None:
+def oracle(row: Conversation) -> str | None:
     """The answer to the row's question; None for a fact of English."""
-    if row.category == "words" and re.fullmatch(ENGLISH, row.instruction):
+    if row.category == "words" and re.fullmatch(ENGLISH, row.turns[0].content):
         return None
     answers = []
     for category, pattern, answer in ORACLE:
-        found = re.fullmatch(pattern, row.instruction) if category == row.category else None
+        found = re.fullmatch(pattern, row.turns[0].content) if category == row.category else None
         if found:
             answers.append(answer(*found.groups()))
-    assert len(answers) == 1, f"{row.instruction!r} is read in {len(answers)} ways"
+    assert len(answers) == 1, f"{row.turns[0].content!r} is read in {len(answers)} ways"
     return answers[0]
 
 
@@ -175,7 +175,7 @@ def test_answers_agree_with_an_oracle_that_reads_the_question(split: Split) -> N
     for row in instructions(10_000, 11, split):
         expected = oracle(row)
         if expected is not None:
-            assert row.response == expected, row.instruction
+            assert row.response == expected, row.turns[0].content
             checked[row.category] += 1
     assert set(checked) == set(CATEGORIES)
     assert all(checked[category] == 1000 for category in CATEGORIES if category != "words")
@@ -218,7 +218,7 @@ def test_word_pools_have_one_answer_each() -> None:
 def test_the_same_question_has_the_same_answer() -> None:
     answers: dict[str, str] = {}
     for row in instructions(20_000, 2, "train"):
-        assert answers.setdefault(row.instruction, row.response) == row.response
+        assert answers.setdefault(row.turns[0].content, row.response) == row.response
 
 
 def test_rows_are_seeded_and_touch_no_global_generator() -> None:
@@ -234,7 +234,7 @@ def test_rows_are_seeded_and_touch_no_global_generator() -> None:
 
 def test_known_rows() -> None:
     """Fixed for all machines and Python versions: results are reported by seed."""
-    assert [(row.instruction, row.response) for row in instructions(3, 0, "train")] == [
+    assert [(row.turns[0].content, row.response) for row in instructions(3, 0, "train")] == [
         ("Add 50 and 13.", "63"),
         ("Give the smaller number: 768, 294.", "294"),
         ("Sort in falling order: 62, 52, 22.", "62, 52, 22"),
@@ -245,8 +245,11 @@ def test_categories_are_balanced_and_nothing_is_empty() -> None:
     for split in ("train", "held_out"):
         rows = instructions(5000, 1, split)
         assert Counter(row.category for row in rows) == dict.fromkeys(CATEGORIES, 500)
-        assert all(row.instruction.strip() and row.response.strip() and row.context == "" for row in rows)
-        assert not [row for row in rows if re.search(r"[{}]", row.instruction)]
+        assert all(
+            row.turns[0].content.strip() and row.response.strip() and row.turns[0].context == ""
+            for row in rows
+        )
+        assert not [row for row in rows if re.search(r"[{}]", row.turns[0].content)]
     assert Counter(row.category for row in instructions(7, 1, "train")) == dict.fromkeys(CATEGORIES[:7], 1)
 
 
@@ -259,8 +262,8 @@ def test_train_and_held_out_share_no_content() -> None:
     held = {content(p) for p, _ in zip(problems(random.Random(1), "held_out"), range(5000), strict=False)}
     assert len(train) > 3000 and len(held) > 1500
     assert not train & held
-    questions = {row.instruction for row in instructions(5000, 1, "train")}
-    assert not questions & {row.instruction for row in instructions(5000, 1, "held_out")}
+    questions = {row.turns[0].content for row in instructions(5000, 1, "train")}
+    assert not questions & {row.turns[0].content for row in instructions(5000, 1, "held_out")}
 
 
 def test_an_eighth_of_every_category_is_held_out() -> None:

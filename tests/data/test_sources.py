@@ -14,6 +14,8 @@ import pyarrow  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
+from fedflame import reading
+from fedflame.data import sources
 from fedflame.data.sources import RawRow, open_source
 from fedflame.errors import UserError
 
@@ -141,7 +143,7 @@ def test_a_csv_field_beyond_the_limit_is_refused(tmp_path: Path) -> None:
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     missing, unknown = tmp_path / "none.csv", tmp_path / "rows.txt"
     unknown.write_text("x", encoding="utf-8")
-    kinds = "must be a file in .jsonl, .jsonl.gz, .csv, .parquet"
+    kinds = "must be a file in .jsonl, .json, .jsonl.gz, .json.gz, .csv, .parquet"
     assert refusal(missing) == f"data.dataset_name = {str(missing)!r}: no such file"
     assert refusal("./none") == "data.dataset_name = './none': no such file"
     assert refusal(unknown) == f"data.dataset_name = {str(unknown)!r}: not a known kind of file; {kinds}"
@@ -216,6 +218,63 @@ def test_offline_mode_without_a_cached_copy_is_refused(monkeypatch: pytest.Monke
 def test_names_that_are_no_hub_id(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
     assert refusal(name) == (
-        f"data.dataset_name = {name!r}: neither a file (.jsonl, .jsonl.gz, .csv, .parquet) "
+        f"data.dataset_name = {name!r}: neither a file (.jsonl, .json, .jsonl.gz, .json.gz, .csv, .parquet) "
         "nor a hub id (owner/name)"
+    )
+
+
+# JSON arrays
+
+ALPACA = [{"instruction": f"Say {n}", "input": "", "output": str(n)} for n in range(3)]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz", "ROWS.JSON"])
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n  \n"])
+def test_an_array_of_rows_is_read_whatever_its_name(
+    tmp_path: Path, name: str, indent: int | None, before: bytes
+) -> None:
+    content = before + json.dumps([*ALPACA, 7], indent=indent).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    source = open_source(str(path), "", "train")
+    assert source.columns == ["instruction", "input", "output"]
+    expected: list[RawRow] = [(f"{path}:row {n}", row) for n, row in enumerate(ALPACA, start=1)]
+    assert list(source.rows(source.columns)) == [*expected, (f"{path}:row 4", "not a JSON object")]
+
+
+def test_a_json_file_with_a_row_on_each_line_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ALPACA))
+    source = open_source(str(path), "", "train")
+    assert [fields for _, fields in source.rows(source.columns)] == ALPACA
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('[{"instruction": "a"}, {', "a JSON array that is not JSON: "),
+        (
+            '{\n"version": 1,\n"data": [{}]\n}',
+            "is one JSON object with 'version', 'data'; it must be an array",
+        ),
+        ("[" * 100_000, "a JSON array that is not JSON: nested too deep"),
+    ],
+)
+def test_what_is_nearly_rows_is_refused_as_what_it_is(tmp_path: Path, content: str, reason: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    assert refusal(path).startswith(f"data.dataset_name = {str(path)!r}: {reason}")
+
+
+def test_an_array_that_is_too_large_is_refused_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LONGEST_JSON", 60)
+    monkeypatch.setattr(reading, "LONGEST_JSON", 60)
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ALPACA, indent=1))
+    assert refusal(path) == (
+        f"data.dataset_name = {str(path)!r}: a JSON array that is larger than 60 bytes; write one row on "
+        "each line (jq -c '.[]' rows.json > rows.jsonl)"
     )

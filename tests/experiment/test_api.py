@@ -19,7 +19,7 @@ from tests.tiny_runs import ANSWERS, ONE_ROUND, SETTINGS, adapter_bytes, tiny_co
 
 import fedflame
 from fedflame.config.run_config import RunConfig
-from fedflame.data.instructions import Instruction
+from fedflame.data.conversations import Conversation
 from fedflame.data.skills import instructions
 from fedflame.errors import UserError
 from fedflame.messages import Adapter, ClientUpdate
@@ -58,8 +58,8 @@ def config_of(model: Path, run: Path, *overrides: str) -> RunConfig:
     return tiny_config(model, run, ONE_ROUND, *overrides)
 
 
-def rows_of(texts: Iterable[Instruction]) -> list[dict[str, str]]:
-    return [{"instruction": t.instruction, "output": t.response, "category": t.category} for t in texts]
+def rows_of(texts: Iterable[Conversation]) -> list[dict[str, str]]:
+    return [{"instruction": t.turns[0].content, "output": t.response, "category": t.category} for t in texts]
 
 
 ROWS = rows_of(instructions(60, 3, "train"))

@@ -37,6 +37,10 @@ def job(tiny_folder: Path) -> TrainingJob:
         lora_alpha=6.0,
         target_modules="q_proj",
         max_length=32,
+        template_digest="",
+        assistant_only_loss=True,
+        completion_only_loss="auto",
+        train_on_eos=True,
         num_server_rounds=5,
     )
 

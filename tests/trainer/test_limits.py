@@ -18,6 +18,7 @@ from tests.trainer_asked import ROWS, RUN, Told, request
 from fedflame.base.files import model_config_path
 from fedflame.cost.memory import least_training_memory, training_memory
 from fedflame.cost.model_shape import read_model_shape
+from fedflame.data.templates import Template
 from fedflame.messages import RoundPlan
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.service import TrainerService
@@ -116,6 +117,45 @@ def test_what_the_sites_file_does_not_allow_is_refused_before_anything_is_loaded
     answer = make_service(LIMITS + limits).answer(request(job, plan))
     assert answer.header["kind"] == "refused" and reason in answer.header["reason"]
     assert not told.heard("loading") and not told.heard("training")
+
+
+@pytest.mark.parametrize(
+    ("file", "digest", "reason"),
+    [
+        ("", "ab" * 16, "the plain form (Instruction, Input, Response), digest none; the hub's abababab)"),
+        ("mine.jinja", "", "the chat template of data.chat_template_path, digest "),
+    ],
+)
+def test_a_hub_with_another_chat_template_is_refused(
+    file: str, digest: str, reason: str, make_service: Make, job: TrainingJob, plan: RoundPlan, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    service = make_service()
+    site = service._site
+    data = site.data.model_copy(update={"chat_template_path": file})
+    service._site = site.model_copy(update={"data": data})
+    answer = service.answer(request(job.model_copy(update={"template_digest": digest}), plan))
+    assert answer.header["kind"] == "refused" and reason in answer.header["reason"]
+    assert answer.header["reason"].startswith("the chat template is another one here (")
+
+
+def test_the_template_of_the_sites_file_renders_its_rows_if_it_is_the_hubs(
+    make_service: Make, job: TrainingJob, plan: RoundPlan, tmp_path: Path
+) -> None:
+    text = (
+        "{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    )
+    (tmp_path / "mine.jinja").write_text(text)
+    service = make_service()
+    data = service._site.data.model_copy(update={"chat_template_path": "mine.jinja"})
+    service._site = service._site.model_copy(update={"data": data})
+    digest = Template("given", text, {}).digest
+    mine = job.model_copy(update={"template_digest": digest, "max_length": 64})
+    assert service.answer(request(mine, plan)).header["kind"] == "update"
+    ready = service._ready
+    assert ready is not None
+    assert str(ready.tokenizer.decode(ready.rows[1].ids)).startswith("[user]add 1 and 2")
 
 
 def test_merged_factors_count_in_the_memory_of_a_round(

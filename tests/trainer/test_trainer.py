@@ -22,8 +22,9 @@ from tests.trainer_asked import MODEL, ROWS, RUN, Told, request
 
 from fedflame.base.adapted import load_adapted_model
 from fedflame.base.files import model_digest
-from fedflame.data.encoding import encode, pad_token
-from fedflame.data.instructions import load_instructions
+from fedflame.data.encoder import new_encoder, pad_token
+from fedflame.data.encoding import encode
+from fedflame.data.rows import load_rows
 from fedflame.errors import UserError
 from fedflame.messages import RoundPlan
 from fedflame.trainer.ask import answer_pieces, ask
@@ -47,7 +48,8 @@ def test_its_update_is_that_of_training_the_same_rows_here(
 ) -> None:
     answer = make_service().answer(request(job, plan))
     adapted, tokenizer = load_adapted_model(str(tiny_folder), "float32", job.adapter)
-    rows = [encode(row, tokenizer, job.max_length) for row in load_instructions(dataset_name=str(data)).rows]
+    encoder = new_encoder(tokenizer, job.max_length)
+    rows = [encode(row, encoder) for row in load_rows(dataset_name=str(data)).rows]
     expected = fine_tune(adapted, rows, plan, pad_token(tokenizer))
     assert answer.body == encode_update(expected, plan)
     assert answer.header == {

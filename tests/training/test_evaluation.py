@@ -4,11 +4,13 @@ import itertools
 import random
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.chat_templates import tokenizer_of
 from tests.tiny_models import (
     END,
     LAYERS,
@@ -25,23 +27,25 @@ from transformers import OlmoeForCausalLM
 
 import fedflame.training.evaluation as evaluation
 from fedflame.data.batches import collate
-from fedflame.data.encoding import EncodedRow, encode, encode_prompt
-from fedflame.data.instructions import Instruction
+from fedflame.data.conversations import Conversation, single_turn
+from fedflame.data.encoder import new_encoder
+from fedflame.data.encoding import EncodedRow, encode, encode_prompts
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.training.evaluation import HeldOut, evaluate, generate_responses
 from fedflame.training.scores import Scores, total
 
 TOKENIZER = character_tokenizer()
 MAX_LENGTH, NEW_TOKENS = 60, 8
+ENCODER = new_encoder(TOKENIZER, MAX_LENGTH)
 RESCALERS = torch.tensor([0.9, 1.2])
 ROWS = [
-    Instruction("Add", "2 3", "5", "sum"),
-    Instruction("Greet Ann", "", "Hello Ann", "greeting"),
-    Instruction("Add these", "20 30", "50", "sum"),
-    Instruction("Turn round", "abc", "cba", "reverse"),
-    Instruction("Greet", "Bob, who is late", "Hello Bob, at last", "greeting"),
-    Instruction("Add", "1 1 1", "3", "sum"),
-    Instruction("Turn this round, please: " + "x" * 30, "", "d", "reverse"),
+    single_turn("Add", "2 3", "5", "sum"),
+    single_turn("Greet Ann", "", "Hello Ann", "greeting"),
+    single_turn("Add these", "20 30", "50", "sum"),
+    single_turn("Turn round", "abc", "cba", "reverse"),
+    single_turn("Greet", "Bob, who is late", "Hello Bob, at last", "greeting"),
+    single_turn("Add", "1 1 1", "3", "sum"),
+    single_turn("Turn this round, please: " + "x" * 30, "", "d", "reverse"),
 ]
 
 
@@ -61,21 +65,22 @@ def oracle_at(adapted: AdaptedModel, k: int) -> OlmoeForCausalLM:
     return merged(adapted, ends_early(with_active_experts(k)))
 
 
-def held_out(rows: list[Instruction] = ROWS, batch_size: int = 3) -> HeldOut:
-    encoded = [encode(row, TOKENIZER, MAX_LENGTH) for row in rows]
-    return HeldOut(rows, encoded, TOKENIZER, MAX_LENGTH, NEW_TOKENS, batch_size)
+def held_out(rows: list[Conversation] = ROWS, batch_size: int = 3) -> HeldOut:
+    encoded = [encode(row, ENCODER) for row in rows]
+    prompts = encode_prompts(rows, ENCODER, MAX_LENGTH - NEW_TOKENS)
+    return HeldOut(rows, encoded, prompts, ENCODER, NEW_TOKENS, batch_size)
 
 
 def scores_at(
-    k: int, rows: list[Instruction] = ROWS, batch_size: int = 3, generate: bool = False
+    k: int, rows: list[Conversation] = ROWS, batch_size: int = 3, generate: bool = False
 ) -> dict[str, Scores]:
     adapted = adapted_model()
     return evaluate(adapted, held_out(rows, batch_size), random_adapter(adapted), k, RESCALERS, generate)
 
 
-def answer_by_hand(model: OlmoeForCausalLM, row: Instruction) -> tuple[str, bool]:
+def answer_by_hand(model: OlmoeForCausalLM, row: Conversation) -> tuple[str, bool]:
     """Greedy, one full forward per token, one row at a time; and whether the end token ended it."""
-    prompt = encode_prompt(row, TOKENIZER, MAX_LENGTH - NEW_TOKENS)
+    prompt = encode_prompts([row], ENCODER, MAX_LENGTH - NEW_TOKENS)[0].ids
     ids = list(prompt)
     while len(ids) < len(prompt) + NEW_TOKENS:
         with torch.no_grad():
@@ -84,6 +89,11 @@ def answer_by_hand(model: OlmoeForCausalLM, row: Instruction) -> tuple[str, bool
             break
     answer = [id for id in ids[len(prompt) :] if id not in (END, PAD, 2)]
     return TOKENIZER.decode(answer).strip(), ids[-1] == END
+
+
+def answered(row: Conversation, response: str) -> Conversation:
+    """The row with another answer."""
+    return replace(row, turns=(*row.turns[:-1], replace(row.turns[-1], content=response)))
 
 
 def rouge_l_by_hand(reference: str, answer: str) -> float:
@@ -105,7 +115,7 @@ def test_the_loss_of_every_category_sums_the_losses_of_its_rows_each_computed_al
     oracle, scores = oracle_at(adapted_model(), k), scores_at(k)
     assert list(scores) == ["greeting", "reverse", "sum"]
     for category, score in scores.items():
-        encoded = [encode(row, TOKENIZER, MAX_LENGTH) for row in ROWS if row.category == category]
+        encoded = [encode(row, ENCODER) for row in ROWS if row.category == category]
         with torch.no_grad():
             losses = torch.cat([exact_token_losses(oracle, collate([row], PAD)) for row in encoded])
         assert (score.rows, score.response_tokens) == (len(encoded), len(losses))
@@ -118,7 +128,7 @@ def test_the_loss_of_one_row_is_that_of_transformers() -> None:
     oracle = oracle_at(adapted_model(), 2)
     for row in ROWS:
         (score,) = scores_at(2, [row]).values()
-        encoded: EncodedRow = encode(row, TOKENIZER, MAX_LENGTH)
+        encoded: EncodedRow = encode(row, ENCODER)
         with torch.no_grad():
             expected = oracle(**vars(collate([encoded], PAD))).loss.item()
         assert score.loss == pytest.approx(expected, rel=1e-5)
@@ -168,7 +178,39 @@ def test_answers_are_greedy_and_those_of_each_row_alone(k: int) -> None:
     with torch.no_grad():
         adapted.load(random_adapter(adapted), RESCALERS)
         with adapted.active_experts(k):
-            assert generate_responses(adapted, held_out(), ROWS) == [answer for answer, _ in by_hand]
+            assert generate_responses(adapted, held_out(), range(len(ROWS))) == [
+                answer for answer, _ in by_hand
+            ]
+
+
+class Answers:
+    """A model whose answers are given, one token row for each prompt."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers, self.asked = answers, dict[str, object]()
+
+    def generate(self, input_ids: torch.Tensor, **asked: object) -> torch.Tensor:
+        self.asked = asked
+        rows = [TOKENIZER.encode(answer) for answer in self.answers]
+        width = max(map(len, rows))
+        filled = torch.tensor([row + [END] * (width - len(row)) for row in rows])
+        return torch.cat([input_ids, filled], 1)
+
+
+def test_of_an_answer_with_thoughts_what_follows_them_is_scored() -> None:
+    model = Answers("<think>\n2 3\n</think>\n\n5", "Hello Ann")
+    adapted: object = SimpleNamespace(model=model, device=torch.device("cpu"))
+    assert generate_responses(adapted, held_out(), [0, 1]) == ["5", "Hello Ann"]  # type: ignore[arg-type]
+
+
+def test_generation_stops_at_the_templates_end_of_turn_too() -> None:
+    tokenizer = tokenizer_of("gemma")
+    encoder, row = new_encoder(tokenizer, 100), single_turn("Add", "", "5", "sum")
+    scored = HeldOut([row], [encode(row, encoder)], encode_prompts([row], encoder, None), encoder, 4)
+    model = Answers("5")
+    generate_responses(SimpleNamespace(model=model, device=torch.device("cpu")), scored, [0])  # type: ignore[arg-type]
+    ends = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    assert sorted(model.asked["eos_token_id"]) == sorted(ends)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("k", [1, TOP_K])
@@ -177,7 +219,7 @@ def test_exact_matches_and_rouge_l_are_those_of_the_answers_by_hand(k: int) -> N
     answers = [answer_by_hand(oracle, row)[0] for row in ROWS]
     # Three references are the answer itself, one of them with blanks around it.
     references = {1: answers[1], 3: f" {answers[3]} ", 5: answers[5]}
-    rows = [replace(row, response=references.get(index, row.response)) for index, row in enumerate(ROWS)]
+    rows = [answered(row, references.get(index, row.response)) for index, row in enumerate(ROWS)]
     scores = scores_at(k, rows, generate=True)
     right = [row.response.strip() == answer for row, answer in zip(rows, answers, strict=True)]
     assert sum(right) == 3
@@ -222,14 +264,15 @@ def test_rouge_l_is_the_longest_common_subsequence(
     monkeypatch: pytest.MonkeyPatch, reference: str, answer: str, expected: float
 ) -> None:
     monkeypatch.setattr(evaluation, "generate_responses", lambda *_: [answer])
-    (score,) = scores_at(2, [Instruction("Say", "", reference, "any")], generate=True).values()
+    (score,) = scores_at(2, [single_turn("Say", "", reference, "any")], generate=True).values()
     assert rouge_l_by_hand(reference, answer) == pytest.approx(expected)
     assert score.rouge_l == pytest.approx(expected)
     assert score.exact_matches == int(reference == answer)
 
 
 def test_each_answer_is_scored_against_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def echo(_: AdaptedModel, __: HeldOut, rows: list[Instruction]) -> list[str]:
+    def echo(_: AdaptedModel, held_out: HeldOut, indices: list[int]) -> list[str]:
+        rows = [held_out.rows[index] for index in indices]
         return [row.response if row.category == "sum" else "nothing of it" for row in rows]
 
     monkeypatch.setattr(evaluation, "generate_responses", echo)
@@ -265,7 +308,7 @@ def test_a_batch_of_long_rows_has_fewer_of_them(
     lengths: list[int], new_tokens: int, rows: int, tokens: int
 ) -> None:
     encoded = [EncodedRow([5] * length, 1, False) for length in sorted(lengths)]
-    held_out = HeldOut([], encoded, TOKENIZER, 30_000, new_tokens)
+    held_out = HeldOut([], encoded, [], ENCODER, new_tokens)
     batches = list(evaluation._batches(range(len(encoded)), held_out, rows, tokens))
     assert [index for batch in batches for index in batch] == list(range(len(encoded)))
     for batch in batches:

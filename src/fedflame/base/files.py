@@ -13,6 +13,8 @@ from fedflame.config.sections import EMBEDDED_MODEL
 from fedflame.errors import UserError
 
 HUB_TIMEOUT_SECONDS = 10.0
+_FILES = ("*.json", "*.safetensors", "*.jinja")
+"""What a model consists of: configuration, tokenizer and weights, and a chat template."""
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -38,7 +40,7 @@ def model_config_path(name_or_path: str) -> Path:
 
 
 def model_digest(name_or_path: str) -> str:
-    """Return a hash (BLAKE2b, in hex) of the model's weights, configuration and tokenizer.
+    """Return a hash (BLAKE2b, in hex) of the model's weights, configuration, tokenizer and chat template.
 
     Raises:
         UserError: a hub id that cannot be reached, or a file that cannot be read.
@@ -46,7 +48,7 @@ def model_digest(name_or_path: str) -> str:
     source = resolve_model(name_or_path)
     folder = Path(source) if Path(source).is_dir() else Path(downloaded(source))
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+    for path in sorted(path for pattern in _FILES for path in folder.glob(pattern)):
         try:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "blake2b").hexdigest()
@@ -73,7 +75,7 @@ def is_local(source: str) -> bool:
 
 def downloaded(name: str) -> str:
     """Return the local folder of a hub id; download it if necessary."""
-    patterns = ["*.json", "*.safetensors"]
+    patterns = [*_FILES]
     return huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=is_local(name))
 
 

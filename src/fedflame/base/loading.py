@@ -62,7 +62,15 @@ def load_base_model(
         raise UserError(
             f"model {name_or_path}: {len(missing)} weights are missing, the first is {missing[0]}"
         )
+    _fit_padding(tokenizer, model)
     return model.eval(), tokenizer
+
+
+def _fit_padding(tokenizer: Any, model: Any) -> None:
+    """Pad with the end token where the padding token is one that the model has no embedding for."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= known:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _from_pretrained(

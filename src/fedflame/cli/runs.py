@@ -87,6 +87,9 @@ def print_plan_of(
         int | None,
         typer.Option(min=1, help="FLOPs for rows of so many tokens, head at each, whatever the data."),
     ] = None,
+    show_row: Annotated[
+        bool, typer.Option("--show-row", help="Show the first row as it is trained on, and what has loss.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -96,7 +99,7 @@ def print_plan_of(
         from fedflame.commands.plan import print_plan
         from fedflame.experiment.api import plan
 
-        print_plan(plan(config, sequence_length=sequence_length), as_json, Console())
+        print_plan(plan(config, sequence_length=sequence_length), as_json, show_row, Console())
 
 
 @app.command()

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedflame.base.device import device_in_words
 from fedflame.commands.progress import reporter, say_line
-from fedflame.commands.tables import cost_table, partition_table, result_table
+from fedflame.commands.tables import cost_table, partition_table, print_rows, result_table
 from fedflame.experiment.prepare import Prepared
 from fedflame.experiment.run import Begun, run_experiment
 from fedflame.report.records import read_run
@@ -49,6 +49,7 @@ def _print_experiment(experiment: Experiment, sites: tuple[str, ...], console: C
     import torch
 
     config, cost = experiment.config, experiment.cost
+    print_rows(experiment.federation.columns, experiment.encoded.cut_prompts, console)
     _print_skipped(experiment.federation, console)
     threads = torch.get_num_threads()
     console.print(
@@ -56,6 +57,7 @@ def _print_experiment(experiment: Experiment, sites: tuple[str, ...], console: C
         f"{threads} thread{'s' * (threads > 1)}"
     )
     say_line(console, f"device {device_in_words(experiment.device)}")
+    say_line(console, f"rows in {experiment.encoder.template.in_words}")
     clients = experiment.clients
     console.print(partition_table(clients, cost.clients, experiment.encoded.truncated, sites))
     console.print(cost_table(cost))

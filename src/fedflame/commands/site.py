@@ -27,7 +27,7 @@ from fedflame.commands.check import (
     print_findings,
 )
 from fedflame.commands.service_units import service_unit
-from fedflame.data.instructions import load_instructions
+from fedflame.data.rows import load_rows
 from fedflame.engines.address import host_and_port
 from fedflame.engines.command import installed_command
 from fedflame.engines.flower.key import make_key
@@ -142,9 +142,11 @@ def _device(site: Site) -> Iterator[Finding]:
 
 
 def _own(site: Site) -> Iterator[Finding]:
-    columns = site.data.model_dump(exclude={"dataset_name"})
-    loaded = load_instructions(dataset_name=site.dataset, **columns)
-    yield Finding(True, f"{site.dataset}: {len(loaded.rows)} rows, {len(loaded.skipped)} skipped")
+    loaded = load_rows(dataset_name=site.dataset, **site.columns)
+    yield Finding(
+        True,
+        f"{site.dataset}: {len(loaded.rows)} rows, {len(loaded.skipped)} skipped; {loaded.columns}",
+    )
     for name, place in site.models.items():
         yield Finding(True, f"model {name} has digest {model_digest(place)}; the hub must have the same")
 

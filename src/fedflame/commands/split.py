@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fedflame.atomic_file import write_atomically
+from fedflame.commands.progress import say_line
+from fedflame.data.conversations import as_fields
 from fedflame.data.federation import Federation
-from fedflame.data.instructions import Instruction
 from fedflame.errors import UserError
 
 
@@ -22,19 +23,11 @@ def write_parts(federation: Federation, afforded: Sequence[int], folder: Path, c
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; give a folder that is empty or not there")
+    for line in federation.columns:
+        say_line(console, line)
+    fields = as_fields(federation.training)
     for client, part in enumerate(federation.parts):
         path = folder / f"client-{client}.jsonl"
-        lines = [_line(federation.training[index]) for index in part]
+        lines = [json.dumps(fields[index], ensure_ascii=False) + "\n" for index in part]
         write_atomically(path, "".join(lines).encode())
         console.print(f"{path}: {len(part):,} rows, k = {afforded[client]}", soft_wrap=True)
-
-
-def _line(row: Instruction) -> str:
-    """The row under Dolly's names, which every reader of instructions here recognises."""
-    columns = {
-        "instruction": row.instruction,
-        "context": row.context,
-        "response": row.response,
-        "category": row.category,
-    }
-    return json.dumps(columns, ensure_ascii=False) + "\n"

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedflame.commands.progress import say_line
 from fedflame.cost.run_cost import ClientCost, RunCost
 from fedflame.report.numbers import decimal, percent, si
 from fedflame.report.records import Run
@@ -45,6 +47,18 @@ def partition_table(
             "" if sites else largest,
         )
     return table
+
+
+def print_rows(columns: Sequence[str], cut_prompts: int, console: Console) -> None:
+    """Say which columns were read, and how many held-out prompts do not fit into the model's context."""
+    for line in columns:
+        say_line(console, line)
+    if cut_prompts:
+        say_line(
+            console,
+            f"held-out prompts that are cut: {cut_prompts:,}; with evaluation.max_new_tokens they are longer "
+            "than the model's context",
+        )
 
 
 def _range(rising: Sequence[str]) -> str:

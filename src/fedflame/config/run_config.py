@@ -27,9 +27,9 @@ SCHEMA_VERSION = 1
 """Of what is kept: run folders and the results of comparisons. It grows when a default, or what a value
 means, changes; a new key whose default leaves runs as they were changes nothing that is kept."""
 
-WITHOUT = {"strategy.clip": "none"}
-"""What a run without a newer key did, where that is not the key's default. So what is kept from before the
-key still says what was run, and stays readable."""
+WITHOUT = {"strategy.clip": "none", "data.max_length": 256}
+"""What a run did that says nothing of a key: without a newer one, where that is not its default, or before
+its default was another. So what is kept from then still says what was run, and stays readable."""
 
 
 class RunConfig(Section):

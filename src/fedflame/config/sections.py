@@ -48,6 +48,19 @@ def _median_none_or_number(value: object) -> str:
     return f"{number:g}"
 
 
+def _auto_or_truth(value: object) -> str:
+    text = str(value).lower() if isinstance(value, bool | str) else ""
+    if text not in ("auto", "true", "false"):
+        raise ValueError("must be 'auto', true or false")
+    return text
+
+
+def _nothing_or_a_length(value: int) -> int:
+    if 0 < value < 8:
+        raise ValueError("must be 0 or at least 8")
+    return value
+
+
 def _known_method(name: str) -> str:
     if name not in METHODS:
         *known, last = map(repr, NAMED_METHODS)
@@ -67,6 +80,7 @@ Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
 MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
 Device = Annotated[str, AfterValidator(_device)]
+CompletionOnly = Annotated[Literal["auto", "true", "false"], BeforeValidator(_auto_or_truth)]
 
 
 class ModelConfig(Section):
@@ -98,25 +112,40 @@ class AdapterConfig(Section):
 
 class DataConfig(Section):
     dataset_name: str = SKILLS
-    """The rows: `skills` (generated tasks with exact answers), a .jsonl, .jsonl.gz, .parquet or .csv file, or
-    a hub id."""
+    """The rows: `skills` (generated tasks with exact answers), a .jsonl, .json, .jsonl.gz, .parquet or .csv
+    file, or a hub id."""
     split: str = "train"
     """The split of a hub data set."""
     dataset_config_name: str = ""
     """The configuration of a hub data set that has several, such as `main`."""
+    messages_field: str = ""
+    """The column of whole conversations, in OpenAI's spelling (role, content) or ShareGPT's (from, value).
+    Empty: `messages` and `conversations` are recognised."""
     instruction_field: str = ""
-    """The column of the instruction. Empty: the names of Alpaca, Dolly, question/answer and prompt/completion
-    data are recognised."""
+    """The column of the instruction, as text or as messages. Empty: the names of Alpaca, Dolly,
+    question/answer and prompt/completion data are recognised."""
     context_field: str = ""
     """The column of the context or input."""
     response_field: str = ""
-    """The column of the response."""
+    """The column of the response, as text or as messages."""
     category_field: str = ""
     """The column of a label. The partition uses it, and scores are given for each label."""
     max_rows: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """A seeded sample of at most this many rows is used; 0: all rows. For `skills`: the rows to generate."""
-    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 256
-    """The most tokens in a row, prompt and response together. Longer rows are truncated and counted."""
+    max_length: Annotated[int, Field(ge=0, le=1_048_576), AfterValidator(_nothing_or_a_length)] = 0
+    """The most tokens in a row, prompt and answer together. Longer rows lose their oldest turns first, and
+    are counted. 0: as many as the rows have, at most 1024 and at most the model's context."""
+    chat_template_path: str = ""
+    """The chat template that rows are rendered by: a jinja file or a tokenizer's folder. Empty: the model's
+    own, or the plain form (Instruction, Input, Response) if it has none. `plain`: the plain form."""
+    assistant_only_loss: bool = True
+    """Whether only what the assistant says has loss. false: all tokens of a row."""
+    completion_only_loss: CompletionOnly = "auto"
+    """Whether only the completion of a row has loss: what `completion` holds, or the assistant's last turn.
+    `auto`: yes for rows of prompt and completion or of instruction and response; of whole conversations,
+    every turn of the assistant has loss."""
+    train_on_eos: bool = True
+    """Whether the end of a turn has loss, so that the model learns to stop."""
     partition: Literal["iid", "dirichlet", "by_label"] = "dirichlet"
     """How the rows are split over the clients: evenly at random, by a Dirichlet draw for each label, or by
     label."""

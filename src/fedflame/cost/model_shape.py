@@ -71,6 +71,8 @@ class ModelShape:
     dense_size: int
     """Inner width of a dense layer's MLP; 0 if no layer is dense."""
     tie_word_embeddings: bool
+    max_position_embeddings: int | None = None
+    """The tokens of the model's context; None if its config.json does not say."""
 
     @property
     def moe_layers(self) -> int:
@@ -126,6 +128,7 @@ def read_model_shape(path: Path) -> ModelShape:
         shared_gate=bool(shared_size),
         dense_size=0 if all(sparse) else config["intermediate_size"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        max_position_embeddings=config.get("max_position_embeddings") or None,
     )
 
 

@@ -131,6 +131,8 @@ def collate(rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:
         input_ids[index, :length] = ids
         attention_mask[index, :length] = 1
         labels[index, row.prompt_length : length] = ids[row.prompt_length :]
+        for start, stop in row.gaps:
+            labels[index, start:stop] = IGNORE_INDEX
     return Batch(input_ids, attention_mask, labels)
 
 

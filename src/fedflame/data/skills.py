@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedflame.data.instructions import Instruction
+from fedflame.data.conversations import Conversation, single_turn
 from fedflame.errors import UserError
 
 Split = Literal["train", "held_out"]
@@ -291,12 +291,12 @@ def problems(
             yield problem
 
 
-def instructions(count: int, seed: int, split: Split) -> list[Instruction]:
+def instructions(count: int, seed: int, split: Split) -> list[Conversation]:
     """Return `count` instruction rows, balanced over `CATEGORIES`; the same seed gives the same rows."""
     return [row for _, row in _worded(count, _rng(split, seed), split)]
 
 
-def validation_instructions(count: int, seed: int) -> list[Instruction]:
+def validation_instructions(count: int, seed: int) -> list[Conversation]:
     """Return `count` held-out rows without the problems of `instructions(count, seed, "held_out")`.
 
     Raises:
@@ -313,11 +313,11 @@ def _rng(stream: str, seed: int) -> random.Random:
 
 def _worded(
     count: int, rng: random.Random, split: Split, taken: Collection[Problem] = frozenset()
-) -> Iterator[tuple[Problem, Instruction]]:
+) -> Iterator[tuple[Problem, Conversation]]:
     """Yield `count` problems, each with an instruction row that asks it."""
     for problem, _ in zip(problems(rng, split, taken), range(count), strict=False):
         text = rng.choice(TEMPLATES[problem.kind]).format(*problem.facts)
-        yield problem, Instruction(text, "", problem.answer, problem.category)
+        yield problem, single_turn(text, "", problem.answer, problem.category)
 
 
 def _join(items: list[int] | list[str]) -> str:

@@ -1,11 +1,13 @@
 """Read raw rows from a local file or from a data set on the Hugging Face hub, one by one.
 
-An empty line of a .jsonl or .csv file is not a row. A row that cannot be read has a reason in place of its
-fields. A UserError is raised only if the source as a whole cannot be read.
+A .json or .jsonl file has a row on each line, or one array of all rows. An empty line is not a row. A row
+that cannot be read has a reason in place of its fields. A UserError is raised only if the source as a whole
+cannot be read.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import os
@@ -14,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fedflame.errors import UserError
-from fedflame.reading import LONGEST_JSON, parse_json
+from fedflame.reading import LONGEST_JSON, parse_json, shown
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".parquet")
 HUB_TIMEOUT_SECONDS = 10.0
 IN_MEMORY = "in-memory"
 """The value of `data.dataset_name` for rows that a program passes in, which are in no file."""
@@ -81,8 +83,8 @@ def _open_file(name: str) -> Source:
     if name.lower().endswith(".parquet"):
         return Source(name, _parquet_columns(path), lambda columns: _parquet_rows(path, columns))
     # The first pass collects only the names of columns: a column may first occur in the last row.
-    keys = {key: None for _, fields in _jsonl_rows(path) if isinstance(fields, dict) for key in fields}
-    return Source(name, list(keys), lambda _: _jsonl_rows(path))
+    keys = {key: None for _, fields in _json_rows(path) if isinstance(fields, dict) for key in fields}
+    return Source(name, list(keys), lambda _: _json_rows(path))
 
 
 @contextmanager
@@ -96,11 +98,55 @@ def _reading(path: Path, *more: type[Exception]) -> Iterator[None]:
         raise UserError(f"data.dataset_name = {str(path)!r}: cannot be read: {reason}") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[RawRow]:
+def _json_rows(path: Path) -> Iterator[RawRow]:
+    """Yield the objects of an array if the file is one, else those of its lines.
+
+    Raises:
+        UserError: it is an array that is too large, or one object that is no row.
+    """
     with _reading(path), gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        start = file.readline(LONGEST_JSON + 1)
+        while start and not start.removeprefix(codecs.BOM_UTF8).strip():
+            start = file.readline(LONGEST_JSON + 1)
+        file.seek(0)
+        whole = _whole(path, file, start.removeprefix(codecs.BOM_UTF8).lstrip())
+        if whole is not None:
+            for number, value in enumerate(whole, start=1):
+                yield f"{path}:row {number}", value if isinstance(value, dict) else "not a JSON object"
+            return
+        file.seek(0)
         for number, line in enumerate(_lines(file), start=1):
             if line.strip():
                 yield f"{path}:{number}", _json_object(line)
+
+
+def _whole(path: Path, file: gzip.GzipFile | IO[bytes], start: bytes) -> list[Any] | None:
+    """Return the items of a file that is one JSON array, or None if its lines are to be read.
+
+    `start` is its first line that is not empty.
+    """
+    opens = start[:1]
+    if opens not in (b"[", b"{") or (opens == b"{" and isinstance(_json_object(start), dict)):
+        return None
+    content = file.read(LONGEST_JSON + 1)
+    try:
+        value = parse_json(content, bare_words=True)
+    except ValueError as error:
+        if opens == b"{" or not isinstance(_json_value(start), str):
+            return None
+        too_long = len(content) > LONGEST_JSON
+        advice = f"; write one row on each line (jq -c '.[]' {path.name} > rows.jsonl)" if too_long else ""
+        raise UserError(f"data.dataset_name = {str(path)!r}: a JSON array that is {error}{advice}") from error
+    if isinstance(value, dict):
+        raise UserError(
+            f"data.dataset_name = {str(path)!r}: is one JSON object with {_keys(value)}; it must be an array "
+            "of rows, or have one row on each line"
+        )
+    return value if isinstance(value, list) else None
+
+
+def _keys(value: dict[str, Any]) -> str:
+    return ", ".join(shown(key, 30) for key in list(value)[:5]) or "no keys"
 
 
 def _lines(file: gzip.GzipFile | IO[bytes]) -> Iterator[bytes]:
@@ -112,13 +158,19 @@ def _lines(file: gzip.GzipFile | IO[bytes]) -> Iterator[bytes]:
 
 
 def _json_object(line: bytes) -> dict[str, object] | str:
+    value = _json_value(line)
+    return value if isinstance(value, dict | str) else "not a JSON object"
+
+
+def _json_value(line: bytes) -> dict[str, object] | list[object] | str:
+    """Return the object or array on a line, or why there is none."""
     if len(line) > LONGEST_JSON:
         return f"longer than {LONGEST_JSON:,} bytes"
     try:
         value = parse_json(line, bare_words=True)
     except ValueError as error:
         return "not valid UTF-8" if isinstance(error.__cause__, UnicodeDecodeError) else "not valid JSON"
-    return value if isinstance(value, dict) else "not a JSON object"
+    return value if isinstance(value, dict | list) else "not a JSON object"
 
 
 def _csv_header(path: Path) -> list[str]:

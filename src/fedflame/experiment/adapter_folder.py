@@ -9,7 +9,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from fedflame.config.run_config import RunConfig
+from fedflame.data.encoder import PLAIN_FORM, PromptForm
 from fedflame.errors import UserError
+from fedflame.experiment.run_folder import saved_prompt_form
 from fedflame.exports import (
     Layout,
     NoPeftLayoutError,
@@ -89,13 +91,14 @@ def initial_state(
 def write_adapter(
     checkpoint: Checkpoint,
     config: RunConfig,
+    prompt: PromptForm,
     model: PreTrainedModel,
     to: Path,
     layout: Layout | None,
     overwrite: bool,
 ) -> str:
     """`export_adapter`; a note where PEFT needs the fused layout for this family, or empty."""
-    trained = trained_run(config, checkpoint.round)
+    trained = trained_run(config, checkpoint.round, prompt)
     written = export_adapter(checkpoint.state, trained, model, to, overwrite, layout)
     if layout is None and written == "fused":
         return f"adapter in the fused layout: PEFT reads none per expert for {model.config.model_type} models"
@@ -107,14 +110,15 @@ def write_run_adapter(
 ) -> Written:
     """The adapter folder in a finished run's folder, or the reason why the run can only be merged."""
     try:
-        note = write_adapter(checkpoint, config, model, run / "adapter", None, True)
+        prompt = saved_prompt_form(run)
+        note = write_adapter(checkpoint, config, prompt, model, run / "adapter", None, True)
     except NoPeftLayoutError as error:
         return Written(run, None, f"no adapter folder: {error}")
     return Written(run, run / "adapter", note)
 
 
-def trained_run(config: RunConfig, rounds: int) -> TrainedRun:
-    """What an export says of a run with this configuration after so many rounds."""
+def trained_run(config: RunConfig, rounds: int, prompt: PromptForm = PLAIN_FORM) -> TrainedRun:
+    """What an export says of a run with this configuration and prompts after so many rounds."""
     return TrainedRun(
         base_model=config.model.model_name_or_path,
         adapter=config.adapter,
@@ -125,4 +129,5 @@ def trained_run(config: RunConfig, rounds: int) -> TrainedRun:
         max_steps=config.training.max_steps,
         learning_rate=config.training.learning_rate,
         rounds=rounds,
+        prompt=prompt,
     )

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from fedflame.base.adapted import load_adapted_model
 from fedflame.base.device import DeviceChoice
 from fedflame.base.dtype import DtypeChoice
 from fedflame.base.files import model_config_path
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import ModelShape, read_model_shape
+from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.run_cost import RunCost, run_cost
+from fedflame.data.encoder import Encoder, new_encoder
 from fedflame.data.federation import EncodedFederation, Federation, describe, encode_federation
-from fedflame.errors import UserError
 from fedflame.experiment.placement import place
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ClientProfile
@@ -30,11 +29,15 @@ class Experiment:
     device: DeviceChoice
     dtype: DtypeChoice
     adapted: AdaptedModel
-    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
     shape: ModelShape
-    federation: Federation
     encoded: EncodedFederation
     cost: RunCost
+
+    @property
+    def federation(self) -> Federation:
+        """The rows that are used."""
+        return self.encoded.federation
 
     @property
     def held_out(self) -> HeldOut:
@@ -43,8 +46,8 @@ class Experiment:
         return HeldOut(
             self.federation.held_out,
             self.encoded.held_out,
-            self.tokenizer,
-            config.data.max_length,
+            self.encoded.prompts,
+            self.encoder,
             config.evaluation.max_new_tokens,
         )
 
@@ -76,8 +79,7 @@ def assemble(
         workers: processes that train, each with a base of its own; 0 if nothing is trained here.
 
     Raises:
-        UserError: see `place`, `load_base_model`, `AdaptedModel` and `run_cost`; rows too long for
-            the model.
+        UserError: see `place`, `load_base_model`, `AdaptedModel`, `encode_federation` and `run_cost`.
     """
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
     device, choice = place(config, shape, dtype, workers)
@@ -88,16 +90,9 @@ def assemble(
         config.training.gradient_checkpointing,
         device.name,
     )
-    _require_context(config, adapted.model.config)
-    encoded = encode_federation(federation, tokenizer, config.data.max_length)
+    encoder = new_encoder(tokenizer, row_length(config.data.max_length, shape), config.data)
+    answer = config.evaluation.max_new_tokens
+    encoded = encode_federation(federation, encoder, prompt_length(answer, shape), answer > 0)
+    encoded.require_known_ids(adapted.vocabulary, encoder)
     cost = run_cost(config, shape, choice.name, encoded.mean_length, encoded.labelled_share)
-    return Experiment(config, device, choice, adapted, tokenizer, shape, federation, encoded, cost)
-
-
-def _require_context(config: RunConfig, model_config: Any) -> None:
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and config.data.max_length > context:
-        raise UserError(
-            f"data.max_length = {config.data.max_length}: the model's context is {context} tokens "
-            "(max_position_embeddings)"
-        )
+    return Experiment(config, device, choice, adapted, encoder, shape, encoded, cost)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedflame.base.files import load_error, model_config_path
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.errors import UserError
-from fedflame.experiment.run_folder import saved_config
+from fedflame.experiment.run_folder import saved_config, saved_prompt_form
 
 if TYPE_CHECKING:
     from fedflame.exports import Layout
@@ -42,7 +42,7 @@ def export_run(
         raise UserError("--active-experts needs --merge; an adapter serves every k")
     if layout is not None and merge:
         raise UserError("--layout is of an adapter; with --merge there is none")
-    config = saved_config(run)
+    config, prompt = saved_config(run), saved_prompt_form(run)
     import torch  # from here on with torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -54,7 +54,7 @@ def export_run(
     path = model_config_path(config.model.model_name_or_path)
     if merge:
         k = read_model_shape(path).num_experts_per_tok if active_experts is None else active_experts
-        merge_checkpoint(checkpoint.state, trained_run(config, checkpoint.round), k, to, overwrite)
+        merge_checkpoint(checkpoint.state, trained_run(config, checkpoint.round, prompt), k, to, overwrite)
         return ""
     try:
         with torch.device("meta"):
@@ -63,4 +63,4 @@ def export_run(
             )
     except Exception as error:  # of transformers, whatever is in the config.json
         raise UserError(load_error(config.model.model_name_or_path, error)) from error
-    return write_adapter(checkpoint, config, structure, to, layout, overwrite)
+    return write_adapter(checkpoint, config, prompt, structure, to, layout, overwrite)

@@ -12,8 +12,11 @@ from fedflame.base.files import has_tokenizer, model_config_path
 from fedflame.base.tokenizer import read_tokenizer
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import read_model_shape
+from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.run_cost import RunCost, run_cost
 from fedflame.cost.tiers import require_possible, require_rank
+from fedflame.data.encoder import new_encoder
+from fedflame.data.encoding import Shown, shown_row
 from fedflame.data.federation import describe, encode_federation, load_federation
 from fedflame.data.given import GivenRows
 from fedflame.experiment.placement import place
@@ -34,8 +37,14 @@ class Plan:
     """The number format that the memory is for, with the reason."""
     truncated_rows: int
     """Rows that are longer than `data.max_length` tokens."""
+    cut_prompts: int
+    """Held-out prompts that are longer than the model's context has room for beside an answer."""
     skipped_rows: int
     """Rows that cannot be used."""
+    columns: tuple[str, ...]
+    """For each source of rows, which columns are read as what, and which are ignored."""
+    first_row: tuple[Shown, ...]
+    """The first row of client 0 as it is trained on; empty where the model folder has no tokenizer."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `fedflame plan --json` prints them."""
@@ -44,7 +53,9 @@ class Plan:
         return {
             **device_facts(self.device),
             "truncated_rows": self.truncated_rows,
+            "cut_prompts": self.cut_prompts,
             "skipped_rows": self.skipped_rows,
+            "columns": list(self.columns),
             "clients_per_round": self.config.clients_per_round(),
             **costs,
         }
@@ -68,12 +79,31 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
     require_rank(config.adapter.r, shape)
     require_possible(config.evaluated_experts(shape.num_experts_per_tok), shape)
     federation = load_federation(config, given)
-    length, share, truncated = sequence_length or config.data.max_length, 1.0, 0
+    most, answer = row_length(config.data.max_length, shape), config.evaluation.max_new_tokens
+    most_prompt = prompt_length(answer, shape)
+    length, share, truncated, cut = sequence_length or most, 1.0, 0, 0
+    first: tuple[Shown, ...] = ()
     folder: Path = path if path.is_dir() else path.parent
     if sequence_length is None and has_tokenizer(folder):
-        encoded = encode_federation(federation, read_tokenizer(folder), config.data.max_length)
-        length, share, truncated = encoded.mean_length, encoded.labelled_share, encoded.truncated
+        encoder = new_encoder(read_tokenizer(folder), most, config.data)
+        encoded = encode_federation(federation, encoder, most_prompt, answer > 0)
+        encoded.require_known_ids(shape.vocab_size, encoder)
+        federation = encoded.federation
+        length, share = encoded.mean_length, encoded.labelled_share
+        truncated, cut = encoded.truncated, encoded.cut_prompts
+        first = shown_row(encoded.clients[0][0], encoder)
     device, dtype = place(config, shape)
     cost = run_cost(config, shape, dtype.name, length, share)
     clients = describe(federation, config.afforded_experts())
-    return Plan(config, clients, cost, device, dtype, truncated, len(federation.skipped))
+    return Plan(
+        config,
+        clients,
+        cost,
+        device,
+        dtype,
+        truncated,
+        cut,
+        len(federation.skipped),
+        federation.columns,
+        first,
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedflame.base.files import model_config_path, require_folder_complete, resolve_model
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import ModelShape, read_model_shape
+from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.tiers import require_possible, require_rank
 from fedflame.data.federation import Federation, load_federation
 from fedflame.data.given import GivenRows
@@ -69,7 +70,7 @@ def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
 
     Raises:
         UserError: the model's files are not complete, it cannot run a k or a rank of the configuration, or
-            the tokens of an answer do not fit into `data.max_length`.
+            a row or an answer does not fit into its context.
     """
     name = config.model.model_name_or_path
     shape = read_model_shape(model_config_path(name))
@@ -84,9 +85,6 @@ def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
             "(the model's num_experts_per_tok)"
         )
     require_possible(config.evaluated_experts(full), shape)
-    if config.evaluation.max_new_tokens >= config.data.max_length:
-        raise UserError(
-            f"evaluation.max_new_tokens = {config.evaluation.max_new_tokens}: must be below "
-            f"data.max_length = {config.data.max_length}, which prompt and answer share"
-        )
+    row_length(config.data.max_length, shape)
+    prompt_length(config.evaluation.max_new_tokens, shape)
     return shape

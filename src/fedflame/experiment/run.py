@@ -16,7 +16,7 @@ from fedflame.clients.answers import Clients
 from fedflame.clients.local import LocalClients
 from fedflame.clients.workers import WorkerClients, WorkerSetup, worker_devices
 from fedflame.cost.run_cost import training_flops
-from fedflame.data.encoding import pad_token
+from fedflame.data.encoder import pad_token
 from fedflame.errors import OutOfMemory, UserError
 from fedflame.experiment.adapter_folder import Written, initial_state, starting_adapter, write_run_adapter
 from fedflame.experiment.assemble import Experiment, assemble
@@ -191,13 +191,13 @@ def _clients(
 ) -> Iterator[Clients]:
     config, adapted = experiment.config, experiment.adapted
     if sites is not None:
-        with site_clients(
-            sites, config, adapted.dtype, adapted.num_experts_per_tok, run, reporter.message
-        ) as at_sites:
+        with site_clients(sites, experiment, run, reporter.message) as at_sites:
             yield at_sites
         return
     residuals = Residuals(run / RESIDUALS, config.server.save_total_limit)
-    own = LocalClients(adapted, experiment.encoded.clients, pad_token(experiment.tokenizer), residuals)
+    own = LocalClients(
+        adapted, experiment.encoded.clients, pad_token(experiment.encoder.tokenizer), residuals
+    )
     if workers == 1:
         yield own
         return
@@ -245,6 +245,7 @@ def _server(
         clients=clients,
         adapted=experiment.adapted,
         held_out=experiment.held_out,
+        max_length=experiment.encoder.max_length,
         metrics=metrics,
         reporter=reporter,
     )

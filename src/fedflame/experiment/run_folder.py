@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,7 @@ from fedflame.base.dtype import DtypeChoice
 from fedflame.checked_json import CHECKSUM, read_checked, write_checked
 from fedflame.config.run_config import SCHEMA_VERSION, WITHOUT, RunConfig
 from fedflame.config.settings import flat, validated
+from fedflame.data.encoder import PLAIN_FORM, PromptForm, prompt_form
 from fedflame.errors import UserError
 from fedflame.folder_lock import refuse_if_used, sole_user
 from fedflame.json_text import to_text
@@ -29,6 +31,7 @@ MAY_CHANGE = {"output_dir", "model.device", "training.gradient_checkpointing", "
 """The settings that a resumption may change: where and how a run computes and what it keeps, not what."""
 LOCK, _REMOVED = ".lock", ".removed"
 _CONFIG = "config.json"
+_PROMPT = "prompt.json"
 
 
 @contextmanager
@@ -102,6 +105,14 @@ def _require_run(run: Path) -> dict[str, Any]:
     return values
 
 
+def saved_prompt_form(run: Path) -> PromptForm:
+    """How the run's rows became text; the plain form in a run folder from before there was another."""
+    if not (run / _PROMPT).exists():
+        return PLAIN_FORM
+    values = read_checked(run / _PROMPT, ADVICE)
+    return PromptForm(**{field.name: str(values.get(field.name, "")) for field in fields(PromptForm)})
+
+
 def saved_dtype(run: Path) -> DtypeChoice | None:
     """The base's dtype in a run folder: a new probe of the machine must not change the numbers."""
     if not is_run(run):
@@ -123,14 +134,25 @@ def device_change(run: Path, device: DeviceChoice) -> str:
 
 
 def require_same_data(run: Path, experiment: Experiment, at_sites: bool) -> None:
-    """Raises UserError where the data now gives another partition than the one the run began with."""
+    """Raises UserError where the data now gives another partition, or other text, than when the run began."""
+    _require_same_form(run, experiment)
     saved, now = read_checked(run / "partition.json", ADVICE), _partition(experiment)
     # What sites hold is their own; of the hub's data only the held-out rows count.
-    compared = ("data_digest", "held_out_rows") if at_sites else now.keys()
+    compared = ("data_digest", "held_out_rows") if at_sites else now.keys() - {"columns", "cut_prompts"}
     if any(saved.get(key) != now[key] for key in compared):
         raise UserError(
             f"{run}: --resume needs the data it was started with; {experiment.config.data.dataset_name} now "
             "gives another partition (partition.json in the run folder has it)"
+        )
+
+
+def _require_same_form(run: Path, experiment: Experiment) -> None:
+    """Raises UserError where rows are now rendered in another form than when the run began."""
+    saved, now = saved_prompt_form(run), experiment.encoder.template
+    if (saved.template, saved.jinja) != (now.kind, now.jinja):
+        raise UserError(
+            f"{run}: --resume needs the chat template it was started with; rows are now in {now.in_words} "
+            "(prompt.json in the run folder has the other)"
         )
 
 
@@ -142,6 +164,7 @@ def write_run_files(run: Path, experiment: Experiment, config_text: str, environ
     write_checked(run / "environment.json", facts)
     write_checked(run / "partition.json", _partition(experiment))
     write_checked(run / "plan.json", experiment.cost.to_json())
+    write_checked(run / _PROMPT, asdict(prompt_form(experiment.encoder)))
     skipped = [{"where": row.where, "reason": row.reason} for row in experiment.federation.skipped]
     write_atomically(run / "skipped.jsonl", "".join(to_text(row) + "\n" for row in skipped).encode())
 
@@ -180,7 +203,7 @@ def _environment(run: Path) -> dict[str, Any]:
 
 def _partition(experiment: Experiment) -> dict[str, Any]:
     data, federation = experiment.config.data, experiment.federation
-    return {
+    partition: dict[str, Any] = {
         "data_digest": federation.digest,
         "partition": federation.partition,
         "alpha": data.alpha if federation.partition == "dirichlet" else None,
@@ -191,3 +214,5 @@ def _partition(experiment: Experiment) -> dict[str, Any]:
         "truncated_rows": experiment.encoded.truncated,
         "skipped_rows": len(federation.skipped),
     }
+    said = {"columns": list(federation.columns), "cut_prompts": experiment.encoded.cut_prompts}
+    return partition | {key: value for key, value in said.items() if value}

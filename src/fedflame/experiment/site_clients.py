@@ -11,10 +11,10 @@ from pathlib import Path
 from fedflame.base.files import model_digest
 from fedflame.checked_json import read_checked, write_checked
 from fedflame.config.run_config import RunConfig
-from fedflame.config.words import Dtype
 from fedflame.engines.answers import Description
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.jobs import engine_jobs
+from fedflame.experiment.assemble import Experiment
 from fedflame.experiment.sites import Sites
 from fedflame.messages import MOST_TIMES_MEDIAN, most_rows
 from fedflame.run_files import ADVICE
@@ -24,9 +24,7 @@ from fedflame.trainer.job import TrainingJob
 @contextmanager
 def site_clients(
     sites: Sites,
-    config: RunConfig,
-    dtype: Dtype,
-    num_experts_per_tok: int,
+    experiment: Experiment,
     run: Path,
     say: Callable[[str], None],
 ) -> Iterator[EngineClients]:
@@ -35,8 +33,8 @@ def site_clients(
     Raises:
         UserError: no job of the engine works.
     """
-    hub = sites.hub
-    job = _training_job(config, dtype)
+    hub, config = sites.hub, experiment.config
+    job = _training_job(experiment)
     with engine_jobs(sites.engine, say) as jobs, tempfile.TemporaryDirectory(prefix="fedflame-") as folder:
         clients = EngineClients(
             engine=sites.engine,
@@ -49,22 +47,29 @@ def site_clients(
             folder=Path(folder),
             say=say,
         )
-        _leave_out_who_affords_less(clients, clients.describe(), config, num_experts_per_tok)
+        _leave_out_who_affords_less(
+            clients, clients.describe(), config, experiment.adapted.num_experts_per_tok
+        )
         if config.strategy.counted_rows == "held":
             _say_whose_rows_are_too_many(clients)
         _record(run, clients)
         yield clients
 
 
-def _training_job(config: RunConfig, dtype: Dtype) -> TrainingJob:
+def _training_job(experiment: Experiment) -> TrainingJob:
+    config, encoder = experiment.config, experiment.encoder
     return TrainingJob(
         model_name_or_path=config.model.model_name_or_path,
         model_digest=model_digest(config.model.model_name_or_path),
-        dtype=dtype,
+        dtype=experiment.adapted.dtype,
         r=config.adapter.r,
         lora_alpha=config.adapter.lora_alpha,
         target_modules=",".join(config.adapter.target_modules),
-        max_length=config.data.max_length,
+        max_length=encoder.max_length,
+        template_digest=encoder.template.digest,
+        assistant_only_loss=encoder.assistant_only_loss,
+        completion_only_loss=encoder.completion_only_loss,
+        train_on_eos=encoder.train_on_eos,
         num_server_rounds=config.server.num_server_rounds,
     )
 

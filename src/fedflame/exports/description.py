@@ -9,10 +9,13 @@ from typing import Any
 
 from fedflame import __version__
 from fedflame.config.sections import EMBEDDED_MODEL, AdapterConfig
+from fedflame.data.encoder import PromptForm
 from fedflame.moe.families import MoELayer
 from fedflame.strategies.base import ServerState
 
 FORMAT_VERSION = 2
+TEMPLATE_FILE = "chat_template.jinja"
+"""Where tokenizers keep their chat template."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class TrainedRun:
     learning_rate: float
     rounds: int
     """Number of federated rounds that were run."""
+    prompt: PromptForm
+    """How the rows became text."""
 
 
 def run_facts(state: ServerState, run: TrainedRun, layers: Sequence[MoELayer]) -> dict[str, Any]:
@@ -78,6 +83,8 @@ k < {full_k}, and `rescalers.safetensors` holds it ("k1" for k = 1). `fedflame e
 | k | s, mean over layers | range |
 |---|---|---|
 {tiers}
+
+{_prompt(run.prompt)}
 """
 
 
@@ -106,7 +113,31 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
+
+{_prompt(run.prompt)}
 """
+
+
+def _prompt(form: PromptForm) -> str:
+    """Return the section on the prompt that was trained: whoever serves the model must send the same."""
+    chats = {
+        "model": "The rows were rendered by the base model's own chat template, as chat servers do.",
+        "given": f"The rows were rendered by the chat template in `{TEMPLATE_FILE}` of this folder; a chat "
+        "server must use it, too.",
+        "plain": "The rows were trained in a plain form and not by a chat template. A row with a context has "
+        "the line `Input: ...` after the instruction; earlier turns stand before it in the same form.",
+    }
+    special = "without special tokens, since it has all that it needs"
+    if form.template == "plain":
+        special = (
+            f"with {form.beginning} before it, as the tokenizer puts it"
+            if form.beginning
+            else "with nothing before it"
+        )
+    exact = f"The prompt of an instruction is exactly this Python string, tokenised {special}:"
+    example = f"\n\n{exact}\n\n    {form.prompt!r}" if form.prompt else ""
+    end = f"\n\nAn answer ends with {form.end}." if form.end else ""
+    return f"## Prompt\n\n{chats.get(form.template, chats['plain'])}{example}{end}"
 
 
 def _front_matter(run: TrainedRun, library: str, *tags: str) -> str:

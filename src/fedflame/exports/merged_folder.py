@@ -27,7 +27,8 @@ def merge_checkpoint(state: ServerState, run: TrainedRun, k: int, to: Path, over
     Every weight with LoRA becomes W + (lora_alpha/r) B A, with the adapter that is used at k. The rescaler s
     of the tier multiplies the down projections, because they are the last map before the routed sum. For k <
     K the saved config asks for k experts per token. The base is loaded in its own dtype; each sum is computed
-    in float32 and rounded to that dtype once. The tokenizer is saved too.
+    in float32 and rounded to that dtype once. The tokenizer is saved too, with the
+    chat template that was trained.
 
     Args:
         state: adapter, rescalers and merged factors of the run.
@@ -50,6 +51,8 @@ def merge_checkpoint(state: ServerState, run: TrainedRun, k: int, to: Path, over
     _set_active_experts(model, layers, k)
     with new_folder(to, overwrite) as folder:
         model.save_pretrained(folder)
+        if run.prompt.template == "given":
+            tokenizer.chat_template = run.prompt.jinja
         tokenizer.save_pretrained(folder)
         write_checked(folder / RUN_FILE, {**run_facts(state, run, layers), "merged_at": k})
         card = merged_card(run, k, layers[0].num_experts_per_tok)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedflame.checked_json import write_checked
-from fedflame.exports.description import TrainedRun, adapter_card, run_facts
+from fedflame.exports.description import TEMPLATE_FILE, TrainedRun, adapter_card, run_facts
 from fedflame.exports.fit import require_fit
 from fedflame.exports.layouts import (
     ExpertNames,
@@ -90,6 +90,8 @@ def export_adapter(
         _write_tensors(folder / RESCALERS_FILE, ((tier_key(k), s) for k, s in state.rescalers.items()))
         facts = run_facts(state, run, layers) | {"checksums": checksums(folder)}
         write_checked(folder / RUN_FILE, facts)
+        if run.prompt.template == "given":
+            (folder / TEMPLATE_FILE).write_text(run.prompt.jinja, encoding="utf-8")
         (folder / "README.md").write_text(adapter_card(state, run, full_k), encoding="utf-8")
     return written
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -103,6 +103,12 @@ class AdaptedModel:
     def can_capture(self) -> bool:
         """Whether a training step is one GPU's alone and launches the same kernels every time."""
         return self._compiled is not None
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids that it has an embedding for."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return int(embeddings.weight.shape[0])
 
     @property
     def num_experts_per_tok(self) -> int:

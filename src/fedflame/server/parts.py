@@ -33,5 +33,7 @@ class Server:
     clients: Clients
     adapted: AdaptedModel
     held_out: HeldOut
+    max_length: int
+    """The most tokens of a row."""
     metrics: MetricsFile
     reporter: Reporter

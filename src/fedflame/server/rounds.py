@@ -177,7 +177,7 @@ class _Updates:
             if answer.failure:
                 raise InvalidMessage(answer.failure)
             update = decode_update(answer.update, plan)
-            validate_update(update, plan, server.config.data.max_length)
+            validate_update(update, plan, server.max_length)
             _validate_rows(update, profile)
             require_within_reach(update, plan, self._state.past.reach, server.adapted.num_experts_per_tok)
         except InvalidMessage as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -27,6 +27,11 @@ class TrainingJob(HeaderModel):
     """Attention projections, comma-separated."""
     max_length: Annotated[int, Field(ge=8)]
     """Largest number of tokens per row."""
+    template_digest: Annotated[str, Field(pattern="^[0-9a-f]{0,128}$")]
+    """The digest of the chat template that renders the rows; empty for the plain form."""
+    assistant_only_loss: bool
+    completion_only_loss: Literal["auto", "true", "false"]
+    train_on_eos: bool
     num_server_rounds: Annotated[int, Field(ge=1)]
 
     @property

@@ -28,10 +28,13 @@ from fedflame.base.files import model_config_path, model_digest
 from fedflame.base.memory_limit import memory_limit
 from fedflame.base.out_of_memory import training_memory_in_words
 from fedflame.clients.local import reason
+from fedflame.config.sections import DataConfig
 from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.model_shape import ModelShape, read_model_shape
-from fedflame.data.encoding import EncodedRow, encode_rows, pad_token
-from fedflame.data.instructions import Instruction, SkippedRow, load_instructions
+from fedflame.data.conversations import Conversation
+from fedflame.data.encoder import Encoder, new_encoder, pad_token
+from fedflame.data.encoding import EncodedRow, encode_rows, require_known_ids
+from fedflame.data.rows import SkippedRow, load_rows
 from fedflame.errors import InvalidMessage
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
@@ -199,9 +202,38 @@ class TrainerService:
             path = self._site.models[job.model_name_or_path]
             checkpointing = self._site.trainer.gradient_checkpointing
             adapted, tokenizer = load_adapted_model(path, job.dtype, job.adapter, checkpointing, device.name)
-            rows = encode_rows(self._rows, tokenizer, job.max_length)
+            encoder = self._encoder(job, tokenizer)
+            rows = self._encoded(encoder)
+            require_known_ids(rows, adapted.vocabulary, encoder)
             self._ready = _Ready(job, adapted, tokenizer, rows)
         return self._ready
+
+    def _encoder(self, job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """Return the encoder of the job. Raises Refusal if the chat template here is not the hub's."""
+        data = DataConfig(
+            chat_template_path=self._site.chat_template_path,
+            assistant_only_loss=job.assistant_only_loss,
+            completion_only_loss=job.completion_only_loss,
+            train_on_eos=job.train_on_eos,
+        )
+        encoder = new_encoder(tokenizer, job.max_length, data)
+        if encoder.template.digest != job.template_digest:
+            raise Refusal(
+                f"the chat template is another one here ({encoder.template.in_words}, digest "
+                f"{encoder.template.digest[:8] or 'none'}; the hub's {job.template_digest[:8] or 'none'}); "
+                "data.chat_template_path names one"
+            )
+        return encoder
+
+    def _encoded(self, encoder: Encoder) -> list[EncodedRow]:
+        """Return the rows that can be encoded. Raises Refusal if there is none."""
+        encoded = encode_rows(self._rows, encoder)
+        rows = [row for row in encoded if not isinstance(row, str)]
+        if reasons := [row for row in encoded if isinstance(row, str)]:
+            self._say(f"{len(reasons):,} of {len(encoded):,} rows cannot be used; the first: {reasons[0]}")
+        if not rows:
+            raise Refusal("none of the site's rows can be used; its log says why")
+        return rows
 
     def _place(self, job: TrainingJob, plan: RoundPlan) -> DeviceChoice:
         """Return the site's device, all its cards if one is too small. Raises UserError if these are, too."""
@@ -247,9 +279,8 @@ class TrainerService:
         return training_flops_per_token(self._shape(job), plan.active_experts, *setting).total
 
 
-def _load_rows(site: Site) -> tuple[list[Instruction], list[SkippedRow]]:
-    columns = site.data.model_dump(exclude={"dataset_name"})
-    loaded = load_instructions(dataset_name=site.dataset, **columns)
+def _load_rows(site: Site) -> tuple[list[Conversation], list[SkippedRow]]:
+    loaded = load_rows(dataset_name=site.dataset, **site.columns)
     return loaded.rows, loaded.skipped
 
 

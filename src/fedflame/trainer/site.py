@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from fedflame.config.sections import EMBEDDED_MODEL, Device
 from fedflame.config.settings import Section, SettingsFile, load_file
 from fedflame.config.words import Checkpointed, Disclosure
+from fedflame.data.templates import PLAIN
 
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -18,17 +19,24 @@ class SiteData(Section):
     """The rows to train on."""
 
     dataset_name: str
-    """A .jsonl, .jsonl.gz, .parquet or .csv file, relative to the folder of this file, or a hub id."""
+    """A .jsonl, .json, .jsonl.gz, .parquet or .csv file, relative to the folder of this file, or a hub id."""
     split: str = "train"
     """Split of a hub data set."""
     dataset_config_name: str = ""
     """Configuration of a hub data set that has several."""
+    messages_field: str = ""
+    """Column of whole conversations. Empty: `messages` and `conversations` are recognised."""
     instruction_field: str = ""
-    """Column of the instruction. Empty: the names of Alpaca, Dolly and question/answer are recognised."""
+    """Column of the instruction. Empty: the names of Alpaca, Dolly, question/answer and prompt/completion are
+    recognised."""
     context_field: str = ""
     """Column of the context or input."""
     response_field: str = ""
     """Column of the response."""
+    chat_template_path: str = ""
+    """The chat template that rows are rendered by: a jinja file or a tokenizer's folder, relative to the
+    folder of this file. Empty: the model's own, or the plain form if it has none. `plain`: the plain form. It
+    must be the hub's."""
 
 
 class SiteTrainer(Section):
@@ -124,6 +132,17 @@ class Site(SettingsFile):
         if not value:
             raise ValueError('must allow at least one model, such as { "olmoe-tiny" = "olmoe-tiny" }')
         return value
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The arguments of `load_rows` beside the place of the rows."""
+        return self.data.model_dump(exclude={"dataset_name", "chat_template_path"})
+
+    @property
+    def chat_template_path(self) -> str:
+        """The path of the chat template, or `plain`; empty for the model's own."""
+        given = self.data.chat_template_path
+        return given if given in ("", PLAIN) else str(self.folder / given)
 
     @property
     def most_experts(self) -> int:

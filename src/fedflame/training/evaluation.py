@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from fedflame.data.batches import IGNORE_INDEX, collate
-from fedflame.data.encoding import EncodedRow, encode_prompt, pad_token
-from fedflame.data.instructions import Instruction
+from fedflame.data.conversations import Conversation
+from fedflame.data.encoder import Encoder, pad_token
+from fedflame.data.encoding import EncodedPrompt, EncodedRow
 from fedflame.messages import NOTHING, Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.training.scores import Scores
@@ -29,12 +29,12 @@ GPU_SHARE = 0.5
 class HeldOut:
     """Held-out rows with their encodings, and how answers are generated and scored."""
 
-    rows: Sequence[Instruction]
+    rows: Sequence[Conversation]
     encoded: Sequence[EncodedRow]
     """In the order of `rows`."""
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    """Largest number of tokens of prompt and answer together."""
+    prompts: Sequence[EncodedPrompt]
+    """What answers are generated from, in the order of `rows`; empty if none are."""
+    encoder: Encoder
     max_new_tokens: int
     """Largest number of tokens generated per row; 0 means loss only."""
     batch_rows: int = BATCH_ROWS
@@ -42,7 +42,14 @@ class HeldOut:
 
     def first_rows(self, count: int) -> HeldOut:
         """Return the same with the first rows alone."""
-        return replace(self, rows=self.rows[:count], encoded=self.encoded[:count])
+        return replace(
+            self, rows=self.rows[:count], encoded=self.encoded[:count], prompts=self.prompts[:count]
+        )
+
+    def width(self, index: int) -> int:
+        """Return the most tokens that a row takes: the row or its prompt, and an answer."""
+        prompt = len(self.prompts[index].ids) if self.prompts else 0
+        return max(len(self.encoded[index].ids), prompt) + self.max_new_tokens
 
 
 def evaluate(
@@ -110,24 +117,25 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Yield batches of row indices, in ascending length, within the limits with padding and answers."""
     batch: list[int] = []
+    width = 0
     for index in rising:
-        width = len(held_out.encoded[index].ids) + held_out.max_new_tokens
+        width = max(width, held_out.width(index))
         if batch and (len(batch) == most_rows or (len(batch) + 1) * width > most_tokens):
             yield batch
-            batch = []
+            batch, width = [], held_out.width(index)
         batch.append(index)
     if batch:
         yield batch
 
 
 def _score_rows(adapted: AdaptedModel, held_out: HeldOut, indices: list[int], generate: bool) -> list[Scores]:
-    batch = collate([held_out.encoded[index] for index in indices], pad_token(held_out.tokenizer))
+    batch = collate([held_out.encoded[index] for index in indices], pad_token(held_out.encoder.tokenizer))
     lengths = (batch.labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()
     losses = [float(row.sum()) for row in token_losses(adapted, batch).cpu().split(lengths)]
     if not generate or held_out.max_new_tokens == 0:
         return [Scores(1, loss, tokens) for loss, tokens in zip(losses, lengths, strict=True)]
     rows = [held_out.rows[index] for index in indices]
-    answers = generate_responses(adapted, held_out, rows)
+    answers = generate_responses(adapted, held_out, indices)
     from rouge_score.rouge_scorer import RougeScorer  # it imports NLTK, which takes half a second
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -143,10 +151,13 @@ def _score_rows(adapted: AdaptedModel, held_out: HeldOut, indices: list[int], ge
     ]
 
 
-def generate_responses(adapted: AdaptedModel, held_out: HeldOut, rows: Sequence[Instruction]) -> list[str]:
-    """Generate greedy answers with prompts padded on the left; return them as stripped text."""
-    pad, room = pad_token(held_out.tokenizer), held_out.max_length - held_out.max_new_tokens
-    prompts = [encode_prompt(row, held_out.tokenizer, room) for row in rows]
+def generate_responses(adapted: AdaptedModel, held_out: HeldOut, indices: Sequence[int]) -> list[str]:
+    """Generate greedy answers with prompts padded on the left; return them as stripped text.
+
+    Of a model that thinks aloud, the answer is what follows `</think>`.
+    """
+    tokenizer = held_out.encoder.tokenizer
+    pad, prompts = pad_token(tokenizer), [held_out.prompts[index].ids for index in indices]
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -157,7 +168,7 @@ def generate_responses(adapted: AdaptedModel, held_out: HeldOut, rows: Sequence[
         do_sample=False,
         max_new_tokens=held_out.max_new_tokens,
         pad_token_id=pad,
-        eos_token_id=held_out.tokenizer.eos_token_id,
+        eos_token_id=held_out.encoder.end_tokens,
     )
-    texts = held_out.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [text.rpartition("</think>")[2].strip() for text in texts]

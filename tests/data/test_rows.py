@@ -1,4 +1,4 @@
-"""Which rows and columns of a source become instructions, and which rows are held out."""
+"""Which rows and columns of a source become conversations, and which rows are held out."""
 
 from __future__ import annotations
 
@@ -17,18 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.examples_drawn import MANY
 
-from fedflame.data.instructions import (
-    Instruction,
-    LoadedInstructions,
-    SkippedRow,
-    load_instructions,
-    sample_rows,
-    split_held_out,
-)
+from fedflame.data.conversations import Conversation, single_turn
+from fedflame.data.rows import LoadedRows, SkippedRow, load_rows, sample_rows, split_held_out
 from fedflame.errors import UserError
 
 DOLLY = {"instruction": "Name it.", "context": "A red fox.", "response": "fox", "category": "qa"}
-DOLLY_ROW = Instruction("Name it.", "A red fox.", "fox", "qa")
+DOLLY_ROW = single_turn("Name it.", "A red fox.", "fox", "qa")
 
 
 def write_jsonl(path: Path, *objects: object) -> str:
@@ -43,7 +37,7 @@ def write_parquet(path: Path, **columns: list[Any]) -> str:
 
 def refusal(**arguments: str) -> str:
     with pytest.raises(UserError) as caught:
-        load_instructions(**arguments)
+        load_rows(**arguments)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -72,14 +66,14 @@ def test_jsonl_with_broken_rows_keeps_the_good_ones_and_names_the_others(tmp_pat
         b'{"instruction": 1, "context": null, "response": 2.5, "category": 3}\r',
     ]
     path.write_bytes(b"\n".join(lines))
-    loaded = load_instructions(dataset_name=str(path))
-    assert loaded.rows == [DOLLY_ROW, Instruction("1", "", "2.5", "3")]
+    loaded = load_rows(dataset_name=str(path))
+    assert loaded.rows == [DOLLY_ROW, single_turn("1", "", "2.5", "3")]
     assert loaded.skipped == [
         SkippedRow(f"{path}:2", "not valid JSON"),
         SkippedRow(f"{path}:3", "not a JSON object"),
         SkippedRow(f"{path}:5", "'category' is missing"),
         SkippedRow(f"{path}:6", "'response' is missing"),
-        SkippedRow(f"{path}:7", "'response' is of type list, not text"),
+        SkippedRow(f"{path}:7", "'response', message 1 is of type str, not an object"),
         SkippedRow(f"{path}:8", "'response' is of type bool, not text"),
         SkippedRow(f"{path}:9", "'response' is nan, not text"),
         SkippedRow(f"{path}:10", "'instruction' is empty"),
@@ -96,8 +90,8 @@ def test_a_row_may_lack_its_context(tmp_path: Path) -> None:
         {"instruction": "a", "output": "b"},
         {"instruction": "c", "input": "d", "output": "e"},
     )
-    rows = load_instructions(dataset_name=name).rows
-    assert rows == [Instruction("a", "", "b", "all"), Instruction("c", "d", "e", "all")]
+    rows = load_rows(dataset_name=name).rows
+    assert rows == [single_turn("a", "", "b", "all"), single_turn("c", "d", "e", "all")]
 
 
 def test_csv_with_broken_rows(tmp_path: Path) -> None:
@@ -111,8 +105,8 @@ def test_csv_with_broken_rows(tmp_path: Path) -> None:
         b"empty,,,qa\r\n"
         b"last,c,d,qa\r\n"
     )
-    assert load_instructions(dataset_name=str(path)) == LoadedInstructions(
-        [Instruction('Say "a",\nthen b', "", "a b", "qa"), Instruction("last", "c", "d", "qa")],
+    assert load_rows(dataset_name=str(path)) == LoadedRows(
+        [single_turn('Say "a",\nthen b', "", "a b", "qa"), single_turn("last", "c", "d", "qa")],
         [
             SkippedRow(f"{path}:row 2", "has 2 of 4 fields"),
             SkippedRow(f"{path}:row 3", "'response' is not valid UTF-8"),
@@ -126,8 +120,8 @@ def test_parquet_with_broken_rows(tmp_path: Path) -> None:
     path = write_parquet(
         tmp_path / "rows.parquet", question=invalid, answer=[1, None, 3, 4], unused=[[0.0]] * 4
     )
-    assert load_instructions(dataset_name=path) == LoadedInstructions(
-        [Instruction("a", "", "1", "all"), Instruction("d", "", "4", "all")],
+    assert load_rows(dataset_name=path) == LoadedRows(
+        [single_turn("a", "", "1", "all"), single_turn("d", "", "4", "all")],
         [
             SkippedRow(f"{path}:row 2", "'answer' is missing"),
             SkippedRow(f"{path}:row 3", "not valid UTF-8"),
@@ -142,10 +136,10 @@ def test_noise_between_rows_is_skipped_or_refused(tmp_path: Path, suffix: str, n
     path = tmp_path / f"noise{suffix}"
     path.write_bytes(b"instruction,response\n" + b"\n".join(noise))
     try:
-        loaded = load_instructions(dataset_name=str(path))
+        loaded = load_rows(dataset_name=str(path))
     except UserError:
         return
-    assert all(row.instruction.strip() and row.response.strip() for row in loaded.rows)
+    assert all(row.turns[0].content.strip() and row.response.strip() for row in loaded.rows)
 
 
 def test_files_without_a_usable_row(tmp_path: Path) -> None:
@@ -158,7 +152,7 @@ def test_files_without_a_usable_row(tmp_path: Path) -> None:
     assert refusal(dataset_name=str(header)) == f"{header}: no usable row (0 skipped)"
     assert (
         refusal(dataset_name=str(array))
-        == f"{array}: no usable row (3 skipped; the first, {array}:1: not valid JSON)"
+        == f"{array}: no usable row (1 skipped; the first, {array}:row 1: 'instruction' is missing)"
     )
 
 
@@ -171,7 +165,7 @@ def test_hub_rows_of_the_split_and_configuration_asked_for(monkeypatch: pytest.M
 
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    loaded = load_instructions(dataset_name="owner/name", dataset_config_name="main", split="test")
+    loaded = load_rows(dataset_name="owner/name", dataset_config_name="main", split="test")
     assert asked == [("owner/name", "main", "test")]
     assert loaded.rows == [DOLLY_ROW]
     assert loaded.skipped == [SkippedRow("owner/name[test]:row 2", "'response' is missing")]
@@ -183,19 +177,41 @@ def test_hub_rows_of_the_split_and_configuration_asked_for(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        (("instruction", "input", "output"), Instruction("A", "B", "C", "all")),
-        (("output", "instruction"), Instruction("B", "", "A", "all")),
-        (("instruction", "context", "response"), Instruction("A", "B", "C", "all")),
-        (("question", "answer", "category"), Instruction("A", "", "B", "C")),
-        (("question", "context", "answer"), Instruction("A", "B", "C", "all")),
-        (("prompt", "completion", "id"), Instruction("A", "", "B", "all")),
+        (("instruction", "input", "output"), single_turn("A", "B", "C", "all")),
+        (("output", "instruction"), single_turn("B", "", "A", "all")),
+        (("instruction", "context", "response"), single_turn("A", "B", "C", "all")),
+        (("question", "answer", "category"), single_turn("A", "", "B", "C")),
+        (("question", "context", "answer"), single_turn("A", "B", "C", "all")),
+        (("prompt", "completion", "id"), single_turn("A", "", "B", "all")),
+        # Columns of several layouts.
+        (("instruction", "input", "response"), single_turn("A", "B", "C", "all")),
+        (("instruction", "context", "output"), single_turn("A", "B", "C", "all")),
+        (("question", "input", "output", "url"), single_turn("A", "B", "C", "all")),
+        (("prompt", "response"), single_turn("A", "", "B", "all")),
         # Two layouts have their columns: the one with its context wins.
-        (("instruction", "output", "context", "response"), Instruction("A", "C", "D", "all")),
+        (("instruction", "output", "context", "response"), single_turn("A", "C", "D", "all")),
     ],
 )
-def test_recognised_columns(tmp_path: Path, columns: tuple[str, ...], expected: Instruction) -> None:
+def test_recognised_columns(tmp_path: Path, columns: tuple[str, ...], expected: Conversation) -> None:
     name = write_jsonl(tmp_path / "rows.jsonl", dict(zip(columns, "ABCD", strict=False)))
-    assert load_instructions(dataset_name=name).rows == [expected]
+    assert load_rows(dataset_name=name).rows == [expected]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (("instruction", "input", "response"), "columns read: 'instruction', 'input' as context, 'response'"),
+        (
+            ("question", "answer", "id", "\x1burl"),
+            "columns read: 'question' as instruction, 'answer' as response; ignored: 'id', '\\x1burl'",
+        ),
+    ],
+)
+def test_the_columns_that_are_read_and_those_that_are_not_are_said(
+    tmp_path: Path, columns: tuple[str, ...], words: str
+) -> None:
+    name = write_jsonl(tmp_path / "rows.jsonl", dict(zip(columns, "ABCD", strict=False)))
+    assert load_rows(dataset_name=name).columns == words
 
 
 def test_columns_named_by_the_user_win(tmp_path: Path) -> None:
@@ -203,13 +219,13 @@ def test_columns_named_by_the_user_win(tmp_path: Path) -> None:
         tmp_path / "rows.jsonl",
         {"context": "Q", "instruction": "I", "out": "A", "topic": "T", "category": "C"},
     )
-    rows = load_instructions(
+    rows = load_rows(
         dataset_name=name, instruction_field="context", response_field="out", category_field="topic"
     ).rows
     # `context` is taken as the instruction, so it is not the context as well.
-    assert rows == [Instruction("Q", "", "A", "T")]
-    rows = load_instructions(dataset_name=name, context_field="topic", response_field="out").rows
-    assert rows == [Instruction("I", "T", "A", "C")]
+    assert rows == [single_turn("Q", "", "A", "T")]
+    rows = load_rows(dataset_name=name, context_field="topic", response_field="out").rows
+    assert rows == [single_turn("I", "T", "A", "C")]
 
 
 def test_unknown_column_names_the_nearest(tmp_path: Path) -> None:
@@ -224,7 +240,8 @@ def test_unrecognised_columns_name_the_keys_to_set(tmp_path: Path) -> None:
     name = write_jsonl(tmp_path / "rows.jsonl", {"q": "a", "reply": "b"})
     assert refusal(dataset_name=name) == (
         f"{name}: no column recognised as instruction and response among 'q', 'reply'; "
-        "name it with data.instruction_field and data.response_field"
+        "name it with data.instruction_field and data.response_field, or whole conversations with "
+        "data.messages_field"
     )
     assert refusal(dataset_name=name, instruction_field="q") == (
         f"{name}: no column recognised as response among 'q', 'reply'; name it with data.response_field"
@@ -240,8 +257,8 @@ def test_a_column_that_occurs_twice_is_refused(tmp_path: Path) -> None:
 # Sample and held-out rows
 
 
-def numbered(counts: dict[str, int]) -> list[Instruction]:
-    rows = [Instruction(f"{name} {n}", "", "x", name) for name, count in counts.items() for n in range(count)]
+def numbered(counts: dict[str, int]) -> list[Conversation]:
+    rows = [single_turn(f"{name} {n}", "", "x", name) for name, count in counts.items() for n in range(count)]
     random.Random(0).shuffle(rows)
     return rows
 
@@ -266,13 +283,13 @@ def test_held_out_rows_by_hand() -> None:
 
 
 def test_copies_of_a_row_are_not_held_out_apart() -> None:
-    copies = [Instruction("same", "", "x", "a")] * 8 + [Instruction("same", "", "x", "b")] * 2
+    copies = [single_turn("same", "", "x", "a")] * 8 + [single_turn("same", "", "x", "b")] * 2
     others = numbered({"a": 2, "b": 8})
     for seed in range(20):
         train, held_out = split_held_out(copies + others, 5, seed)
         # 8 of 10 rows of `a` are more than a fifth, so the copies stay; two others are free.
         assert Counter(row.category for row in held_out) == {"a": 2, "b": 2}
-        assert not {row.instruction for row in train} & {row.instruction for row in held_out}
+        assert not {row.turns[0].content for row in train} & {row.turns[0].content for row in held_out}
 
 
 @given(
@@ -281,10 +298,10 @@ def test_copies_of_a_row_are_not_held_out_apart() -> None:
     st.integers(0, 99),
 )
 def test_held_out_properties(drawn: list[tuple[int, str]], per_category: int, seed: int) -> None:
-    rows = [Instruction(str(number), "", "x", name) for number, name in drawn]
+    rows = [single_turn(str(number), "", "x", name) for number, name in drawn]
     train, held_out = split_held_out(rows, per_category, seed)
     assert Counter(train) + Counter(held_out) == Counter(rows)
-    assert not {row.instruction for row in train} & {row.instruction for row in held_out}
+    assert not {row.turns[0].content for row in train} & {row.turns[0].content for row in held_out}
     sizes = Counter(row.category for row in rows)
     for category, held in Counter(row.category for row in held_out).items():
         assert sizes[category] >= 2
