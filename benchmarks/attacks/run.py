@@ -119,7 +119,7 @@ def flip_at_the_bound(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
 def rescaler_at_the_bound(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
     if plan.rescaler != "learned":
         return update
-    furthest = 0.99 * plan.learning_rate * longest_way(plan.max_steps)
+    furthest = 0.99 * longest_way(plan)
     return replace(update, rescaler_values=plan.rescaler_values - furthest)
 
 
@@ -168,6 +168,9 @@ class Liars:
 
     def name(self, client: int) -> str:
         return self.clients.name(client)
+
+    def believed_rows(self, client: int) -> int:
+        return self.clients.believed_rows(client)
 
     def believed(self, update: ClientUpdate) -> ClientUpdate:
         """What a hub believes of sites."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedflame.config.words import RescalerMode, Trainable, UpdateDtype
+from fedflame.config.words import LRScheduler, RescalerMode, Trainable, UpdateDtype
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,21 @@ class RoundPlan:
     learning_rate: float
     weight_decay: float
     batch_size: int
-    """Rows per optimizer step."""
+    """Rows per batch."""
     max_steps: int
     """Largest number of optimizer steps."""
     tokens_per_step: int = 0
-    """If not 0, the batch of a step has as many rows as fit in this many tokens, instead of `batch_size`."""
+    """If not 0, a batch has as many rows as fit in this many tokens, instead of `batch_size`."""
+    gradient_accumulation_steps: int = 1
+    """Batches of an optimizer step."""
+    num_train_epochs: float = 0.0
+    """If not 0, the client goes over its rows so many times, in at most `max_steps`."""
+    lr_scheduler_type: LRScheduler = "constant"
+    """How `learning_rate` falls within the round; see `training.schedule`."""
+    warmup_rounds: float = 0.0
+    """The rounds at the start of the run in which the learning rate rises."""
+    max_grad_norm: float = 0.0
+    """If not 0, the largest L2 norm of the gradient of a step."""
     trainable: Trainable = "both"
     merged: Adapter = NOTHING
     """Factors of any rank, merged into the base with the scale of `adapter`; see `ServerState.merged`."""
@@ -183,13 +193,22 @@ class RoundPlan:
     error_feedback: bool = False
     """Whether the client remembers the rounding error of its delta and adds it to its next delta."""
 
-    def most_tokens(self, steps: int, max_length: int) -> int:
-        """Return the most tokens that so many steps can have, with padding, where no row is longer than this.
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether the gradients of all layers exist at once."""
+        return self.gradient_accumulation_steps > 1 or self.max_grad_norm > 0
 
-        A step that is measured in tokens holds one row at least, also one that is longer than the step.
+    def largest_batch(self, max_length: int) -> int:
+        """Return the most tokens that a batch can have, with padding, where no row is longer than this.
+
+        A batch that is measured in tokens holds one row at least, also one that is longer than the batch.
         """
         by_rows = self.batch_size * max_length
-        return steps * (max(self.tokens_per_step, max_length) if self.tokens_per_step else by_rows)
+        return max(self.tokens_per_step, max_length) if self.tokens_per_step else by_rows
+
+    def most_tokens(self, steps: int, max_length: int) -> int:
+        """Return the most tokens that so many steps can have, where no row is longer than this."""
+        return steps * self.gradient_accumulation_steps * self.largest_batch(max_length)
 
 
 @dataclass(frozen=True)

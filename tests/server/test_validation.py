@@ -218,11 +218,15 @@ def test_an_unusable_update_is_refused_with_its_reason(
 
 
 def test_more_rows_trained_on_than_the_steps_hold_are_refused() -> None:
-    """Five steps of four rows, unless a step is measured in tokens."""
+    """Five steps of four rows, or of two batches of four, unless a batch is measured in tokens."""
     plan, update = replace(a_plan(), tokens_per_step=0), replace(valid_update(), trained_examples=20)
     validate_update(update, plan, MAX_LENGTH)
     with pytest.raises(InvalidMessage, match="trained on 21 rows; 1 to 20 are possible"):
         validate_update(replace(update, trained_examples=21), plan, MAX_LENGTH)
+    twice = replace(plan, gradient_accumulation_steps=2)
+    validate_update(replace(update, num_examples=50, trained_examples=40), twice, MAX_LENGTH)
+    with pytest.raises(InvalidMessage, match="trained on 41 rows; 1 to 40 are possible"):
+        validate_update(replace(update, num_examples=50, trained_examples=41), twice, MAX_LENGTH)
 
 
 def test_tokens_are_bounded_by_the_rows_of_the_steps_or_by_their_tokens_and_one_row_at_least() -> None:
@@ -232,6 +236,7 @@ def test_tokens_are_bounded_by_the_rows_of_the_steps_or_by_their_tokens_and_one_
         ({"tokens_per_step": 0}, 5 * 4 * MAX_LENGTH),
         ({"tokens_per_step": 96}, 5 * 96),
         ({"tokens_per_step": 3}, 5 * MAX_LENGTH),
+        ({"tokens_per_step": 96, "gradient_accumulation_steps": 3}, 3 * 5 * 96),
     ):
         plan = replace(a_plan(), **changes)
         counts[:, :2] = most

@@ -435,7 +435,17 @@ def test_an_update_with_a_field_that_is_no_64_bit_integer_is_refused(name: str) 
 
 
 @pytest.mark.parametrize(
-    "name", ["round", "client", "seed", "active_experts", "batch_size", "max_steps", "tokens_per_step"]
+    "name",
+    [
+        "round",
+        "client",
+        "seed",
+        "active_experts",
+        "batch_size",
+        "max_steps",
+        "tokens_per_step",
+        "gradient_accumulation_steps",
+    ],
 )
 def test_a_plan_with_a_field_that_is_no_64_bit_integer_is_refused(name: str) -> None:
     for value in NO_INTEGERS:

@@ -67,6 +67,11 @@ class EngineClients:
     def num_examples(self) -> list[int]:
         return [self._known[site].num_examples if site in self._known else 0 for site in self.sites]
 
+    def believed_rows(self, client: int) -> int:
+        claims = self.num_examples()
+        most = most_rows(claims)
+        return min(claims[client] or most, most)
+
     def believed(self, update: ClientUpdate) -> ClientUpdate:
         return believed(update, most_rows(self.num_examples()))
 

@@ -49,7 +49,8 @@ def validate_update(update: ClientUpdate, plan: RoundPlan, max_length: int) -> N
         )
     _validate_counts(update, plan)
     # The weight in the mean: a client must not claim more rows than it can have trained on.
-    most = min(update.num_examples, update.tokens if plan.tokens_per_step else update.steps * plan.batch_size)
+    batches = update.steps * plan.gradient_accumulation_steps
+    most = min(update.num_examples, update.tokens if plan.tokens_per_step else batches * plan.batch_size)
     if not 1 <= update.trained_examples <= most:
         raise InvalidMessage(
             f"update claims to have trained on {update.trained_examples} rows; 1 to {most} are possible"
