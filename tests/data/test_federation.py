@@ -18,8 +18,9 @@ from fedflame.config.load import load_config
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.data.conversations import Conversation, Turn, single_turn
+from fedflame.data.encoded_federation import encode_federation
 from fedflame.data.encoder import Encoder, new_encoder
-from fedflame.data.federation import Federation, encode_federation, load_federation
+from fedflame.data.federation import Federation, load_federation
 from fedflame.data.rows import SkippedRow
 from fedflame.data.skills import CATEGORIES
 from fedflame.errors import UserError

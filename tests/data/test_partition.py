@@ -15,12 +15,13 @@ from fedflame.data.partition import (
     PartitionKind,
     _fill_empty_clients,
     _shares,
+    by_owner,
     partition,
     partition_statistics,
 )
 from fedflame.errors import UserError
 
-KINDS: tuple[PartitionKind, ...] = ("iid", "dirichlet", "by_label")
+KINDS: tuple[PartitionKind, ...] = ("iid", "dirichlet", "by_label", "quantity")
 
 
 @st.composite
@@ -48,7 +49,7 @@ def test_counts_do_not_depend_on_the_order_of_the_rows(
     case: tuple[list[str], int, PartitionKind, float, int], shuffler: random.Random
 ) -> None:
     labels, num_clients, kind, alpha, seed = case
-    if kind == "iid":
+    if kind in ("iid", "quantity"):
         return  # blind to labels
     shuffled = shuffler.sample(labels, len(labels))
     assert partition_statistics(
@@ -179,6 +180,23 @@ def test_smaller_alpha_is_more_skewed() -> None:
     low, middle, high = (np.mean([label_entropy(a, seed) for seed in range(20)]) for a in (0.05, 0.5, 50.0))
     assert low < middle - 0.3 < high - 0.6
     assert high == pytest.approx(np.log(5), abs=0.05)
+
+
+def test_quantity_gives_unequal_numbers_of_rows_whatever_their_labels_are() -> None:
+    """The sizes are one Dirichlet draw over all rows, by the largest remainder."""
+    labels = ["a", "b"] * 500
+    parts = partition(labels, 5, "quantity", 0.7, seed=3)
+    drawn = np.random.default_rng(3).dirichlet(np.full(5, 0.7)) * len(labels)
+    assert all(abs(len(part) - size) < 1 for part, size in zip(parts, drawn, strict=True))
+    assert max(map(len, parts)) > 2 * min(map(len, parts))
+    for part in parts:
+        if len(part) > 100:
+            assert 0.4 < sum(labels[row] == "a" for row in part) / len(part) < 0.6
+    assert parts == partition(["c"] * 1000, 5, "quantity", 0.7, seed=3)
+
+
+def test_rows_go_to_their_owners_in_the_given_order() -> None:
+    assert by_owner(["b", "a", "b", "b"], ["a", "c", "b"]) == [[1], [], [0, 2, 3]]
 
 
 def test_more_clients_than_rows_is_refused() -> None:

@@ -249,7 +249,7 @@ def test_scores_of_a_run_on_rows_in_memory_need_the_rows_again(tiny_folder: Path
         ([ROWS, [{"instruction": "x", "output": ""}]], r"data\[1\]: no usable row"),
         (
             [[{"instruction": text, "output": text}] for text in "ab"],
-            r"data\[[01]\]: no row is left to train on after rows for evaluation",
+            "too few rows to hold some out for evaluation and leave each client one",
         ),
     ],
 )

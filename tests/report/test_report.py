@@ -243,7 +243,7 @@ def test_sizes_of_updates_are_the_largest_and_outliers_are_warned_of(run: Path) 
     assert rows(shown)[2] == ["Client 1", "4", "3.000", *wanted[1:], "2.20", "2.30", "1 of 3"]
     assert rows(shown)[3] == ["Client 2", "2", "3.000", *wanted[1:], "3.20", "3.30", "0 of 2"]
     assert shown.count("Warning") == 1
-    assert "Warning: client 1 went 3.2 times as far as the median client of round 3" in shown
+    assert "Warning: Client 1 went 3.2 times as far as the median client of round 3" in shown
     assert "(over 3 times is an outlier)" in shown
 
 

@@ -25,6 +25,8 @@ class LocalClients:
     rows: Sequence[Sequence[EncodedRow]]
     pad_token_id: int
     residuals: Residuals
+    names: Sequence[str] = ()
+    """Of the clients, if they have names."""
 
     def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
         for _, plan in plans:
@@ -40,7 +42,7 @@ class LocalClients:
         return update
 
     def name(self, client: int) -> str:
-        return f"client {client}"
+        return self.names[client] if self.names else f"client {client}"
 
     def answer(self, plan: bytes, on_step: OnStep) -> Answer:
         """Train the plan's client. Its error becomes the answer's `failure`, so that the round can go on.

@@ -52,9 +52,10 @@ def _print_experiment(experiment: Experiment, sites: tuple[str, ...], console: C
     print_rows(experiment.federation.columns, experiment.encoded.cut_prompts, console)
     _print_skipped(experiment.federation, console)
     threads = torch.get_num_threads()
-    console.print(
+    say_line(
+        console,
         f"model {config.model.model_name_or_path} in {experiment.dtype.name} ({experiment.dtype.reason}), "
-        f"{threads} thread{'s' * (threads > 1)}"
+        f"{threads} thread{'s' * (threads > 1)}",
     )
     say_line(console, f"device {device_in_words(experiment.device)}")
     say_line(console, f"rows in {experiment.encoder.template.in_words}")

@@ -30,4 +30,4 @@ def write_parts(federation: Federation, afforded: Sequence[int], folder: Path, c
         path = folder / f"client-{client}.jsonl"
         lines = [json.dumps(fields[index], ensure_ascii=False) + "\n" for index in part]
         write_atomically(path, "".join(lines).encode())
-        console.print(f"{path}: {len(part):,} rows, k = {afforded[client]}", soft_wrap=True)
+        say_line(console, f"{path}: {len(part):,} rows, k = {afforded[client]}")

@@ -37,8 +37,8 @@ def partition_table(
         ranked = sorted(client["per_category"].items(), key=lambda item: -item[1])
         largest = ", ".join(f"{name} {rows}" for name, rows in ranked[:CATEGORIES_SHOWN] if rows)
         turns = [cost for cost in costs if cost.client == client["client"]]
-        table.add_row(
-            sites[client["client"]] if sites else str(client["client"]),
+        cells = (
+            sites[client["client"]] if sites else client.get("name", str(client["client"])),
             str(client["active_experts"]),
             ",".join(str(cost.trained_experts) for cost in turns),
             "its own" if sites else f"{client['rows']:,}",
@@ -46,6 +46,7 @@ def partition_table(
             _range([si(cost.training_flops) for cost in sorted(turns, key=lambda cost: cost.training_flops)]),
             "" if sites else largest,
         )
+        table.add_row(*map(Text, cells))  # labels and names may have brackets, which rich takes as markup
     return table
 
 

@@ -12,7 +12,7 @@ _DIGITS = 9
 
 def parse_integers(value: object) -> tuple[int, ...]:
     """`"8,4,2,1"`, `[8, 4, 2, 1]` and, for one of them, `8`; ValueError on anything but positive integers."""
-    parts = _parts(value)
+    parts = list_parts(value)
     numbers = [int(part) for part in parts if is_integer(part)]
     if not parts or len(numbers) < len(parts) or not 1 <= min(numbers) <= max(numbers) < 10**_DIGITS:
         raise ValueError('must be integers of at least 1, such as [8, 4, 2, 1] or "8,4,2,1"')
@@ -26,7 +26,8 @@ def is_integer(part: Any) -> bool:
     )
 
 
-def _parts(value: object) -> list[Any]:
+def list_parts(value: object) -> list[Any]:
+    """Return the entries of a list that may be written as text, unchecked."""
     if isinstance(value, str):
         text = value.strip().removeprefix("[").removesuffix("]")
         return [part.strip().strip("\"'") for part in text.split(",")] if text.strip() else []
@@ -34,9 +35,9 @@ def _parts(value: object) -> list[Any]:
 
 
 def _integers_or_none(value: object) -> tuple[int, ...]:
-    return parse_integers(value) if _parts(value) else ()
+    return parse_integers(value) if list_parts(value) else ()
 
 
 Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers)]
 IntegersOrNone = Annotated[tuple[int, ...], BeforeValidator(_integers_or_none)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
+Names = Annotated[tuple[str, ...], BeforeValidator(list_parts)]

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedflame.config.client_files import client_files
+from fedflame.config.lists import list_parts
 from fedflame.config.methods import METHODS, OF_ALL_METHODS
 from fedflame.config.run_config import RunConfig
-from fedflame.config.sections import StrategyConfig
+from fedflame.config.sections import SKILLS, ClientsConfig, StrategyConfig
 from fedflame.config.settings import refuse_unknown_keys, validated
 from fedflame.errors import UserError
 from fedflame.reading import read_toml
@@ -32,6 +34,7 @@ def load_config(
     values = given_values(config)
     for override in overrides:
         _apply_override(values, override)
+    _count_client_files(values)
     refuse_unknown_keys(values, RunConfig, "config")
     loaded = validated(RunConfig, values, "config")
     _refuse_contradictions(loaded)
@@ -53,7 +56,33 @@ def given_values(config: str | Path | Mapping[str, Any] | RunConfig | None) -> d
     return copy.deepcopy(dict(config))
 
 
+def _count_client_files(values: dict[str, Any]) -> None:
+    """Set the number of clients to that of their files, unless it is given."""
+    data = values.get("data")
+    patterns = list_parts(data.get("client_files", ())) if isinstance(data, dict) else []
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        return
+    clients = values.setdefault("clients", {})
+    if isinstance(clients, dict):
+        set_num_clients(clients, len(client_files(patterns)), "data.client_files")
+
+
+def set_num_clients(clients: dict[str, Any], count: int, whose: str) -> None:
+    """Set `num_clients` in a section `clients`, and the k of as many unless they are given.
+
+    Raises:
+        UserError: another number is given.
+    """
+    if str(clients.setdefault("num_clients", count)) != str(count):
+        raise UserError(
+            f"clients.num_clients = {clients['num_clients']}: {whose} has the rows of {count} clients; leave "
+            "clients.num_clients out, or give rows for each"
+        )
+    clients.setdefault("active_experts", list(ClientsConfig().active_experts[:count]))
+
+
 def _refuse_contradictions(config: RunConfig) -> None:
+    _refuse_two_sources(config)
     clients, strategy = config.clients.num_clients, config.strategy
     in_turn = {
         "clients.active_experts": config.clients.active_experts,
@@ -78,6 +107,21 @@ def _refuse_contradictions(config: RunConfig) -> None:
             f"config: server.min_clients = {config.server.min_clients}: server.fraction_train = "
             f"{config.server.fraction_train} samples only {config.clients_per_round()} of {clients} clients"
         )
+
+
+def _refuse_two_sources(config: RunConfig) -> None:
+    data, evaluation = config.data, config.evaluation
+    for one, other, both in (
+        ("data.client_files", "data.dataset_name", data.client_files and data.dataset_name != SKILLS),
+        ("data.client_files", "data.client_field", data.client_files and data.client_field),
+        (
+            "evaluation.dataset_name",
+            "evaluation.split",
+            evaluation.dataset_name and evaluation.split != "test",
+        ),
+    ):
+        if both:
+            raise UserError(f"config: {one} and {other} exclude each other; leave one out")
 
 
 def _refuse_a_warmup_without_end(config: RunConfig) -> None:

@@ -117,6 +117,9 @@ class DataConfig(Section):
     dataset_name: str = SKILLS
     """The rows: `skills` (generated tasks with exact answers), a .jsonl, .json, .jsonl.gz, .parquet or .csv
     file, or a hub id."""
+    client_files: Names = ()
+    """Files with the rows of one client each, or patterns such as `silos/*.jsonl`, instead of `dataset_name`.
+    The files are the clients, in the order of their names, and `clients.num_clients` follows from them."""
     split: str = "train"
     """The split of a hub data set."""
     dataset_config_name: str = ""
@@ -133,8 +136,13 @@ class DataConfig(Section):
     """The column of the response, as text or as messages."""
     category_field: str = ""
     """The column of a label. The partition uses it, and scores are given for each label."""
+    client_field: str = ""
+    """The column that names the client of a row, such as a hospital. Each name is a client, in sorted order,
+    and nothing is partitioned."""
     max_rows: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """A seeded sample of at most this many rows is used; 0: all rows. For `skills`: the rows to generate."""
+    max_rows_per_client: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """A seeded sample of at most this many rows of each client is used; 0: all of them."""
     max_length: Annotated[int, Field(ge=0, le=1_048_576), AfterValidator(_nothing_or_a_length)] = 0
     """The most tokens in a row, prompt and answer together. Longer rows lose their oldest turns first, and
     are counted. 0: as many as the rows have, at most 1024 and at most the model's context."""
@@ -149,11 +157,11 @@ class DataConfig(Section):
     every turn of the assistant has loss."""
     train_on_eos: bool = True
     """Whether the end of a turn has loss, so that the model learns to stop."""
-    partition: Literal["iid", "dirichlet", "by_label"] = "dirichlet"
-    """How the rows are split over the clients: evenly at random, by a Dirichlet draw for each label, or by
-    label."""
+    partition: Literal["iid", "dirichlet", "by_label", "quantity"] = "dirichlet"
+    """How the rows are split over the clients: evenly at random, by a Dirichlet draw for each label, by
+    label, or at random in unequal numbers, which one Dirichlet draw decides."""
     alpha: Annotated[float, Field(gt=0)] = 5.0
-    """The concentration of the Dirichlet partition. The smaller it is, the more the clients differ."""
+    """The concentration of the Dirichlet draws. The smaller it is, the more the clients differ."""
 
 
 class ClientsConfig(Section):
@@ -290,6 +298,11 @@ class CommunicationConfig(Section):
 
 
 class EvaluationConfig(Section):
+    dataset_name: str = ""
+    """A file or hub id with rows that are scored, all of them, and trained on by nobody. Empty: rows are held
+    out of the data."""
+    dataset_split: str = "test"
+    """The split of a hub data set named by `evaluation.dataset_name`."""
     split: Literal["test", "validation"] = "test"
     """Which held-out rows are scored. `validation`: rows for choosing settings. The training rows are the
     same, and no row is in both. In a file or a hub data set they come from what data.max_rows leaves out."""

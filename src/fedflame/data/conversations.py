@@ -33,6 +33,8 @@ class Conversation:
     """A JSON list of the tools that the assistant may call; empty for none."""
     completion: int = 0
     """The turn at which the completion begins, if the row says what is prompt and what completion; else 0."""
+    owner: str = field(default="", compare=False)
+    """The client that the row belongs to, if the data says it."""
     where: str = field(default="", compare=False)
     """The place of the row in its source, such as `rows.jsonl:7`."""
 

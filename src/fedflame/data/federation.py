@@ -1,9 +1,10 @@
-"""Turn the data configuration into clients: load, hold out, partition, tokenise. Needs no torch."""
+"""Turn the data configuration into clients: load, hold out, partition. Needs no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +13,11 @@ from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import SKILLS, DataConfig
 from fedflame.data import skills
 from fedflame.data.conversations import Conversation
-from fedflame.data.encoder import Encoder
-from fedflame.data.encoding import EncodedPrompt, EncodedRow, encode_prompts, encode_rows, require_known_ids
-from fedflame.data.given import GivenRows
-from fedflame.data.partition import partition, partition_statistics
+from fedflame.data.given import GivenRows, rows_of_files
+from fedflame.data.partition import by_owner, partition, partition_statistics
 from fedflame.data.rows import LoadedRows, SkippedRow, read_rows, sample_rows, split_held_out, validation_rows
 from fedflame.data.sources import open_source
-from fedflame.errors import UserError
+from fedflame.errors import UserError, one_line
 from fedflame.seeds import derive_seed
 
 SKILLS_ROWS = 12000
@@ -31,14 +30,17 @@ class Federation:
 
     training: list[Conversation]
     parts: list[list[int]]
-    """For each client, the indices of its rows in `training`."""
+    """For each client, the indices of its rows in `training`. A client that owns no row has none."""
     partition: str
-    """How the rows came to the clients: as `data.partition` says, or `given` with them by a program."""
+    """How the rows came to the clients: as `data.partition` says, or `given` with them."""
     held_out: list[Conversation]
-    """The rows of `evaluation.split`. The training rows are the same for both splits."""
+    """The rows of `evaluation.split`, or all of `evaluation.dataset_name`. The training rows are the same for
+    both splits."""
     skipped: list[SkippedRow]
     columns: tuple[str, ...] = ()
     """For each source of rows, its columns: what was read as what, and what was ignored."""
+    names: tuple[str, ...] = ()
+    """Of the clients, if the data names them."""
 
     @property
     def digest(self) -> str:
@@ -53,43 +55,16 @@ class Federation:
 
 
 @dataclass(frozen=True)
-class EncodedFederation:
-    """The rows of the federation as tokens."""
+class _Rows:
+    """What was read, before it is split over the clients."""
 
-    federation: Federation
-    """Without the rows that cannot be encoded, which are among its skipped ones."""
-
-    clients: list[list[EncodedRow]]
-    held_out: list[EncodedRow]
-    prompts: list[EncodedPrompt]
-    """What answers to the held-out rows are generated from; empty if none are generated."""
-
-    @property
-    def cut_prompts(self) -> int:
-        """Number of prompts that were longer than the model's context has room for."""
-        return sum(prompt.truncated for prompt in self.prompts)
-
-    def require_known_ids(self, vocabulary: int, encoder: Encoder) -> None:
-        """Raise UserError if a row or a prompt has a token that the model has no embedding for."""
-        rows = [*(row for rows in self.clients for row in rows), *self.held_out]
-        require_known_ids(rows, vocabulary, encoder)
-
-    @property
-    def truncated(self) -> int:
-        """Number of rows, training and held-out, that were longer than `data.max_length`."""
-        return sum(row.truncated for rows in [*self.clients, self.held_out] for row in rows)
-
-    @property
-    def mean_length(self) -> int:
-        """Mean tokens per training row, rounded."""
-        lengths = [len(row.ids) for rows in self.clients for row in rows]
-        return round(sum(lengths) / len(lengths))
-
-    @property
-    def labelled_share(self) -> float:
-        """Share of the training tokens that have a label; only there is the output embedding applied."""
-        rows = [row for client in self.clients for row in client]
-        return sum(row.labelled for row in rows) / sum(len(row.ids) for row in rows)
+    training: list[Conversation]
+    held_out: list[Conversation]
+    skipped: list[SkippedRow]
+    columns: tuple[str, ...]
+    owners: tuple[str, ...] = ()
+    """The values of `Conversation.owner` in client order; empty where rows have no owner."""
+    names: tuple[str, ...] = ()
 
 
 def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federation:
@@ -97,57 +72,144 @@ def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federa
 
     Args:
         config: names the data, the held-out rows and the partition.
-        given: rows that replace those of `data.dataset_name`. Rows given per client are not partitioned.
+        given: rows that replace those of `data`. Rows given per client are not partitioned.
 
     Raises:
-        UserError: the data cannot be read or partitioned (see `read_rows` and `partition`), there are
-            too few rows to hold some out, or a client has no rows left.
+        UserError: the data cannot be read or partitioned (see `read_rows` and `partition`), or there are
+            too few rows to hold some out.
     """
-    if given is not None and given.per_client:
-        return _of_clients(config, given)
-    load = _generated if given is None and config.data.dataset_name == SKILLS else _loaded
-    training, held_out, skipped, columns = load(config, given)
-    labels = [row.category for row in training]
-    seed = derive_seed(config.seed, "partition")
-    parts = partition(labels, config.clients.num_clients, config.data.partition, config.data.alpha, seed)
-    return Federation(training, parts, config.data.partition, held_out, skipped, columns)
-
-
-_Rows = tuple[list[Conversation], list[Conversation], list[SkippedRow], tuple[str, ...]]
-"""Training rows, held-out rows, skipped rows, columns."""
-
-
-def _generated(config: RunConfig, _: GivenRows | None) -> _Rows:
-    count = config.evaluation.rows_per_category * len(skills.CATEGORIES)
-    training = skills.instructions(config.data.max_rows or SKILLS_ROWS, config.seed, "train")
-    if config.evaluation.split == "validation":
-        return training, skills.validation_instructions(count, config.seed), [], ()
-    return training, skills.instructions(count, config.seed, "held_out"), [], ()
-
-
-def _loaded(config: RunConfig, given: GivenRows | None) -> _Rows:
     data = config.data
-    source = (
-        given.sources[0] if given else open_source(data.dataset_name, data.dataset_config_name, data.split)
+    if given is None and data.client_files:
+        given = rows_of_files(data.client_files)
+    if given is None and data.dataset_name == SKILLS:
+        rows = _generated(config)
+    else:
+        rows = _loaded(config, given or _only(data))
+    return _capped(Federation(
+        rows.training, _parts(config, rows), "given" if rows.owners else data.partition, rows.held_out,
+        rows.skipped, rows.columns, rows.names,
+    ), config)  # fmt: skip
+
+
+def held_out_rows(name: str, config: RunConfig, given: GivenRows | None = None) -> LoadedRows:
+    """Return all rows of a source that is there to be scored, such as `evaluation.dataset_name`.
+
+    Args:
+        name: a file or a hub id.
+        config: names the columns and the hub's split.
+        given: rows that replace those of that name.
+
+    Raises:
+        UserError: see `read_rows`.
+    """
+    split = config.evaluation.dataset_split
+    sources = given.sources if given else (open_source(name, config.data.dataset_config_name, split),)
+    loaded = [read_rows(source, _columns(config.data)) for source in sources]
+    return LoadedRows(
+        [row for of in loaded for row in of.rows],
+        [row for of in loaded for row in of.skipped],
+        f"{sources[0].name}: {loaded[0].columns}",
     )
-    loaded = read_rows(source, _columns(data))
-    training, held_out = _held_out(config, loaded.rows)
-    return training, held_out, loaded.skipped, (f"{source.name}: {loaded.columns}",)
 
 
-def _of_clients(config: RunConfig, given: GivenRows) -> Federation:
-    """Hold rows out of all clients' rows together; each client keeps the rest of its own rows."""
-    loaded = [read_rows(source, _columns(config.data)) for source in given.sources]
-    owners = {id(row): client for client, of in enumerate(loaded) for row in of.rows}
-    training, held_out = _held_out(config, [row for of in loaded for row in of.rows])
-    parts: list[list[int]] = [[] for _ in loaded]
-    for index, row in enumerate(training):
-        parts[owners[id(row)]].append(index)
-    if not all(parts):
-        source = given.sources[parts.index([])].name
-        raise UserError(f"{source}: no row is left to train on after rows for evaluation were held out")
-    skipped = [row for of in loaded for row in of.skipped]
-    return Federation(training, parts, "given", held_out, skipped, _columns_of(given, loaded))
+def _generated(config: RunConfig) -> _Rows:
+    evaluation = config.evaluation
+    count = evaluation.rows_per_category * len(skills.CATEGORIES)
+    training = skills.instructions(config.data.max_rows or SKILLS_ROWS, config.seed, "train")
+    if config.data.client_field:
+        raise UserError(f"data.client_field = {config.data.client_field!r}: generated rows name no client")
+    if evaluation.dataset_name:
+        test = held_out_rows(evaluation.dataset_name, config)
+        return _Rows(training, test.rows, test.skipped, (test.columns,))
+    if evaluation.split == "validation":
+        return _Rows(training, skills.validation_instructions(count, config.seed), [], ())
+    return _Rows(training, skills.instructions(count, config.seed, "held_out"), [], ())
+
+
+def _only(data: DataConfig) -> GivenRows:
+    return GivenRows(
+        (open_source(data.dataset_name, data.dataset_config_name, data.split),), per_client=False
+    )
+
+
+def _loaded(config: RunConfig, given: GivenRows) -> _Rows:
+    """Read all sources. Rows are held out of them together, unless rows of their own are scored."""
+    data, test_name = config.data, config.evaluation.dataset_name
+    loaded = [read_rows(source, _columns(data), may_be_empty=given.per_client) for source in given.sources]
+    if given.per_client:
+        loaded = [of.owned_by(str(client)) for client, of in enumerate(loaded)]
+    rows, skipped = ([row for of in loaded for row in getattr(of, part)] for part in ("rows", "skipped"))
+    if not rows:
+        raise UserError(f"{given.sources[0].name} and {len(given.sources) - 1} more: no usable row in any")
+    owners, names = _owners(config, given, rows)
+    columns = _columns_of(given, loaded)
+    if test_name:
+        test, training = held_out_rows(test_name, config), sample_rows(rows, data.max_rows, config.seed)
+        return _Rows(training, test.rows, [*skipped, *test.skipped], (*columns, test.columns), owners, names)
+    training, held_out = _held_out(config, rows)
+    if owners:
+        training, held_out = _with_a_row_for_each(training, held_out)
+    return _Rows(training, held_out, skipped, columns, owners, names)
+
+
+def _owners(
+    config: RunConfig, given: GivenRows, rows: Sequence[Conversation]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return who owns rows, in client order, and the clients' names."""
+    if given.per_client:
+        return tuple(map(str, range(len(given.sources)))), given.names
+    if not (field := config.data.client_field):
+        return (), ()
+    owners = sorted({row.owner for row in rows})
+    if len(owners) != config.clients.num_clients:
+        first = ", ".join(repr(one_line(owner)[:30]) for owner in owners[:3])
+        raise UserError(
+            f"data.client_field = {field!r}: the rows name {len(owners):,} clients ({first}"
+            f"{', ...' if len(owners) > 3 else ''}); set clients.num_clients = {len(owners)}"
+        )
+    return tuple(owners), tuple(one_line(owner) for owner in owners)
+
+
+def _with_a_row_for_each(
+    training: list[Conversation], held_out: list[Conversation]
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Give held-out rows back to a client that would have no other, with their copies.
+
+    Raises:
+        UserError: no row is left to hold out.
+    """
+    without = {row.owner for row in held_out} - {row.owner for row in training}
+    back = {row.content for row in held_out if row.owner in without}
+    kept = [row for row in held_out if row.content not in back]
+    if not kept:
+        raise UserError("too few rows to hold some out for evaluation and leave each client one")
+    return [*training, *(row for row in held_out if row.content in back)], kept
+
+
+def _parts(config: RunConfig, rows: _Rows) -> list[list[int]]:
+    if rows.owners:
+        return by_owner([row.owner for row in rows.training], rows.owners)
+    labels, data = [row.category for row in rows.training], config.data
+    seed = derive_seed(config.seed, "partition")
+    return partition(labels, config.clients.num_clients, data.partition, data.alpha, seed)
+
+
+def _capped(federation: Federation, config: RunConfig) -> Federation:
+    """Leave each client a seeded sample of at most `data.max_rows_per_client` rows."""
+    most = config.data.max_rows_per_client
+    if not most or all(len(part) <= most for part in federation.parts):
+        return federation
+    kept = [
+        sorted(random.Random(derive_seed(config.seed, "cap", client)).sample(part, min(most, len(part))))
+        for client, part in enumerate(federation.parts)
+    ]
+    used = sorted(index for part in kept for index in part)
+    numbers = {index: number for number, index in enumerate(used)}
+    return replace(
+        federation,
+        training=[federation.training[index] for index in used],
+        parts=[[numbers[index] for index in part] for part in kept],
+    )
 
 
 def _columns_of(given: GivenRows, loaded: Sequence[LoadedRows]) -> tuple[str, ...]:
@@ -158,7 +220,7 @@ def _columns_of(given: GivenRows, loaded: Sequence[LoadedRows]) -> tuple[str, ..
 
 
 def _columns(data: DataConfig) -> dict[str, str]:
-    roles = ("messages", "instruction", "context", "response", "category")
+    roles = ("messages", "instruction", "context", "response", "category", "client")
     return {role: getattr(data, f"{role}_field") for role in roles}
 
 
@@ -182,85 +244,19 @@ def _held_out(config: RunConfig, rows: list[Conversation]) -> tuple[list[Convers
     return training, validation
 
 
-def encode_federation(
-    federation: Federation, encoder: Encoder, most_prompt_tokens: int | None = None, generate: bool = False
-) -> EncodedFederation:
-    """Tokenise every row once. Rows that cannot be encoded are left out, and are skipped rows from then on.
-
-    Args:
-        federation: the rows.
-        encoder: how they become tokens.
-        most_prompt_tokens: the most tokens of a held-out prompt; None for no limit.
-        generate: whether answers to the held-out rows will be generated.
-
-    Raises:
-        UserError: more than half of the rows cannot be encoded, or none of a client or none held out.
-    """
-    training = encode_rows(federation.training, encoder)
-    held_out = encode_rows(federation.held_out, encoder)
-    rows = [*federation.training, *federation.held_out]
-    unusable = [
-        SkippedRow(row.where or "a generated row", encoded)
-        for row, encoded in zip(rows, [*training, *held_out], strict=True)
-        if isinstance(encoded, str)
-    ]
-    if unusable:
-        _refuse_many(unusable, len(rows))
-        federation = _without(federation, training, held_out, unusable)
-    kept = [row for row in training if not isinstance(row, str)]
-    prompts = encode_prompts(federation.held_out, encoder, most_prompt_tokens) if generate else []
-    return EncodedFederation(
-        federation,
-        [[kept[index] for index in part] for part in federation.parts],
-        [row for row in held_out if not isinstance(row, str)],
-        prompts,
-    )
-
-
-def _refuse_many(unusable: Sequence[SkippedRow], rows: int) -> None:
-    """Raise UserError if more than half of the rows are of no use."""
-    if 2 * len(unusable) <= rows:
-        return
-    first = unusable[0]
-    cut = "data.max_length" in first.reason
-    advice = "raise data.max_length" if cut else "change the rows, or name another data.chat_template_path"
-    found = f"{len(unusable):,} of {rows:,} rows cannot be used"
-    raise UserError(f"{found}; the first, {first.where}: {first.reason}; {advice}")
-
-
-def _without(
-    federation: Federation,
-    training: Sequence[EncodedRow | str],
-    held_out: Sequence[EncodedRow | str],
-    unusable: Sequence[SkippedRow],
-) -> Federation:
-    """Return the federation without the rows that have a reason in place of their tokens."""
-    numbers = {
-        index: number
-        for number, index in enumerate(
-            index for index, row in enumerate(training) if not isinstance(row, str)
-        )
-    }
-    parts = [[numbers[index] for index in part if index in numbers] for part in federation.parts]
-    tested = [row for row, it in zip(federation.held_out, held_out, strict=True) if not isinstance(it, str)]
-    if not tested or not all(parts):
-        whose = "the held-out rows" if not tested else f"the rows of client {parts.index([])}"
-        raise UserError(f"none of {whose} can be used; {unusable[0].where}: {unusable[0].reason}")
-    return replace(
-        federation,
-        training=[federation.training[index] for index in numbers],
-        parts=parts,
-        held_out=tested,
-        skipped=[*federation.skipped, *unusable],
-    )
-
-
 def describe(federation: Federation, tiers: Sequence[int]) -> list[dict[str, Any]]:
-    """Return for each client its k, its number of rows and its rows per category."""
+    """Return for each client its k, its number of rows, its rows per category, and its name if it has one."""
     labels = [row.category for row in federation.training]
     statistics = partition_statistics(labels, federation.parts)
+    names = [{"name": name} for name in federation.names] or [{}] * len(federation.parts)
     return [
-        {"client": client, "active_experts": k, "rows": len(part), "per_category": per_category}
+        {
+            "client": client,
+            "active_experts": k,
+            "rows": len(part),
+            "per_category": per_category,
+            **names[client],
+        }
         for client, (k, part, per_category) in enumerate(
             zip(tiers, federation.parts, statistics, strict=True)
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fedflame.data.sources import RawRow, Source
-from fedflame.errors import UserError
+from fedflame.config.client_files import client_files
+from fedflame.data.sources import RawRow, Source, open_source
+from fedflame.errors import UserError, one_line
 
 _ALLOWED = "a datasets.Dataset, a list of dicts, or a list with one of these for each client"
 
@@ -19,6 +21,17 @@ class GivenRows:
     sources: tuple[Source, ...]
     per_client: bool
     """Whether each source holds the rows of one client, in client order. If not, there is one source."""
+    names: tuple[str, ...] = ()
+    """Of the clients, if they have names."""
+
+
+def rows_of_files(patterns: Sequence[str]) -> GivenRows:
+    """Return the rows of `data.client_files`, each file a client of its name; see `client_files`."""
+    files = client_files(patterns)
+    names = [one_line(Path(file).name.split(".")[0]) for file in files]
+    if len(set(names)) < len(names):
+        names = [one_line(file) for file in files]
+    return GivenRows(tuple(open_source(file, "", "") for file in files), per_client=True, names=tuple(names))
 
 
 def given_rows(data: Any) -> GivenRows:

@@ -45,6 +45,7 @@ def read_conversation(fields: Mapping[str, object], columns: Mapping[str, str], 
         found,
         category=_filled(fields, columns["category"]) if "category" in columns else "all",
         tools=_tools(fields, columns),
+        owner=_filled(fields, columns["client"]) if "client" in columns else "",
         where=where,
     )
     size = len(row.tools) + sum(len(turn.content) + len(turn.context) + len(turn.more) for turn in row.turns)

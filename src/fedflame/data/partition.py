@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedflame.errors import UserError
 
-PartitionKind = Literal["iid", "dirichlet", "by_label"]
+PartitionKind = Literal["iid", "dirichlet", "by_label", "quantity"]
 _Counts = NDArray[np.int64]
 
 
@@ -33,7 +33,9 @@ def partition(
         num_clients: the number of parts.
         kind: `iid`: the sizes differ by at most one. `dirichlet`: each label is split over the clients in
             proportions drawn from Dirichlet(alpha). `by_label`: the sorted labels are dealt to the clients in
-            turn; with more clients than labels, clients with the same label share its rows.
+            turn; with more clients than labels, clients with the same label share its rows. `quantity`: all
+            rows alike are split in proportions drawn from Dirichlet(alpha), as the quantity skew of Li et al.
+            (arXiv 2102.02079).
         alpha: concentration of the Dirichlet distribution; other kinds ignore it.
         seed: seed of all draws.
 
@@ -52,13 +54,23 @@ def partition(
     rows_of: dict[str, list[int]] = {label: [] for label in sorted(set(labels))}
     for row, label in enumerate(labels):
         rows_of[label].append(row)
+    if kind == "quantity":
+        rows_of = {"": list(range(len(labels)))}
     sizes = [len(rows) for rows in rows_of.values()]
-    if kind == "dirichlet":
+    if kind in ("dirichlet", "quantity"):
         counts = _dirichlet_counts(sizes, num_clients, alpha, rng)
     else:
         counts = _by_label_counts(sizes, num_clients)
     _fill_empty_clients(counts)
     return _deal(list(rows_of.values()), counts, rng)
+
+
+def by_owner(owners: Sequence[str], order: Sequence[str]) -> list[list[int]]:
+    """Return the row indices of each owner in `order`, ascending; `owners` has that of every row."""
+    parts: dict[str, list[int]] = {owner: [] for owner in order}
+    for row, owner in enumerate(owners):
+        parts[owner].append(row)
+    return list(parts.values())
 
 
 def partition_statistics(labels: Sequence[str], parts: Sequence[Sequence[int]]) -> list[dict[str, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedflame.data.columns import find_columns
 from fedflame.data.conversations import Conversation, Turn
@@ -34,6 +34,10 @@ class LoadedRows:
     skipped: list[SkippedRow]
     columns: str = field(default="", compare=False)
     """Which columns were read as what, and which were ignored, in words."""
+
+    def owned_by(self, owner: str) -> LoadedRows:
+        """Return the same rows with this owner."""
+        return replace(self, rows=[replace(row, owner=owner) for row in self.rows])
 
 
 def load_rows(
@@ -73,12 +77,13 @@ def load_rows(
     return read_rows(open_source(dataset_name, dataset_config_name, split), given)
 
 
-def read_rows(source: Source, given: Mapping[str, str]) -> LoadedRows:
+def read_rows(source: Source, given: Mapping[str, str], may_be_empty: bool = False) -> LoadedRows:
     """Read the rows of a source.
 
     Args:
         source: the source of the rows.
         given: role -> the user's name of its column; see `find_columns`.
+        may_be_empty: whether it may have no row at all.
 
     Raises:
         UserError: the source cannot be read, its columns are not known, or no row is usable.
@@ -93,7 +98,7 @@ def read_rows(source: Source, given: Mapping[str, str]) -> LoadedRows:
             rows.append(read_conversation(fields, columns.taken, where))
         except BrokenRowError as error:
             skipped.append(SkippedRow(where, str(error)))
-    if not rows:
+    if not rows and (skipped or not may_be_empty):
         first = f"; the first, {skipped[0].where}: {skipped[0].reason}" if skipped else ""
         raise UserError(f"{source.name}: no usable row ({len(skipped)} skipped{first})")
     return LoadedRows(rows, skipped, columns.in_words())

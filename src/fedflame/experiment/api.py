@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedflame.config.load import given_values, load_config
+from fedflame.config.load import given_values, load_config, set_num_clients
 from fedflame.config.run_config import RunConfig
 from fedflame.data.given import GivenRows, given_rows
 from fedflame.data.sources import IN_MEMORY
@@ -167,14 +167,8 @@ def _resolved(
     overrides += ["strategy.name=custom"] if strategy is not None else []
     if rows is None or not rows.per_client:
         return load_config(config, overrides), rows
-    clients, given = len(rows.sources), given_values(config).get("clients", {})
-    if str(given.get("num_clients", clients)) != str(clients):
-        raise UserError(
-            f"clients.num_clients = {given['num_clients']}: data has the rows of {clients} clients; leave "
-            "clients.num_clients out, or give rows for each"
-        )
-    overrides.append(f"clients.num_clients={clients}")
-    if "active_experts" not in given:
-        afforded = RunConfig().clients.active_experts[:clients]
-        overrides.append(f"clients.active_experts={','.join(map(str, afforded))}")
-    return load_config(config, overrides), rows
+    values = given_values(config)
+    clients = values.setdefault("clients", {})
+    if isinstance(clients, dict):  # otherwise `load_config` says what is wrong
+        set_num_clients(clients, len(rows.sources), "data")
+    return load_config(values, overrides), rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fedflame.base.adapted import load_adapted_model
@@ -13,8 +14,9 @@ from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import ModelShape, read_model_shape
 from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.run_cost import RunCost, run_cost
+from fedflame.data.encoded_federation import EncodedFederation, encode_federation
 from fedflame.data.encoder import Encoder, new_encoder
-from fedflame.data.federation import EncodedFederation, Federation, describe, encode_federation
+from fedflame.data.federation import Federation, describe
 from fedflame.experiment.placement import place
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ClientProfile
@@ -32,7 +34,13 @@ class Experiment:
     encoder: Encoder
     shape: ModelShape
     encoded: EncodedFederation
-    cost: RunCost
+
+    @cached_property
+    def cost(self) -> RunCost:
+        """What the run costs."""
+        rows = [len(part) for part in self.federation.parts]
+        setting = self.encoded.mean_length, self.encoded.labelled_share, rows
+        return run_cost(self.config, self.shape, self.dtype.name, *setting)
 
     @property
     def federation(self) -> Federation:
@@ -79,7 +87,7 @@ def assemble(
         workers: processes that train, each with a base of its own; 0 if nothing is trained here.
 
     Raises:
-        UserError: see `place`, `load_base_model`, `AdaptedModel`, `encode_federation` and `run_cost`.
+        UserError: see `place`, `load_base_model`, `AdaptedModel` and `encode_federation`.
     """
     shape = read_model_shape(model_config_path(config.model.model_name_or_path))
     device, choice = place(config, shape, dtype, workers)
@@ -94,6 +102,4 @@ def assemble(
     answer = config.evaluation.max_new_tokens
     encoded = encode_federation(federation, encoder, prompt_length(answer, shape), answer > 0)
     encoded.require_known_ids(adapted.vocabulary, encoder)
-    rows = [len(part) for part in encoded.federation.parts]
-    cost = run_cost(config, shape, choice.name, encoded.mean_length, encoded.labelled_share, rows)
-    return Experiment(config, device, choice, adapted, encoder, shape, encoded, cost)
+    return Experiment(config, device, choice, adapted, encoder, shape, encoded)

@@ -15,9 +15,10 @@ from fedflame.cost.model_shape import read_model_shape
 from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.run_cost import RunCost, run_cost
 from fedflame.cost.tiers import require_possible, require_rank
+from fedflame.data.encoded_federation import encode_federation
 from fedflame.data.encoder import new_encoder
 from fedflame.data.encoding import Shown, shown_row
-from fedflame.data.federation import describe, encode_federation, load_federation
+from fedflame.data.federation import describe, load_federation
 from fedflame.data.given import GivenRows
 from fedflame.experiment.placement import place
 

@@ -174,10 +174,12 @@ def _remaining_batches(experiment: Experiment, last_round: int) -> int:
     """Batches of all clients that the rounds after `last_round` will sample; with epochs about as many."""
     config, k = experiment.config, experiment.adapted.num_experts_per_tok
     steps = {(cost.client, cost.trained_experts): cost.steps for cost in experiment.cost.clients}
+    with_rows = [profile for profile in experiment.profiles if profile.num_examples]
+    count = min(config.clients_per_round(), len(with_rows))
     return config.training.gradient_accumulation_steps * sum(
         steps[profile.client, config.trained_experts(k, number)[profile.client]]
         for number in range(last_round + 1, config.server.num_server_rounds + 1)
-        for profile in sample_clients(experiment.profiles, config.clients_per_round(), config.seed, number)
+        for profile in sample_clients(with_rows, count, config.seed, number)
     )
 
 
@@ -196,7 +198,11 @@ def _clients(
         return
     residuals = Residuals(run / RESIDUALS, config.server.save_total_limit)
     own = LocalClients(
-        adapted, experiment.encoded.clients, pad_token(experiment.encoder.tokenizer), residuals
+        adapted,
+        experiment.encoded.clients,
+        pad_token(experiment.encoder.tokenizer),
+        residuals,
+        experiment.federation.names,
     )
     if workers == 1:
         yield own
@@ -238,6 +244,7 @@ def _server(
         profiles=[
             replace(profile, num_examples=rows)
             for profile, rows in zip(experiment.profiles, clients.num_examples(), strict=True)
+            if profile.num_examples  # whoever owns no row takes no part
         ],
         tiers=config.evaluated_experts(k),
         deployments=config.cut_deployments(k),

@@ -23,7 +23,7 @@ def activation(run: Run) -> Markup:
             left_out += 1
             continue
         cells += sum(map(len, frequencies))
-        maps.append(_client_map(client, k, frequencies, tokens))
+        maps.append(_client_map(client, run.name(client), k, frequencies, tokens))
     if not maps:
         return section("Expert activation", note("No client is recorded yet."))
     text = "Share of the client's training tokens routed to each expert, over all rounds: "
@@ -34,8 +34,8 @@ def activation(run: Run) -> Markup:
     return section("Expert activation", note(text), heat_legend(), columns)
 
 
-def _client_map(client: int, k: int, frequencies: list[list[float]], tokens: int) -> Markup:
-    title = f"Client {client} · {tier_label(k)}"
+def _client_map(client: int, name: str, k: int, frequencies: list[list[float]], tokens: int) -> Markup:
+    title = f"{name} · {tier_label(k)}"
     if not frequencies:
         return element("figure", element("figcaption", title), note("Has not trained."))
     never = sum(frequency == 0 for row in frequencies for frequency in row)
@@ -122,7 +122,7 @@ def partition(run: Run) -> Markup:
         for name, count in client["per_category"].items():
             held[name if name in held else "other"] += count
         parts = [(name, i, count) for i, (name, count) in enumerate(held.items())]
-        label = join([f"Client {client['client']} ", element("small", tier_label(k[client["client"]]))])
+        label = join([f"{run.name(client['client'])} ", element("small", tier_label(k[client["client"]]))])
         bar = element("td", stacked_bar(parts, full), class_="wide")
         rows.append([label, bar, f"{client['rows']} rows"])
     entries = [(f"p{i}", name) for i, name in enumerate(names)]
@@ -175,11 +175,11 @@ def cost(run: Run) -> Markup:
 def _cost_row(run: Run, client: int, k: int) -> list[object]:
     updates = [update for update in run.updates if update.client == client]
     if not updates:
-        return [f"Client {client}", k, 0, *[MISSING] * 7]
+        return [run.name(client), k, 0, *[MISSING] * 7]
     tokens = sum(update.tokens for update in updates)
     seconds = sum(update.seconds for update in updates)
     return [
-        f"Client {client}",
+        run.name(client),
         k,
         len(updates),
         f"{sum(update.steps for update in updates):,}",
@@ -208,7 +208,7 @@ def _round_row(run: Run, number: int) -> list[object]:
     tokens = sum(tokens for _, tokens in told)
     loss = sum(loss * tokens for loss, tokens in told) / tokens if tokens else None
     excluded = [
-        element("div", f"Client {event.client} ({tier_label(event.active_experts)}): {event.reason}")
+        element("div", f"{run.name(event.client)} ({tier_label(event.active_experts)}): {event.reason}")
         for event in run.exclusions
         if event.round == number
     ]

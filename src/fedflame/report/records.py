@@ -194,6 +194,12 @@ class Run:
         """Return a value of the resolved configuration; None if it is absent."""
         return self.config.get(section, {}).get(key)
 
+    def name(self, client: int) -> str:
+        """Return what a client is called: by the data, by its site, or by its number."""
+        entries = self.partition.get("clients", [])
+        entry: dict[str, Any] = next((one for one in entries if one["client"] == client), {})
+        return str(entry.get("name") or entry.get("site") or f"Client {client}")
+
     def clients(self) -> dict[int, int]:
         """Return client -> k: its budget under FLAME, or the k that it trained with under other methods."""
         budgets = {c["client"]: c["active_experts"] for c in self.partition.get("clients", [])}

@@ -24,19 +24,19 @@ def updates(run: Run) -> Markup:
         "mean square of what values moved, over learning rate times the root of the steps; honest ones are "
     )
     text += "alike."
-    warnings = [_warning(outlier) for outlier in run.outliers]
+    warnings = [_warning(run, outlier) for outlier in run.outliers]
     return section("Size of updates", table(headers, rows), note(text), join(warnings))
 
 
 def _row(run: Run, client: int, of_client: list[ClientRound]) -> list[object]:
     k = run.clients()[client]
     if not of_client:
-        return [f"Client {client}", k, *[MISSING] * (len(_KINDS) + 3)]
+        return [run.name(client), k, *[MISSING] * (len(_KINDS) + 3)]
     paces = [update.pace for update in of_client if update.pace is not None]
     largest = [max(update.norms.get(kind, 0.0) for update in of_client) for kind in _KINDS]
     clipped = sum(event.client == client for event in run.clippings)
     return [
-        f"Client {client}",
+        run.name(client),
         k,
         *(decimal(norm, 3) for norm in largest),
         decimal(median(paces)),
@@ -45,7 +45,7 @@ def _row(run: Run, client: int, of_client: list[ClientRound]) -> list[object]:
     ]
 
 
-def _warning(outlier: Outlier) -> Markup:
-    text = f"Warning: client {outlier.client} went {outlier.times:.1f} times as far as the median client of "
-    text += f"round {outlier.round} (over {outlier.limit:g} times is an outlier)."
+def _warning(run: Run, outlier: Outlier) -> Markup:
+    text = f"Warning: {run.name(outlier.client)} went {outlier.times:.1f} times as far as the median client "
+    text += f"of round {outlier.round} (over {outlier.limit:g} times is an outlier)."
     return element("p", text, class_="warning")

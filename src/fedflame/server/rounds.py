@@ -162,8 +162,8 @@ class _Updates:
     def _plans(self, asked: deque[_Asked]) -> Iterator[tuple[int, bytes]]:
         """Yield clients with their encoded plans, each made when it is needed, and add them to `asked`."""
         server = self._server
-        count, seed = server.config.clients_per_round(), server.config.seed
-        for profile in sample_clients(server.profiles, count, seed, self._round):
+        count = min(server.config.clients_per_round(), len(server.profiles))
+        for profile in sample_clients(server.profiles, count, server.config.seed, self._round):
             plan = _round_plan(server, self._state, profile, self._round)
             buffer = encode_plan(plan)
             asked.append(_Asked(profile, plan, len(buffer)))
