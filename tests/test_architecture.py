@@ -27,7 +27,7 @@ FLOORS = (
     ("strategies",),
     ("moe",),
     ("base",),
-    ("report", "exports"),
+    ("report", "exports", "trackers"),
     ("training",),
     ("clients",),
     ("server",),

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fedflame.config.k_rotation import KRotation, experts_of_round
+from fedflame.config.lists import Trackers
 from fedflame.config.methods import METHODS, Method
 from fedflame.config.sections import (
     AdapterConfig,
@@ -31,6 +32,9 @@ WITHOUT = {"strategy.clip": "none", "data.max_length": 256}
 """What a run did that says nothing of a key: without a newer one, where that is not its default, or before
 its default was another. So what is kept from then still says what was run, and stays readable."""
 
+BESIDE_RESULTS = {"output_dir", "report_to", "run_name"}
+"""The keys that say where results go, not what they are."""
+
 
 class RunConfig(Section):
     """The whole configuration of one run. It is frozen; sections are attributes, such as `config.data.alpha`.
@@ -42,6 +46,11 @@ class RunConfig(Section):
     """What all random draws come from. The same configuration on the same machine gives the same bytes."""
     output_dir: str = "runs/first-light"
     """The run folder. It receives the adapter, the metrics, the checkpoint and the report."""
+    report_to: Trackers = ()
+    """The trackers that the run reports each round to; each needs the extra of its name, such as
+    `fedflame[wandb]`. They get the run's numbers and its configuration. Empty or `none`: none."""
+    run_name: Annotated[str, Field(max_length=128)] = ""
+    """What the run is called in a tracker. Empty: the name of the run folder."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()

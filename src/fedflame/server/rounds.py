@@ -185,7 +185,7 @@ class _Updates:
             return None
         bytes_down = asked.plan_bytes if answer.bytes_down is None else answer.bytes_down
         one = taken(update, plan)
-        self._log(one, bytes_down, len(answer.update), answer.seconds)
+        self._log(one, plan.learning_rate, bytes_down, len(answer.update), answer.seconds)
         return one
 
     def _exclude(self, client: int, k: int, reason: str) -> None:
@@ -193,7 +193,7 @@ class _Updates:
         server.metrics.log("excluded", round=self._round, client=client, active_experts=k, reason=reason)
         server.reporter.message(f"round {self._round}: {server.clients.name(client)} is left out: {reason}")
 
-    def _log(self, one: Taken, bytes_down: int, bytes_up: int, seconds: float) -> None:
+    def _log(self, one: Taken, learning_rate: float, bytes_down: int, bytes_up: int, seconds: float) -> None:
         update = one.update
         server, k, rank = self._server, update.active_experts, update.delta.rank
         server.metrics.log(
@@ -203,6 +203,7 @@ class _Updates:
             active_experts=k,
             rank=rank,
             loss=update.loss,
+            learning_rate=learning_rate,
             tokens=update.tokens,
             steps=update.steps,
             num_examples=update.num_examples,
