@@ -92,7 +92,7 @@ def _in_time() -> Iterator[None]:
 
 @contextmanager
 def _sole(lock: Path) -> Iterator[None]:
-    """Wait for the process that reported this run before it was resumed, if it still sends its last rounds."""
+    """Wait for the process that reported this run until it was resumed, if it still sends rounds."""
     lock.parent.mkdir(exist_ok=True)
     with lock.open("a") as file:
         with _in_time():

@@ -8,15 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedflame.config.words import Tracker
 from fedflame.errors import UserError, one_line
 from fedflame.trackers.follow import ANSWER_SECONDS
 
-END_SECONDS = 15.0
+END_SECONDS = 30.0
 """How long the end of a run waits for all its trackers together."""
 _LONGEST_REASON = 8192
 
@@ -49,21 +49,23 @@ def reporting(
     started: dict[Tracker, subprocess.Popen[bytes]] = {}
 
     def look() -> None:
-        for tracker, process in list(started.items()):
-            if process.poll() is not None:
-                del started[tracker]
-                warn(f"warning: {tracker} is off: {_reason(process)}")
+        for tracker in [tracker for tracker, process in started.items() if process.poll() is not None]:
+            warn(f"warning: {tracker} is off: {_reason(started.pop(tracker))}")
 
-    for tracker in trackers:
+    with ExitStack() as pipes:
+        for tracker in trackers:
+            try:
+                started[tracker] = process = _start(tracker, run, name)
+            except OSError as error:
+                warn(f"warning: {tracker} is off: its process cannot be started: {error.strerror}")
+            else:
+                for pipe in filter(None, (process.stdin, process.stdout)):
+                    pipes.enter_context(pipe)
         try:
-            started[tracker] = _start(tracker, run, name)
-        except OSError as error:
-            warn(f"warning: {tracker} is off: its process cannot be started: {error.strerror}")
-    try:
-        yield look
-    finally:
-        look()
-        _end(started, warn)
+            yield look
+        finally:
+            look()
+            _end(started, warn)
 
 
 def _start(tracker: Tracker, run: Path, name: str) -> subprocess.Popen[bytes]:
@@ -79,7 +81,8 @@ def _start(tracker: Tracker, run: Path, name: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _end(started: dict[Tracker, subprocess.Popen[bytes]], warn: Callable[[str], None]) -> None:
+def _end(started: Mapping[Tracker, subprocess.Popen[bytes]], warn: Callable[[str], None]) -> None:
+    """Let the processes send what is left, and end those that take too long."""
     for process in started.values():
         if process.stdin is not None:
             process.stdin.close()
@@ -90,7 +93,7 @@ def _end(started: dict[Tracker, subprocess.Popen[bytes]], warn: Callable[[str], 
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            warn(f"warning: {tracker} is off: it did not end within {END_SECONDS:.0f} s")
+            warn(f"warning: {tracker} is off: it did not end within {END_SECONDS:g} s")
             continue
         if process.returncode:
             warn(f"warning: {tracker} is off: {_reason(process)}")

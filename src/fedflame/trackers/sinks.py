@@ -1,7 +1,7 @@
 """The trackers, each as thin as it can be. A package is imported when its tracker is opened.
 
-Addresses and credentials come from the trackers' own environment variables. Whatever a tracker raises ends its
-process and not the run; see `process`.
+Addresses and credentials come from the trackers' own environment variables. Whatever a tracker raises ends
+its process and not the run; see `process`.
 """
 
 from __future__ import annotations
