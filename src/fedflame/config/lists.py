@@ -6,8 +6,6 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from fedflame.config.words import Tracker
-
 _DIGITS = 9
 """Of the largest integer that a list in settings can hold."""
 
@@ -39,7 +37,7 @@ def _integers_or_none(value: object) -> tuple[int, ...]:
     return parse_integers(value) if _parts(value) else ()
 
 
-def _names_but_none(value: object) -> tuple[Any, ...]:
+def names_but_none(value: object) -> tuple[Any, ...]:
     """Each name once; `"none"`, as transformers writes it, is no name."""
     return tuple(dict.fromkeys(part for part in _parts(value) if part != "none"))
 
@@ -47,4 +45,3 @@ def _names_but_none(value: object) -> tuple[Any, ...]:
 Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers)]
 IntegersOrNone = Annotated[tuple[int, ...], BeforeValidator(_integers_or_none)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
-Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_names_but_none)]

@@ -20,7 +20,7 @@ from fedflame.errors import UserError
 from fedflame.folder_lock import refuse_if_used, sole_user
 from fedflame.json_text import to_text
 from fedflame.reading import read_object
-from fedflame.run_files import ADVICE
+from fedflame.run_files import ADVICE, LOCK
 from fedflame.run_files.lines import FILE_NAME as METRICS_FILE
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ MAY_CHANGE = BESIDE_RESULTS | {
     "server.save_total_limit",
 }
 """The settings that a resumption may change: where and how a run computes and what it keeps, not what."""
-LOCK, _REMOVED = ".lock", ".removed"
+_REMOVED = ".removed"
 _CONFIG = "config.json"
 _PROMPT = "prompt.json"
 
