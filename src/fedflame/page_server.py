@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -59,6 +60,28 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
+
+
+def remade(make: Callable[[], str], state: Callable[[], object]) -> Callable[[], str]:
+    """Return what returns the last page again, unless `state` returns another value since. It raises too."""
+    made: list[tuple[object, str]] = []
+
+    def page() -> str:
+        now = state()
+        if not made or made[-1][0] != now:
+            made[:] = [(now, make())]
+        return made[-1][1]
+
+    return page
+
+
+def as_it_is(path: Path) -> tuple[int, int]:
+    """Return when a file was changed last, and its size, as part of a state; zeros where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
 
 
 class PageServer(ThreadingHTTPServer):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -37,8 +36,6 @@ def _page_of(place: Path) -> Callable[[], str]:
     file = place / SITE_FILE if place.is_dir() else place
     if not file.is_file():
         return live_page(place)
-    from fedflame.trainer.page import site_page
-    from fedflame.trainer.site import load_site
+    from fedflame.trainer.page import live_site_page
 
-    load_site(file)  # what is wrong with the file is said before the page is served
-    return partial(site_page, file)
+    return live_site_page(file)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fedflame.config.run_config import sampled_clients
 from fedflame.errors import UserError
 from fedflame.folder_lock import holder
+from fedflame.page_server import as_it_is, remade
 from fedflame.report.charts import stacked_bar
 from fedflame.report.markup import Markup, element, note, section
 from fedflame.report.numbers import duration, plural
@@ -20,7 +22,6 @@ from fedflame.run_files.lines import FILE_NAME
 _CONFIG, _KICKER = "config.json", "fedflame run, live"
 _ANSWERED, _SCORED, _LEFT_OUT = 2, 1, 6
 """Numbers of colour classes in style.css."""
-_State = tuple[object, ...]
 
 
 def live_page(folder: Path) -> Callable[[], str]:
@@ -36,30 +37,21 @@ def live_page(folder: Path) -> Callable[[], str]:
         raise UserError(
             f"{folder}: neither a run folder, which holds a config.json, nor one with a site.toml"
         )
-    made: list[tuple[_State, str]] = []
+    page = remade(partial(_page, folder), partial(_state, folder))
 
-    def make() -> str:
-        state = _state(folder)
-        if not made or made[-1][0] != state:
-            try:
-                made[:] = [(state, _page(folder))]
-            except (UserError, OSError) as error:  # a run that begins, or goes on, writes its files just now
-                return _waiting(folder, f"The run cannot be read whole just now: {error}")
-        return made[-1][1]
-
-    return make
-
-
-def _state(folder: Path) -> _State:
-    """Return what changes whenever the page does."""
-    sizes = []
-    for name in (_CONFIG, FILE_NAME, "partition.json", "plan.json"):
+    def live() -> str:
         try:
-            found = (folder / name).stat()
-            sizes.append((found.st_mtime_ns, found.st_size))
-        except OSError:
-            sizes.append((0, 0))
-    return (*sizes, *kept_rounds(folder), holder(folder / LOCK))
+            return page()
+        except (UserError, OSError) as error:  # a run that begins, or goes on, writes its files just now
+            return _waiting(folder, f"The run cannot be read whole just now: {error}")
+
+    return live
+
+
+def _state(folder: Path) -> tuple[object, ...]:
+    """Return what changes whenever the page does."""
+    files = [as_it_is(folder / name) for name in (_CONFIG, FILE_NAME)]
+    return (*files, *kept_rounds(folder), holder(folder / LOCK))
 
 
 def _page(folder: Path) -> str:

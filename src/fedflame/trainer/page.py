@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+from fedflame.errors import UserError
 from fedflame.folder_lock import holder
+from fedflame.page_server import as_it_is, remade
 from fedflame.report.markup import Markup, element, note, section, table
 from fedflame.report.numbers import MISSING, duration, plural, si
 from fedflame.report.page import document, header
+from fedflame.trainer.journal import FILE_NAME as JOURNAL_FILE
 from fedflame.trainer.journal import Answered, read_journal
 from fedflame.trainer.ledger import DAY_SECONDS, FILE_NAME, Round, read_ledger
 from fedflame.trainer.site import TRAINER_LOCK, Site, SiteLimits, load_site
 
+_KICKER = "fedflame site"
 _SHOWN = 20
 """Of the last rounds and refusals."""
+
+
+def live_site_page(path: Path) -> Callable[[], str]:
+    """Return what makes the page of a site, anew where something has changed, also by the minute.
+
+    Raises:
+        UserError: the site's file cannot be read.
+    """
+    state = load_site(path).state_path
+
+    def now() -> object:
+        files = [as_it_is(file) for file in (path, state / FILE_NAME, state / JOURNAL_FILE)]
+        return *files, holder(state / TRAINER_LOCK), time.time() // 60
+
+    page = remade(partial(site_page, path), now)
+
+    def live() -> str:
+        try:
+            return page()
+        except UserError as error:  # a file was changed since
+            return document(path.parent.name, [header(_KICKER, path.parent.name, []), _problem(error)])
+
+    return live
+
+
+def _problem(error: UserError) -> Markup:
+    return section("Now", element("p", f"The site cannot be read: {error}", class_="warning"))
 
 
 def site_page(path: Path) -> str:
@@ -42,20 +74,20 @@ def _head(site: Site, by: str) -> Markup:
         ("Device", site.trainer.device),
         ("Models", ", ".join(site.models)),
     ]
-    return header("fedflame site", site.name, facts)
+    return header(_KICKER, site.name, facts)
 
 
 def _now(begun: Sequence[Round], answers: Sequence[Answered], by: str) -> Markup:
-    """Show the round under way: the last that began, if no answer came since."""
-    last = answers[-1].time if answers else 0.0
-    if by and begun and begun[-1].time > last:
-        return section(
-            "Now", element("p", f"Trains for run {begun[-1].run[:8]} since {_when(begun[-1].time)}.")
-        )
-    text = f"The last answer was at {_when(last)}." if answers else "Nothing has been asked yet."
-    return section(
-        "Now", element("p", "Waits for a round." if by else "The trainer does not run."), note(text)
-    )
+    """Show whether the trainer runs, and what it has still to answer."""
+    state = element("p", "The trainer runs." if by else "The trainer does not run.")
+    if not begun:
+        return section("Now", state, note("No round has begun yet."))
+    last = begun[-1]
+    text = f"The last round began at {_when(last.time)}, for run {last.run[:8]}"
+    after = [answer for answer in answers if answer.run == last.run and answer.time >= last.time]
+    if not after:
+        return section("Now", state, note(f"{text}. It has no answer yet."))
+    return section("Now", state, note(f"{text}, and was answered at {_when(after[0].time)}."))
 
 
 def _runs(begun: Sequence[Round], answers: Sequence[Answered]) -> Markup:
@@ -113,11 +145,10 @@ def _limits(limits: SiteLimits, begun: Sequence[Round], answers: Sequence[Answer
     rows = []
     for key, allowed in limits.model_dump().items():
         off = key.startswith("max_") and not allowed
+        shown = _value(allowed) if not off else "as the machine has" if key == "max_memory" else "no limit"
         left = f"{max(0, allowed - used[key]):,}" if key in used and not off else MISSING
         so_far = used.get(key, largest.get(key))
-        rows.append(
-            [key, "no limit" if off else _value(allowed), MISSING if so_far is None else _value(so_far), left]
-        )
+        rows.append([key, shown, MISSING if so_far is None else _value(so_far), left])
     text = (
         "So far: of runs, all; of rounds per day, those of the last 24 hours; else the largest of a round, "
     )
