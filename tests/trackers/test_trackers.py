@@ -233,18 +233,48 @@ def test_trackers_that_fail_hang_or_die_cost_one_line_each(
     ]
 
 
-def test_a_tracker_that_never_answers_is_ended_by_the_clock(tmp_path: Path) -> None:
-    hangs = (
-        "import time; from fedflame.trackers import follow; follow.ANSWER_SECONDS = 1\n"
-        "with follow._in_time(): time.sleep(60)"
-    )
-    done = subprocess.run([sys.executable, "-c", hangs], timeout=50)
-    assert done.returncode == -signal.SIGALRM
-    dead = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
-    dead.wait()
-    dead.returncode = done.returncode
-    with dead:
-        assert process._reason(dead) == "it did not answer within 60 s"
+SLOW = """
+import sys, time
+class Run:
+    def log(self, metrics, step):
+        time.sleep(600 * (sys.argv[1] == "log"))
+    def finish(self):
+        time.sleep(600 * (sys.argv[1] == "finish"))
+def init(**settings):
+    time.sleep(600 * (sys.argv[1] == "init"))
+    return Run()
+"""
+WITHIN_A_SECOND = """
+import sys
+from pathlib import Path
+from fedflame.trackers import follow
+follow.ANSWER_SECONDS = 1
+sys.exit(follow.follow("trackio", Path(sys.argv[2]), "the-name"))
+"""
+
+
+@pytest.mark.parametrize("slow", ["init", "log", "finish", "nothing"])
+def test_a_tracker_that_does_not_answer_is_ended_by_the_clock(
+    slow: str, undisturbed: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "trackio.py").write_text(SLOW)
+    run = shutil.copytree(undisturbed(), tmp_path / "run")
+    places = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    with subprocess.Popen(
+        [sys.executable, "-c", WITHIN_A_SECOND, slow, str(run)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": places},
+    ) as ended:
+        assert ended.wait(50) == (0 if slow == "nothing" else -signal.SIGALRM)
+        if slow != "nothing":
+            assert process._reason(ended) == "it did not answer within 60 s"
+
+
+def test_a_ctrl_c_at_the_terminal_does_not_reach_a_tracker(undisturbed: Callable[..., Path]) -> None:
+    with process._start("trackio", undisturbed(), "the-name") as child:
+        assert os.getsid(child.pid) == child.pid != os.getsid(0)
+        child.kill()
 
 
 KILLED = """
