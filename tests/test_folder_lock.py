@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedflame.errors import UserError
+from fedflame.folder_lock import holder as named_holder
 from fedflame.folder_lock import refuse_if_used, sole_user
 
 
@@ -62,6 +63,29 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     with sole_user(lock, "taken"):
         assert f'"process": {os.getpid()}' in lock.read_text()
     assert not lock.exists()
+
+
+def test_whoever_looks_learns_who_holds_it_from_its_file_alone(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    assert named_holder(lock) == ""
+    process, pipe, running = holder(lock)
+    assert named_holder(lock).startswith(f"process {process} on {socket.gethostname()} since 2")
+    os.kill(process, signal.SIGKILL)
+    running.join(20)
+    assert lock.exists() and named_holder(lock) == ""
+    running.close()
+    pipe.close()
+    here, since = socket.gethostname(), '"since": "today"}'
+    for dead in ("0", "-1", "true", '"1"', str(2**40), str(2**62)):
+        lock.write_text(f'{{"process": {dead}, "host": "{here}", {since}')
+        assert named_holder(lock) == "", dead
+    lock.write_text(f'{{"process": 7, "host": "elsewhere", {since}')
+    assert named_holder(lock) == "process 7 on elsewhere since today"
+    lock.write_text(f'{{"process": 1, "host": "{here}", {since}')  # of another user
+    assert named_holder(lock) == f"process 1 on {here} since today"
+    for damaged in ("", "[1]", '{"process": 7}'):
+        lock.write_text(damaged)
+        assert named_holder(lock) == ""
 
 
 def test_at_the_end_the_lock_is_gone_and_its_folder_where_nothing_was_written(tmp_path: Path) -> None:
