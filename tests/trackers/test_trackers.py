@@ -218,7 +218,8 @@ def test_trackers_that_fail_hang_or_die_cost_one_line_each(
     monkeypatch.setattr(process, "END_SECONDS", 0.5)
     lines, trackers = list[str](), load_config(None, [f"report_to={','.join(STRANGE)}"]).report_to
     require_installed(trackers)
-    with reporting(trackers, undisturbed(), "the-name", lines.append) as look:
+    run = shutil.copytree(undisturbed(), tmp_path / "run")
+    with reporting(trackers, run, "the-name", lines.append) as look:
         deadline = time.monotonic() + 60
         while len(lines) < 3 and time.monotonic() < deadline:
             look()
@@ -271,8 +272,8 @@ def test_a_tracker_that_does_not_answer_is_ended_by_the_clock(
             assert process._reason(ended) == "it did not answer within 60 s"
 
 
-def test_a_ctrl_c_at_the_terminal_does_not_reach_a_tracker(undisturbed: Callable[..., Path]) -> None:
-    with process._start("trackio", undisturbed(), "the-name") as child:
+def test_a_ctrl_c_at_the_terminal_does_not_reach_a_tracker(tmp_path: Path) -> None:
+    with process._start("trackio", tmp_path, "the-name") as child:
         assert os.getsid(child.pid) == child.pid != os.getsid(0)
         child.kill()
 
