@@ -32,6 +32,11 @@ def holder(lock: Path) -> tuple[int, Connection, multiprocessing.process.BasePro
     return ours.recv(), ours, process
 
 
+def open_files() -> list[str]:
+    gc.collect()  # the processes of other tests have files, too
+    return os.listdir("/dev/fd")
+
+
 def refusals(lock: Path) -> list[str]:
     found = []
     for attempt in (lambda: sole_user(lock, "taken").__enter__(), lambda: refuse_if_used(lock, "taken")):
@@ -127,7 +132,7 @@ def test_a_lock_that_its_holder_removes_while_another_opens_it_is_made_anew(
 ) -> None:
     import fcntl
 
-    lock, flock, removed, before = tmp_path / ".lock", fcntl.flock, [], os.listdir("/dev/fd")
+    lock, flock, removed, before = tmp_path / ".lock", fcntl.flock, [], open_files()
 
     def flock_late(file: int, how: int) -> None:
         if not removed:
@@ -137,7 +142,7 @@ def test_a_lock_that_its_holder_removes_while_another_opens_it_is_made_anew(
     monkeypatch.setattr(fcntl, "flock", flock_late)
     with sole_user(lock, "taken"):
         assert f'"process": {os.getpid()}' in lock.read_text()
-    assert os.listdir("/dev/fd") == before
+    assert open_files() == before
 
 
 def test_a_lock_that_cannot_be_written_is_one_line_and_holds_nothing(
@@ -146,12 +151,12 @@ def test_a_lock_that_cannot_be_written_is_one_line_and_holds_nothing(
     def full() -> dict[str, object]:
         raise OSError(28, "No space left on device")
 
-    lock, before = tmp_path / ".lock", os.listdir("/dev/fd")
+    lock, before = tmp_path / ".lock", open_files()
     with monkeypatch.context() as patch, pytest.raises(UserError) as refused:
         patch.setattr("fedflame.folder_lock._this_process", full)
         sole_user(lock, "taken").__enter__()
     assert str(refused.value) == f"{lock}: cannot be locked: No space left on device"
-    assert os.listdir("/dev/fd") == before
+    assert open_files() == before
     with sole_user(lock, "taken"):
         pass
 
@@ -174,8 +179,7 @@ def test_where_no_lock_can_be_it_is_one_line(tmp_path: Path) -> None:
 
 
 def test_no_file_stays_open(tmp_path: Path) -> None:
-    gc.collect()  # the processes of other tests have files, too
-    before = os.listdir("/dev/fd")
+    before = open_files()
     with sole_user(tmp_path / ".lock", "taken"):
         refusals(tmp_path / ".lock")
-    assert os.listdir("/dev/fd") == before
+    assert open_files() == before
