@@ -62,6 +62,10 @@ def a_plan(shape: Shape = SHAPE, seed: int = 0, values: Callable[..., Tensor] = 
         batch_size=4,
         max_steps=25,
         tokens_per_step=96,
+        num_train_epochs=1.5,
+        lr_scheduler_type="linear",
+        warmup_rounds=0.25,
+        max_grad_norm=0.5,
     )
 
 

@@ -33,8 +33,9 @@ from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
 from fedflame.experiment import run as experiment_run
 from fedflame.experiment.prepare import prepare
-from fedflame.messages import ClientUpdate, RoundPlan, believed, most_rows
+from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.report.records import read_run
+from fedflame.server.validation import believed, most_rows
 from fedflame.training.reach import longest_way, trained_reach
 from fedflame.wire.codec import decode_plan, decode_update, encode_update
 
@@ -118,7 +119,7 @@ def flip_at_the_bound(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
 def rescaler_at_the_bound(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
     if plan.rescaler != "learned":
         return update
-    furthest = 0.99 * plan.learning_rate * longest_way(plan.max_steps)
+    furthest = 0.99 * longest_way(plan)
     return replace(update, rescaler_values=plan.rescaler_values - furthest)
 
 
@@ -167,6 +168,9 @@ class Liars:
 
     def name(self, client: int) -> str:
         return self.clients.name(client)
+
+    def believed_rows(self, client: int) -> int:
+        return self.clients.believed_rows(client)
 
     def believed(self, update: ClientUpdate) -> ClientUpdate:
         """What a hub believes of sites."""

@@ -16,6 +16,7 @@ from waits import waits
 
 from fedflame.bench.measurement import TOLERANCE_IN_EPSILONS
 from fedflame.bench.step import (
+    LEARNING_RATE,
     Launched,
     adapt,
     labelled_batch,
@@ -203,13 +204,17 @@ def check_captured(device: str, findings: Findings) -> None:
 
 
 def small_round(device: str, launched: Launched) -> tuple[list[float], Tensor]:
-    """The losses of ten steps, on batches of two sizes in turn, one of them padded, and the counts."""
+    """The losses of ten steps of falling rates, on batches of two sizes in turn, and the counts."""
     adapted = adapt(random_olmoe(CONFIG, torch.bfloat16, device))
-    step = training_steps(adapted, step_optimizer(adapted), capture=launched == "captured")
+    optimizer = step_optimizer(adapted)
+    step = training_steps(adapted, optimizer, capture=launched == "captured")
     rows = [EncodedRow(list(range(3, 3 + length)), 2, False) for length in (21, 13, 7)]
     batches = [labelled_batch(CONFIG.vocab_size, 3, 20), collate(rows, 0)]
     with adapted.training(8):
-        losses = [float(step(batches[number % 2])) for number in range(10)]
+        losses = []
+        for number in range(10):
+            optimizer.set_learning_rate(LEARNING_RATE / (1 + number))
+            losses.append(float(step(batches[number % 2])))
     return losses, adapted.counts.total.cpu()
 
 

@@ -25,7 +25,7 @@ from fedflame.cost.model_shape import read_model_shape
 from fedflame.errors import UserError
 
 GB = 10**9
-WORDS = "training at k = 4 with 512 tokens per step and gradient_checkpointing = 'none'"
+WORDS = "training at k = 4 with 512 tokens per batch and gradient_checkpointing = 'none'"
 
 
 def need(gigabytes: float) -> Need:
@@ -125,5 +125,5 @@ def test_the_refusal_says_what_is_needed_for_what_and_what_takes_less(tiny_folde
 def test_the_batch_is_in_tokens_or_in_rows() -> None:
     assert training_words(4, 512, 8, "none") == WORDS
     assert training_words(1, 0, 8, "layers") == (
-        "training at k = 1 with 8 rows per step and gradient_checkpointing = 'layers'"
+        "training at k = 1 with 8 rows per batch and gradient_checkpointing = 'layers'"
     )

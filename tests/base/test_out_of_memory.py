@@ -47,14 +47,14 @@ def test_another_error_stays_as_it_is(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("checkpointing", "less"),
     [
-        ("none", "gradient_checkpointing = 'experts' or 'layers', fewer tokens per step"),
-        ("experts", "gradient_checkpointing = 'layers', fewer tokens per step"),
-        ("layers", "fewer tokens per step"),
+        ("none", "gradient_checkpointing = 'experts' or 'layers', fewer tokens per batch"),
+        ("experts", "gradient_checkpointing = 'layers', fewer tokens per batch"),
+        ("layers", "fewer tokens per batch"),
     ],
 )
 def test_no_advice_is_what_is_done_already(checkpointing: Checkpointed, less: str) -> None:
     plan = replace(a_plan(), active_experts=3, tokens_per_step=2048)
-    doing = f"training at k = 3 with 2,048 tokens per step and gradient_checkpointing = '{checkpointing}'"
+    doing = f"training at k = 3 with 2,048 tokens per batch and gradient_checkpointing = '{checkpointing}'"
     cpu = torch.device("cpu")
     with pytest.raises(OutOfMemory) as full, training_memory_in_words(cpu, plan, checkpointing):
         raise MemoryError

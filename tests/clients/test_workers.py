@@ -373,9 +373,9 @@ def test_a_worker_that_is_killed_at_work_is_a_failure_and_is_replaced(
 
 
 FULL = (
-    "cpu ran out of memory while training at k = {} with 2 rows per step and gradient_checkpointing = 'none'"
-    "; take gradient_checkpointing = 'experts' or 'layers', fewer tokens per step, a smaller adapter.r, or a "
-    "device with more memory"
+    "cpu ran out of memory while training at k = {} with 2 rows per batch and gradient_checkpointing = 'none'"
+    "; take gradient_checkpointing = 'experts' or 'layers', fewer tokens per batch, a smaller adapter.r, or "
+    "a device with more memory"
 )
 
 

@@ -366,6 +366,18 @@ def test_a_number_that_is_not_finite_is_refused(key: str, value: str) -> None:
     assert message(f"{key}={value}").startswith(f"config: {key} = '{value}': Input should be ")
 
 
+def test_a_warm_up_has_an_end_and_steps_to_count() -> None:
+    few = ("training.max_steps=10", "server.num_server_rounds=3")
+    load_config(None, [*few, "training.warmup_steps=29", "training.warmup_ratio=0.99"])
+    assert message(*few, "training.warmup_steps=30") == (
+        "config: training.warmup_steps = 30: must be fewer than the 30 steps of all rounds"
+    )
+    assert message("training.num_train_epochs=1", "training.warmup_steps=5") == (
+        "config: training.warmup_steps = 5: with training.num_train_epochs, clients differ in their steps; "
+        "set training.warmup_ratio instead"
+    )
+
+
 def test_a_deeper_key_under_a_value_is_a_user_error_wherever_the_value_came_from(tmp_path: Path) -> None:
     path = toml(tmp_path, "seed = 3\n[data]\nalpha = 0.5\n")
     assert "seed" in message("seed.x=1", path=path)

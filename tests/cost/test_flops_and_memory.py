@@ -278,6 +278,7 @@ def test_the_least_that_training_takes_is_in_the_tensors_of_the_model(
     assert evaluated == width * (frozen + room) + 4 * banks
     trained = least_training_memory(shape, RANK, QKVO, dtype)
     assert trained == evaluated + 2 * 4 * banks + 4 * banks // LAYERS
+    assert least_training_memory(shape, RANK, QKVO, dtype, True) == evaluated + 3 * 4 * banks
 
 
 def test_adapter_of_olmoe_is_that_of_the_banks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from fedflame.config.load import load_config
 from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.memory import training_memory
 from fedflame.cost.model_shape import ModelShape, read_model_shape
-from fedflame.cost.run_cost import RunCost, local_steps, run_cost
+from fedflame.cost.run_cost import RunCost, local_steps, run_cost, steps_of_epochs
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LENGTH, SHARE = 100, 0.25
 SETTINGS = ("clients.num_clients=5", "clients.active_experts=8,1", "training.max_steps=40")
 """Clients with k = 8, 1, 8, 1, 8."""
+ROWS = (17, 8, 80, 5, 16)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def shape() -> ModelShape:
 
 
 def cost_of(shape: ModelShape, *overrides: str) -> RunCost:
-    return run_cost(load_config(None, [*SETTINGS, *overrides]), shape, "bfloat16", LENGTH, SHARE)
+    return run_cost(load_config(None, [*SETTINGS, *overrides]), shape, "bfloat16", LENGTH, SHARE, ROWS)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_memory_is_that_of_the_largest_step_of_the_tier(
 
 def steps_of(budget: str, afforded: float, spent: float, max_steps: int = 10, method: str = "flame") -> int:
     settings = [f"training.budget={budget}", f"training.max_steps={max_steps}", f"strategy.name={method}"]
-    return local_steps(load_config(None, settings), afforded, spent)
+    return local_steps(load_config(None, settings), 3, afforded, spent)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,32 @@ def steps_of(budget: str, afforded: float, spent: float, max_steps: int = 10, me
 )
 def test_steps_by_hand(budget: str, method: str, afforded: float, spent: float, steps: int) -> None:
     assert steps_of(budget, afforded, spent, method=method) == steps
+
+
+def test_epochs_are_as_many_steps_as_a_client_has_batches(shape: ModelShape) -> None:
+    """Of eight rows, or of as many rows of 100 tokens as fit."""
+    epochs = ("training.num_train_epochs=1.5", "strategy.k_rotation=none")
+    assert [one.steps for one in cost_of(shape, *epochs).clients] == [5, 2, 15, 2, 3]
+    cost = cost_of(shape, *epochs, "training.gradient_accumulation_steps=4")
+    assert [one.steps for one in cost.clients] == [2, 1, 4, 1, 1]
+    by_tokens = cost_of(shape, *epochs, "training.tokens_per_step=300,64")
+    assert [one.steps for one in by_tokens.clients] == [9, 12, 41, 8, 9]
+    per_token = training_flops_per_token(shape, 8, 8, QKVO, LENGTH, SHARE).total
+    assert cost.clients[0].training_flops == 2 * 4 * 800 * per_token
+
+
+def test_under_a_compute_budget_epochs_grow_as_steps_do(shape: ModelShape) -> None:
+    settings = ("training.num_train_epochs=1", "training.budget=compute", "strategy.k_rotation=smaller")
+    of_the_first = [one for one in cost_of(shape, *settings).clients if one.client == 0]
+    per_token = {k: training_flops_per_token(shape, k, 8, QKVO, LENGTH, SHARE).total for k in (8, 1)}
+    assert {one.trained_experts: one.steps for one in of_the_first} == {
+        8: 3, 1: math.ceil(3 * per_token[8] / per_token[1]),
+    }  # fmt: skip
+
+
+def test_no_number_of_epochs_is_without_a_step_or_without_end() -> None:
+    assert steps_of_epochs(0.001, 3, 65_536) == 1
+    assert steps_of_epochs(1000, 10**12, 1) == 1_000_000
 
 
 costs_per_token = st.floats(1e5, 1e10)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.tiny_models import END, PAD, random_adapter, tiny_adapted
 from torch import Tensor
 
-from fedflame.data.batches import BATCHES_PER_WINDOW, Batch, collate, training_batches
+from fedflame.data.batches import BATCHES_PER_WINDOW, Batch, batch_rows, collate, training_batches
 from fedflame.data.encoding import EncodedRow
 from fedflame.training.token_loss import token_losses
 
@@ -109,6 +109,26 @@ def test_without_a_token_budget_batches_have_batch_size_rows(
     rng, batches = random.Random(seed), training_batches(of_lengths(lengths), batch_size, PAD, seed)
     for expected in [*by_rows(lengths, batch_size, rng), *by_rows(lengths, batch_size, rng)]:
         assert row_numbers(next(batches)) == expected
+
+
+@settings(deadline=None)
+@given(some_lengths, st.integers(1, 9), st.floats(0.01, 3.0), st.integers(0, 2**63 - 1))
+def test_epochs_end_after_their_share_of_the_batches(
+    lengths: list[int], batch_size: int, epochs: float, seed: int
+) -> None:
+    rows = of_lengths(lengths)
+    per_epoch = math.ceil(len(lengths) / batch_size)
+    found = list(batch_rows(rows, batch_size, seed, 0, epochs))
+    exact = math.floor(epochs) * per_epoch + (epochs % 1) * per_epoch
+    assert exact - 1e-6 <= len(found) < exact + 1
+    endless = batch_rows(rows, batch_size, seed, 0, math.inf)
+    assert found == [next(endless) for _ in found]
+
+
+def test_a_part_of_an_epoch_is_no_batch_more_than_its_digits_say() -> None:
+    """0.7 * 10 is more than 7 in floating point, and so on."""
+    for tenths in range(1, 31):
+        assert len(list(batch_rows(of_lengths([3] * 10), 1, 5, 0, tenths / 10))) == tenths
 
 
 def by_tokens(lengths: list[int], tokens: int, seed: int, epochs: int = 1) -> list[list[Batch]]:

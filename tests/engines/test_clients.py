@@ -908,6 +908,17 @@ def test_what_sites_say_of_themselves_is_known_and_who_says_nothing_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_rows_of_a_site_are_believed_up_to_ten_times_the_median_also_where_it_has_not_said_them(
+    tmp_path: Path,
+) -> None:
+    claims = {"north": 5, "south": 10**9, "west": 40}
+    with driver(lambda site, request: described(request, num_examples=claims[site]), tmp_path) as hub:
+        hub.clients.describe()
+        assert [hub.clients.believed_rows(client) for client in range(3)] == [5, 400, 40]
+        del hub.clients._known["north"]
+        assert [hub.clients.believed_rows(client) for client in range(3)] == [400, 400, 40]
+
+
 NO_NUMBERS = ("7", None, 7.0, True, [7], {"rows": 7}, 0, -7, 2**63, float("inf"), float("nan"))
 
 

@@ -161,6 +161,6 @@ def test_a_run_needs_room_for_every_worker_before_anything_is_loaded(
     adapter, shape = config.adapter, read_model_shape(tiny_folder)
     needed = least_training_memory(shape, adapter.r, adapter.target_modules, "float32")
     fake_cards(monkeypatch, tmp_path, (workers * needed - 1,))
-    with pytest.raises(UserError, match=r"^training at k = 4 with 4 rows per step and "):
+    with pytest.raises(UserError, match=r"^training at k = 4 with 4 rows per batch and "):
         run_experiment(prepare(config), workers=workers)
     assert asked == [] and not (tmp_path / "run").exists()

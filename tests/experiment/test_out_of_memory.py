@@ -34,9 +34,9 @@ def test_a_run_whose_training_fills_the_memory_goes_on_with_less_kept_for_the_ba
         ended = invoke(*command)
     assert ended.exit_code == 2
     assert ended.stderr == (
-        "fedflame: cpu ran out of memory while training at k = 2 with 4 rows per step and "
+        "fedflame: cpu ran out of memory while training at k = 2 with 4 rows per batch and "
         "gradient_checkpointing = 'none'; take gradient_checkpointing = 'experts' or 'layers', fewer tokens "
-        "per step, a smaller adapter.r, or a device with more memory. --resume goes on after round 1, "
+        "per batch, a smaller adapter.r, or a device with more memory. --resume goes on after round 1, "
         + GOES_ON
     )
     assert read_checkpoint(tmp_path / "run").round == 1

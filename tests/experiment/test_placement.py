@@ -42,7 +42,7 @@ def test_training_needs_more_than_an_evaluation(
     fake_cards(monkeypatch, tmp_path, (training,))
     assert place(config, shape)[0].name == "cuda:0"
     fake_cards(monkeypatch, tmp_path, (training - 1,))
-    with pytest.raises(UserError, match=r"^training at k = 2 with 96 tokens per step and "):
+    with pytest.raises(UserError, match=r"^training at k = 2 with 96 tokens per batch and "):
         place(config, shape)
     fake_cards(monkeypatch, tmp_path, (evaluation,))
     assert place(config, shape, workers=0)[0].name == "cuda:0"

@@ -93,7 +93,7 @@ def to_the_edge(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
     delta = update.delta.combine(update.delta, lambda value, _: -furthest * value.sign())
     if plan.rescaler != "learned":
         return replace(update, delta=delta)
-    s = plan.rescaler_values - 0.99 * plan.learning_rate * longest_way(plan.max_steps)
+    s = plan.rescaler_values - 0.99 * longest_way(plan)
     return replace(update, delta=delta, rescaler_values=s)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 from tests.tiny_runs import events, state_bytes, tiny_config, tiny_run
 
+from fedflame.clients.answers import Answer, OnStep
 from fedflame.clients.local import LocalClients
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run import run_experiment
+from fedflame.messages import RoundPlan
 from fedflame.server.progress import Reporter
 from fedflame.server.rounds import sample_clients
 from fedflame.strategies.base import ClientProfile
+from fedflame.wire.codec import decode_plan
 
 CLIENTS = [ClientProfile(client, 1 + client % 4, 3, 10 + client) for client in range(9)]
 
@@ -42,6 +46,63 @@ def test_samples_differ_by_round_and_by_seed_and_reach_every_client() -> None:
     assert set(seen) == set(range(9))
     # 40 rounds of 4 of 9: 17.8 on average, 5 standard deviations are 15.7.
     assert max(seen.values()) < 34
+
+
+def test_the_habits_of_a_configuration_are_in_every_plan(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 48 rows in batches of 4, two to a step."""
+    answer, plans = LocalClients.answer, list[RoundPlan]()
+
+    def noted(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
+        plans.append(decode_plan(plan))
+        return answer(self, plan, on_step)
+
+    monkeypatch.setattr(LocalClients, "answer", noted)
+    habits = (
+        "training.num_train_epochs=0.5",
+        "training.gradient_accumulation_steps=2",
+        "training.max_grad_norm=0.75",
+        "training.warmup_ratio=0.25",
+        "training.lr_scheduler_type=linear",
+        "training.local_lr_scheduler_type=cosine",
+        "strategy.k_rotation=none",
+        "server.num_server_rounds=2",
+    )
+    tiny_run(tiny_folder, tmp_path / "run", *habits)
+    clients = events(tmp_path / "run", "client")
+    asked = [(number, client) for number in (1, 2) for client in range(3)]
+    assert [(plan.round, plan.client) for plan in plans] == asked
+    for plan, told in zip(plans, clients, strict=True):
+        assert (plan.num_train_epochs, plan.gradient_accumulation_steps) == (0.5, 2)
+        assert (plan.max_grad_norm, plan.warmup_rounds, plan.lr_scheduler_type) == (0.75, 0.5, "cosine")
+        batches = math.ceil(0.5 * math.ceil(told["num_examples"] / 4))
+        assert told["steps"] == plan.max_steps == math.ceil(batches / 2)
+    assert {plan.round: plan.learning_rate for plan in plans} == pytest.approx({1: 5e-3, 2: 5e-3 * 2 / 3})
+
+
+def test_a_run_of_epochs_that_is_resumed_gives_the_bytes_of_one_that_was_not(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    habits = (
+        "training.num_train_epochs=0.5",
+        "training.gradient_accumulation_steps=2",
+        "training.warmup_ratio=0.5",
+    )
+    tiny_run(tiny_folder, tmp_path / "whole", *habits)
+    answer, asked = LocalClients.answer, list[int]()
+
+    def ends(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
+        asked.append(1)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return answer(self, plan, on_step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalClients, "answer", ends)
+        tiny_run(tiny_folder, tmp_path / "ended", *habits)
+    tiny_run(tiny_folder, tmp_path / "ended", *habits, existing="resume")
+    assert state_bytes(tmp_path / "ended") == state_bytes(tmp_path / "whole")
 
 
 def test_a_run_that_ended_within_its_first_round_does_not_evaluate_twice_before_it(

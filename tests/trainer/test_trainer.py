@@ -282,8 +282,8 @@ def test_a_full_memory_is_the_reason_and_the_trainer_goes_on(
         answer = service.answer(request(job, plan))
     assert answer.header["kind"] == "failed"
     assert answer.header["reason"] == (
-        "cpu ran out of memory while training at k = 2 with 2 rows per step and gradient_checkpointing = "
-        "'none'; take gradient_checkpointing = 'experts' or 'layers', fewer tokens per step, a smaller "
+        "cpu ran out of memory while training at k = 2 with 2 rows per batch and gradient_checkpointing = "
+        "'none'; take gradient_checkpointing = 'experts' or 'layers', fewer tokens per batch, a smaller "
         "adapter.r, or a device with more memory"
     )
     assert service.answer(request(job, plan)).header["kind"] == "update"
@@ -305,7 +305,7 @@ def test_a_card_that_is_too_small_is_known_before_the_base_is_loaded(
     if not asked:
         assert answer.header["kind"] == "failed"
         assert answer.header["reason"].startswith(
-            "training at k = 2 with 2 rows per step and gradient_checkpointing = 'none' takes at least 0.0 "
+            "training at k = 2 with 2 rows per batch and gradient_checkpointing = 'none' takes at least 0.0 "
             "GB for the base in float32 and the adapter of rank 3 with its moments, whatever k and tokens "
             "are; cuda:0 (NVIDIA H200) has 0.0 GB; take "
         )

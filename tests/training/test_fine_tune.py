@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,10 +39,14 @@ from fedflame.cost.model_shape import read_model_shape
 from fedflame.data.batches import Batch, collate, training_batches
 from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
-from fedflame.messages import ClientUpdate, RoundPlan, half_of, validate_update
+from fedflame.messages import ClientUpdate, RoundPlan, half_of
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.seeds import derive_seed
+from fedflame.server.validation import validate_update
 from fedflame.training.fine_tune import MASS_BATCHES, fine_tune, measure_mass
+from fedflame.training.schedule import learning_rates
+from fedflame.training.steps import training_steps
 from fedflame.training.token_loss import token_losses
 from fedflame.wire.codec import encode_update
 
@@ -182,6 +187,61 @@ def test_the_update_says_who_trained_what_on_how_much() -> None:
     assert update.tokens == 2 * tokens
     assert update.counts.sum(1).tolist() == [update.tokens * 2] * LAYERS
     validate_update(update, plan, LONGEST)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accumulated", "max_steps", "steps"),
+    [
+        (1.0, 1, 9, 3),  # ten rows in batches of 4, 4 and 2
+        (2.0, 1, 9, 6),
+        (0.5, 1, 9, 2),
+        (2.0, 4, 9, 2),  # four batches, then the two that are left
+        (2.0, 1, 5, 5),
+        (0.0, 2, 4, 4),
+    ],
+)
+def test_epochs_are_passes_over_the_rows_in_at_most_the_steps_of_the_plan(
+    epochs: float, accumulated: int, max_steps: int, steps: int
+) -> None:
+    adapted, examples, told = tiny_adapted(), rows(10), []
+    changes = {"num_train_epochs": epochs, "gradient_accumulation_steps": accumulated, "max_steps": max_steps}
+    plan = plan_for(adapted, **changes)
+    update = fine_tune(adapted, examples, plan, PAD, told.append)
+    assert update.steps == steps
+    batches = training_batches(examples, plan.batch_size, PAD, derive_seed(11, "batches", 3, 5))
+    whole = math.ceil(epochs * 3) if epochs else accumulated * max_steps
+    expected = [batch.tokens for batch in islice(batches, min(whole, accumulated * max_steps))]
+    assert told == expected
+    assert update.tokens == sum(expected)
+    validate_update(update, plan, LONGEST)
+
+
+def test_each_step_has_the_rate_of_the_schedule() -> None:
+    """Two steps as two rounds of one step with fresh moments would not give the same; so a step at a time."""
+    adapted = tiny_adapted()
+    falling = plan_for(adapted, max_steps=2, lr_scheduler_type="linear", warmup_rounds=4.0, weight_decay=0.0)
+    rates = list(learning_rates(falling, 2))
+    assert rates == pytest.approx([0.01 * 2.5 / 4, 0.01 * 0.5 * 3 / 4])
+    adapted.load(falling.adapter, falling.rescaler_values)
+    scalars = [lora.s for lora in adapted.loras]
+    optimizer = ExpertAdamW(adapted.loras, adapted.attention.values(), 1.0, 0.0, scalars)
+    step, examples = training_steps(adapted, optimizer), rows(10)
+    batches = training_batches(examples, falling.batch_size, PAD, derive_seed(11, "batches", 3, 5))
+    with adapted.training(2):
+        for rate, batch in zip(rates, batches, strict=False):
+            optimizer.set_learning_rate(rate)
+            step(batch)
+    expected, s = adapted.learned_since(falling.adapter).tensors(), adapted.rescaler_values()
+    update = fine_tune(adapted, examples, falling, PAD)
+    assert torch.equal(update.rescaler_values, s)
+    assert all(torch.equal(value, expected[name]) for name, value in update.delta.tensors().items())
+
+
+def test_the_norm_of_the_plan_is_that_of_the_step() -> None:
+    adapted, examples = tiny_adapted(), rows(10)
+    plans = [plan_for(adapted, max_grad_norm=norm) for norm in (0.0, 1e-9)]
+    one, other = (float(deltas(fine_tune(adapted, examples, plan, PAD)).norm()) for plan in plans)
+    assert other < 0.5 * one, "epsilon outweighs tiny gradients"
 
 
 @pytest.mark.parametrize(("max_steps", "tokens_per_step"), [(1, 0), (2, 0), (3, 0), (7, 0), (2, 30), (9, 30)])

@@ -79,8 +79,12 @@ def test_a_way_is_the_sum_of_its_steps() -> None:
     total = 0.0
     for step in range(1, 81):
         total += longest_step(step)
-    assert longest_way(80) == pytest.approx(total, rel=1e-12)
-    assert 80 < longest_way(80) < 3.17 * 80
+    way = longest_way(a_plan(learning_rate=1.0, max_steps=80))
+    assert way == pytest.approx(total, rel=1e-12)
+    assert 80 < way < 3.17 * 80
+    falling = a_plan(learning_rate=1.0, max_steps=3, lr_scheduler_type="linear")
+    by_hand = longest_step(1) + 2 / 3 * longest_step(2) + 1 / 3 * longest_step(3)
+    assert longest_way(falling) == pytest.approx(by_hand, rel=1e-12)
     limit = (1 - BETAS[0]) / math.sqrt((1 - BETAS[1]) * (1 - BETAS[0] ** 2 / BETAS[1]))
     assert longest_step(20_000) == pytest.approx(limit, rel=1e-6) and limit < 7.28
 
@@ -163,7 +167,7 @@ def within(update: ClientUpdate, most: float) -> ClientUpdate:
 def test_a_learned_rescaler_moves_no_further_either(s: float) -> None:
     plan = a_plan()
     update = within(an_update(torch.Generator().manual_seed(2), 0), 0.01)
-    for at, refused in ((1.0 + 0.99 * 0.01 * longest_way(5), False), (s, True)):
+    for at, refused in ((1.0 + 0.99 * longest_way(plan), False), (s, True)):
         changed = replace(update, rescaler_values=torch.tensor([1.0, at]))
         if not refused:
             require_within_reach(changed, plan, 0.0, K)

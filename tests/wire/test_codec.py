@@ -33,7 +33,8 @@ from torch import Tensor
 
 from fedflame.config.words import UpdateDtype
 from fedflame.errors import InvalidMessage
-from fedflame.messages import Adapter, ClientUpdate, RoundPlan, half_of, validate_update
+from fedflame.messages import Adapter, ClientUpdate, RoundPlan, half_of
+from fedflame.server.validation import validate_update
 from fedflame.wire.codec import decode_plan, decode_update, encode_plan, encode_update, update_limit
 from fedflame.wire.frame import seal, unseal
 from fedflame.wire.planes import compress, decompress
@@ -434,7 +435,17 @@ def test_an_update_with_a_field_that_is_no_64_bit_integer_is_refused(name: str) 
 
 
 @pytest.mark.parametrize(
-    "name", ["round", "client", "seed", "active_experts", "batch_size", "max_steps", "tokens_per_step"]
+    "name",
+    [
+        "round",
+        "client",
+        "seed",
+        "active_experts",
+        "batch_size",
+        "max_steps",
+        "tokens_per_step",
+        "gradient_accumulation_steps",
+    ],
 )
 def test_a_plan_with_a_field_that_is_no_64_bit_integer_is_refused(name: str) -> None:
     for value in NO_INTEGERS:

@@ -27,9 +27,11 @@ class Need:
     """What takes less."""
 
 
-def training_need(shape: ModelShape, adapter: AdapterConfig, dtype: Dtype, work: str) -> Need:
-    """Return what training takes; `work` is what `training_words` says of it."""
-    size = least_training_memory(shape, adapter.r, adapter.target_modules, dtype)
+def training_need(
+    shape: ModelShape, adapter: AdapterConfig, dtype: Dtype, work: str, all_gradients: bool = False
+) -> Need:
+    """Return what training takes; `work` is what `training_words` says of it. See `least_training_memory`."""
+    size = least_training_memory(shape, adapter.r, adapter.target_modules, dtype, all_gradients)
     parts = f"the base in {dtype} and the adapter of rank {adapter.r} with its moments"
     return Need(size, work, parts, f"{_narrower(dtype)}a smaller adapter.r, ")
 
@@ -37,7 +39,7 @@ def training_need(shape: ModelShape, adapter: AdapterConfig, dtype: Dtype, work:
 def training_words(k: int, tokens_per_step: int, rows: int, checkpointing: Checkpointed) -> str:
     """Return in words what decides the memory of a training step; without `tokens_per_step` the rows do."""
     batch = f"{tokens_per_step:,} tokens" if tokens_per_step else f"{rows} rows"
-    return f"training at k = {k} with {batch} per step and gradient_checkpointing = {checkpointing!r}"
+    return f"training at k = {k} with {batch} per batch and gradient_checkpointing = {checkpointing!r}"
 
 
 def evaluation_need(shape: ModelShape, adapter: AdapterConfig, dtype: Dtype) -> Need:

@@ -53,7 +53,7 @@ def training_memory_in_words(
     """Return `memory_in_words` for the training of a plan."""
     doing = training_words(plan.active_experts, plan.tokens_per_step, plan.batch_size, checkpointing)
     return memory_in_words(
-        device, doing, f"{_LESS_KEPT[checkpointing]}fewer tokens per step, a smaller adapter.r, or "
+        device, doing, f"{_LESS_KEPT[checkpointing]}fewer tokens per batch, a smaller adapter.r, or "
     )
 
 

@@ -14,7 +14,7 @@ from fedflame.messages import ClientUpdate
 from fedflame.wire.envelope import Bytes
 
 OnStep = Callable[[int], None]
-"""Called with the number of tokens of every optimizer step."""
+"""Called after every batch with the number of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ class Clients(Protocol):
 
     def num_examples(self) -> Sequence[int]:
         """Return the number of rows of each client; 0 if that is not known yet."""
+
+    def believed_rows(self, client: int) -> int:
+        """Return the rows of a client as far as they are believed; the most that are, if it did not say."""
 
     def believed(self, update: ClientUpdate) -> ClientUpdate:
         """Return an accepted update with those weights that are believed of its client."""

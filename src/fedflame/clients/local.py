@@ -33,6 +33,9 @@ class LocalClients:
     def num_examples(self) -> list[int]:
         return [len(rows) for rows in self.rows]
 
+    def believed_rows(self, client: int) -> int:
+        return len(self.rows[client])
+
     def believed(self, update: ClientUpdate) -> ClientUpdate:
         return update
 

@@ -152,6 +152,9 @@ class WorkerClients:
         finally:  # only if the caller left the stream before its end is a worker at work
             self._stop([number for number, worker in self._workers.items() if worker.asked])
 
+    def believed_rows(self, client: int) -> int:
+        return self._own.believed_rows(client)
+
     def believed(self, update: ClientUpdate) -> ClientUpdate:
         return self._own.believed(update)
 

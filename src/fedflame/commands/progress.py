@@ -18,12 +18,12 @@ def say_line(console: Console, text: str) -> None:
 
 
 class BarReporter(LineReporter):
-    """A live bar over all optimizer steps of the run, with the clients at work and their tokens/s."""
+    """A live bar over all batches of the run, with the clients at work and their tokens/s."""
 
-    def __init__(self, console: Console, progress: Progress, total_steps: int) -> None:
+    def __init__(self, console: Console, progress: Progress, total_batches: int) -> None:
         super().__init__(lambda text: say_line(console, text))
         self._progress = progress
-        self._task = progress.add_task("", total=total_steps, clients="", speed="")
+        self._task = progress.add_task("", total=total_batches, clients="", speed="")
         self._working: dict[str, str] = {}
         self._tokens, self._start = 0, time.monotonic()
 
@@ -44,7 +44,7 @@ class BarReporter(LineReporter):
 
 
 @contextmanager
-def reporter(console: Console, total_steps: int) -> Iterator[Reporter]:
+def reporter(console: Console, total_batches: int) -> Iterator[Reporter]:
     """A live bar on a terminal, plain lines otherwise."""
     if not console.is_terminal:
         yield LineReporter(lambda text: say_line(console, text))
@@ -58,4 +58,4 @@ def reporter(console: Console, total_steps: int) -> Iterator[Reporter]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        yield BarReporter(console, progress, total_steps)
+        yield BarReporter(console, progress, total_batches)

@@ -34,7 +34,7 @@ def print_run(prepared: Prepared, config_text: str, console: Console, workers: i
         if begun.starting_adapter:
             say_line(console, f"goes on from {begun.starting_adapter}")
         _print_experiment(begun.experiment, begun.sites, console)
-        with reporter(console, begun.remaining_steps) as progress:
+        with reporter(console, begun.remaining_batches) as progress:
             yield progress
 
     written = run_experiment(prepared, config_text=config_text, workers=workers, watch=watch)

@@ -72,10 +72,25 @@ def _refuse_contradictions(config: RunConfig) -> None:
         if rank > config.adapter.r:
             raise UserError(f"config: {key} = {rank}: must be at most adapter.r = {config.adapter.r}")
     _refuse_options_of_other_methods(strategy)
+    _refuse_a_warmup_without_end(config)
     if config.server.min_clients > config.clients_per_round():
         raise UserError(
             f"config: server.min_clients = {config.server.min_clients}: server.fraction_train = "
             f"{config.server.fraction_train} samples only {config.clients_per_round()} of {clients} clients"
+        )
+
+
+def _refuse_a_warmup_without_end(config: RunConfig) -> None:
+    training, rounds = config.training, config.server.num_server_rounds
+    if training.warmup_steps and training.num_train_epochs:
+        raise UserError(
+            f"config: training.warmup_steps = {training.warmup_steps}: with training.num_train_epochs, "
+            "clients differ in their steps; set training.warmup_ratio instead"
+        )
+    if config.warmup_rounds() >= rounds:
+        raise UserError(
+            f"config: training.warmup_steps = {training.warmup_steps}: must be fewer than the "
+            f"{training.max_steps * rounds} steps of all rounds"
         )
 
 

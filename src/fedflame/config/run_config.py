@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -130,12 +129,12 @@ class RunConfig(Section):
         deployed = self.deployed(num_experts_per_tok)
         return sorted({(k, rank) for k, rank in deployed if rank < self.adapter.r}, reverse=True)
 
-    def learning_rate(self, round_number: int) -> float:
-        """Of one round, counted from 1."""
-        training, rounds = self.training, self.server.num_server_rounds
-        if training.lr_scheduler_type == "constant":
-            return training.learning_rate
-        return training.learning_rate * (1 + math.cos(math.pi * (round_number - 1) / rounds)) / 2
+    def warmup_rounds(self) -> float:
+        """The rounds in which the learning rate rises."""
+        training = self.training
+        if training.warmup_steps:
+            return training.warmup_steps / training.max_steps
+        return training.warmup_ratio * self.server.num_server_rounds
 
     def is_due(self, every: int, round_number: int) -> bool:
         """Whether something that is done every so many rounds, and before and after the run, is due."""

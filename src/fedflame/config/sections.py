@@ -20,6 +20,7 @@ from fedflame.config.words import (
     Checkpointed,
     CountedRows,
     CountNormalization,
+    LRScheduler,
     RescalerRule,
     RobustRule,
     UpdateDtype,
@@ -76,6 +77,8 @@ def _device(value: str) -> str:
 
 LARGEST_RANK = 65_536
 """Of any adapter; `prepare.require_runnable` knows the model and allows less."""
+MOST_STEPS = 1_000_000
+"""Of a client in a round."""
 Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
 MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
@@ -166,23 +169,41 @@ class ClientsConfig(Section):
 
 class TrainingConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
-    """The learning rate of AdamW in round 1. It is constant within a round."""
-    lr_scheduler_type: Literal["constant", "cosine"] = "cosine"
-    """How the learning rate changes from round to round. `cosine`: it falls towards zero after the last."""
+    """The learning rate of AdamW in round 1, or after the warm-up if there is one."""
+    lr_scheduler_type: LRScheduler = "cosine"
+    """How the learning rate changes from round to round. `linear`, `cosine`: it falls towards zero after the
+    last."""
+    local_lr_scheduler_type: LRScheduler = "constant"
+    """How the learning rate of a round changes from step to step. `linear`, `cosine`: it falls towards zero
+    after the client's last step, and the next round starts anew."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """The optimizer steps at the start of the run in which the learning rate rises in a line. They go on over
+    the rounds: with 80 steps in a round, 100 warm up round 1 and a quarter of round 2."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The same as a share of all rounds, if `warmup_steps` is 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """The weight decay of AdamW. It applies to experts that saw a token in the step."""
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
-    """The rows of an optimizer step, unless `tokens_per_step` is set."""
+    """The rows of a batch, unless `tokens_per_step` is set."""
     tokens_per_step: IntegersOrNone = ()
-    """The tokens of an optimizer step. A batch then has as many rows of similar length as fit, padding
-    counted, and at least one. One number for all clients, or several that are repeated over the clients, such
-    as `[1024, 2048]`: more where fewer experts run. Empty: `per_device_train_batch_size` rows."""
-    max_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 80
+    """The tokens of a batch. It then has as many rows of similar length as fit, padding counted, and at least
+    one. One number for all clients, or several that are repeated over the clients, such as `[1024, 2048]`:
+    more where fewer experts run. Empty: `per_device_train_batch_size` rows."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """The batches of an optimizer step. Their gradients are added up as those of one batch, each token alike:
+    less memory than a larger batch, and more time."""
+    max_grad_norm: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """The largest L2 norm of the gradient of a step, over experts, attention and rescalers together; a larger
+    gradient is scaled down. 0: it stays as it is."""
+    max_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 80
     """The optimizer steps of each client in each round."""
+    num_train_epochs: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """How often each client goes over its rows in each round, instead of `max_steps`: so a client with more
+    rows takes more steps. It can be a fraction. 0: `max_steps` decide."""
     budget: Literal["steps", "compute"] = "steps"
     """`steps`: every client takes `max_steps`, as in the paper. `compute`: every client spends the FLOPs that
-    `max_steps` cost with the experts that it affords and rank adapter.r. A method that runs more experts then
-    takes fewer steps, and one that runs fewer takes more."""
+    `max_steps`, or its epochs, cost with the experts that it affords and rank adapter.r. A method that runs
+    more experts then takes fewer steps, and one that runs fewer takes more."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """FedProx (arXiv 1812.06127), with any method: a client's objective has mu/2 times the squared distance
     from the adapter that it was given added to it. 0: nothing is added."""
@@ -190,6 +211,11 @@ class TrainingConfig(Section):
     """What the backward pass computes again instead of keeping it: less memory, more time, the same result.
     `experts`: the activations inside the experts, which are the largest part. `layers`: everything but the
     input of each layer."""
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether the gradients of all layers exist at once."""
+        return self.gradient_accumulation_steps > 1 or self.max_grad_norm > 0
 
 
 class StrategyConfig(Section):
@@ -233,7 +259,7 @@ class StrategyConfig(Section):
     """All methods: the largest pace of an update; one that went further is scaled down. `median`: 1.5 times
     the median pace in earlier rounds, and for the first round in that round. `none`: as far as AdamW can go.
     Or a number. A pace is the root mean square of what values moved, over learning rate times the root of the
-    steps; honest ones are about 1. Learned rescalers are bounded likewise."""
+    steps, where the rate is constant; honest ones are about 1. Learned rescalers are bounded likewise."""
     robust: RobustRule = "none"
     """flame, fedavg, ffa_lora, rolora: how values are averaged, per expert over the clients that activated
     it. `none`: by weight. `trimmed_mean`: by weight, without the largest and the smallest value of each

@@ -16,6 +16,8 @@ Trainable = Literal["both", "A", "B"]
 """The half of every product B A that a client trains; a frozen half keeps its bits."""
 UpdateDtype = Literal["float32", "bfloat16", "int8"]
 """How the values of an update travel; see `wire.values`."""
+LRScheduler = Literal["constant", "linear", "cosine"]
+"""How a learning rate falls; the names are those of transformers' `SchedulerType`."""
 Disclosure = Literal["exact", "rounded", "withheld"]
 """What a site tells of its mean loss and of its activation counts; see `trainer.disclosure`."""
 CountedRows = Literal["trained", "held"]

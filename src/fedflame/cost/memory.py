@@ -59,18 +59,21 @@ def least_evaluation_memory(shape: ModelShape, r: int, target_modules: Collectio
     return held_base_bytes(shape, r, dtype) + 4 * adapter_parameters(shape, r, target_modules).total
 
 
-def least_training_memory(shape: ModelShape, r: int, target_modules: Collection[str], dtype: Dtype) -> int:
+def least_training_memory(
+    shape: ModelShape, r: int, target_modules: Collection[str], dtype: Dtype, all_gradients: bool = False
+) -> int:
     """Return the bytes that training takes at least, whatever k and the tokens of a step are.
 
     To those of an evaluation come the two moments in fp32 and the gradients of one layer: the optimizer frees
-    them before those of the next layer are made.
+    them before those of the next layer are made. It keeps `all_gradients` where they are added up over
+    batches or clipped by their norm.
 
     Raises:
         UserError: a target module is no attention projection of the model.
     """
     adapter = 4 * adapter_parameters(shape, r, target_modules).total
-    of_one_layer = adapter // len(shape.sparse_layers)
-    return least_evaluation_memory(shape, r, target_modules, dtype) + 2 * adapter + of_one_layer
+    gradients = adapter if all_gradients else adapter // len(shape.sparse_layers)
+    return least_evaluation_memory(shape, r, target_modules, dtype) + 2 * adapter + gradients
 
 
 def training_memory(

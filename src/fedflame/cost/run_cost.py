@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedflame.config.run_config import RunConfig
+from fedflame.config.sections import MOST_STEPS
 from fedflame.config.words import Dtype
 from fedflame.cost.adapter_size import AdapterSize, adapter_parameters
 from fedflame.cost.flops import training_flops_per_token
@@ -26,9 +28,9 @@ class ClientCost:
     trained_rank: int
     steps: int
     tokens_per_step: int
-    """Tokens of its largest optimizer step."""
+    """Tokens of its largest batch."""
     training_flops: float
-    """FLOPs of forward and backward of all steps, if all were as large as the largest."""
+    """FLOPs of forward and backward of all steps, if all batches were as large as the largest."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,17 @@ def run_cost(
     dtype: Dtype,
     sequence_length: int,
     labelled_share: float,
+    rows: Sequence[int],
 ) -> RunCost:
     """Return the costs of every k and rank that clients train with, and of every other k that they afford.
+
+    Args:
+        config: the configuration.
+        shape: the sizes of the model.
+        dtype: of the frozen base.
+        sequence_length: tokens per row.
+        labelled_share: share of the tokens that have a label.
+        rows: of each client, in client order.
 
     Raises:
         UserError: a tier's k is not between 1 and the model's K.
@@ -84,16 +95,16 @@ def run_cost(
     def flops_per_token(k: int, rank: int) -> float:
         return training_flops(config, shape, k, rank, sequence_length, labelled_share)
 
-    clients = _client_costs(config, full, sequence_length, flops_per_token)
+    clients = _client_costs(config, full, sequence_length, rows, flops_per_token)
     trained = Counter((client.trained_experts, client.trained_rank) for client in clients)
     idle = set(config.evaluated_experts(full)) - {k for k, _ in trained}
-    rows = sorted([*trained, *((k, r) for k in idle)], reverse=True)
-    tiers = [Tier(k, rank, trained[k, rank]) for k, rank in rows]
+    pairs = sorted([*trained, *((k, r) for k in idle)], reverse=True)
+    tiers = [Tier(k, rank, trained[k, rank]) for k, rank in pairs]
     setting = (targets, sequence_length, labelled_share)
     halves = config.method.halves
     costs = tier_costs(shape, tiers, r, *setting, halves, config.communication.update_dtype)
     memory = []
-    for k, rank in rows:
+    for k, rank in pairs:
         tokens = max(
             client.tokens_per_step
             for client in clients
@@ -122,27 +133,54 @@ def training_flops(
     return training_flops_per_token(shape, k, rank, targets, sequence_length, labelled_share).total
 
 
-def local_steps(config: RunConfig, afforded: float, spent: float) -> int:
-    """Return a client's optimizer steps per round under `training.budget`; at least one.
+def within_budget(config: RunConfig, amount: float, afforded: float, spent: float) -> float:
+    """Return what a client trains in a round, of the amount that is configured, under `training.budget`.
 
-    A step always has the client's own number of tokens, so only the cost per token matters. Under FLAME a
-    round never costs more than the client affords: a round with a larger k has fewer steps under any budget.
+    A batch always has the client's own number of tokens, so only the cost per token matters. Under FLAME a
+    round never costs more than the client affords: a round with a larger k is shorter under any budget.
 
     Args:
-        config: the configuration, with the budget, `max_steps` and the method.
+        config: the configuration, with the budget and the method.
+        amount: steps or epochs.
         afforded: training FLOPs per token at the k that the client affords and the run's rank.
         spent: training FLOPs per token at the k and rank that the method gives it.
     """
+    if config.training.budget == "steps" and not (config.method.experts == "in_turn" and spent > afforded):
+        return amount
+    return amount * afforded / spent
+
+
+def local_steps(config: RunConfig, batches: int, afforded: float, spent: float) -> int:
+    """Return a client's optimizer steps per round under `training.budget`; at least one.
+
+    Args:
+        config: the configuration, with the budget, `max_steps` or `num_train_epochs`, and the method.
+        batches: of an epoch of the client.
+        afforded: see `within_budget`.
+        spent: see `within_budget`.
+    """
     training = config.training
-    if training.budget == "steps" and not (config.method.experts == "in_turn" and spent > afforded):
-        return training.max_steps
-    return max(1, round(training.max_steps * afforded / spent))
+    if not training.num_train_epochs:
+        return max(1, round(within_budget(config, training.max_steps, afforded, spent)))
+    epochs = within_budget(config, training.num_train_epochs, afforded, spent)
+    return steps_of_epochs(epochs, batches, training.gradient_accumulation_steps)
+
+
+def steps_of_epochs(epochs: float, batches: int, gradient_accumulation_steps: int) -> int:
+    """Return the optimizer steps of so many epochs of so many batches; at least one, at most `MOST_STEPS`."""
+    steps = math.ceil(math.ceil(epochs * batches) / gradient_accumulation_steps)
+    return min(max(1, steps), MOST_STEPS)
 
 
 def _client_costs(
-    config: RunConfig, full: int, sequence_length: int, flops_per_token: Callable[[int, int], float]
+    config: RunConfig,
+    full: int,
+    sequence_length: int,
+    rows: Sequence[int],
+    flops_per_token: Callable[[int, int], float],
 ) -> list[ClientCost]:
     by_rows = sequence_length * config.training.per_device_train_batch_size
+    of_a_step = config.training.gradient_accumulation_steps
     rounds = range(1, config.server.num_server_rounds + 1)
     by_round = [config.trained_experts(full, round_number) for round_number in rounds]
     costs = []
@@ -153,6 +191,7 @@ def _client_costs(
         afforded = flops_per_token(affords, config.adapter.r)
         for k in sorted({trained[client] for trained in by_round}, reverse=True):
             spent = flops_per_token(k, rank)
-            steps = local_steps(config, afforded, spent)
-            costs.append(ClientCost(client, k, rank, steps, tokens, steps * tokens * spent))
+            batches = math.ceil(rows[client] / max(1, tokens // sequence_length))
+            steps = local_steps(config, batches, afforded, spent)
+            costs.append(ClientCost(client, k, rank, steps, tokens, steps * of_a_step * tokens * spent))
     return costs

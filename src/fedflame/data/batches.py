@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from fedflame.data.encoding import EncodedRow
 
 IGNORE_INDEX = -100
 """Label of positions without loss, as in torch's cross entropy."""
+_ROUNDING = 1e-9
+"""0.7 of ten batches are seven, although 0.7 * 10 is more than 7 in floating point."""
 BATCHES_PER_WINDOW = 8
 """Rows are sorted by length in windows of about this many batches: shuffled, but with little padding."""
 
@@ -137,17 +140,32 @@ def collate(rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:
 
 
 def training_batches(
-    rows: Sequence[EncodedRow], batch_size: int, pad_token_id: int, seed: int, tokens_per_step: int = 0
+    rows: Sequence[EncodedRow],
+    batch_size: int,
+    pad_token_id: int,
+    seed: int,
+    tokens_per_step: int = 0,
+    epochs: float = math.inf,
 ) -> Iterator[Batch]:
-    """Yield batches without end. Each epoch has every row once, in a new order; batches may be smaller.
+    """Yield the batches of `batch_rows`, padded on the right to the longest row of each."""
+    for indices in batch_rows(rows, batch_size, seed, tokens_per_step, epochs):
+        yield collate([rows[index] for index in indices], pad_token_id)
+
+
+def batch_rows(
+    rows: Sequence[EncodedRow], batch_size: int, seed: int, tokens_per_step: int, epochs: float
+) -> Iterator[list[int]]:
+    """Yield the indices of the rows of each batch.
+
+    Each epoch has every row once, in a new order. Batches may be smaller.
 
     Args:
         rows: the rows to train on.
         batch_size: rows per batch.
-        pad_token_id: pads rows on the right to the longest of their batch.
         seed: seed of the order.
         tokens_per_step: if not 0, a batch has as many rows as fit in this many tokens, with padding, and at
             least one row; `batch_size` is then ignored.
+        epochs: how many; of the last only a part of the batches if it is no whole number.
     """
     rng = random.Random(seed)
     lengths = [len(row.ids) for row in rows]
@@ -156,7 +174,7 @@ def training_batches(
         return max(1, int(tokens_per_step // length)) if tokens_per_step else batch_size
 
     window = BATCHES_PER_WINDOW * capacity(sum(lengths) / len(lengths))
-    while True:
+    while epochs > 0:
         order = list(range(len(rows)))
         rng.shuffle(order)
         batches: list[list[int]] = []
@@ -164,8 +182,8 @@ def training_batches(
             alike = sorted(order[start : start + window], key=lengths.__getitem__)
             batches += _cut(alike, lengths, capacity)
         rng.shuffle(batches)
-        for batch in batches:
-            yield collate([rows[index] for index in batch], pad_token_id)
+        yield from batches[: math.ceil(min(epochs, 1) * len(batches) - _ROUNDING)]
+        epochs -= 1
 
 
 def _cut(alike: Sequence[int], lengths: Sequence[int], capacity: Callable[[float], int]) -> list[list[int]]:

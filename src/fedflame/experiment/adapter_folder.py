@@ -119,6 +119,7 @@ def write_run_adapter(
 
 def trained_run(config: RunConfig, rounds: int, prompt: PromptForm = PLAIN_FORM) -> TrainedRun:
     """What an export says of a run with this configuration and prompts after so many rounds."""
+    epochs = config.training.num_train_epochs
     return TrainedRun(
         base_model=config.model.model_name_or_path,
         adapter=config.adapter,
@@ -126,7 +127,7 @@ def trained_run(config: RunConfig, rounds: int, prompt: PromptForm = PLAIN_FORM)
         strategy=config.strategy.model_dump(),
         num_clients=config.clients.num_clients,
         active_experts=config.clients.active_experts,
-        max_steps=config.training.max_steps,
+        local_work=f"{epochs:g} epochs" if epochs else f"at most {config.training.max_steps} steps",
         learning_rate=config.training.learning_rate,
         rounds=rounds,
         prompt=prompt,

@@ -94,5 +94,6 @@ def assemble(
     answer = config.evaluation.max_new_tokens
     encoded = encode_federation(federation, encoder, prompt_length(answer, shape), answer > 0)
     encoded.require_known_ids(adapted.vocabulary, encoder)
-    cost = run_cost(config, shape, choice.name, encoded.mean_length, encoded.labelled_share)
+    rows = [len(part) for part in encoded.federation.parts]
+    cost = run_cost(config, shape, choice.name, encoded.mean_length, encoded.labelled_share, rows)
     return Experiment(config, device, choice, adapted, encoder, shape, encoded, cost)

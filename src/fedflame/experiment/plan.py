@@ -93,7 +93,8 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
         truncated, cut = encoded.truncated, encoded.cut_prompts
         first = shown_row(encoded.clients[0][0], encoder)
     device, dtype = place(config, shape)
-    cost = run_cost(config, shape, dtype.name, length, share)
+    rows = [len(part) for part in federation.parts]
+    cost = run_cost(config, shape, dtype.name, length, share, rows)
     clients = describe(federation, config.afforded_experts())
     return Plan(
         config,

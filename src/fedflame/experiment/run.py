@@ -55,8 +55,8 @@ class Begun:
     experiment: Experiment
     starting_adapter: str
     """The adapter folder that it goes on from and what that was trained on, in words; empty for none."""
-    remaining_steps: int
-    """Optimizer steps of all clients that the rounds to come will sample."""
+    remaining_batches: int
+    """Of all clients that the rounds to come will sample; with epochs about as many."""
     sites: tuple[str, ...]
     """Names of the clients, where these are sites."""
 
@@ -132,7 +132,7 @@ def _run(
             empty_run(run)
         write_run_files(run, experiment, config_text, environment())
     names = tuple(sites.hub.site_names()) if sites is not None else ()
-    begun = Begun(experiment, start, _remaining_steps(experiment, checkpoint.round), names)
+    begun = Begun(experiment, start, _remaining_batches(experiment, checkpoint.round), names)
     name = config.run_name or run.resolve().name
     try:
         with (
@@ -184,11 +184,11 @@ def _metrics(run: Path, checkpoint: Checkpoint, on_event: OnEvent | None, look: 
     return MetricsFile(run / METRICS_FILE, checkpoint.metrics_bytes, tell)
 
 
-def _remaining_steps(experiment: Experiment, last_round: int) -> int:
-    """Optimizer steps of all clients that the rounds after `last_round` will sample."""
+def _remaining_batches(experiment: Experiment, last_round: int) -> int:
+    """Batches of all clients that the rounds after `last_round` will sample; with epochs about as many."""
     config, k = experiment.config, experiment.adapted.num_experts_per_tok
     steps = {(cost.client, cost.trained_experts): cost.steps for cost in experiment.cost.clients}
-    return sum(
+    return config.training.gradient_accumulation_steps * sum(
         steps[profile.client, config.trained_experts(k, number)[profile.client]]
         for number in range(last_round + 1, config.server.num_server_rounds + 1)
         for profile in sample_clients(experiment.profiles, config.clients_per_round(), config.seed, number)

@@ -33,8 +33,8 @@ class TrainedRun:
     num_clients: int
     active_experts: Sequence[int]
     """Experts per token that the clients afford, as configured."""
-    max_steps: int
-    """Largest number of steps of each client in each round."""
+    local_work: str
+    """What each client does in each round, such as "at most 80 steps"."""
     learning_rate: float
     rounds: int
     """Number of federated rounds that were run."""
@@ -157,7 +157,7 @@ def _training(run: TrainedRun) -> str:
     return (
         f"Trained with fedflame {__version__}, strategy {run.method}: {rounds} federated "
         f"{'round' if rounds == 1 else 'rounds'} over {run.num_clients} clients that afford "
-        f"{','.join(map(str, run.active_experts))} experts per token, at most {run.max_steps} steps per "
+        f"{','.join(map(str, run.active_experts))} experts per token, {run.local_work} per "
         f"client and round, learning rate {run.learning_rate:g}. "
         f"LoRA r = {lora.r}, lora_alpha = {lora.lora_alpha:g} on every expert{attention}."
     )

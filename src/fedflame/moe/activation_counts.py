@@ -53,6 +53,10 @@ class ActivationCounts:
         """Close the step without counting it."""
         self._open, self.real_tokens, self.counted = False, None, None
 
+    def untouched(self) -> Tensor:
+        """Return that no expert has seen a token, bool [L,E]."""
+        return torch.zeros_like(self.total, dtype=torch.bool)
+
     def touched(self) -> Tensor:
         """Return which experts have seen a token in this step, bool [L,E]."""
         return self._step > 0

@@ -25,9 +25,11 @@ class ExpertAdamW:
     Args:
         loras: the expert banks; each expert's slice is updated by itself.
         shared: parameters that every token uses, with weight decay.
-        learning_rate: the same for all parameters.
+        learning_rate: the same for all parameters; `set_learning_rate` changes it.
         weight_decay: for expert banks and `shared`.
         unregularized: parameters that every token uses, without weight decay.
+        max_grad_norm: if not 0, a larger L2 norm of the gradient of all parameters is scaled down to it;
+            experts without a token in the step count as zero.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ExpertAdamW:
         learning_rate: float,
         weight_decay: float,
         unregularized: Iterable[nn.Parameter] = (),
+        max_grad_norm: float = 0.0,
     ) -> None:
         self._banks = [
             (lora.index, bank, Moments.of(bank.data))
@@ -45,16 +48,38 @@ class ExpertAdamW:
             if bank.requires_grad
         ]
         groups = [(list(shared), weight_decay), (list(unregularized), 0.0)]
-        kinds = {parameter.device.type for parameters, _ in groups for parameter in parameters}
+        devices = [parameter.device for parameters, _ in groups for parameter in parameters]
+        kinds = {device.type for device in devices}
+        can_capture = kinds == {"cuda"}
+        self._rates = {
+            bank.device: bank.new_full((), learning_rate, dtype=torch.float64)
+            for _, bank, _ in self._banks
+            if bank.device.type != "cpu"
+        }
         self._others = torch.optim.AdamW(
             [{"params": parameters, "weight_decay": decay} for parameters, decay in groups],
-            lr=learning_rate,
+            lr=torch.full((), learning_rate, device=devices[0]) if can_capture else learning_rate,
             betas=BETAS,
             eps=EPSILON,
             fused=kinds <= FUSED,
-            capturable=kinds == {"cuda"},
+            capturable=can_capture,
         )
         self._learning_rate, self._weight_decay = learning_rate, weight_decay
+        self._max_grad_norm = max_grad_norm
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Take the next steps with this rate.
+
+        On a GPU it is a value on the device, which captured steps read.
+        """
+        self._learning_rate = learning_rate
+        for rate in self._rates.values():
+            rate.fill_(learning_rate)
+        for group in self._others.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
 
     @property
     def param_groups(self) -> list[dict[str, list[nn.Parameter]]]:
@@ -69,8 +94,12 @@ class ExpertAdamW:
         A bank is updated as soon as its gradient is complete, and the gradient is freed then. So the
         gradients of only one layer exist at a time (Lv et al.: LOMO, arXiv 2306.09782). The result is
         bit-identical to `loss.backward()` and then `step`. If the backward fails, some banks have already
-        been updated.
+        been updated. A norm needs all gradients at once.
         """
+        if self._max_grad_norm:
+            loss.backward()
+            self.step(touched)
+            return
         handles = [
             bank.register_post_accumulate_grad_hook(lambda _, at=number: self._step_bank(at, touched))
             for number, (_, bank, _) in enumerate(self._banks)
@@ -84,9 +113,18 @@ class ExpertAdamW:
 
     def step(self, touched: Tensor) -> None:
         """Run one update from the gradients of the parameters, for the experts in `touched`, bool [L,E]."""
+        if self._max_grad_norm:
+            self._clip(touched)
         for number in range(len(self._banks)):
             self._step_bank(number, touched)
         self._step_others()
+
+    def _clip(self, touched: Tensor) -> None:
+        for layer, bank, _ in self._banks:
+            assert bank.grad is not None, "backward reaches every parameter that is trained"
+            resting = ~touched[layer].to(bank.device).view(-1, 1, 1)
+            bank.grad.masked_fill_(resting, 0)  # terms such as FedProx give them a gradient, too
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], self._max_grad_norm)
 
     @torch.no_grad()
     def _step_bank(self, number: int, touched: Tensor) -> None:
@@ -94,7 +132,8 @@ class ExpertAdamW:
         gradient, bank.grad = bank.grad, None
         assert gradient is not None, "backward reaches every parameter that is trained"
         mask = touched[layer].to(bank.device)
-        masked_adamw(bank, moments, gradient, mask, self._learning_rate, self._weight_decay)
+        rate = self._rates.get(bank.device, self._learning_rate)
+        masked_adamw(bank, moments, gradient, mask, rate, self._weight_decay)
 
     def _step_others(self) -> None:
         self._others.step()

@@ -45,7 +45,7 @@ def masked_adamw(
     moments: Moments,
     gradient: Tensor,
     touched: Tensor,
-    learning_rate: float,
+    learning_rate: float | Tensor,
     weight_decay: float,
 ) -> None:
     """Update bank and moments in place, for the experts in `touched`, bool [E]. The others keep every bit.
@@ -55,7 +55,7 @@ def masked_adamw(
         moments: of the bank.
         gradient: [E,*]; whatever it holds for an expert that is not touched counts for nothing.
         touched: on the device of the bank.
-        learning_rate: of this step.
+        learning_rate: of this step. A captured step reads it again each time if it is a value on the device.
         weight_decay: subtracts learning_rate * weight_decay times the value.
     """
     if bank.device.type == "cpu":
@@ -63,7 +63,9 @@ def masked_adamw(
         increment_version(bank)  # a change through slices is not counted
     else:
         state = (moments.mean, moments.mean_square, moments.steps)
-        rate = bank.new_full((), learning_rate, dtype=torch.float64)  # no constant of the compiled program
+        rate = learning_rate  # no constant of the compiled program
+        if not isinstance(rate, Tensor):
+            rate = bank.new_full((), rate, dtype=torch.float64)
         _update_all(bank, *state, gradient, touched, rate, weight_decay)
 
 
@@ -72,7 +74,7 @@ def _update_slices(
     moments: Moments,
     gradient: Tensor,
     touched: Tensor,
-    learning_rate: float,
+    learning_rate: float | Tensor,
     weight_decay: float,
 ) -> None:
     """Update the touched experts by torch's kernel for a CPU, where `_update_all` takes longer."""

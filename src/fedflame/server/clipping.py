@@ -1,9 +1,10 @@
 """Clipping: no update counts for more than `FACTOR` times what updates usually are, whatever the method.
 
 The pace of an update is the root mean square of what the values that it could move have moved, divided by
-learning rate * sqrt(steps). AdamW moves every value by about the learning rate in each step, in directions
-that mostly change, so that honest paces are alike for all k, ranks, methods, learning rates and rounds:
-benchmarks/attacks has what was measured. A learned rescaler has a pace of its own, over its layers.
+the root of the summed squares of its steps' learning rates: learning rate * sqrt(steps) where it is constant.
+AdamW moves every value by about the learning rate in each step, in directions that mostly change, so that
+honest paces are alike for all k, ranks, methods, learning rates and rounds: benchmarks/attacks has what was
+measured. A learned rescaler has a pace of its own, over its layers.
 
 The paces of earlier rounds are those of updates as they came. A client far from the others does not move
 their median, and clients of a false majority do not hold it down once they are a minority.
@@ -24,6 +25,7 @@ from torch import Tensor
 from fedflame.messages import NOTHING, Adapter, ClientUpdate, RoundPlan, is_trained
 from fedflame.server.spool import Spool
 from fedflame.strategies.base import Past
+from fedflame.training.schedule import learning_rates
 
 FACTOR = 1.5
 """An update may have this many times the median pace. See benchmarks/attacks for 1, 1.5 and 2."""
@@ -74,7 +76,7 @@ def taken(update: ClientUpdate, plan: RoundPlan) -> Taken:
     step = update.rescaler_values - plan.rescaler_values
     norms = {**delta_norms(update.delta), "rescaler": _norm(step)}
     # A method may give a client a rate of zero, at which nothing moves.
-    unit = max(plan.learning_rate * math.sqrt(plan.max_steps), sys.float_info.min)
+    unit = max(math.hypot(*learning_rates(plan, update.steps)), sys.float_info.min)
     whole = math.hypot(*(norm for kind, norm in norms.items() if kind != "rescaler"))
     pace = Pace(
         whole / math.sqrt(max(1, _movable(update))) / unit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import random
 import time
 from collections import deque
@@ -12,17 +13,20 @@ from dataclasses import dataclass, replace
 from torch.linalg import LinAlgError  # type: ignore[attr-defined] # not in its __all__
 
 from fedflame.clients.answers import Answer
-from fedflame.cost.run_cost import local_steps
+from fedflame.config.run_config import RunConfig
+from fedflame.cost.run_cost import local_steps, within_budget
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.messages import ClientUpdate, RoundPlan, validate_update
+from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
 from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
 from fedflame.server.finite import Diverged, require_finite_state
 from fedflame.server.parts import Server
 from fedflame.server.scoring import evaluate_tiers, require_finite_losses
+from fedflame.server.validation import validate_update
 from fedflame.strategies.base import ClientProfile, ServerState
 from fedflame.training.reach import require_within_reach, trained_reach
+from fedflame.training.schedule import learning_rates, remaining
 from fedflame.wire.codec import decode_update, encode_plan
 
 _SMALLER = "a new run may need a smaller training.learning_rate"
@@ -185,7 +189,7 @@ class _Updates:
             return None
         bytes_down = asked.plan_bytes if answer.bytes_down is None else answer.bytes_down
         one = taken(update, plan)
-        self._log(one, plan.learning_rate, bytes_down, len(answer.update), answer.seconds)
+        self._log(one, plan, bytes_down, len(answer.update), answer.seconds)
         return one
 
     def _exclude(self, client: int, k: int, reason: str) -> None:
@@ -193,7 +197,7 @@ class _Updates:
         server.metrics.log("excluded", round=self._round, client=client, active_experts=k, reason=reason)
         server.reporter.message(f"round {self._round}: {server.clients.name(client)} is left out: {reason}")
 
-    def _log(self, one: Taken, learning_rate: float, bytes_down: int, bytes_up: int, seconds: float) -> None:
+    def _log(self, one: Taken, plan: RoundPlan, bytes_down: int, bytes_up: int, seconds: float) -> None:
         update = one.update
         server, k, rank = self._server, update.active_experts, update.delta.rank
         server.metrics.log(
@@ -203,7 +207,7 @@ class _Updates:
             active_experts=k,
             rank=rank,
             loss=update.loss,
-            learning_rate=learning_rate,
+            learning_rate=sum(learning_rates(plan, update.steps)) / max(1, update.steps),
             tokens=update.tokens,
             steps=update.steps,
             num_examples=update.num_examples,
@@ -262,6 +266,13 @@ def _validate_rows(update: ClientUpdate, profile: ClientProfile) -> None:
         )
 
 
+def round_learning_rate(config: RunConfig, round_number: int) -> float:
+    """Return the learning rate of a round, from 1, before a method changes it; the warm-up is not in it."""
+    training, warm = config.training, config.warmup_rounds()
+    done, whole = max(0.0, round_number - 1 - warm), config.server.num_server_rounds - warm
+    return training.learning_rate * remaining(training.lr_scheduler_type, done, whole)
+
+
 def _round_plan(server: Server, state: ServerState, profile: ClientProfile, round_number: int) -> RoundPlan:
     in_turn = server.config.trained_experts(server.adapted.num_experts_per_tok, round_number)
     told = replace(profile, active_experts=in_turn[profile.client])
@@ -269,6 +280,11 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
     training, k = server.config.training, instructions.active_experts
     afforded = server.training_flops(profile.active_experts, server.config.adapter.r)
     spent = server.training_flops(k, instructions.adapter.rank)
+    tokens, rows = (
+        server.config.tokens_per_step()[profile.client],
+        server.clients.believed_rows(profile.client),
+    )
+    batches = rows if tokens else math.ceil(rows / training.per_device_train_batch_size)
     return RoundPlan(
         round=round_number,
         client=profile.client,
@@ -277,11 +293,16 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         rescaler=instructions.rescaler,
         rescaler_values=instructions.rescaler_values,
         adapter=instructions.adapter,
-        learning_rate=server.config.learning_rate(round_number) * instructions.learning_rate_factor,
+        learning_rate=round_learning_rate(server.config, round_number) * instructions.learning_rate_factor,
         weight_decay=training.weight_decay,
         batch_size=training.per_device_train_batch_size,
-        max_steps=local_steps(server.config, afforded, spent),
-        tokens_per_step=server.config.tokens_per_step()[profile.client],
+        max_steps=local_steps(server.config, batches, afforded, spent),
+        tokens_per_step=tokens,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        num_train_epochs=within_budget(server.config, training.num_train_epochs, afforded, spent),
+        lr_scheduler_type=training.local_lr_scheduler_type,
+        warmup_rounds=server.config.warmup_rounds(),
+        max_grad_norm=training.max_grad_norm,
         trainable=instructions.trainable,
         merged=state.merged,
         proximal_mu=training.proximal_mu,

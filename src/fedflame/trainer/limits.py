@@ -68,32 +68,33 @@ def memory_needed(
     shape: ModelShape,
     job: TrainingJob,
     plan: RoundPlan,
-    step_tokens: int,
+    batch_tokens: int,
     checkpointing: Checkpointed,
     device: DeviceChoice,
 ) -> int:
-    """Return the bytes that a round takes with so many tokens in its largest step.
+    """Return the bytes that a round takes with so many tokens in its largest batch.
 
     Raises:
         UserError: a target module is no attention projection of the model.
     """
     targets = job.adapter.target_modules
-    setting = (shape, plan.active_experts, job.r, targets, step_tokens, job.dtype)
+    setting = (shape, plan.active_experts, job.r, targets, batch_tokens, job.dtype)
     estimate = training_memory(*setting, gradient_checkpointing=checkpointing)
     merged = 4 * adapter_parameters(shape, plan.merged.rank, targets).total
-    needed = least_training_memory(shape, job.r, targets, job.dtype) + estimate.activations + merged
+    least = least_training_memory(shape, job.r, targets, job.dtype, plan.holds_gradients)
+    needed = least + estimate.activations + merged
     mapped = not device.cards and is_short_of_memory(base_bytes(shape, job.dtype))
     return needed - estimate.base if mapped else needed
 
 
-def largest_step(plan: RoundPlan, rows: Sequence[EncodedRow]) -> int:
-    """Return the most tokens that a step of the plan can have on these rows, with padding."""
+def largest_batch(plan: RoundPlan, rows: Sequence[EncodedRow]) -> int:
+    """Return the most tokens that a batch of the plan can have on these rows, with padding."""
     longest = max(len(row.ids) for row in rows)
-    return min(plan.most_tokens(1, longest), len(rows) * longest)
+    return min(plan.largest_batch(longest), len(rows) * longest)
 
 
 def time_limit(limits: SiteLimits) -> Callable[[int], None]:
-    """Return what is called after every optimizer step. It raises Refusal once the round's time is over."""
+    """Return what is called after every batch. It raises Refusal once the round's time is over."""
     start, most = time.monotonic(), limits.max_seconds_per_round
 
     def on_step(tokens: int) -> None:

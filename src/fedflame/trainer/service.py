@@ -43,7 +43,7 @@ from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.journal import Journal
 from fedflame.trainer.ledger import begin_round
 from fedflame.trainer.limits import (
-    largest_step,
+    largest_batch,
     memory_needed,
     require_allowed,
     require_enough,
@@ -195,7 +195,7 @@ class TrainerService:
     def _fine_tune(self, job: TrainingJob, plan: RoundPlan, state: Path) -> bytes:
         on_step, limits = time_limit(self._site.limits), self._site.limits
         ready, checkpointing = self._loaded(job, plan), self._site.trainer.gradient_checkpointing
-        self._require_memory(job, plan, largest_step(plan, ready.rows))
+        self._require_memory(job, plan, largest_batch(plan, ready.rows))
         with training_memory_in_words(ready.adapted.model.device, plan, checkpointing):
             update = fine_tune(ready.adapted, ready.rows, plan, pad_token(ready.tokenizer), on_step)
         require_enough(limits, update)
@@ -248,7 +248,7 @@ class TrainerService:
         """Return the site's device, all its cards if one is too small. Raises UserError if these are, too."""
         checkpointing = self._site.trainer.gradient_checkpointing
         work = training_words(plan.active_experts, plan.tokens_per_step, plan.batch_size, checkpointing)
-        need = training_need(self._shape(job), job.adapter, job.dtype, work)
+        need = training_need(self._shape(job), job.adapter, job.dtype, work, plan.holds_gradients)
         device = spread_if_needed(self.device, need)
         require_room(device, need)
         return device
@@ -264,10 +264,10 @@ class TrainerService:
             )
         self._require_memory(job, plan, 0)
 
-    def _require_memory(self, job: TrainingJob, plan: RoundPlan, step_tokens: int) -> None:
-        """Raise Refusal if a round with so many tokens in its largest step takes more memory than allowed."""
+    def _require_memory(self, job: TrainingJob, plan: RoundPlan, batch_tokens: int) -> None:
+        """Raise Refusal if a round with so many tokens in its largest batch takes more than allowed."""
         checkpointing = self._site.trainer.gradient_checkpointing
-        needed = memory_needed(self._shape(job), job, plan, step_tokens, checkpointing, self.device)
+        needed = memory_needed(self._shape(job), job, plan, batch_tokens, checkpointing, self.device)
         require_memory(self._site.limits, self.device, needed)
 
     def _shape(self, job: TrainingJob) -> ModelShape:

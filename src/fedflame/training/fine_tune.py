@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fedflame.data.batches import Batch, training_batches
+from fedflame.data.batches import Batch, batch_rows, training_batches
 from fedflame.data.encoding import EncodedRow
 from fedflame.messages import NOTHING, ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
@@ -16,7 +17,8 @@ from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.moe.rescaler import mass_ratio
 from fedflame.seeds import derive_seed
 from fedflame.training.regularizers import regularizer
-from fedflame.training.steps import training_steps
+from fedflame.training.schedule import learning_rates
+from fedflame.training.steps import training_steps, unwatched
 
 MASS_BATCHES = 4
 """Batches on which the rescaler `mass` is measured: enough for a mean over about a thousand tokens."""
@@ -27,7 +29,7 @@ def fine_tune(
     examples: Sequence[EncodedRow],
     plan: RoundPlan,
     pad_token_id: int,
-    on_step: Callable[[int], None] = lambda tokens: None,
+    on_step: Callable[[int], None] = unwatched,
 ) -> ClientUpdate:
     """Train one client for one round and return what it learned as a delta.
 
@@ -36,7 +38,7 @@ def fine_tune(
         examples: the client's rows.
         plan: what to train; the same plan and examples give the same bytes on the same machine.
         pad_token_id: pads batches on the right; padding is left out of attention, loss and counts.
-        on_step: called after each optimizer step with the number of its tokens.
+        on_step: called after each batch with the number of its tokens.
 
     Returns:
         The update, on the CPU whatever the device of the model. Between two steps nothing waits for a GPU,
@@ -53,15 +55,19 @@ def fine_tune(
     adapted.counts.reset()
     optimizer = _optimizer(adapted, plan)
     start = adapted.beside(plan.adapter) if plan.proximal_mu else NOTHING
-    step = training_steps(adapted, optimizer, lambda: regularizer(adapted.attached(), plan, start))
+    step = training_steps(
+        adapted, optimizer, lambda: regularizer(adapted.attached(), plan, start), on_step=on_step
+    )
     rows, tokens = 0, 0
     losses: list[Tensor] = []  # they stay on the device until the round's end
+    batches = _batches(examples, plan, pad_token_id)
     with adapted.training(plan.active_experts):
-        for batch in itertools.islice(_batches(examples, plan, pad_token_id), plan.max_steps):
-            losses.append(step(batch))
-            rows += len(batch.input_ids)
-            tokens += batch.tokens
-            on_step(batch.tokens)
+        for rate in learning_rates(plan, _steps(examples, plan)):
+            of_step = list(itertools.islice(batches, plan.gradient_accumulation_steps))
+            optimizer.set_learning_rate(rate)
+            losses.append(step(*of_step))
+            rows += sum(len(batch.input_ids) for batch in of_step)
+            tokens += sum(batch.tokens for batch in of_step)
     loss_values = torch.stack(losses).tolist()
     del optimizer, step  # free the moments, twice the adapter's size, before the delta is made
     return ClientUpdate(
@@ -127,9 +133,25 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
         plan.learning_rate,
         plan.weight_decay,
         unregularized=scalars if learned else [],
+        max_grad_norm=plan.max_grad_norm,
     )
 
 
+def _steps(examples: Sequence[EncodedRow], plan: RoundPlan) -> int:
+    """Return the optimizer steps of the round."""
+    if not plan.num_train_epochs:
+        return plan.max_steps
+    order = (plan.batch_size, _seed(plan), plan.tokens_per_step, plan.num_train_epochs)
+    batches = sum(1 for _ in batch_rows(examples, *order))
+    return min(math.ceil(batches / plan.gradient_accumulation_steps), plan.max_steps)
+
+
 def _batches(examples: Sequence[EncodedRow], plan: RoundPlan, pad_token_id: int) -> Iterator[Batch]:
-    seed = derive_seed(plan.seed, "batches", plan.round, plan.client)
-    return training_batches(examples, plan.batch_size, pad_token_id, seed, plan.tokens_per_step)
+    epochs = plan.num_train_epochs or math.inf
+    return training_batches(
+        examples, plan.batch_size, pad_token_id, _seed(plan), plan.tokens_per_step, epochs
+    )
+
+
+def _seed(plan: RoundPlan) -> int:
+    return derive_seed(plan.seed, "batches", plan.round, plan.client)

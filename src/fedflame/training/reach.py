@@ -13,8 +13,9 @@ sqrt(sum_i c^(t-i) g_i^2), with q = b^2/c. So the step is at most lr times
 
 and gradients that grow as (c/b)^i reach it. s(1) is 1, s(80) is 2.0, and s(t) rises to 7.3. (The paper's
 (1-b)/sqrt(1-c) = 3.2 is for a gradient that was zero in all steps before.) n steps move a value by at most
-lr (s(1) + ... + s(n)). Terms in the loss, such as FedProx, are part of the gradient. An expert that rests in
-a step takes fewer. Weight decay adds up to |w| (1 - (1 - lr * decay)^n).
+lr_1 s(1) + ... + lr_n s(n), with the learning rate of each step. Gradients that are added up over batches, or
+clipped by a norm, are gradients, too. Terms in the loss, such as FedProx, are part of the gradient. An expert
+that rests in a step takes fewer. Weight decay adds up to |w| (1 - (1 - lr * decay)^n).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 from fedflame.errors import InvalidMessage
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
 from fedflame.moe.masked_adamw import BETAS
+from fedflame.training.schedule import learning_rates
 
 _FLOAT32 = 2.0**-23
 """The largest relative error of two roundings in float32: that of a step, and that of the delta."""
@@ -38,6 +40,7 @@ _MASS = 2.0
 """Room for a measured rescaler: some routers pick by a score that is not the weight that they return."""
 
 
+@cache
 def longest_step(step: int) -> float:
     """Return s(t): the furthest that step t = `step` of AdamW moves a value, in learning rates."""
     b, c = BETAS
@@ -46,10 +49,10 @@ def longest_step(step: int) -> float:
     return (1 - b) / (1 - b**step) * math.sqrt(spread)
 
 
-@cache
-def longest_way(steps: int) -> float:
-    """Return s(1) + ... + s(`steps`)."""
-    return math.fsum(longest_step(step) for step in range(1, steps + 1))
+def longest_way(plan: RoundPlan) -> float:
+    """Return the furthest that the steps of a plan move a value, weight decay aside."""
+    rates = learning_rates(plan, plan.max_steps)
+    return math.fsum(rate * longest_step(step) for step, rate in enumerate(rates, 1))
 
 
 def trained_reach(plan: RoundPlan) -> float:
@@ -107,7 +110,7 @@ def _furthest(plan: RoundPlan, start: float, weight_decay: float) -> float:
     shrinks = plan.learning_rate * weight_decay
     kept = abs(1 - shrinks) ** plan.max_steps
     drift = 1 - kept if shrinks <= 1 else 1 + kept  # beyond 1, decay changes the sign of a value
-    way = plan.learning_rate * longest_way(plan.max_steps) * max(1.0, kept)
+    way = longest_way(plan) * max(1.0, kept)
     reach = _MOMENTS * way + drift * start
     return reach + plan.max_steps * _FLOAT32 * (start + reach)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
@@ -26,24 +27,46 @@ def nothing() -> float:
     return 0.0
 
 
+def unwatched(tokens: int) -> None:
+    """What is done after each batch where nobody looks."""
+
+
 def training_steps(
     adapted: AdaptedModel,
     optimizer: ExpertAdamW,
     regularizer: Callable[[], Tensor | float] = nothing,
     capture: bool = True,
-) -> Callable[[Batch], Tensor]:
-    """Return a function that takes one optimizer step on a batch.
+    on_step: Callable[[int], None] = unwatched,
+) -> Callable[..., Tensor]:
+    """Return a function that takes one optimizer step on one or several batches.
 
-    It returns the mean loss of the labelled tokens, without the regularizer, on the device of the model. On
-    one GPU, unless `capture` is false, steps on batches of sizes that come again are captured; see
+    Several batches count as one: their gradients are added up, each labelled token alike. The function
+    returns the mean loss of the labelled tokens, without the regularizer, on the device of the model. On one
+    GPU, unless `capture` is false, steps on one batch are captured where its sizes come again; see
     `training.captured`.
+
+    Args:
+        adapted: the model.
+        optimizer: of its adapter and rescalers.
+        regularizer: a term that is added to the objective of every step.
+        capture: whether steps may be captured.
+        on_step: called after each batch with the number of its tokens.
     """
     scaler = GradScaler(adapted.device.type, LOSS_SCALE, enabled=adapted.dtype == "float16")
-    step = _Step(adapted, optimizer, scaler, regularizer)
-    if capture and adapted.can_capture and not scaler.is_enabled():  # its scale is read in every step
-        captured = CapturedSteps(step, list(adapted.attached().tensors().values()))
-        return lambda batch: captured(batch.in_few_sizes(adapted.device))
-    return lambda batch: step(batch.on(adapted.device))
+    step = _Step(adapted, optimizer, scaler, regularizer, on_step)
+    if not capture or not adapted.can_capture or scaler.is_enabled():  # its scale is read in every step
+        return step
+    changed = list(adapted.attached().tensors().values())
+    captured = CapturedSteps(lambda batch: step.on([batch], [1.0], nothing), changed)
+
+    def one_captured(*batches: Batch) -> Tensor:
+        if len(batches) > 1:
+            return step(*batches)
+        loss = captured(batches[0].in_few_sizes(adapted.device))
+        on_step(batches[0].tokens)
+        return loss
+
+    return one_captured
 
 
 @dataclass(frozen=True)
@@ -52,33 +75,53 @@ class _Step:
     optimizer: ExpertAdamW
     scaler: GradScaler
     regularizer: Callable[[], Tensor | float]
+    on_step: Callable[[int], None]
 
-    def __call__(self, batch: PlacedBatch) -> Tensor:
+    def __call__(self, *batches: Batch) -> Tensor:
+        """Run one optimizer step on all of these batches."""
+        labelled = [len(batch.targets) for batch in batches]
+        tokens = iter([batch.tokens for batch in batches])
+        placed = [batch.on(self.adapted.device) for batch in batches]
+        shares = [count / sum(labelled) for count in labelled]
+        return self.on(placed, shares, lambda: self.on_step(next(tokens)))
+
+    def on(
+        self, batches: Sequence[PlacedBatch], shares: Sequence[float], after_each: Callable[[], object]
+    ) -> Tensor:
         """Run one optimizer step. The counts are added also if the scaler skips the update."""
         counts = self.adapted.counts
-        counts.begin_step(batch.real_tokens, batch.counted)
+        whole, touched = torch.zeros((), device=self.adapted.device), counts.untouched()
         try:
-            loss = batch.mean(token_losses(self.adapted, batch))
-            objective = loss + self.regularizer()
-            touched = counts.touched()
-            if self.scaler.is_enabled():
-                self._scaled(objective, touched)
-            else:
-                self.optimizer.backward(objective, touched)
-            counts.end_step()
+            for at, (batch, share) in enumerate(zip(batches, shares, strict=True), 1):
+                counts.begin_step(batch.real_tokens, batch.counted)
+                loss = share * batch.mean(token_losses(self.adapted, batch))
+                touched = touched | counts.touched()
+                if at < len(batches):
+                    self.scaler.scale(self._checked(loss)).backward()
+                else:
+                    self._update(loss + self.regularizer(), touched)
+                counts.end_step()
+                whole = whole + loss.detach()
+                after_each()
         finally:
             # The next step or client uses this model too: nothing of a failed or skipped step may remain.
             counts.abandon_step()
             self.adapted.model.zero_grad()
-        return loss.detach()
+        return whole
 
-    def _scaled(self, loss: Tensor, touched: Tensor) -> None:
-        if not loss.isfinite():
+    def _update(self, objective: Tensor, touched: Tensor) -> None:
+        if not self.scaler.is_enabled():
+            self.optimizer.backward(objective, touched)
+            return
+        self.scaler.scale(self._checked(objective)).backward()
+        # The scaler uses only `param_groups` and `step` of an optimizer.
+        self.scaler.step(self.optimizer, touched)  # type: ignore[arg-type]
+        self.scaler.update()
+
+    def _checked(self, loss: Tensor) -> Tensor:
+        if self.scaler.is_enabled() and not loss.isfinite():
             raise UserError(
                 f"the loss is {loss.item()} in float16, whose largest number is 65504; "
                 "try model.dtype=bfloat16 or float32"
             )
-        self.scaler.scale(loss).backward()
-        # The scaler uses only `param_groups` and `step` of an optimizer.
-        self.scaler.step(self.optimizer, touched)  # type: ignore[arg-type]
-        self.scaler.update()
+        return loss

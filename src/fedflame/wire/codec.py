@@ -69,7 +69,7 @@ def encode_update(update: ClientUpdate, plan: RoundPlan) -> bytes:
 
 
 def decode_update(message: Bytes, plan: RoundPlan) -> ClientUpdate:
-    """Decode an update; parts that were not sent are zero. `messages.validate_update` checks the values.
+    """Decode an update; parts that were not sent are zero. `server.validation` checks the values.
 
     Raises:
         InvalidMessage: the message is larger than any answer to this plan, is damaged, or has wrong fields,
@@ -109,9 +109,9 @@ def encoded_update_limit(plan: Bytes) -> int:
 
 
 def encoded_plan_work(plan: Bytes) -> float:
-    """Return steps times experts per token of a plan that this process has encoded."""
+    """Return batches times experts per token of a plan that this process has encoded."""
     header = read_packed_header(opened(plan))
-    return float(header["max_steps"] * header["active_experts"])
+    return float(header["max_steps"] * header["gradient_accumulation_steps"] * header["active_experts"])
 
 
 def _update_limit(adapter: Adapter, counts: tuple[int, int], dtype: UpdateDtype) -> int:
