@@ -335,3 +335,9 @@ def test_none_is_no_tracker(given: Any) -> None:
 
 def test_each_tracker_is_one_however_often_it_is_named() -> None:
     assert load_config({"report_to": ["wandb", "trackio", "wandb"]}).report_to == ("wandb", "trackio")
+
+
+@pytest.mark.parametrize("given", [[["wandb"]], [{"wandb": 1}], 5, True, {"wandb": {}}])
+def test_what_names_no_tracker_is_one_line(given: Any) -> None:
+    with pytest.raises(UserError, match=r"^config: (unknown key 'report_to|report_to)[^\n]*$"):
+        load_config({"report_to": given})

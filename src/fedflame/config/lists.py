@@ -39,7 +39,8 @@ def _integers_or_none(value: object) -> tuple[int, ...]:
 
 def names_but_none(value: object) -> tuple[Any, ...]:
     """Each name once; `"none"`, as transformers writes it, is no name."""
-    return tuple(dict.fromkeys(part for part in _parts(value) if part != "none"))
+    parts = _parts(value)
+    return tuple(part for at, part in enumerate(parts) if part != "none" and part not in parts[:at])
 
 
 Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers)]
