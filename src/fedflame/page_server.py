@@ -14,8 +14,9 @@ import secrets
 import sys
 from collections.abc import Callable
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 from threading import Lock
 from typing import Any
 
@@ -84,10 +85,13 @@ def as_it_is(path: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-class PageServer(ThreadingHTTPServer):
-    """Serves what `page` returns, at `address`, to GET; everything else is refused."""
+class PageServer(ThreadingTCPServer):
+    """Serves what `page` returns, at `address`, to GET; everything else is refused.
 
-    daemon_threads = True
+    `HTTPServer` would also ask for the name of the host, which a slow resolver makes long.
+    """
+
+    daemon_threads = allow_reuse_address = True
 
     def __init__(self, page: Callable[[], str], port: int = 0) -> None:
         """Listen at a port; 0: a free one.
@@ -103,6 +107,11 @@ class PageServer(ThreadingHTTPServer):
             ) from error
         self._page, self._making = page, Lock()
         self.path = f"/{secrets.token_urlsafe(16)}"
+
+    @property
+    def server_port(self) -> int:
+        """The port that it listens at."""
+        return int(self.socket.getsockname()[1])
 
     @property
     def address(self) -> str:
