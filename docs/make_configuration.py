@@ -6,7 +6,7 @@ import json
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -127,6 +127,8 @@ def _type(key: str, field: FieldInfo) -> str:
     ]
     patterns = [f"as in the pattern `{part.pattern}`" for part in field.metadata if hasattr(part, "pattern")]
     limits = " and ".join(bounds + patterns)
+    if choices and get_origin(field.annotation) is tuple:
+        return f"list, each {_one_of(choices)}"
     return (_one_of(choices) if choices else PLAIN[field.annotation]) + (f", {limits}" if limits else "")
 
 

@@ -17,7 +17,7 @@ FLOORS = (
     ("errors", "seeds"),
     ("json_text",),
     ("atomic_file", "reading"),
-    ("checked_json", "folder_lock"),
+    ("checked_json", "folder_lock", "page_server"),
     ("config",),
     ("data",),
     ("cost",),
@@ -27,7 +27,7 @@ FLOORS = (
     ("strategies",),
     ("moe",),
     ("base",),
-    ("report", "exports"),
+    ("report", "exports", "trackers"),
     ("training",),
     ("clients",),
     ("server",),
@@ -192,7 +192,7 @@ def test_no_module_of_ours_is_over_350_lines() -> None:
 START_FAST = (
     "errors config.load atomic_file base.files base.dtype cost.run_cost data.given experiment.plan report "
     "experiment.prepare experiment.sites compare.files commands.compare commands.plan commands.site "
-    "commands.hub cli trainer.site"
+    "commands.hub commands.watch trackers.follow trackers.process cli trainer.page trainer.site"
 )
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from fedflame.errors import UserError
+from fedflame.folder_lock import holder as named_holder
 from fedflame.folder_lock import refuse_if_used, sole_user
 
 
@@ -26,6 +30,11 @@ def holder(lock: Path) -> tuple[int, Connection, multiprocessing.process.BasePro
     process = multiprocessing.get_context("spawn").Process(target=hold, args=(lock, theirs))
     process.start()
     return ours.recv(), ours, process
+
+
+def open_files() -> list[str]:
+    gc.collect()  # the processes of other tests have files, too
+    return os.listdir("/dev/fd")
 
 
 def refusals(lock: Path) -> list[str]:
@@ -62,6 +71,26 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     with sole_user(lock, "taken"):
         assert f'"process": {os.getpid()}' in lock.read_text()
     assert not lock.exists()
+
+
+def test_whoever_looks_learns_who_holds_it_from_its_file_alone(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    assert named_holder(lock) == ""
+    with sole_user(lock, ""):
+        assert named_holder(lock).startswith(f"process {os.getpid()} on {socket.gethostname()} since 2")
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True)
+    dead_process = ended.stdout.decode().strip()
+    here, since = socket.gethostname(), '"since": "today"}'
+    for dead in (dead_process, "0", "-1", "true", '"1"', str(2**40), str(2**62)):
+        lock.write_text(f'{{"process": {dead}, "host": "{here}", {since}')
+        assert named_holder(lock) == "", dead
+    lock.write_text(f'{{"process": 7, "host": "elsewhere", {since}')
+    assert named_holder(lock) == "process 7 on elsewhere since today"
+    lock.write_text(f'{{"process": 1, "host": "{here}", {since}')  # of another user
+    assert named_holder(lock) == f"process 1 on {here} since today"
+    for damaged in ("", "[1]", '{"process": 7}'):
+        lock.write_text(damaged)
+        assert named_holder(lock) == ""
 
 
 def test_at_the_end_the_lock_is_gone_and_its_folder_where_nothing_was_written(tmp_path: Path) -> None:
@@ -103,7 +132,7 @@ def test_a_lock_that_its_holder_removes_while_another_opens_it_is_made_anew(
 ) -> None:
     import fcntl
 
-    lock, flock, removed, before = tmp_path / ".lock", fcntl.flock, [], os.listdir("/dev/fd")
+    lock, flock, removed, before = tmp_path / ".lock", fcntl.flock, [], open_files()
 
     def flock_late(file: int, how: int) -> None:
         if not removed:
@@ -113,7 +142,7 @@ def test_a_lock_that_its_holder_removes_while_another_opens_it_is_made_anew(
     monkeypatch.setattr(fcntl, "flock", flock_late)
     with sole_user(lock, "taken"):
         assert f'"process": {os.getpid()}' in lock.read_text()
-    assert os.listdir("/dev/fd") == before
+    assert open_files() == before
 
 
 def test_a_lock_that_cannot_be_written_is_one_line_and_holds_nothing(
@@ -122,12 +151,12 @@ def test_a_lock_that_cannot_be_written_is_one_line_and_holds_nothing(
     def full() -> dict[str, object]:
         raise OSError(28, "No space left on device")
 
-    lock, before = tmp_path / ".lock", os.listdir("/dev/fd")
+    lock, before = tmp_path / ".lock", open_files()
     with monkeypatch.context() as patch, pytest.raises(UserError) as refused:
         patch.setattr("fedflame.folder_lock._this_process", full)
         sole_user(lock, "taken").__enter__()
     assert str(refused.value) == f"{lock}: cannot be locked: No space left on device"
-    assert os.listdir("/dev/fd") == before
+    assert open_files() == before
     with sole_user(lock, "taken"):
         pass
 
@@ -150,7 +179,7 @@ def test_where_no_lock_can_be_it_is_one_line(tmp_path: Path) -> None:
 
 
 def test_no_file_stays_open(tmp_path: Path) -> None:
-    before = os.listdir("/dev/fd")
+    before = open_files()
     with sole_user(tmp_path / ".lock", "taken"):
         refusals(tmp_path / ".lock")
-    assert os.listdir("/dev/fd") == before
+    assert open_files() == before

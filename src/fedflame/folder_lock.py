@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from fedflame.errors import UserError
 from fedflame.json_text import to_text
@@ -56,6 +56,31 @@ def refuse_if_used(lock: Path, refusal: str) -> None:
         return
 
 
+def holder(lock: Path) -> str:
+    """Return who holds the lock, as far as its file tells; empty for nobody.
+
+    The lock itself is left alone, so that whoever looks is in nobody's way.
+    """
+    try:
+        values = read_object(lock)
+        here = values["host"] == socket.gethostname()
+        return "" if here and not _is_alive(values["process"]) else _in_words(values)
+    except (UserError, KeyError):
+        return ""
+
+
+def _is_alive(process: object) -> bool:
+    if type(process) is not int or process < 1:
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
 def _taken(lock: Path) -> TextIO | None:
     """Return the lock's open file; None where another process holds it."""
     while True:
@@ -90,7 +115,10 @@ def _this_process() -> dict[str, object]:
 
 def _holder(lock: Path) -> str:
     try:
-        values = read_object(lock)
-        return f"process {values['process']} on {values['host']} since {values['since']}"
+        return _in_words(read_object(lock))
     except (UserError, KeyError):  # it has just taken it
         return "a process that has just begun"
+
+
+def _in_words(values: dict[str, Any]) -> str:
+    return f"process {values['process']} on {values['host']} since {values['since']}"

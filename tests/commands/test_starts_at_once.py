@@ -16,8 +16,10 @@ gc.disable()  # so that importing takes less
 from typer.testing import CliRunner
 from fedflame.base import device
 from fedflame.cli import app
+from fedflame.page_server import PageServer
 
 device.DRIVERS = ()  # a machine without a card
+PageServer.serve_forever = lambda self: None  # it ends at once
 
 heavy, commands = json.loads(sys.argv[1])
 for command in commands:
@@ -70,9 +72,10 @@ def test_help_plans_and_checks_load_no_torch(folder: Path) -> None:
         "hub check hub.toml",
         "plan --json",
         "plan",
+        "watch .",
     )
     assert found[0] == (0, "fedflame 0.1.0")
-    assert [code for code, _ in found] == [0, 0, 0, 1, 1, 0, 0]
+    assert [code for code, _ in found] == [0, 0, 0, 1, 1, 0, 0, 0]
     assert found[3][1].startswith("BAD  no trainer at ") and found[4][1].startswith("BAD  ")
 
 
@@ -105,6 +108,7 @@ def test_refusals_that_need_no_weights_load_no_torch(folder: Path) -> None:
         "export none --to out": "none: not a run folder (none/config.json: No such file or directory); "
         "it is left as it is",
         "report none": "none: does not exist; a report needs a run folder, which holds a config.json",
+        "watch kept": "kept: neither a run folder, which holds a config.json, nor one with a site.toml",
         "compare none.toml": "config file none.toml: No such file or directory",
         "trainer --site none.toml": "site file none.toml: No such file or directory",
     }

@@ -60,6 +60,10 @@ def test_what_is_said_as_the_default_is_the_same_cell(tmp_path: Path) -> None:
     assert names(tmp_path, "data.alpha=5.0", "clients.active_experts=8,4,2,1") == names(tmp_path)
 
 
+def test_where_a_run_reports_to_is_no_other_cell(tmp_path: Path) -> None:
+    assert names(tmp_path, "report_to=wandb", "run_name=first") == names(tmp_path)
+
+
 def test_a_newer_option_that_is_set_to_what_was_run_without_it_is_the_same_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from fedflame.errors import UserError
 from fedflame.run_files import ADVICE
-from fedflame.run_files.lines import last_checksum, line_of, read_lines
+from fedflame.run_files.lines import START, Place, last_checksum, line_of, read_lines, read_on
 
 RECORDS: list[dict[str, Any]] = [
     {"event": "evaluation", "round": 0, "loss": 4.75, "category": 'a "b", "checksum": "0123456789abcdef"}'},
@@ -118,3 +118,20 @@ def test_every_flipped_bit_is_refused(path: Path) -> None:
         path.write_bytes(bytes(flipped))
         assert "damaged or edited" in refusal(path, len(whole))
         refusal(path)
+
+
+def test_reading_on_gives_each_record_once_and_knows_what_stood_before(path: Path) -> None:
+    sizes = [len(b"".join(lines()[:count])) for count in range(len(RECORDS) + 1)]
+    for first in range(len(sizes)):
+        for second in range(first, len(sizes)):
+            found, place = read_on(path, START, sizes[first])
+            more, after = read_on(path, place, sizes[second])
+            assert repr(found + more) == repr(RECORDS[:second])
+            assert (place.size, place.lines, after.lines) == (sizes[first], first, second)
+    path.write_bytes(b"".join([lines()[0], lines()[2]]))
+    _, place = read_on(path, START, sizes[1])
+    with pytest.raises(UserError, match="line 2: damaged or edited"):
+        read_on(path, place, path.stat().st_size)
+    path.write_bytes(b"".join(lines()[:2]))
+    with pytest.raises(UserError, match="its checkpoint needs"):
+        read_on(path, Place(sizes[1], 1, place.checksum), sizes[4])

@@ -19,7 +19,7 @@ from fedflame.messages import RoundPlan
 from fedflame.trainer import ledger
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.ledger import FILE_NAME, Round, begin_round, read_ledger, require_allowed_number
-from fedflame.trainer.limits import Refusal
+from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import SiteLimits
 

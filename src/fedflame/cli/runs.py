@@ -189,6 +189,23 @@ def report(
 
 
 @app.command()
+def watch(
+    place: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, or a site's file or its folder.")
+    ],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on this machine's loopback interface; 0: a free one.")
+    ] = 0,
+    debug: Debug = False,
+) -> None:
+    """Show a run in progress, or a site's trainer, as a live page for a browser of this machine."""
+    with user_errors(debug):
+        from fedflame.commands.watch import watch as serve
+
+        serve(place, port, Console())
+
+
+@app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(help="A run folder.")],
     to: Annotated[Path, typer.Option(help="The folder to write.")],

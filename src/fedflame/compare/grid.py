@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fedflame.compare.devices import Devices
 from fedflame.config.load import load_config
-from fedflame.config.run_config import SCHEMA_VERSION, WITHOUT, RunConfig
+from fedflame.config.run_config import BESIDE_RESULTS, SCHEMA_VERSION, WITHOUT, RunConfig
 from fedflame.config.settings import flat, refuse_unknown_key, validated
 from fedflame.errors import UserError
 from fedflame.reading import read_toml
@@ -174,7 +174,7 @@ def _identity(config: RunConfig) -> str:
 
 
 def _flat_settings(config: RunConfig) -> dict[str, Any]:
-    return flat(config.model_dump(exclude={"output_dir"}))
+    return flat(config.model_dump(exclude=BESIDE_RESULTS))
 
 
 def _refuse_duplicates(cells: Sequence[Cell]) -> None:

@@ -18,6 +18,7 @@ from fedflame.compare.tables import (
     summary_table,
     total_table,
 )
+from fedflame.config.run_config import BESIDE_RESULTS
 from fedflame.config.settings import flat
 from fedflame.report.charts import LINE_COLOURS, ROUNDS, Series, XAxis, legend, line_chart
 from fedflame.report.markup import Markup, element, join, note, section, table
@@ -188,7 +189,7 @@ def _series(method: str, colour: int, points: Iterable[Point], spent: str, measu
 def _settings(comparison: Comparison) -> Markup:
     """Show configuration and environment of all cells, folded."""
     cells = comparison.grid.cells
-    configs = [flat(cell.config.model_dump(exclude={"output_dir"})) for cell in cells]
+    configs = [flat(cell.config.model_dump(exclude=BESIDE_RESULTS)) for cell in cells]
     environment = comparison.environment().items()
     parts = [
         fold("Configuration", table(["Key", "Values"], values_by_key(configs).items(), "settings")),

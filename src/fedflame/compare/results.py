@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from fedflame.atomic_file import write_atomically
 from fedflame.compare.devices import ClientWork, Devices, round_seconds
 from fedflame.compare.grid import Cell
-from fedflame.config.run_config import SCHEMA_VERSION
+from fedflame.config.run_config import BESIDE_RESULTS, SCHEMA_VERSION
 from fedflame.errors import UserError
 from fedflame.json_text import to_text
 from fedflame.reading import parse_object
@@ -255,7 +255,7 @@ def _result(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> CellRe
         dict(training_flops),
         run.environment,
         list(_deployed(cell, run, max(training_flops))),
-        cell.config.model_dump(mode="json", exclude={"output_dir"}),
+        cell.config.model_dump(mode="json", exclude=BESIDE_RESULTS),
     )
 
 

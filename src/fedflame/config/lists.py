@@ -38,6 +38,12 @@ def _integers_or_none(value: object) -> tuple[int, ...]:
     return parse_integers(value) if list_parts(value) else ()
 
 
+def names_but_none(value: object) -> tuple[Any, ...]:
+    """Each name once; `"none"`, as transformers writes it, is no name."""
+    parts = _parts(value)
+    return tuple(part for at, part in enumerate(parts) if part != "none" and part not in parts[:at])
+
+
 Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers)]
 IntegersOrNone = Annotated[tuple[int, ...], BeforeValidator(_integers_or_none)]
 Names = Annotated[tuple[str, ...], BeforeValidator(list_parts)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from fedflame.config.k_rotation import KRotation, experts_of_round
+from fedflame.config.lists import names_but_none
 from fedflame.config.methods import METHODS, Method
 from fedflame.config.sections import (
     AdapterConfig,
@@ -21,6 +22,7 @@ from fedflame.config.sections import (
     TrainingConfig,
 )
 from fedflame.config.settings import Section
+from fedflame.config.words import Tracker
 
 SCHEMA_VERSION = 1
 """Of what is kept: run folders and the results of comparisons. It grows when a default, or what a value
@@ -29,6 +31,9 @@ means, changes; a new key whose default leaves runs as they were changes nothing
 WITHOUT = {"strategy.clip": "none", "data.max_length": 256}
 """What a run did that says nothing of a key: without a newer one, where that is not its default, or before
 its default was another. So what is kept from then still says what was run, and stays readable."""
+
+BESIDE_RESULTS = {"output_dir", "report_to", "run_name"}
+"""The keys that say where results go, not what they are."""
 
 
 class RunConfig(Section):
@@ -41,6 +46,11 @@ class RunConfig(Section):
     """What all random draws come from. The same configuration on the same machine gives the same bytes."""
     output_dir: str = "runs/first-light"
     """The run folder. It receives the adapter, the metrics, the checkpoint and the report."""
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(names_but_none)] = ()
+    """The trackers that the run reports each round to; each needs the extra of its name, such as
+    `fedflame[wandb]`. They get the run's numbers and its configuration. Empty or `none`: none."""
+    run_name: Annotated[str, Field(max_length=128)] = ""
+    """What the run is called in a tracker. Empty: the name of the run folder."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
@@ -136,7 +146,12 @@ class RunConfig(Section):
 
     def clients_per_round(self) -> int:
         """The clients that are sampled in each round."""
-        return max(1, round(self.server.fraction_train * self.clients.num_clients))
+        return sampled_clients(self.server.fraction_train, self.clients.num_clients)
+
+
+def sampled_clients(fraction_train: float, num_clients: int) -> int:
+    """The clients of a round, where this share of all is sampled."""
+    return max(1, round(fraction_train * num_clients))
 
 
 def _alike(chosen: str, afforded: list[int], full: int) -> list[int]:

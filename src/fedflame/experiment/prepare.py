@@ -15,6 +15,7 @@ from fedflame.data.given import GivenRows
 from fedflame.errors import UserError
 from fedflame.experiment.run_folder import Existing, check_run_folder, refuse_used
 from fedflame.experiment.sites import Sites, check_sites
+from fedflame.trackers.process import require_installed
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def prepare(
         UserError: the run cannot start as it is configured; nothing was changed.
     """
     run = Path(config.output_dir)
+    require_installed(config.report_to)
     refuse_used(run)
     check_run_folder(run, config, existing)
     if sites is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from fedflame.server.parts import Server
 from fedflame.server.progress import Reporter, Silent
 from fedflame.server.rounds import run_rounds, sample_clients
 from fedflame.strategies.base import Strategy
+from fedflame.trackers.process import Look, reporting
 from fedflame.training.error_feedback import Residuals
 
 
@@ -132,9 +133,14 @@ def _run(
         write_run_files(run, experiment, config_text, environment())
     names = tuple(sites.hub.site_names()) if sites is not None else ()
     begun = Begun(experiment, start, _remaining_batches(experiment, checkpoint.round), names)
-    metrics = MetricsFile(run / METRICS_FILE, checkpoint.metrics_bytes, on_event)
+    name = config.run_name or run.resolve().name
     try:
-        with watch(begun) as reporter, _clients(experiment, run, workers, sites, reporter) as clients:
+        with (
+            watch(begun) as reporter,
+            reporting(config.report_to, run, name, reporter.message) as look,
+            closing(_metrics(run, checkpoint, on_event, look)) as metrics,
+            _clients(experiment, run, workers, sites, reporter) as clients,
+        ):
             if moved:
                 reporter.message(moved)
             server = _server(experiment, method, run, clients, metrics, reporter)
@@ -148,7 +154,6 @@ def _run(
             "gradient_checkpointing; other changes need a new run"
         ) from error
     finally:
-        metrics.close()
         with suppress(UserError):  # a full disk has been reported already
             write_report(run)
     return write_run_adapter(checkpoint, config, experiment.adapted.model, run)
@@ -168,6 +173,15 @@ def _starting_point(
         return read_checkpoint(run, to.round)
     state = initial_state(experiment.config, experiment.adapted, strategy, experiment.profiles)
     return Checkpoint(0, 0, state)
+
+
+def _metrics(run: Path, checkpoint: Checkpoint, on_event: OnEvent | None, look: Look) -> MetricsFile:
+    def tell(event: dict[str, Any]) -> None:
+        look()
+        if on_event is not None:
+            on_event(event)
+
+    return MetricsFile(run / METRICS_FILE, checkpoint.metrics_bytes, tell)
 
 
 def _remaining_batches(experiment: Experiment, last_round: int) -> int:

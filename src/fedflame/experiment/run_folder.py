@@ -13,23 +13,27 @@ from fedflame.atomic_file import write_atomically
 from fedflame.base.device import DeviceChoice, device_facts
 from fedflame.base.dtype import DtypeChoice
 from fedflame.checked_json import CHECKSUM, read_checked, write_checked
-from fedflame.config.run_config import SCHEMA_VERSION, WITHOUT, RunConfig
+from fedflame.config.run_config import BESIDE_RESULTS, SCHEMA_VERSION, WITHOUT, RunConfig
 from fedflame.config.settings import flat, validated
 from fedflame.data.encoder import PLAIN_FORM, PromptForm, prompt_form
 from fedflame.errors import UserError
 from fedflame.folder_lock import refuse_if_used, sole_user
 from fedflame.json_text import to_text
 from fedflame.reading import read_object
-from fedflame.run_files import ADVICE
+from fedflame.run_files import ADVICE, LOCK
 from fedflame.run_files.lines import FILE_NAME as METRICS_FILE
 
 if TYPE_CHECKING:
     from fedflame.experiment.assemble import Experiment
 
 Existing = Literal["refuse", "resume", "overwrite"]
-MAY_CHANGE = {"output_dir", "model.device", "training.gradient_checkpointing", "server.save_total_limit"}
+MAY_CHANGE = BESIDE_RESULTS | {
+    "model.device",
+    "training.gradient_checkpointing",
+    "server.save_total_limit",
+}
 """The settings that a resumption may change: where and how a run computes and what it keeps, not what."""
-LOCK, _REMOVED = ".lock", ".removed"
+_REMOVED = ".removed"
 _CONFIG = "config.json"
 _PROMPT = "prompt.json"
 

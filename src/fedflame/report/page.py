@@ -31,8 +31,12 @@ _SECTIONS = (
 
 def page(run: Run) -> str:
     """Return the report as one HTML document that loads no other file."""
-    name = run.folder.resolve().name
-    return document(name, [_header(run, name), *[make(run) for make in _SECTIONS], _settings(run)])
+    return document(run.folder.resolve().name, [run_header(run, "fedflame run report"), *run_sections(run)])
+
+
+def run_sections(run: Run) -> list[Markup]:
+    """Return all parts of the page of a run but its head."""
+    return [*[make(run) for make in _SECTIONS], _settings(run)]
 
 
 def document(name: str, body: Sequence[Markup]) -> str:
@@ -59,11 +63,12 @@ def header(kicker: str, name: str, facts: Sequence[tuple[str, object]]) -> Marku
     )
 
 
-def _header(run: Run, name: str) -> Markup:
+def run_header(run: Run, kicker: str) -> Markup:
+    """Return the head of the page of a run; see `header`."""
     facts = [("Strategy", _strategy(run)), ("Model", run.setting("model", "model_name_or_path"))]
     facts += [("Data", _data(run)), ("Rounds", _rounds(run)), ("Clients", _clients(run))]
     facts += [("Adapter", _adapter(run)), ("Date", _date(run)), ("fedflame", _version(run))]
-    return header("fedflame run report", name, facts)
+    return header(kicker, run.folder.resolve().name, facts)
 
 
 def _strategy(run: Run) -> str:

@@ -8,3 +8,5 @@ from __future__ import annotations
 
 ADVICE = "put back a copy of the file, or start anew with --overwrite"
 """What to do where a file of a run folder cannot be used, and nothing else of the folder helps."""
+LOCK = ".lock"
+"""The file of a run folder by which a process is the only one that writes it; see `folder_lock`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,18 @@ from fedflame.run_files import ADVICE
 
 FILE_NAME = "metrics.jsonl"
 _END = re.compile(rb', "' + CHECKSUM.encode() + rb'": "([0-9a-f]{16})"\}')
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a file was read: its bytes, its lines, and the checksum after them."""
+
+    size: int = 0
+    lines: int = 0
+    checksum: str = ""
+
+
+START = Place()
 
 
 def line_of(record: Mapping[str, Any], before: str) -> tuple[bytes, str]:
@@ -46,16 +59,29 @@ def read_lines(
         yield record
 
 
+def read_on(path: Path, place: Place, kept: int) -> tuple[list[dict[str, Any]], Place]:
+    """Return the records from a place to the first `kept` bytes, and the place after them.
+
+    Raises UserError as `read_lines` does.
+    """
+    found = list(_checked(path, kept, kept, ADVICE, place))
+    records = [record for record, _ in found]
+    after = found[-1][1] if found else place.checksum
+    return records, Place(kept, place.lines + len(found), after)
+
+
 def last_checksum(path: Path, kept: int) -> str:
     """Return the checksum after the first `kept` bytes. Raises UserError as `read_lines` does."""
     checksums = [mine for _, mine in _checked(path, kept, kept, ADVICE)]
     return checksums[-1] if checksums else ""
 
 
-def _checked(path: Path, kept: int, most: int | None, advice: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the records of the first `most` bytes, or of all, each with its checksum."""
-    size, before = 0, ""
-    for number, line in enumerate(_lines(path, advice), start=1):
+def _checked(
+    path: Path, kept: int, most: int | None, advice: str, place: Place = START
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the records from a place to the first `most` bytes, or to the end, each with its checksum."""
+    size, before = place.size, place.checksum
+    for number, line in enumerate(_lines(path, advice, size), start=place.lines + 1):
         if most is not None and size >= most:
             break
         if not line.endswith(b"\n") and size >= kept and _opened(line[:-1], before) is None:
@@ -70,9 +96,10 @@ def _checked(path: Path, kept: int, most: int | None, advice: str) -> Iterator[t
         raise UserError(f"{path}: {size:,} bytes of lines; its checkpoint needs {kept:,}; {advice}")
 
 
-def _lines(path: Path, advice: str) -> Iterator[bytes]:
+def _lines(path: Path, advice: str, start: int) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
+            file.seek(start)
             while line := file.readline(LONGEST_JSON):
                 yield line
     except OSError as error:

@@ -26,7 +26,7 @@ from fedflame.server.scoring import evaluate_tiers, require_finite_losses
 from fedflame.server.validation import validate_update
 from fedflame.strategies.base import ClientProfile, ServerState
 from fedflame.training.reach import require_within_reach, trained_reach
-from fedflame.training.schedule import remaining
+from fedflame.training.schedule import learning_rates, remaining
 from fedflame.wire.codec import decode_update, encode_plan
 
 _SMALLER = "a new run may need a smaller training.learning_rate"
@@ -189,7 +189,7 @@ class _Updates:
             return None
         bytes_down = asked.plan_bytes if answer.bytes_down is None else answer.bytes_down
         one = taken(update, plan)
-        self._log(one, bytes_down, len(answer.update), answer.seconds)
+        self._log(one, plan, bytes_down, len(answer.update), answer.seconds)
         return one
 
     def _exclude(self, client: int, k: int, reason: str) -> None:
@@ -197,7 +197,7 @@ class _Updates:
         server.metrics.log("excluded", round=self._round, client=client, active_experts=k, reason=reason)
         server.reporter.message(f"round {self._round}: {server.clients.name(client)} is left out: {reason}")
 
-    def _log(self, one: Taken, bytes_down: int, bytes_up: int, seconds: float) -> None:
+    def _log(self, one: Taken, plan: RoundPlan, bytes_down: int, bytes_up: int, seconds: float) -> None:
         update = one.update
         server, k, rank = self._server, update.active_experts, update.delta.rank
         server.metrics.log(
@@ -207,6 +207,7 @@ class _Updates:
             active_experts=k,
             rank=rank,
             loss=update.loss,
+            learning_rate=sum(learning_rates(plan, update.steps)) / max(1, update.steps),
             tokens=update.tokens,
             steps=update.steps,
             num_examples=update.num_examples,

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedflame.errors import UserError
-from fedflame.trainer.limits import Refusal
+from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.site import SiteLimits
 
 FILE_NAME = "ledger.jsonl"
-_DAY_SECONDS = 86400.0
+DAY_SECONDS = 86400.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def require_allowed_number(rounds: Sequence[Round], run: str, limits: SiteLimits
     if limits.max_runs and run not in runs and len(runs) >= limits.max_runs:
         raise Refusal(f"this site has taken part in {len(runs)} runs; it allows at most {limits.max_runs}")
     # A clock that was set back makes no round uncounted.
-    today = sum(known.time > now - _DAY_SECONDS for known in rounds)
+    today = sum(known.time > now - DAY_SECONDS for known in rounds)
     if limits.max_rounds_per_day and today >= limits.max_rounds_per_day:
         raise Refusal(
             f"this site has trained {today} rounds in 24 hours; it allows at most {limits.max_rounds_per_day}"

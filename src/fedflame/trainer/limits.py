@@ -13,14 +13,10 @@ from fedflame.cost.adapter_size import adapter_parameters
 from fedflame.cost.memory import base_bytes, least_training_memory, training_memory
 from fedflame.cost.model_shape import ModelShape
 from fedflame.data.encoding import EncodedRow
-from fedflame.errors import InvalidMessage
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.trainer.job import TrainingJob
+from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.site import Site, SiteLimits
-
-
-class Refusal(InvalidMessage):
-    """The site refuses a request. The message is the reason."""
 
 
 def require_allowed(site: Site, job: TrainingJob, plan: RoundPlan) -> None:

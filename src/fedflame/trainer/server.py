@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.folder_lock import sole_user
 from fedflame.trainer.service import TrainerService
-from fedflame.trainer.site import Site
+from fedflame.trainer.site import TRAINER_LOCK, Site
 from fedflame.trainer.unix_socket import same_user
 from fedflame.wire.envelope import receive, send
 
@@ -25,7 +25,7 @@ def sole_trainer(site: Site) -> Iterator[None]:
     Raises:
         UserError: another trainer holds the lock, or the state folder cannot be written.
     """
-    lock = site.state_path / "trainer.lock"
+    lock = site.state_path / TRAINER_LOCK
     try:
         site.state_path.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:

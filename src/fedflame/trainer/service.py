@@ -40,9 +40,9 @@ from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.trainer.disclosure import disclosed
 from fedflame.trainer.job import TrainingJob
+from fedflame.trainer.journal import Journal
 from fedflame.trainer.ledger import begin_round
 from fedflame.trainer.limits import (
-    Refusal,
     largest_batch,
     memory_needed,
     require_allowed,
@@ -50,6 +50,7 @@ from fedflame.trainer.limits import (
     require_memory,
     time_limit,
 )
+from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.site import Site
 from fedflame.training.error_feedback import Residuals, encode_with_feedback
 from fedflame.training.fine_tune import fine_tune
@@ -89,6 +90,7 @@ class TrainerService:
         self._ready: _Ready | None = None
         self._digests: dict[str, str] = {}
         self._training = threading.Lock()
+        self._journal = Journal(site.state_path)
 
     @property
     def num_examples(self) -> int:
@@ -112,6 +114,9 @@ class TrainerService:
             header, body = {"kind": "failed", "reason": reason(error)}, b""
         if "reason" in header:
             self._say(f"{header['kind']}: {header['reason']}")
+        if header["kind"] in ("refused", "failed"):
+            run = str(echoed["run"])
+            self._journal.refusal(header["kind"], run if _RUN.fullmatch(run) else "", header["reason"])
         return Envelope(echoed | header, body)
 
     def _answer(self, request: Envelope) -> tuple[dict[str, Any], bytes]:
@@ -167,8 +172,12 @@ class TrainerService:
                 self._say(f"run {run[:8]} round {plan.round}: training with k={plan.active_experts}")
                 update = self._fine_tune(job, plan, known.parent)
                 write_atomically(known, digest.encode() + update)
-                answer = update, decode_update(update, plan)
-                self._say(f"run {run[:8]} round {plan.round}: trained in {time.monotonic() - start:.1f} s")
+                learned = decode_update(update, plan)
+                answer, seconds = (update, learned), time.monotonic() - start
+                self._journal.update(
+                    run, plan.round, plan.active_experts, learned.steps, learned.tokens, seconds
+                )
+                self._say(f"run {run[:8]} round {plan.round}: trained in {seconds:.1f} s")
             else:
                 self._say(f"run {run[:8]} round {plan.round}: answered again")
         update, learned = answer

@@ -12,6 +12,8 @@ from fedflame.config.settings import Section, SettingsFile, load_file
 from fedflame.config.words import Checkpointed, Disclosure
 from fedflame.data.templates import PLAIN
 
+TRAINER_LOCK = "trainer.lock"
+"""The file of the state folder by which one trainer serves the site; see `folder_lock`."""
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
