@@ -168,11 +168,15 @@ class RoundPlan:
     learning_rate: float
     weight_decay: float
     batch_size: int
-    """Rows per optimizer step."""
+    """Sequences per optimizer step: rows, or packed sequences of several rows."""
     max_steps: int
     """Largest number of optimizer steps."""
     tokens_per_step: int = 0
-    """If not 0, the batch of a step has as many rows as fit in this many tokens, instead of `batch_size`."""
+    """If not 0, the batch of a step has as many sequences as fit in this many tokens, instead of `batch_size`."""
+    packed_length: int = 0
+    """If not 0, rows are packed into sequences of at most this many tokens."""
+    padding_free: bool = False
+    """Whether the rows of a step lie end to end in one sequence."""
     trainable: Trainable = "both"
     merged: Adapter = NOTHING
     """Factors of any rank, merged into the base with the scale of `adapter`; see `ServerState.merged`."""
@@ -186,13 +190,23 @@ class RoundPlan:
     error_feedback: bool = False
     """Whether the client remembers the rounding error of its delta and adds it to its next delta."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows share a sequence."""
+        return self.packed_length > 0 or self.padding_free
+
     def most_tokens(self, steps: int, max_length: int) -> int:
         """Return the most tokens that so many steps can have, with padding, where no row is longer than this.
 
-        A step that is measured in tokens holds one row at least, also one that is longer than the step.
+        A step that is measured in tokens holds one sequence at least, also one that is longer than the step.
         """
-        by_rows = self.batch_size * max_length
-        return steps * (max(self.tokens_per_step, max_length) if self.tokens_per_step else by_rows)
+        longest = max(self.packed_length, max_length)
+        by_sequences = self.batch_size * longest
+        return steps * (max(self.tokens_per_step, longest) if self.tokens_per_step else by_sequences)
+
+    def longest_sequence(self, max_length: int) -> int:
+        """Return the most tokens of a sequence, where no row is longer than this."""
+        return self.most_tokens(1, max_length) if self.padding_free else max(self.packed_length, max_length)
 
 
 @dataclass(frozen=True)
@@ -257,7 +271,8 @@ def validate_update(update: ClientUpdate, plan: RoundPlan, max_length: int) -> N
         )
     _validate_counts(update, plan)
     # The weight in the mean: a client must not claim more rows than it can have trained on.
-    most = min(update.num_examples, update.tokens if plan.tokens_per_step else update.steps * plan.batch_size)
+    many = plan.tokens_per_step or plan.packed_length  # rows of one token each
+    most = min(update.num_examples, update.tokens if many else update.steps * plan.batch_size)
     if not 1 <= update.trained_examples <= most:
         raise InvalidMessage(
             f"update claims to have trained on {update.trained_examples} rows; 1 to {most} are possible"

@@ -172,11 +172,22 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """The weight decay of AdamW. It applies to experts that saw a token in the step."""
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
-    """The rows of an optimizer step, unless `tokens_per_step` is set."""
+    """The rows of an optimizer step, or with `packing` its sequences, unless `tokens_per_step` is set."""
     tokens_per_step: IntegersOrNone = ()
-    """The tokens of an optimizer step. A batch then has as many rows of similar length as fit, padding
-    counted, and at least one. One number for all clients, or several that are repeated over the clients, such
-    as `[1024, 2048]`: more where fewer experts run. Empty: `per_device_train_batch_size` rows."""
+    """The tokens of an optimizer step. A batch then has as many rows of similar length as fit, or with
+    `packing` as many sequences, padding counted, and at least one. One number for all clients, or several
+    that are repeated over the clients, such as `[1024, 2048]`: more where fewer experts run. Empty:
+    `per_device_train_batch_size` rows or sequences."""
+    packing: bool = False
+    """Whether several rows share a sequence of at most `data.max_length` tokens. No row is divided, and none
+    sees another: it has the loss and the experts that it has alone. Families with recurrent layers are
+    refused (docs/families.md)."""
+    packing_strategy: Literal["bfd"] = "bfd"
+    """How rows are packed. `bfd`: best-fit decreasing, which keeps rows whole. TRL's others divide rows."""
+    padding_free: bool = False
+    """Whether the rows of a step lie end to end in one sequence without padding. The result is the same. Time
+    and memory of attention grow with the square of the tokens of the step. Families with recurrent layers are
+    refused."""
     max_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 80
     """The optimizer steps of each client in each round."""
     budget: Literal["steps", "compute"] = "steps"

@@ -1,20 +1,34 @@
-"""Causal attention over rows that are padded on the right: no mask is made where none is needed.
+"""Causal attention within rows, whether a sequence is one row, padded on the right, or has several.
 
-A token never looks at what stands to its right, so padding there changes no token that counts. transformers
+Where a sequence is one row, no mask is made unless it is needed. A token never looks at what stands to its right, so padding there changes no token that counts. transformers
 would ask the padding mask whether it is all ones, which waits for a GPU, and would then make a mask, which
 keeps attention from its fastest kernels.
+
+Where rows lie end to end in a sequence, a mask keeps each token within its row. It is made of transformers' own
+mask for the layer, so that a window stays a window: two tokens of a row are as far from each other in the
+sequence as they are in the row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
+    eager_mask,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
+
+from fedflame.cost.refused_families import require_packable
 
 REPLACED, REPLACEMENT = "sdpa", "fedflame_right_padded"
 """Models that attend otherwise, by a kernel of their own or because of attention sinks, keep what they
@@ -33,6 +47,43 @@ def right_padded(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = REPLACED
+
+
+@contextmanager
+def packed(model: PreTrainedModel, position_ids: Tensor) -> Iterator[None]:
+    """Keep the attention of the model within rows in the block, whose sequences have several.
+
+    Nothing waits for a GPU here. transformers would find rows by their positions, too, but would ask the
+    device whether there are several.
+
+    Args:
+        model: it attends by sdpa, or eagerly.
+        position_ids: [batch, sequence] the position of every token in its row; a row begins at each 0, and
+            each token of padding is one.
+
+    Raises:
+        UserError: rows of the model's family cannot share a sequence.
+    """
+    config = model.config.get_text_config()
+    require_packable(config.model_type)
+    kind = config._attn_implementation
+    ALL_MASK_ATTENTION_FUNCTIONS[kind] = partial(_mask_within, (position_ids == 0).cumsum(1))
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS[kind]
+
+
+def _mask_within(
+    rows: Tensor, *, mask_function: Callable[..., Any] = causal_mask_function, **rest: Any
+) -> Tensor:
+    """Return the mask of a layer within rows, as numbers that are added to the scores.
+
+    torch would make such numbers of a boolean mask in every layer, and keep them all for the backward.
+    """
+    within = and_masks(mask_function, packed_sequence_mask_function(rows))
+    mask: Tensor = eager_mask(mask_function=within, **rest | {"attention_mask": None})
+    return mask
 
 
 def _mask(

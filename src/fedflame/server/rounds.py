@@ -281,6 +281,8 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         batch_size=training.per_device_train_batch_size,
         max_steps=local_steps(server.config, afforded, spent),
         tokens_per_step=server.config.tokens_per_step()[profile.client],
+        packed_length=server.max_length if training.packing else 0,
+        padding_free=training.padding_free,
         trainable=instructions.trainable,
         merged=state.merged,
         proximal_mu=training.proximal_mu,

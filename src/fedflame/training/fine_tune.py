@@ -17,6 +17,7 @@ from fedflame.moe.rescaler import mass_ratio
 from fedflame.seeds import derive_seed
 from fedflame.training.regularizers import regularizer
 from fedflame.training.steps import training_steps
+from fedflame.training.token_loss import decoded
 
 MASS_BATCHES = 4
 """Batches on which the rescaler `mass` is measured: enough for a mean over about a thousand tokens."""
@@ -43,8 +44,8 @@ def fine_tune(
         except in float16, whose loss scale depends on the gradients.
 
     Raises:
-        UserError: the plan's k is not between 1 and the model's K, its values do not fit the model, or
-            activations overflow in float16.
+        UserError: the plan's k is not between 1 and the model's K, its values do not fit the model, rows of
+            the model cannot share a sequence as the plan wants, or activations overflow in float16.
     """
     adapted.load(plan.adapter, plan.rescaler_values, plan.merged)
     if plan.rescaler == "mass":
@@ -59,7 +60,7 @@ def fine_tune(
     with adapted.training(plan.active_experts):
         for batch in itertools.islice(_batches(examples, plan, pad_token_id), plan.max_steps):
             losses.append(step(batch))
-            rows += len(batch.input_ids)
+            rows += batch.rows
             tokens += batch.tokens
             on_step(batch.tokens)
     loss_values = torch.stack(losses).tolist()
@@ -104,11 +105,7 @@ def _routing_mass(adapted: AdaptedModel, batches: Sequence[Batch], k: int) -> Te
         with adapted.active_experts(k):
             for batch in batches:
                 real = batch.attention_mask.reshape(-1).nonzero().flatten().to(adapted.device)
-                adapted.model.get_decoder()(
-                    input_ids=batch.input_ids.to(adapted.device),
-                    attention_mask=batch.attention_mask.to(adapted.device),
-                    use_cache=False,
-                )
+                decoded(adapted, batch.on(adapted.device))
     finally:
         for handle in handles:
             handle.remove()
@@ -132,4 +129,5 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
 
 def _batches(examples: Sequence[EncodedRow], plan: RoundPlan, pad_token_id: int) -> Iterator[Batch]:
     seed = derive_seed(plan.seed, "batches", plan.round, plan.client)
-    return training_batches(examples, plan.batch_size, pad_token_id, seed, plan.tokens_per_step)
+    layout = plan.tokens_per_step, plan.packed_length, plan.padding_free
+    return training_batches(examples, plan.batch_size, pad_token_id, seed, *layout)

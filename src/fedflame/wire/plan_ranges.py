@@ -33,6 +33,7 @@ def require_possible(plan: RoundPlan) -> None:
         ("batch_size", 1, _LARGE),
         ("max_steps", 1, _LARGE),
         ("tokens_per_step", 0, _LARGE),
+        ("packed_length", 0, _LARGE),
         ("proximal_mu", 0, _LARGE_FACTOR),
         ("rank_penalty", 0, _LARGE_FACTOR),
         ("kept_rank", 0, rank),
