@@ -202,6 +202,11 @@ class TrainingConfig(Section):
     `experts`: the activations inside the experts, which are the largest part. `layers`: everything but the
     input of each layer."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows share a sequence."""
+        return self.packing or self.padding_free
+
 
 class StrategyConfig(Section):
     name: Annotated[str, AfterValidator(_known_method)] = "flame"

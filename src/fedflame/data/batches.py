@@ -217,7 +217,9 @@ def training_batches(
             if padding_free:
                 yield collate_packed([in_one], pad_token_id)
             else:
-                yield collate_packed(members, pad_token_id) if packed_length else collate(in_one, pad_token_id)
+                yield (
+                    collate_packed(members, pad_token_id) if packed_length else collate(in_one, pad_token_id)
+                )
 
 
 def _sequences(lengths: Sequence[int], packed_length: int, rng: random.Random) -> list[list[int]]:

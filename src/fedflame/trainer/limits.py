@@ -83,7 +83,8 @@ def memory_needed(
     """
     targets = job.adapter.target_modules
     setting = (shape, plan.active_experts, job.r, targets, step_tokens, job.dtype)
-    estimate = training_memory(*setting, gradient_checkpointing=checkpointing)
+    masked = min(step_tokens, plan.longest_sequence(job.max_length)) if plan.packs else 0
+    estimate = training_memory(*setting, gradient_checkpointing=checkpointing, mask_width=masked)
     merged = 4 * adapter_parameters(shape, plan.merged.rank, targets).total
     needed = least_training_memory(shape, job.r, targets, job.dtype) + estimate.activations + merged
     mapped = not device.cards and is_short_of_memory(base_bytes(shape, job.dtype))
@@ -92,8 +93,10 @@ def memory_needed(
 
 def largest_step(plan: RoundPlan, rows: Sequence[EncodedRow]) -> int:
     """Return the most tokens that a step of the plan can have on these rows, with padding."""
-    longest = max(len(row.ids) for row in rows)
-    return min(plan.most_tokens(1, longest), len(rows) * longest)
+    lengths = [len(row.ids) for row in rows]
+    longest = max(lengths)
+    widest = min(plan.longest_sequence(longest), sum(lengths))
+    return min(plan.most_tokens(1, longest), widest * (1 if plan.padding_free else len(rows)))
 
 
 def time_limit(limits: SiteLimits) -> Callable[[int], None]:
