@@ -1,8 +1,8 @@
 """Make batches of encoded rows: a row in each sequence, padded, or several rows end to end in a sequence.
 
-A row stays a row, however it lies in a batch: |D|, the rows trained on and the activation counts are those of
-rows and of their tokens, and the loss is the mean over the labelled tokens. A batch of `batch_size` has so many
-sequences: rows, or packed sequences of several rows.
+A row stays a row, however it lies in a batch: |D|, the rows trained on and the activation counts are those
+of rows and of their tokens, and the loss of a step is the mean over its labelled tokens. Only `batch_size`
+counts sequences: rows, or packed sequences of several rows.
 """
 
 from __future__ import annotations
@@ -216,10 +216,10 @@ def training_batches(
             in_one = [row for sequence in members for row in sequence]
             if padding_free:
                 yield collate_packed([in_one], pad_token_id)
+            elif packed_length:
+                yield collate_packed(members, pad_token_id)
             else:
-                yield (
-                    collate_packed(members, pad_token_id) if packed_length else collate(in_one, pad_token_id)
-                )
+                yield collate(in_one, pad_token_id)
 
 
 def _sequences(lengths: Sequence[int], packed_length: int, rng: random.Random) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Pack rows into sequences of a limited length: several short rows share one, and no row is divided.
 
-Best-fit decreasing: the longest row first, each into the sequence that it leaves the least room in. It needs
-at most 11/9 of the fewest sequences possible, plus one (Johnson, Demers, Ullman, Garey, Graham: Worst-case
-performance bounds for simple one-dimensional packing algorithms, SIAM J. Comput. 3, 1974). TRL calls it `bfd`.
+Best-fit decreasing, which TRL calls `bfd`: the longest row first, each into the sequence that it leaves the
+least room in. It needs at most 11/9 of the fewest sequences possible, plus 4 (Johnson, Demers, Ullman, Garey,
+Graham: Worst-case performance bounds for simple one-dimensional packing algorithms, SIAM J. Comput. 3, 1974).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     for index in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         place = bisect_left(rooms, lengths[index])
         if place == len(rooms):
-            room, sequence = capacity, []
+            room, sequence = capacity, list[int]()
             sequences.append(sequence)
         else:
             room = rooms[place]

@@ -1,12 +1,12 @@
 """Causal attention within rows, whether a sequence is one row, padded on the right, or has several.
 
-Where a sequence is one row, no mask is made unless it is needed. A token never looks at what stands to its right, so padding there changes no token that counts. transformers
-would ask the padding mask whether it is all ones, which waits for a GPU, and would then make a mask, which
-keeps attention from its fastest kernels.
+Where a sequence is one row, no mask is made unless it is needed. A token never looks at what stands to its
+right, so padding there changes no token that counts. transformers would ask the padding mask whether it is
+all ones, which waits for a GPU, and would then make a mask, which keeps attention from its fastest kernels.
 
-Where rows lie end to end in a sequence, a mask keeps each token within its row. It is made of transformers' own
-mask for the layer, so that a window stays a window: two tokens of a row are as far from each other in the
-sequence as they are in the row.
+Where rows lie end to end in a sequence, a mask keeps each token within its row. It is made of transformers'
+own mask for the layer, so that a window stays a window: two tokens of a row are as far from each other in
+the sequence as they are in the row.
 """
 
 from __future__ import annotations
