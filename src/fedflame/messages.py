@@ -172,7 +172,7 @@ class RoundPlan:
     max_steps: int
     """Largest number of optimizer steps."""
     tokens_per_step: int = 0
-    """If not 0, the batch of a step has as many sequences as fit in this many tokens, whatever `batch_size`."""
+    """If not 0, a step has as many sequences as fit in this many tokens, instead of `batch_size`."""
     packed_length: int = 0
     """If not 0, rows are packed into sequences of at most this many tokens."""
     padding_free: bool = False

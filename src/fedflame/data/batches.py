@@ -213,13 +213,12 @@ def training_batches(
         rng.shuffle(batches)
         for batch in batches:
             members = [[rows[row] for row in sequences[index]] for index in batch]
-            in_one = [row for sequence in members for row in sequence]
             if padding_free:
-                yield collate_packed([in_one], pad_token_id)
-            elif packed_length:
+                members = [[row for sequence in members for row in sequence]]
+            if packed_length or padding_free:
                 yield collate_packed(members, pad_token_id)
             else:
-                yield collate(in_one, pad_token_id)
+                yield collate([row for (row,) in members], pad_token_id)
 
 
 def _sequences(lengths: Sequence[int], packed_length: int, rng: random.Random) -> list[list[int]]:

@@ -12,13 +12,12 @@ the sequence as they are in the row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedModel
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     and_masks,
@@ -30,23 +29,16 @@ from transformers.masking_utils import (
 
 from fedflame.cost.refused_families import require_packable
 
-REPLACED, REPLACEMENT = "sdpa", "fedflame_right_padded"
-"""Models that attend otherwise, by a kernel of their own or because of attention sinks, keep what they
-have."""
-
 
 @contextmanager
 def right_padded(model: PreTrainedModel) -> Iterator[None]:
-    """Tell the attention of the model that all rows within the block are padded on the right."""
-    config = model.config.get_text_config()
-    if config._attn_implementation != REPLACED:
+    """Tell the attention of the model that every sequence within the block is one row, padded on the right.
+
+    Models that attend otherwise than by sdpa, such as those with attention sinks, keep what they have.
+    """
+    sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
+    with _masks_made("sdpa", _unless_needed) if sdpa else nullcontext():
         yield
-        return
-    config._attn_implementation = REPLACEMENT
-    try:
-        yield
-    finally:
-        config._attn_implementation = REPLACED
 
 
 @contextmanager
@@ -66,27 +58,25 @@ def packed(model: PreTrainedModel, position_ids: Tensor) -> Iterator[None]:
     """
     config = model.config.get_text_config()
     require_packable(config.model_type)
-    kind = config._attn_implementation
-    ALL_MASK_ATTENTION_FUNCTIONS[kind] = partial(_mask_within, (position_ids == 0).cumsum(1))
+    make = partial(_within_rows, (position_ids == 0).cumsum(1))
+    with _masks_made(config._attn_implementation, make):
+        yield
+
+
+@contextmanager
+def _masks_made(kind: str, make: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Let transformers make masks by `make` within the block, for all models that attend in this way.
+
+    The way of the model keeps its name, because some families ask for it by name before they choose keys.
+    """
+    ALL_MASK_ATTENTION_FUNCTIONS[kind] = make
     try:
         yield
     finally:
         del ALL_MASK_ATTENTION_FUNCTIONS[kind]
 
 
-def _mask_within(
-    rows: Tensor, *, mask_function: Callable[..., Any] = causal_mask_function, **rest: Any
-) -> Tensor:
-    """Return the mask of a layer within rows, as numbers that are added to the scores.
-
-    torch would make such numbers of a boolean mask in every layer, and keep them all for the backward.
-    """
-    within = and_masks(mask_function, packed_sequence_mask_function(rows))
-    mask: Tensor = eager_mask(mask_function=within, **rest | {"attention_mask": None})
-    return mask
-
-
-def _mask(
+def _unless_needed(
     *, kv_length: int, local_size: int | None = None, allow_is_causal_skip: bool = True, **rest: Any
 ) -> Tensor | None:
     """Return no mask for plain causal attention, and transformers' own for windows and all else."""
@@ -96,5 +86,13 @@ def _mask(
     return sdpa_mask(kv_length=kv_length, local_size=local_size, allow_is_causal_skip=False, **rest)
 
 
-AttentionInterface.register(REPLACEMENT, sdpa_attention_forward)
-AttentionMaskInterface.register(REPLACEMENT, _mask)
+def _within_rows(
+    rows: Tensor, *, mask_function: Callable[..., Any] = causal_mask_function, **rest: Any
+) -> Tensor:
+    """Return the mask of a layer within rows, as numbers that are added to the scores.
+
+    torch would make such numbers of a boolean mask in every layer, and keep them all for the backward.
+    """
+    within = and_masks(mask_function, packed_sequence_mask_function(rows))
+    mask: Tensor = eager_mask(mask_function=within, **rest | {"attention_mask": None})
+    return mask
