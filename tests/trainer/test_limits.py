@@ -179,22 +179,32 @@ def test_a_step_that_takes_too_much_memory_is_refused_before_it_is_taken(
     service = make_service()
     assert service.answer(request(job, plan)).header["kind"] == "update"
     assert service._ready is not None
-    longest = max(len(row.ids) for row in service._ready.rows)
+    lengths = [len(row.ids) for row in service._ready.rows]
+    longest, every = max(lengths), sum(lengths)
 
-    def needed(tokens: int) -> float:
-        setting = (shape, plan.active_experts, job.r, ("q_proj",), tokens, "float32")
+    def needed(tokens: int, masked: int = 0) -> float:
+        setting = (shape, plan.active_experts, job.r, ("q_proj",), tokens, "float32", 1.0, "none", masked)
         activations = training_memory(*setting).activations  # type: ignore[arg-type]
         return (least_training_memory(shape, job.r, ("q_proj",), "float32") + activations) / 1e9
 
-    for changes, tokens in (
-        ({"batch_size": 2}, 2 * longest),
-        ({"batch_size": 1000}, ROWS * longest),
-        ({"tokens_per_step": 40}, 40),
-        ({"tokens_per_step": 1}, longest),
+    for changes, tokens, masked in (
+        ({"batch_size": 2}, 2 * longest, 0),
+        ({"batch_size": 1000}, ROWS * longest, 0),
+        ({"tokens_per_step": 40}, 40, 0),
+        ({"tokens_per_step": 1}, longest, 0),
+        ({"batch_size": 2, "padding_free": True}, 2 * job.max_length, 2 * job.max_length),
+        ({"batch_size": 1000, "padding_free": True}, every, every),
+        ({"batch_size": 2, "packed_length": 40}, 80, 40),
+        ({"batch_size": 1, "packed_length": 10_000}, every, every),
+        ({"batch_size": 1000, "packed_length": 40}, ROWS * 40, 40),
+        ({"batch_size": 1000, "packed_length": 40, "padding_free": True}, every, every),
     ):
         asked = request(job, replace(plan, round=3, **changes))
-        just = make_service(LIMITS + f"max_memory = {needed(tokens) + 1e-9!r}")
-        assert just.answer(asked).header["kind"] == "update"
+        just = make_service(LIMITS + f"max_memory = {needed(tokens, masked) + 1e-9!r}")
+        assert just.answer(asked).header["kind"] == "update", changes
+        less = make_service(LIMITS + f"max_memory = {needed(tokens, masked) - 1e-9!r}")
+        again = request(job, replace(plan, round=4, **changes))
+        assert less.answer(again).header["kind"] == "refused", changes
     too_little = make_service(LIMITS + f"max_memory = {needed(2 * longest) - 1e-9!r}")
     told.clear()
     answer = too_little.answer(request(job, replace(plan, round=4)))

@@ -30,6 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, BILLIONS),
     "max_steps": (1, BILLIONS),
     "tokens_per_step": (0, BILLIONS),
+    "packed_length": (0, BILLIONS),
     "proximal_mu": (0, 1e6),
     "rank_penalty": (0, 1e6),
     "kept_rank": (0, 3),

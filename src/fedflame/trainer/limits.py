@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fedflame.base.device import DeviceChoice
 from fedflame.base.memory_limit import is_short_of_memory, memory_limit
@@ -94,9 +95,10 @@ def memory_needed(
 def largest_step(plan: RoundPlan, rows: Sequence[EncodedRow]) -> int:
     """Return the most tokens that a step of the plan can have on these rows, with padding."""
     lengths = [len(row.ids) for row in rows]
-    longest = max(lengths)
-    widest = min(plan.longest_sequence(longest), sum(lengths))
-    return min(plan.most_tokens(1, longest), widest * (1 if plan.padding_free else len(rows)))
+    longest, every = max(lengths), sum(lengths)
+    packed = replace(plan, packed_length=min(plan.packed_length, every))
+    of_rows = every if plan.padding_free else len(rows) * max(packed.packed_length, longest)
+    return min(packed.most_tokens(1, longest), of_rows)
 
 
 def time_limit(limits: SiteLimits) -> Callable[[int], None]:
