@@ -42,10 +42,13 @@ def test_a_family_whose_rows_cannot_share_a_sequence(
     key: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(NOT_PACKABLE, "olmoe", "of a reason")
-    expected = "olmoe cannot be trained with training.packing or training.padding_free: of a reason; leave both false"
+    expected = (
+        "olmoe cannot be trained with training.packing or training.padding_free: of a reason; "
+        "leave both false"
+    )
     setting = f"training.{key}=true"
     assert refuse(tiny_folder, tmp_path / "run", setting) == expected
-    planned = invoke("plan", "--model", tiny_folder, "--set", setting)
+    planned = invoke("plan", *arguments(tiny_folder, tmp_path / "run", setting)[1:])
     assert (planned.exit_code, planned.stderr) == (2, f"fedflame: {expected}\n")
 
 

@@ -275,6 +275,7 @@ def test_a_run_that_is_told_to_end_says_how_to_go_on_and_goes_on_to_the_same_byt
     assert state_bytes(run) == state_bytes(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_packed_rows_end_in_the_same_bytes_killed_and_resumed_and_with_workers(
     finished: Path, tiny_folder: Path, tmp_path: Path
