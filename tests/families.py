@@ -222,9 +222,9 @@ all but those with transposed weights, interleaved gate and up, or no gate.
 
 ## Without packing: {len(NOT_PACKABLE)}
 
-With `training.packing` or `training.padding_free` rows share a sequence. `tests/moe/test_packed_rows.py` holds each
-family to it: in all others, another row in the sequence changes no bit of a row's loss, and a row has the loss that
-it has alone. In these a row would change another, so that both settings are refused.
+With `training.packing` or `training.padding_free` rows share a sequence. In these families a row would then
+change another, so that both settings are refused. In all others a row has the loss that it has alone, and no
+other row changes a bit of it: `tests/moe/test_packed_rows.py` holds every family to it, in both lists.
 
 | family | why |
 | --- | --- |

@@ -48,7 +48,7 @@ def test_a_family_whose_rows_cannot_share_a_sequence(
     )
     setting = f"training.{key}=true"
     assert refuse(tiny_folder, tmp_path / "run", setting) == expected
-    planned = invoke("plan", *arguments(tiny_folder, tmp_path / "run", setting)[1:])
+    planned = invoke("plan", "--model", tiny_folder, "--set", "clients.active_experts=4", "--set", setting)
     assert (planned.exit_code, planned.stderr) == (2, f"fedflame: {expected}\n")
 
 
