@@ -11,7 +11,11 @@ from tests.families import FAMILIES, VOCABULARY, tiny
 from tests.tiny_models import ALPHA, ATTENTION, random_adapter, tiny_olmoe
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 from fedflame.cost import refused_families
 from fedflame.cost.refused_families import NOT_PACKABLE
@@ -151,6 +155,31 @@ def test_loss_gradients_and_counts_are_those_of_padded_rows(
     for name in ("loss", "gradients"):
         error = (found[name] - wanted[name]).abs().max() / wanted[name].abs().max()
         assert error <= 1e-6, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_mask_of_packed_rows_by_hand(window: int | None) -> None:
+    """Two rows of 4 and 2 tokens, and padding, which sees itself."""
+    model = tiny("mixtral", sliding_window=window)
+    positions, embeddings = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 0]]), torch.zeros(1, 8, 4)
+    padding = torch.tensor([[1] * 6 + [0, 0]])
+    make = create_sliding_window_causal_mask if window else create_causal_mask
+    with packed(model, positions):
+        mask = make(model.config, embeddings, padding, cache=None, position_ids=positions)
+    expected = """
+        1000 0000
+        1100 0000
+        1110 0000
+        {far}
+        0000 1000
+        0000 1100
+        0000 0010
+        0000 0001
+    """.format(far="0111 0000" if window else "1111 0000")
+    assert mask is not None and mask.dtype == torch.float32
+    seen = [[int(entry) for entry in row.replace(" ", "")] for row in expected.split("\n") if row.strip()]
+    assert (mask[0, 0] == 0).long().tolist() == seen
+    assert bool((mask[0, 0][torch.tensor(seen) == 0] == torch.finfo(torch.float32).min).all())
 
 
 def test_the_masks_of_transformers_are_as_before_outside_the_block_also_after_an_error() -> None:

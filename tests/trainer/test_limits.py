@@ -18,6 +18,7 @@ from tests.trainer_asked import ROWS, RUN, Told, request
 from fedflame.base.files import model_config_path
 from fedflame.cost.memory import least_training_memory, training_memory
 from fedflame.cost.model_shape import read_model_shape
+from fedflame.cost.refused_families import NOT_PACKABLE
 from fedflame.data.templates import Template
 from fedflame.messages import RoundPlan
 from fedflame.trainer.job import TrainingJob
@@ -156,6 +157,17 @@ def test_the_template_of_the_sites_file_renders_its_rows_if_it_is_the_hubs(
     ready = service._ready
     assert ready is not None
     assert str(ready.tokenizer.decode(ready.rows[1].ids)).startswith("[user]add 1 and 2")
+
+
+@pytest.mark.parametrize("changes", [{"packed_length": 32}, {"padding_free": True}], ids=str)
+def test_rows_that_cannot_share_a_sequence_are_the_reason_before_anything_is_loaded(
+    changes: dict[str, Any], make_service: Make, job: TrainingJob, plan: RoundPlan, told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(NOT_PACKABLE, "olmoe", "of a reason")
+    answer = make_service().answer(request(job, replace(plan, **changes)))
+    assert answer.header["kind"] == "failed" and not told.heard("loading")
+    assert "olmoe cannot be trained with training.packing" in answer.header["reason"]
 
 
 def test_merged_factors_count_in_the_memory_of_a_round(

@@ -92,6 +92,7 @@ def _within_rows(
     """Return the mask of a layer within rows, as numbers that are added to the scores.
 
     torch would make such numbers of a boolean mask in every layer, and keep them all for the backward.
+    Padding is not masked: it is rows of one token, which see themselves, so that no token sees nothing.
     """
     within = and_masks(mask_function, packed_sequence_mask_function(rows))
     mask: Tensor = eager_mask(mask_function=within, **rest | {"attention_mask": None})
