@@ -33,8 +33,9 @@ from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
 from fedflame.experiment import run as experiment_run
 from fedflame.experiment.prepare import prepare
-from fedflame.messages import ClientUpdate, RoundPlan, believed, most_rows
+from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.report.records import read_run
+from fedflame.server.validation import believed, most_rows
 from fedflame.training.reach import longest_way, trained_reach
 from fedflame.wire.codec import decode_plan, decode_update, encode_update
 

@@ -32,7 +32,8 @@ import torch
 from fedflame import messages
 from fedflame.config.words import UpdateDtype
 from fedflame.errors import InvalidMessage
-from fedflame.messages import Adapter, ClientUpdate, RoundPlan, validate_update
+from fedflame.messages import Adapter, ClientUpdate, RoundPlan
+from fedflame.server.validation import validate_update
 from fedflame.wire import buffer, codec, frame, planes, values
 from fedflame.wire.codec import decode_plan, decode_update, encode_plan, encode_update
 from fedflame.wire.frame import seal, unseal

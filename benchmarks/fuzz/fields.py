@@ -44,7 +44,8 @@ from fedflame.engines.hub import HubRounds
 from fedflame.engines.jobs import EngineJobs
 from fedflame.engines.requests import Request
 from fedflame.errors import InvalidMessage
-from fedflame.messages import RoundPlan, validate_update
+from fedflame.messages import RoundPlan
+from fedflame.server.validation import validate_update
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import load_site

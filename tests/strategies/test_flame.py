@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.random_rounds import EXPERTS, LAYERS, RANK, K, an_adapter, an_update, bits
 
 from fedflame.config.words import CountNormalization
-from fedflame.messages import Adapter, ClientUpdate, believed
+from fedflame.messages import Adapter, ClientUpdate
+from fedflame.server.validation import believed
 from fedflame.strategies import FedAvg, Flame
 from fedflame.strategies.base import ClientProfile, ServerState
 from fedflame.strategies.flame import expert_weights

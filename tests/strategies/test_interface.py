@@ -25,8 +25,9 @@ from tests.tiny_models import (
 from torch import Tensor
 
 from fedflame.data.encoding import EncodedRow
-from fedflame.messages import NOTHING, Adapter, ClientUpdate, RoundPlan, half_of, validate_update
+from fedflame.messages import NOTHING, Adapter, ClientUpdate, RoundPlan, half_of
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.server.validation import validate_update
 from fedflame.strategies import FedAvg, FedExLoRA, FFALoRA, FLoRA, RoLoRA
 from fedflame.strategies.base import ClientProfile, ServerState, Strategy
 from fedflame.training.fine_tune import fine_tune

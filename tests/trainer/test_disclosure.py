@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.message_samples import SHAPE, a_plan, an_update
 
-from fedflame.messages import ClientUpdate, validate_update
+from fedflame.messages import ClientUpdate
+from fedflame.server.validation import validate_update
 from fedflame.trainer.disclosure import disclosed
 from fedflame.wire.codec import decode_update, encode_update
 

@@ -413,7 +413,7 @@ def test_the_norm_is_that_of_all_values_and_of_the_rescalers_steps(plan: RoundPl
 def test_a_site_tells_of_loss_and_counts_what_its_file_says(
     disclosure: str, make_service: Make, job: TrainingJob, plan: RoundPlan
 ) -> None:
-    from fedflame.messages import validate_update
+    from fedflame.server.validation import validate_update
 
     exact = learned(make_service(), job, plan)
     told = learned(

@@ -38,9 +38,10 @@ from fedflame.cost.model_shape import read_model_shape
 from fedflame.data.batches import Batch, collate, training_batches
 from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
-from fedflame.messages import ClientUpdate, RoundPlan, half_of, validate_update
+from fedflame.messages import ClientUpdate, RoundPlan, half_of
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.seeds import derive_seed
+from fedflame.server.validation import validate_update
 from fedflame.training.fine_tune import MASS_BATCHES, fine_tune, measure_mass
 from fedflame.training.token_loss import token_losses
 from fedflame.wire.codec import encode_update

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from fedflame.config.words import UpdateDtype
 from fedflame.errors import InvalidMessage
-from fedflame.messages import Adapter, ClientUpdate, RoundPlan, half_of, validate_update
+from fedflame.messages import Adapter, ClientUpdate, RoundPlan, half_of
+from fedflame.server.validation import validate_update
 from fedflame.wire.codec import decode_plan, decode_update, encode_plan, encode_update, update_limit
 from fedflame.wire.frame import seal, unseal
 from fedflame.wire.planes import compress, decompress

@@ -25,7 +25,8 @@ from fedflame.engines.jobs import POLL_SECONDS, EngineJobEnded, EngineJobs
 from fedflame.engines.patience import Patience, learned_wait
 from fedflame.engines.requests import Request, mapped, new_ticket, store
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.messages import ClientUpdate, believed, most_rows
+from fedflame.messages import ClientUpdate
+from fedflame.server.validation import believed, most_rows
 from fedflame.wire.addition import encode_addition, plan_digest
 from fedflame.wire.codec import encoded_plan_work, encoded_update_limit
 from fedflame.wire.envelope import LONGEST_BEFORE_BODY, Envelope

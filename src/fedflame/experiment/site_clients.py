@@ -16,8 +16,8 @@ from fedflame.engines.clients import EngineClients
 from fedflame.engines.jobs import engine_jobs
 from fedflame.experiment.assemble import Experiment
 from fedflame.experiment.sites import Sites
-from fedflame.messages import MOST_TIMES_MEDIAN, most_rows
 from fedflame.run_files import ADVICE
+from fedflame.server.validation import MOST_TIMES_MEDIAN, most_rows
 from fedflame.trainer.job import TrainingJob
 
 

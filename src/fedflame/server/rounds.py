@@ -14,13 +14,14 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined] # not in its 
 from fedflame.clients.answers import Answer
 from fedflame.cost.run_cost import local_steps
 from fedflame.errors import InvalidMessage, UserError
-from fedflame.messages import ClientUpdate, RoundPlan, validate_update
+from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
 from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
 from fedflame.server.finite import Diverged, require_finite_state
 from fedflame.server.parts import Server
 from fedflame.server.scoring import evaluate_tiers, require_finite_losses
+from fedflame.server.validation import validate_update
 from fedflame.strategies.base import ClientProfile, ServerState
 from fedflame.training.reach import require_within_reach, trained_reach
 from fedflame.wire.codec import decode_update, encode_plan

@@ -69,7 +69,7 @@ def encode_update(update: ClientUpdate, plan: RoundPlan) -> bytes:
 
 
 def decode_update(message: Bytes, plan: RoundPlan) -> ClientUpdate:
-    """Decode an update; parts that were not sent are zero. `messages.validate_update` checks the values.
+    """Decode an update; parts that were not sent are zero. `server.validation` checks the values.
 
     Raises:
         InvalidMessage: the message is larger than any answer to this plan, is damaged, or has wrong fields,
