@@ -109,6 +109,33 @@ def test_packed_steps_have_as_many_tokens_as_fit(tiny_folder: Path, tmp_path: Pa
         assert event["steps"] == 2 and 0.5 * 2 * 120 < event["tokens"] <= 2 * 120
 
 
+@pytest.mark.parametrize(
+    ("settings", "layout"),
+    [
+        ((), (0, False)),
+        (("training.packing=true",), (120, False)),
+        (("training.padding_free=true",), (0, True)),
+    ],
+    ids=["padded", "packing", "padding_free"],
+)
+def test_plans_say_how_rows_are_laid_out(
+    settings: tuple[str, ...],
+    layout: tuple[int, bool],
+    misbehave: Callable[[Misbehave], None],
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    plans: list[RoundPlan] = []
+
+    def noted(plan: RoundPlan, update: ClientUpdate) -> ClientUpdate:
+        plans.append(plan)
+        return update
+
+    misbehave(noted)
+    tiny_run(tiny_folder, tmp_path / "run", ONE_ROUND, *settings)
+    assert [(plan.packed_length, plan.padding_free) for plan in plans] == [layout] * 3
+
+
 @pytest.mark.parametrize("mode", ["experts", "layers"])
 def test_a_run_that_keeps_less_for_the_backward_has_the_same_bytes(
     mode: str, finished: Path, tiny_folder: Path, tmp_path: Path

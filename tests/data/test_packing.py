@@ -189,6 +189,13 @@ def test_packed_batches_follow_the_seed_and_differ_from_epoch_to_epoch() -> None
     assert rows(1, epochs=2)[: len(first)] == first != rows(1, epochs=2)[len(first) :]
 
 
+def test_sequences_of_long_and_of_short_rows_meet_in_a_batch() -> None:
+    """Packing makes those of the longest rows first: without a draw no batch would have both."""
+    epoch = an_epoch([30] * 64 + [10] * 192, 1, packed_length=30)
+    of_both = [batch.rows not in (len(batch.input_ids), 3 * len(batch.input_ids)) for batch in epoch]
+    assert sum(of_both) > 0.5 * len(epoch)
+
+
 def test_short_rows_fill_their_sequences() -> None:
     draw = random.Random(0)
     epoch = an_epoch([draw.randint(20, 200) for _ in range(1000)], 1, packed_length=512)

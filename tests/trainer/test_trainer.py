@@ -236,6 +236,15 @@ def test_a_plan_that_asks_for_just_what_is_allowed_is_trained(
     assert service.answer(request(job, replace(plan, round=5))).header["kind"] == "update"
 
 
+def test_a_token_of_a_long_packed_sequence_costs_more_than_one_of_a_row(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan
+) -> None:
+    packed = replace(plan, packed_length=1000)
+    flops = 6000 * make_service()._flops_per_token(job, plan)
+    answer = make_service(LIMITS + f"max_flops = {flops!r}").answer(request(job, packed))
+    assert answer.header["kind"] == "refused" and "FLOPs" in answer.header["reason"]
+
+
 def test_a_model_is_loaded_once_for_a_job_and_goes_before_the_next_is_loaded(
     make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, told: Told,
     monkeypatch: pytest.MonkeyPatch,
