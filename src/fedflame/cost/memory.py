@@ -94,7 +94,7 @@ def training_memory(
     - temporary rows of one layer,
     - the logits in `dtype`, in fp32, and their fp32 gradient,
     - the attention mask, where rows share a sequence: a number in `dtype` and two truths for every token and
-      each of the `mask_width` tokens of its sequence. All layers share it. 0: there is no mask.
+      each of the `mask_width` tokens of its sequence; all layers share it. 0: there is no mask.
 
     If `layers` are checkpointed, each layer keeps only its input, and one layer, the largest, also the first
     two parts. The estimate helps to choose tokens_per_step. It is not a bound.
