@@ -12,7 +12,6 @@ from tests.tiny_models import ALPHA, ATTENTION, random_adapter, tiny_olmoe
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
@@ -180,15 +179,6 @@ def test_the_mask_of_packed_rows_by_hand(window: int | None) -> None:
     seen = [[int(entry) for entry in row.replace(" ", "")] for row in expected.split("\n") if row.strip()]
     assert (mask[0, 0] == 0).long().tolist() == seen
     assert bool((mask[0, 0][torch.tensor(seen) == 0] == torch.finfo(torch.float32).min).all())
-
-
-def test_the_masks_of_transformers_are_as_before_outside_the_block_also_after_an_error() -> None:
-    model, positions = tiny_olmoe(), torch.zeros(1, 4, dtype=torch.int64)
-    before = dict(ALL_MASK_ATTENTION_FUNCTIONS)
-    with pytest.raises(KeyError), packed(model, positions):
-        assert dict(ALL_MASK_ATTENTION_FUNCTIONS) != before
-        raise KeyError
-    assert dict(ALL_MASK_ATTENTION_FUNCTIONS) == before
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
     and_masks,
     causal_mask_function,
     eager_mask,
@@ -37,7 +37,7 @@ def right_padded(model: PreTrainedModel) -> Iterator[None]:
     Models that attend otherwise than by sdpa, such as those with attention sinks, keep what they have.
     """
     sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
-    with _masks_made("sdpa", _unless_needed) if sdpa else nullcontext():
+    with _masks_made(_unless_needed) if sdpa else nullcontext():
         yield
 
 
@@ -56,24 +56,31 @@ def packed(model: PreTrainedModel, position_ids: Tensor) -> Iterator[None]:
     Raises:
         UserError: rows of the model's family cannot share a sequence.
     """
-    config = model.config.get_text_config()
-    require_packable(config.model_type)
-    make = partial(_within_rows, (position_ids == 0).cumsum(1))
-    with _masks_made(config._attn_implementation, make):
+    require_packable(model.config.get_text_config().model_type)
+    with _masks_made(partial(_within_rows, (position_ids == 0).cumsum(1))):
         yield
+
+
+MakeMask = Callable[..., Tensor | None]
+_MAKE: ContextVar[MakeMask | None] = ContextVar("how masks are made", default=None)
+"""What makes masks in this thread; None for transformers itself. Another thread may train another model."""
 
 
 @contextmanager
-def _masks_made(kind: str, make: Callable[..., Tensor | None]) -> Iterator[None]:
-    """Let transformers make masks by `make` within the block, for all models that attend in this way.
+def _masks_made(make: MakeMask) -> Iterator[None]:
+    """Let masks be made by `make` within the block.
 
-    The way of the model keeps its name, because some families ask for it by name before they choose keys.
+    The model's way to attend keeps its name: some families ask for it by name before they choose keys.
     """
-    ALL_MASK_ATTENTION_FUNCTIONS[kind] = make
+    token = _MAKE.set(make)
     try:
         yield
     finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS[kind]
+        _MAKE.reset(token)
+
+
+def _made(own: MakeMask, **asked: Any) -> Tensor | None:
+    return (_MAKE.get() or own)(**asked)
 
 
 def _unless_needed(
@@ -97,3 +104,7 @@ def _within_rows(
     within = and_masks(mask_function, packed_sequence_mask_function(rows))
     mask: Tensor = eager_mask(mask_function=within, **rest | {"attention_mask": None})
     return mask
+
+
+AttentionMaskInterface.register("sdpa", partial(_made, sdpa_mask))
+AttentionMaskInterface.register("eager", partial(_made, eager_mask))
