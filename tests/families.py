@@ -17,7 +17,7 @@ from transformers.integrations.moe import _default_apply_gate
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fedflame.cost.refused_families import REFUSED_FAMILIES
+from fedflame.cost.refused_families import NOT_PACKABLE, REFUSED_FAMILIES
 from fedflame.moe.families import MoELayer, find_moe_layers
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 6, 3, 24, 20, 94
@@ -198,6 +198,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 def page() -> str:
     """The text of docs/families.md."""
     supported = "\n".join(_supported_row(family) for family in FAMILIES)
+    alone = "\n".join(f"| {family} | {reason} |" for family, reason in NOT_PACKABLE.items())
     refused = "\n".join(f"| {family} | {reason} |" for family, reason in REFUSED_FAMILIES.items())
     return f"""# Model families
 
@@ -218,6 +219,16 @@ all but those with transposed weights, interleaved gate and up, or no gate.
 | family | tested with | handled beside gate and up rows |
 | --- | --- | --- |
 {supported}
+
+## Without packing: {len(NOT_PACKABLE)}
+
+With `training.packing` or `training.padding_free` rows share a sequence. In these families a row would then
+change another, so that both settings are refused. In all others a row has the loss that it has alone, and no
+other row changes a bit of it: `tests/moe/test_packed_rows.py` holds every family to it, in both lists.
+
+| family | why |
+| --- | --- |
+{alone}
 
 ## Refused: {len(REFUSED_FAMILIES)}
 

@@ -165,11 +165,15 @@ class RoundPlan:
     learning_rate: float
     weight_decay: float
     batch_size: int
-    """Rows per batch."""
+    """Sequences per batch: rows, or packed sequences of several rows."""
     max_steps: int
     """Largest number of optimizer steps."""
     tokens_per_step: int = 0
-    """If not 0, a batch has as many rows as fit in this many tokens, instead of `batch_size`."""
+    """If not 0, a batch has as many sequences as fit in this many tokens, instead of `batch_size`."""
+    packed_length: int = 0
+    """If not 0, rows are packed into sequences of at most this many tokens."""
+    padding_free: bool = False
+    """Whether the rows of a batch lie end to end in one sequence."""
     gradient_accumulation_steps: int = 1
     """Batches of an optimizer step."""
     num_train_epochs: float = 0.0
@@ -198,17 +202,26 @@ class RoundPlan:
         """Whether the gradients of all layers exist at once."""
         return self.gradient_accumulation_steps > 1 or self.max_grad_norm > 0
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows share a sequence."""
+        return self.packed_length > 0 or self.padding_free
+
     def largest_batch(self, max_length: int) -> int:
         """Return the most tokens that a batch can have, with padding, where no row is longer than this.
 
-        A batch that is measured in tokens holds one row at least, also one that is longer than the batch.
+        Measured in tokens, a batch holds one sequence at least, also one that is longer than the batch.
         """
-        by_rows = self.batch_size * max_length
-        return max(self.tokens_per_step, max_length) if self.tokens_per_step else by_rows
+        longest = max(self.packed_length, max_length)
+        return max(self.tokens_per_step, longest) if self.tokens_per_step else self.batch_size * longest
 
     def most_tokens(self, steps: int, max_length: int) -> int:
         """Return the most tokens that so many steps can have, where no row is longer than this."""
         return steps * self.gradient_accumulation_steps * self.largest_batch(max_length)
+
+    def longest_sequence(self, max_length: int) -> int:
+        """Return the most tokens of a sequence, where no row is longer than this."""
+        return self.largest_batch(max_length) if self.padding_free else max(self.packed_length, max_length)
 
 
 @dataclass(frozen=True)

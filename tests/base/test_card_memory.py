@@ -123,7 +123,7 @@ def test_the_refusal_says_what_is_needed_for_what_and_what_takes_less(tiny_folde
 
 
 def test_the_batch_is_in_tokens_or_in_rows() -> None:
-    assert training_words(4, 512, 8, "none") == WORDS
-    assert training_words(1, 0, 8, "layers") == (
+    assert training_words(4, 512, 8, False, "none") == WORDS
+    assert training_words(1, 0, 8, False, "layers") == (
         "training at k = 1 with 8 rows per batch and gradient_checkpointing = 'layers'"
     )

@@ -12,6 +12,8 @@ from tests.tiny_models import VOCABULARY, character_tokenizer
 from tests.tiny_runs import SETTINGS, arguments, invoke
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedflame.cost.refused_families import NOT_PACKABLE
+
 
 def refuse(model: Path, run: Path, *overrides: str) -> str:
     """The one line that a refused run prints; nothing may have been written."""
@@ -33,6 +35,21 @@ def row(number: int) -> str:
     return json.dumps(
         {"instruction": f"say {number}", "response": str(number), "category": "abc"[number % 3]}
     )
+
+
+@pytest.mark.parametrize("key", ["packing", "padding_free"])
+def test_a_family_whose_rows_cannot_share_a_sequence(
+    key: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NOT_PACKABLE, "olmoe", "of a reason")
+    expected = (
+        "olmoe cannot be trained with training.packing or training.padding_free: of a reason; "
+        "leave both false"
+    )
+    setting = f"training.{key}=true"
+    assert refuse(tiny_folder, tmp_path / "run", setting) == expected
+    planned = invoke("plan", "--model", tiny_folder, "--set", "clients.active_experts=4", "--set", setting)
+    assert (planned.exit_code, planned.stderr) == (2, f"fedflame: {expected}\n")
 
 
 def test_missing_data_file(tiny_folder: Path, tmp_path: Path) -> None:

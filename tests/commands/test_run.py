@@ -102,6 +102,40 @@ def test_steps_by_tokens_are_as_large_as_each_client_is_told(tiny_folder: Path, 
         assert 0.5 * 2 * budget < event["tokens"] <= 2 * budget
 
 
+def test_packed_steps_have_as_many_tokens_as_fit(tiny_folder: Path, tmp_path: Path) -> None:
+    run, packing = tmp_path / "run", ("training.packing=true", "training.per_device_train_batch_size=1")
+    tiny_run(tiny_folder, run, *packing, ONE_ROUND)
+    for event in events(run, "client"):  # data.max_length is 120
+        assert event["steps"] == 2 and 0.5 * 2 * 120 < event["tokens"] <= 2 * 120
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout"),
+    [
+        ((), (0, False)),
+        (("training.packing=true",), (120, False)),
+        (("training.padding_free=true",), (0, True)),
+    ],
+    ids=["padded", "packing", "padding_free"],
+)
+def test_plans_say_how_rows_are_laid_out(
+    settings: tuple[str, ...],
+    layout: tuple[int, bool],
+    misbehave: Callable[[Misbehave], None],
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    plans: list[RoundPlan] = []
+
+    def noted(plan: RoundPlan, update: ClientUpdate) -> ClientUpdate:
+        plans.append(plan)
+        return update
+
+    misbehave(noted)
+    tiny_run(tiny_folder, tmp_path / "run", ONE_ROUND, *settings)
+    assert [(plan.packed_length, plan.padding_free) for plan in plans] == [layout] * 3
+
+
 @pytest.mark.parametrize("mode", ["experts", "layers"])
 def test_a_run_that_keeps_less_for_the_backward_has_the_same_bytes(
     mode: str, finished: Path, tiny_folder: Path, tmp_path: Path
@@ -266,6 +300,24 @@ def test_a_run_that_is_told_to_end_says_how_to_go_on_and_goes_on_to_the_same_byt
     assert start(tiny_folder, run, "--resume").wait(90) == 0
     assert adapter_bytes(run) == adapter_bytes(finished)
     assert state_bytes(run) == state_bytes(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_packed_rows_end_in_the_same_bytes_killed_and_resumed_and_with_workers(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    packing = ("training.packing=true", "training.per_device_train_batch_size=2")
+    tiny_run(tiny_folder, alone, *packing)
+    setting = [part for setting in packing for part in ("--set", setting)] + ["--workers", "2"]
+    process = start(tiny_folder, killed, *setting)
+    wait_for_lines(process, killed / "metrics.jsonl", 20)
+    process.kill()
+    process.wait(20)
+    assert start(tiny_folder, killed, *setting, "--resume").wait(90) == 0
+    assert adapter_bytes(killed) == adapter_bytes(alone) != adapter_bytes(finished)
+    assert state_bytes(killed) == state_bytes(alone)
 
 
 @pytest.mark.timeout(120)

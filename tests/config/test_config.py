@@ -316,6 +316,10 @@ LIST_ERROR = 'Value error, must be integers of at least 1, such as [8, 4, 2, 1] 
             "config: training.gradient_checkpointing = 'true': Input should be 'none', 'experts' or 'layers'",
         ),
         (
+            "training.packing_strategy=wrapped",
+            "config: training.packing_strategy = 'wrapped': Input should be 'bfd'",
+        ),
+        (
             "training.tokens_per_step=64,64,64,64,32",
             "config: training.tokens_per_step has 5 entries for clients.num_clients = 4; "
             "it must have at most one per client",

@@ -258,6 +258,8 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     # 2 bytes each: without the 2*5 of two experts before the activation; with the layer's input of 6.
     assert training_memory(*setting, "experts").activations == activations - 3 * 2 * 2 * 10
     assert training_memory(*setting, "layers").activations == activations + 3 * 2 * 6
+    # For each of 3 tokens and 9 of its sequence a number of 2 bytes, and two truths.
+    assert training_memory(*setting, mask_width=9).activations == activations + 3 * 9 * 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

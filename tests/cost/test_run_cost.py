@@ -53,6 +53,28 @@ def test_memory_is_that_of_the_largest_step_of_the_tier(
         assert memory == training_memory(shape, k, 8, QKVO, tokens[k], "bfloat16", SHARE)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "tokens", "masked"),
+    [
+        (("training.packing=true",), 8 * 1024, 1024),
+        (("training.packing=true", "data.max_length=300"), 8 * 300, 300),
+        (("training.packing=true", "training.tokens_per_step=2048"), 2048, 1024),
+        (("training.packing=true", "training.tokens_per_step=512"), 1024, 1024),  # one sequence at least
+        (("training.padding_free=true",), 800, 800),
+        (("training.packing=true", "training.padding_free=true"), 8 * 1024, 8 * 1024),
+    ],
+)
+def test_packed_rows_fill_the_step_and_have_a_mask(
+    shape: ModelShape, overrides: tuple[str, ...], tokens: int, masked: int
+) -> None:
+    cost = cost_of(shape, *overrides)
+    for tier, memory in zip(cost.tiers, cost.memory, strict=True):
+        k = tier.active_experts
+        assert memory == training_memory(shape, k, 8, QKVO, tokens, "bfloat16", SHARE, mask_width=masked)
+    assert {client.tokens_per_step for client in cost.clients} == {tokens}
+    assert cost.tiers == cost_of(shape).tiers, "FLOPs are those of rows"
+
+
 # Steps under a budget
 
 

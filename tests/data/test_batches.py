@@ -118,17 +118,17 @@ def test_epochs_end_after_their_share_of_the_batches(
 ) -> None:
     rows = of_lengths(lengths)
     per_epoch = math.ceil(len(lengths) / batch_size)
-    found = list(batch_rows(rows, batch_size, seed, 0, epochs))
+    found = list(batch_rows(rows, batch_size, seed, 0, 0, epochs))
     exact = math.floor(epochs) * per_epoch + (epochs % 1) * per_epoch
     assert exact - 1e-6 <= len(found) < exact + 1
-    endless = batch_rows(rows, batch_size, seed, 0, math.inf)
+    endless = batch_rows(rows, batch_size, seed, 0, 0, math.inf)
     assert found == [next(endless) for _ in found]
 
 
 def test_a_part_of_an_epoch_is_no_batch_more_than_its_digits_say() -> None:
     """0.7 * 10 is more than 7 in floating point, and so on."""
     for tenths in range(1, 31):
-        assert len(list(batch_rows(of_lengths([3] * 10), 1, 5, 0, tenths / 10))) == tenths
+        assert len(list(batch_rows(of_lengths([3] * 10), 1, 5, 0, 0, tenths / 10))) == tenths
 
 
 def by_tokens(lengths: list[int], tokens: int, seed: int, epochs: int = 1) -> list[list[Batch]]:

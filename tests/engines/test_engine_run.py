@@ -10,7 +10,16 @@ import pytest
 from rich.console import Console
 from tests.engines_here import ThreadEngine, asking, trainers, write_site
 from tests.fake_cards import fake_cards, load_on_cpu
-from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, state_bytes, tiny_config, tiny_run
+from tests.tiny_runs import (
+    ONE_ROUND,
+    SETTINGS,
+    adapter_bytes,
+    events,
+    invoke,
+    state_bytes,
+    tiny_config,
+    tiny_run,
+)
 
 from fedflame.commands.run import print_run
 from fedflame.cost.memory import least_evaluation_memory
@@ -70,6 +79,19 @@ def test_three_sites_give_the_bytes_of_one_process(
     table = shown[shown.index("Sites; steps and training FLOPs per round") :]
     assert all(re.search(rf"^ +{name} .* its own ", table, re.M) for name in NAMES), "not the hub's own rows"
     assert re.search(r"round 1: south \(k=\d\) loss ", shown)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("setting", ["training.packing=true", "training.padding_free=true"])
+def test_three_sites_that_train_side_by_side_lay_rows_out_as_one_process_does(
+    setting: str, site_files: list[Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    tiny_run(tiny_folder, tmp_path / "alone", setting, ONE_ROUND)
+    with trainers(site_files) as sites:
+        engine = ThreadEngine(asking(sites), set(NAMES))
+        run_over(engine, hub(), tiny_folder, tmp_path / "run", setting, ONE_ROUND)
+    assert state_bytes(tmp_path / "run") == state_bytes(tmp_path / "alone")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "alone")
 
 
 @pytest.mark.timeout(120)

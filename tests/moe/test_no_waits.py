@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from fedflame.config.words import Checkpointed
-from fedflame.data.batches import Batch
+from fedflame.cost.refused_families import NOT_PACKABLE
+from fedflame.data.batches import Batch, collate_packed
+from fedflame.data.encoding import EncodedRow
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.training.steps import training_steps
@@ -75,6 +77,14 @@ def test_a_step_of_every_family_waits_for_nothing_of_ours(family: str) -> None:
         return
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
         train_step(adapted, random_batch(), 2)
+
+
+@pytest.mark.usefixtures("_aligned_widths")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_PACKABLE])
+def test_a_step_on_packed_rows_waits_for_nothing(family: str) -> None:
+    adapted = AdaptedModel(tiny(family).bfloat16().to("meta"), 2, ALPHA, [])
+    rows = [EncodedRow(list(range(3, 3 + length)), 2, False) for length in (11, 7, 4)]
+    train_step(adapted, collate_packed([rows[:2], rows[2:]], 0), 2)
 
 
 class ReadBatch(Batch):

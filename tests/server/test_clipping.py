@@ -331,6 +331,6 @@ def test_an_outlier_is_warned_of_in_metrics_report_and_console(
     (outlier,) = events(tmp_path / "run", "outlier")
     assert (outlier["round"], outlier["client"]) == (2, 1) and 5 < outlier["times"] < 20
     assert "warning: round 2: client 1 went" in shown
-    assert "Warning: client 1 went" in (tmp_path / "run" / "report.html").read_text()
+    assert "Warning: Client 1 went" in (tmp_path / "run" / "report.html").read_text()
     clipped_then = [(event["round"], event["client"]) for event in events(tmp_path / "run", "clipped")]
     assert ((2, 1) in clipped_then) == (rule == "median")

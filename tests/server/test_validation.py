@@ -221,22 +221,56 @@ def test_more_rows_trained_on_than_the_steps_hold_are_refused() -> None:
     """Five steps of four rows, or of two batches of four, unless a batch is measured in tokens."""
     plan, update = replace(a_plan(), tokens_per_step=0), replace(valid_update(), trained_examples=20)
     validate_update(update, plan, MAX_LENGTH)
-    with pytest.raises(InvalidMessage, match="trained on 21 rows; 1 to 20 are possible"):
-        validate_update(replace(update, trained_examples=21), plan, MAX_LENGTH)
+    more = replace(update, trained_examples=21)
+    for layout in (plan, replace(plan, padding_free=True)):
+        with pytest.raises(InvalidMessage, match="trained on 21 rows; 1 to 20 are possible"):
+            validate_update(more, layout, MAX_LENGTH)
     twice = replace(plan, gradient_accumulation_steps=2)
     validate_update(replace(update, num_examples=50, trained_examples=40), twice, MAX_LENGTH)
     with pytest.raises(InvalidMessage, match="trained on 41 rows; 1 to 40 are possible"):
         validate_update(replace(update, num_examples=50, trained_examples=41), twice, MAX_LENGTH)
 
 
+def test_packed_rows_are_as_many_as_their_tokens_at_most() -> None:
+    """Eleven tokens, in five steps of one sequence."""
+    plan = replace(a_plan(), batch_size=1, tokens_per_step=0, packed_length=MAX_LENGTH)
+    tokens = valid_update().tokens
+    many = replace(valid_update(), num_examples=10**6, trained_examples=tokens)
+    validate_update(many, plan, MAX_LENGTH)
+    with pytest.raises(InvalidMessage, match="trained on 11 rows; 1 to 5 are possible"):
+        validate_update(many, replace(plan, packed_length=0), MAX_LENGTH)
+    with pytest.raises(InvalidMessage, match=f"trained on {tokens + 1} rows; 1 to {tokens} are possible"):
+        validate_update(replace(many, trained_examples=tokens + 1), plan, MAX_LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "packs", "longest"),
+    [
+        ({}, False, 20),
+        ({"packed_length": 15}, True, 20),  # a row may be longer
+        ({"packed_length": 50}, True, 50),
+        ({"padding_free": True}, True, 4 * 20),
+        ({"padding_free": True, "packed_length": 50}, True, 4 * 50),
+        ({"padding_free": True, "tokens_per_step": 96}, True, 96),
+        ({"padding_free": True, "tokens_per_step": 7}, True, 20),
+    ],
+)
+def test_the_longest_sequence_of_a_plan(changes: dict[str, Any], packs: bool, longest: int) -> None:
+    plan = replace(a_plan(), **{"tokens_per_step": 0} | changes)
+    assert (plan.packs, plan.longest_sequence(20)) == (packs, longest)
+
+
 def test_tokens_are_bounded_by_the_rows_of_the_steps_or_by_their_tokens_and_one_row_at_least() -> None:
-    """Five steps of four rows, of 96 tokens, or of one row that is longer than the step."""
+    """Five steps of four rows or sequences, of 96 tokens, or of one that is longer than the step."""
     counts = torch.zeros(SHAPE[:2], dtype=torch.int64)
     for changes, most in (
         ({"tokens_per_step": 0}, 5 * 4 * MAX_LENGTH),
         ({"tokens_per_step": 96}, 5 * 96),
         ({"tokens_per_step": 3}, 5 * MAX_LENGTH),
         ({"tokens_per_step": 96, "gradient_accumulation_steps": 3}, 3 * 5 * 96),
+        ({"tokens_per_step": 0, "packed_length": 33}, 5 * 4 * 33),
+        ({"tokens_per_step": 3, "packed_length": 33}, 5 * 33),
+        ({"tokens_per_step": 0, "packed_length": 7}, 5 * 4 * MAX_LENGTH),
     ):
         plan = replace(a_plan(), **changes)
         counts[:, :2] = most

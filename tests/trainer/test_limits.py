@@ -18,6 +18,7 @@ from tests.trainer_asked import ROWS, RUN, Told, request
 from fedflame.base.files import model_config_path
 from fedflame.cost.memory import least_training_memory, training_memory
 from fedflame.cost.model_shape import read_model_shape
+from fedflame.cost.refused_families import NOT_PACKABLE
 from fedflame.data.templates import Template
 from fedflame.messages import RoundPlan
 from fedflame.trainer.job import TrainingJob
@@ -158,6 +159,17 @@ def test_the_template_of_the_sites_file_renders_its_rows_if_it_is_the_hubs(
     assert str(ready.tokenizer.decode(ready.rows[1].ids)).startswith("[user]add 1 and 2")
 
 
+@pytest.mark.parametrize("changes", [{"packed_length": 32}, {"padding_free": True}], ids=str)
+def test_rows_that_cannot_share_a_sequence_are_the_reason_before_anything_is_loaded(
+    changes: dict[str, Any], make_service: Make, job: TrainingJob, plan: RoundPlan, told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(NOT_PACKABLE, "olmoe", "of a reason")
+    answer = make_service().answer(request(job, replace(plan, **changes)))
+    assert answer.header["kind"] == "failed" and not told.heard("loading")
+    assert "olmoe cannot be trained with training.packing" in answer.header["reason"]
+
+
 def test_merged_factors_count_in_the_memory_of_a_round(
     make_service: Make, job: TrainingJob, plan: RoundPlan, told: Told
 ) -> None:
@@ -179,22 +191,32 @@ def test_a_step_that_takes_too_much_memory_is_refused_before_it_is_taken(
     service = make_service()
     assert service.answer(request(job, plan)).header["kind"] == "update"
     assert service._ready is not None
-    longest = max(len(row.ids) for row in service._ready.rows)
+    lengths = [len(row.ids) for row in service._ready.rows]
+    longest, every = max(lengths), sum(lengths)
 
-    def needed(tokens: int) -> float:
-        setting = (shape, plan.active_experts, job.r, ("q_proj",), tokens, "float32")
+    def needed(tokens: int, masked: int = 0) -> float:
+        setting = (shape, plan.active_experts, job.r, ("q_proj",), tokens, "float32", 1.0, "none", masked)
         activations = training_memory(*setting).activations  # type: ignore[arg-type]
         return (least_training_memory(shape, job.r, ("q_proj",), "float32") + activations) / 1e9
 
-    for changes, tokens in (
-        ({"batch_size": 2}, 2 * longest),
-        ({"batch_size": 1000}, ROWS * longest),
-        ({"tokens_per_step": 40}, 40),
-        ({"tokens_per_step": 1}, longest),
+    for changes, tokens, masked in (
+        ({"batch_size": 2}, 2 * longest, 0),
+        ({"batch_size": 1000}, ROWS * longest, 0),
+        ({"tokens_per_step": 40}, 40, 0),
+        ({"tokens_per_step": 1}, longest, 0),
+        ({"batch_size": 2, "padding_free": True}, 2 * job.max_length, 2 * job.max_length),
+        ({"batch_size": 1000, "padding_free": True}, every, every),
+        ({"batch_size": 2, "packed_length": 40}, 80, 40),
+        ({"batch_size": 1, "packed_length": 10_000}, every, every),
+        ({"batch_size": 1000, "packed_length": 40}, ROWS * 40, 40),
+        ({"batch_size": 1000, "packed_length": 40, "padding_free": True}, every, every),
     ):
         asked = request(job, replace(plan, round=3, **changes))
-        just = make_service(LIMITS + f"max_memory = {needed(tokens) + 1e-9!r}")
-        assert just.answer(asked).header["kind"] == "update"
+        just = make_service(LIMITS + f"max_memory = {needed(tokens, masked) + 1e-9!r}")
+        assert just.answer(asked).header["kind"] == "update", changes
+        less = make_service(LIMITS + f"max_memory = {needed(tokens, masked) - 1e-9!r}")
+        again = request(job, replace(plan, round=4, **changes))
+        assert less.answer(again).header["kind"] == "refused", changes
     too_little = make_service(LIMITS + f"max_memory = {needed(2 * longest) - 1e-9!r}")
     told.clear()
     answer = too_little.answer(request(job, replace(plan, round=4)))

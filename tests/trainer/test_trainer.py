@@ -39,13 +39,16 @@ from fedflame.wire.codec import encode_plan, encode_update
 from fedflame.wire.envelope import Envelope, receive
 
 
+@pytest.mark.parametrize("changes", [{}, {"packed_length": 32}, {"padding_free": True}], ids=str)
 def test_its_update_is_that_of_training_the_same_rows_here(
+    changes: dict[str, Any],
     make_service: Callable[..., TrainerService],
     job: TrainingJob,
     plan: RoundPlan,
     data: Path,
     tiny_folder: Path,
 ) -> None:
+    plan = replace(plan, **changes)
     answer = make_service().answer(request(job, plan))
     adapted, tokenizer = load_adapted_model(str(tiny_folder), "float32", job.adapter)
     encoder = new_encoder(tokenizer, job.max_length)
@@ -209,6 +212,7 @@ LIMITS = "[limits]\n"
         ("max_steps = 2", 4, {}, "the plan asks for steps = 3; this site allows at most 2"),
         ("max_tokens = 191", 4, {}, "the plan asks for tokens = 192; this site allows at most 191"),
         ("max_tokens = 191", 4, {"tokens_per_step": 100}, "tokens = 300; this site allows at most 191"),
+        ("max_tokens = 239", 4, {"packed_length": 40}, "tokens = 240; this site allows at most 239"),
         ("max_flops = 1e3", 4, {}, "FLOPs; this site allows at most 1e+03"),
     ],
 )  # fmt: skip
@@ -230,6 +234,15 @@ def test_a_plan_that_asks_for_just_what_is_allowed_is_trained(
     limits = f"max_rounds = 5\nmax_steps = 3\nmax_tokens = 192\nmax_flops = {flops!r}"
     service = make_service(LIMITS + limits, k=2)
     assert service.answer(request(job, replace(plan, round=5))).header["kind"] == "update"
+
+
+def test_a_token_of_a_long_packed_sequence_costs_more_than_one_of_a_row(
+    make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan
+) -> None:
+    packed = replace(plan, packed_length=1000)
+    flops = 6000 * make_service()._flops_per_token(job, plan)
+    answer = make_service(LIMITS + f"max_flops = {flops!r}").answer(request(job, packed))
+    assert answer.header["kind"] == "refused" and "FLOPs" in answer.header["reason"]
 
 
 def test_a_model_is_loaded_once_for_a_job_and_goes_before_the_next_is_loaded(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -145,12 +146,21 @@ def test_the_changes_of_a_captured_step_are_counted(graphs: list[CalledGraph]) -
     assert seen[1] == 0 and seen[2] < seen[3] < seen[4]
 
 
-@pytest.mark.parametrize("rescaler", ["learned", "fixed"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rescaler": "fixed"},
+        {"packed_length": 26, "batch_size": 2},
+        {"padding_free": True},
+    ],
+    ids=str,
+)
 def test_a_round_of_captured_steps_trains_the_same(
-    rescaler: str, graphs: list[CalledGraph], monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], graphs: list[CalledGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows have different lengths, and prompts: captured batches are filled up to few sizes."""
-    plan = replace(plan_for(tiny_adapted(), rescaler=rescaler), max_steps=12)
+    plan = replace(plan_for(tiny_adapted(), **changes), max_steps=12)
     expected = fine_tune(tiny_adapted(), rows(11), plan, PAD)
     monkeypatch.setattr(AdaptedModel, "can_capture", True)
     found = fine_tune(tiny_adapted(), rows(11), plan, PAD)

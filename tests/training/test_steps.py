@@ -31,7 +31,8 @@ def started(decay: float = 0.1, **options: Any) -> tuple[AdaptedModel, ExpertAda
 
 def apart(batch: Batch, *sizes: int) -> list[Batch]:
     """The rows of a batch in several."""
-    parts = zip(*(value.split(sizes) for value in vars(batch).values()), strict=True)
+    values = (batch.input_ids, batch.attention_mask, batch.labels)
+    parts = zip(*(value.split(sizes) for value in values), strict=True)
     return [Batch(*part) for part in parts]
 
 

@@ -36,9 +36,12 @@ def training_need(
     return Need(size, work, parts, f"{_narrower(dtype)}a smaller adapter.r, ")
 
 
-def training_words(k: int, tokens_per_step: int, rows: int, checkpointing: Checkpointed) -> str:
-    """Return in words what decides the memory of a training step; without `tokens_per_step` the rows do."""
-    batch = f"{tokens_per_step:,} tokens" if tokens_per_step else f"{rows} rows"
+def training_words(
+    k: int, tokens_per_step: int, sequences: int, packed: bool, checkpointing: Checkpointed
+) -> str:
+    """Return in words what decides the memory of a step: its tokens, or its rows or packed sequences."""
+    by_sequences = f"{sequences} {'packed sequences' if packed else 'rows'}"
+    batch = f"{tokens_per_step:,} tokens" if tokens_per_step else by_sequences
     return f"training at k = {k} with {batch} per batch and gradient_checkpointing = {checkpointing!r}"
 
 

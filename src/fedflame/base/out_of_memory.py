@@ -51,7 +51,8 @@ def training_memory_in_words(
     device: torch.device, plan: RoundPlan, checkpointing: Checkpointed
 ) -> AbstractContextManager[None]:
     """Return `memory_in_words` for the training of a plan."""
-    doing = training_words(plan.active_experts, plan.tokens_per_step, plan.batch_size, checkpointing)
+    batch = plan.tokens_per_step, plan.batch_size, plan.packed_length > 0
+    doing = training_words(plan.active_experts, *batch, checkpointing)
     return memory_in_words(
         device, doing, f"{_LESS_KEPT[checkpointing]}fewer tokens per batch, a smaller adapter.r, or "
     )

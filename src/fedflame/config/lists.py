@@ -40,7 +40,7 @@ def _integers_or_none(value: object) -> tuple[int, ...]:
 
 def names_but_none(value: object) -> tuple[Any, ...]:
     """Each name once; `"none"`, as transformers writes it, is no name."""
-    parts = _parts(value)
+    parts = list_parts(value)
     return tuple(part for at, part in enumerate(parts) if part != "none" and part not in parts[:at])
 
 

@@ -192,11 +192,22 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """The weight decay of AdamW. It applies to experts that saw a token in the step."""
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
-    """The rows of a batch, unless `tokens_per_step` is set."""
+    """The rows of a batch, or with `packing` its sequences, unless `tokens_per_step` is set."""
     tokens_per_step: IntegersOrNone = ()
-    """The tokens of a batch. It then has as many rows of similar length as fit, padding counted, and at least
-    one. One number for all clients, or several that are repeated over the clients, such as `[1024, 2048]`:
-    more where fewer experts run. Empty: `per_device_train_batch_size` rows."""
+    """The tokens of a batch. It then has as many rows of similar length as fit, or with `packing` as many
+    sequences, padding counted, and at least one. One number for all clients, or several that are repeated
+    over the clients, such as `[1024, 2048]`: more where fewer experts run. Empty:
+    `per_device_train_batch_size` rows or sequences."""
+    packing: bool = False
+    """Whether several rows share a sequence of at most `data.max_length` tokens. No row is divided, and none
+    sees another: it has the loss and the experts that it has alone. Families with recurrent layers are
+    refused (docs/families.md)."""
+    packing_strategy: Literal["bfd"] = "bfd"
+    """How rows are packed. `bfd`: best-fit decreasing, which keeps rows whole. TRL's others divide rows."""
+    padding_free: bool = False
+    """Whether the rows of a batch lie end to end in one sequence without padding. The result is the same.
+    Time and memory of attention grow with the square of the tokens of the batch. Families with recurrent
+    layers are refused."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65_536)] = 1
     """The batches of an optimizer step. Their gradients are added up as those of one batch, each token alike:
     less memory than a larger batch, and more time."""
@@ -224,6 +235,11 @@ class TrainingConfig(Section):
     def holds_gradients(self) -> bool:
         """Whether the gradients of all layers exist at once."""
         return self.gradient_accumulation_steps > 1 or self.max_grad_norm > 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows share a sequence."""
+        return self.packing or self.padding_free
 
 
 class StrategyConfig(Section):

@@ -2,7 +2,8 @@
 
 A multiply-add is 2 FLOPs. We count matrix products. We do not count element-wise operations (norms, softmax,
 activation, rotation, rescaler) or the recomputation of gradient checkpointing. Attention scores are full
-[S,S] products, without the causal half or a sliding window, as `torch.utils.flop_counter` counts them.
+[S,S] products, without the causal half or a sliding window, as `torch.utils.flop_counter` counts them. S is
+the length of a row; what packed rows add, scores between rows that count for nothing, is not counted.
 
 Shapes: H hidden size, I expert width, E experts per layer, k active experts, R LoRA rank, S sequence length,
 L MoE layers.

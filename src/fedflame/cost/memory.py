@@ -85,6 +85,7 @@ def training_memory(
     dtype: Dtype,
     labelled_share: float = 1.0,
     gradient_checkpointing: Checkpointed = "none",
+    mask_width: int = 0,
 ) -> MemoryEstimate:
     """Estimate the peak memory of a training step: base in `dtype`, adapter, gradients and moments in fp32.
 
@@ -94,7 +95,9 @@ def training_memory(
     - for each active expert, gate and up before the activation (not if `experts` are checkpointed) and three
       rank-R products; shared and dense MLPs alike,
     - temporary rows of one layer,
-    - the logits in `dtype`, in fp32, and their fp32 gradient.
+    - the logits in `dtype`, in fp32, and their fp32 gradient,
+    - the attention mask, where rows share a sequence: a number in `dtype` and two truths for every token and
+      each of the `mask_width` tokens of its sequence; all layers share it. 0: there is no mask.
 
     If `layers` are checkpointed, each layer keeps only its input, and one layer, the largest, also the first
     two parts. The estimate helps to choose tokens_per_step. It is not a bound.
@@ -122,5 +125,5 @@ def training_memory(
         adapter=adapter,
         gradients=adapter,
         optimizer=2 * adapter,
-        activations=round(tokens_per_step * per_token),
+        activations=round(tokens_per_step * (per_token + mask_width * (size + 2))),
     )

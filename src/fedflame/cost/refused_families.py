@@ -1,6 +1,8 @@
-"""The mixtures of experts in transformers that cannot be trained here, by model_type."""
+"""The mixtures of experts in transformers that cannot be trained here, or not with packing, by model_type."""
 
 from __future__ import annotations
+
+from fedflame.errors import UserError
 
 _NO_CAUSAL_LM = "AutoModelForCausalLM does not know it"
 REFUSED_FAMILIES = {
@@ -32,9 +34,38 @@ REFUSED_FAMILIES = {
     "zaya": "it runs one expert per token, and tokens that skip it would be counted for expert 0",
 }
 """model_type -> why it cannot be trained."""
+_STATE = "its recurrent or convolutional layers carry a state from one row to the next"
+NOT_PACKABLE = dict.fromkeys(
+    (
+        "bailing_hybrid",
+        "granitemoehybrid",
+        "inkling2_text",
+        "inkling_text",
+        "jamba",
+        "kimi_linear",
+        "lara_mini",
+        "lfm2_moe",
+        "minimax",
+        "nemotron_h",
+        "qwen3_5_moe_text",
+        "qwen3_next",
+        "qwen4_exp_text",
+    ),
+    _STATE,
+) | {"minimax_m3_vl_text": "its sparse layers choose blocks of keys by their place in the sequence"}
+"""model_type -> why rows cannot share a sequence: a row would change what another row computes."""
 
 
 def refusal(model_type: str) -> str | None:
     """Return why a family is refused, in one line; None if it is not in the list."""
     reason = REFUSED_FAMILIES.get(model_type)
     return reason and f"{model_type} is not supported: {reason}"
+
+
+def require_packable(model_type: str) -> None:
+    """Raise UserError if rows of a family cannot share a sequence."""
+    if reason := NOT_PACKABLE.get(model_type):
+        raise UserError(
+            f"{model_type} cannot be trained with training.packing or training.padding_free: {reason}; "
+            "leave both false"
+        )

@@ -15,6 +15,7 @@ from fedflame.cost.adapter_size import AdapterSize, adapter_parameters
 from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.memory import MemoryEstimate, training_memory
 from fedflame.cost.model_shape import ModelShape
+from fedflame.cost.row_length import row_length
 from fedflame.cost.tiers import Tier, TierCost, tier_costs
 
 
@@ -78,6 +79,8 @@ def run_cost(
 ) -> RunCost:
     """Return the costs of every k and rank that clients train with, and of every other k that they afford.
 
+    FLOPs are those of rows, also where rows share a sequence.
+
     Args:
         config: the configuration.
         shape: the sizes of the model.
@@ -87,15 +90,17 @@ def run_cost(
         rows: of each client, in client order.
 
     Raises:
-        UserError: a tier's k is not between 1 and the model's K.
+        UserError: a tier's k is not between 1 and the model's K, or a row is longer than its context.
     """
-    checkpointed = config.training.gradient_checkpointing
+    training = config.training
+    packed = row_length(config.data.max_length, shape) if training.packing else sequence_length
     targets, r, full = config.adapter.target_modules, config.adapter.r, shape.num_experts_per_tok
 
     def flops_per_token(k: int, rank: int) -> float:
         return training_flops(config, shape, k, rank, sequence_length, labelled_share)
 
-    clients = _client_costs(config, full, sequence_length, rows, flops_per_token)
+    sequences = [math.ceil(count * sequence_length / packed) for count in rows]
+    clients = _client_costs(config, full, packed, sequences, flops_per_token)
     trained = Counter((client.trained_experts, client.trained_rank) for client in clients)
     idle = set(config.evaluated_experts(full)) - {k for k, _ in trained}
     pairs = sorted([*trained, *((k, r) for k in idle)], reverse=True)
@@ -111,7 +116,9 @@ def run_cost(
             if (k, rank)
             in ((config.afforded_experts()[client.client], r), (client.trained_experts, client.trained_rank))
         )
-        memory.append(training_memory(shape, k, rank, targets, tokens, dtype, labelled_share, checkpointed))
+        masked = (tokens if training.padding_free else packed) if training.packs else 0
+        load = tokens, dtype, labelled_share, training.gradient_checkpointing, masked
+        memory.append(training_memory(shape, k, rank, targets, *load))
     ranks = sorted(config.trained_ranks(full))
     merged = sum(ranks[-config.clients_per_round() :]) * config.method.merges
     return RunCost(
@@ -175,11 +182,12 @@ def steps_of_epochs(epochs: float, batches: int, gradient_accumulation_steps: in
 def _client_costs(
     config: RunConfig,
     full: int,
-    sequence_length: int,
-    rows: Sequence[int],
+    longest: int,
+    sequences: Sequence[int],
     flops_per_token: Callable[[int, int], float],
 ) -> list[ClientCost]:
-    by_rows = sequence_length * config.training.per_device_train_batch_size
+    """Return the costs of each client, which has so many `sequences` of at most `longest` tokens."""
+    by_sequences = longest * config.training.per_device_train_batch_size
     of_a_step = config.training.gradient_accumulation_steps
     rounds = range(1, config.server.num_server_rounds + 1)
     by_round = [config.trained_experts(full, round_number) for round_number in rounds]
@@ -187,11 +195,11 @@ def _client_costs(
     for client, (affords, rank, budget) in enumerate(
         zip(config.afforded_experts(), config.trained_ranks(full), config.tokens_per_step(), strict=True)
     ):
-        tokens = max(budget, sequence_length) if budget else by_rows
+        tokens = max(budget, longest) if budget else by_sequences
         afforded = flops_per_token(affords, config.adapter.r)
         for k in sorted({trained[client] for trained in by_round}, reverse=True):
             spent = flops_per_token(k, rank)
-            batches = math.ceil(rows[client] / max(1, tokens // sequence_length))
+            batches = math.ceil(sequences[client] / max(1, tokens // longest))
             steps = local_steps(config, batches, afforded, spent)
             costs.append(ClientCost(client, k, rank, steps, tokens, steps * of_a_step * tokens * spent))
     return costs

@@ -1,11 +1,16 @@
-"""Make padded batches of encoded rows of similar length."""
+"""Make batches of encoded rows: a row in each sequence, padded, or several rows end to end in a sequence.
+
+A row stays a row, however it lies in a batch: |D|, the rows trained on and the activation counts are those
+of rows and of their tokens, and the loss of a step is the mean over its labelled tokens. Only `batch_size`
+counts sequences: rows, or packed sequences of several rows.
+"""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedflame.data.encoding import EncodedRow
+from fedflame.data.packing import best_fit_decreasing
 
 IGNORE_INDEX = -100
 """Label of positions without loss, as in torch's cross entropy."""
@@ -24,7 +30,7 @@ BATCHES_PER_WINDOW = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: `input_ids`, `attention_mask` and `labels`, each [batch, sequence], on the CPU.
+    """Right-padded sequences: `input_ids`, `attention_mask` and `labels`, each [batch, sequence], on the CPU.
 
     What a step must know of them is read here, because reading it on a GPU would wait for the GPU.
     """
@@ -32,6 +38,16 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    position_ids: Tensor | None = None
+    """The position of every token in its row, [batch, sequence]: a row begins at each 0, and padding has
+    nothing else. None: every sequence is one row."""
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        if self.position_ids is None:
+            return len(self.input_ids)
+        return int(((self.position_ids == 0) & self.attention_mask.bool()).sum())
 
     @property
     def tokens(self) -> int:
@@ -62,12 +78,18 @@ class Batch:
             pad(self.input_ids, (0, more)),
             pad(self.attention_mask, (0, more)),
             pad(self.labels, (0, more), value=IGNORE_INDEX),
+            None if self.position_ids is None else pad(self.position_ids, (0, more)),
         )
 
     def on(self, device: torch.device) -> PlacedBatch:
         """Copy to a device what a step needs, without waiting for it."""
         return PlacedBatch(
-            self.input_ids, self.attention_mask, self.predictors, self.targets, self.real_tokens
+            self.input_ids,
+            self.attention_mask,
+            self.predictors,
+            self.targets,
+            self.real_tokens,
+            position_ids=self.position_ids,
         ).to(device)
 
     def in_few_sizes(self, device: torch.device) -> PlacedBatch:
@@ -87,6 +109,7 @@ class Batch:
             None,
             counted=batch.attention_mask.reshape(-1),
             weights=pad(torch.ones(len(predictors)), (0, more)),
+            position_ids=batch.position_ids,
         ).to(device)
 
 
@@ -103,6 +126,7 @@ class PlacedBatch(NamedTuple):
     """For every position, 1 if it counts as a token of its experts, else 0; None: all computed ones do."""
     weights: Tensor | None = None
     """For every predictor, 1 if its loss counts, else 0; None: all do."""
+    position_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> PlacedBatch:
         """Copy it to a device, without waiting for it."""
@@ -125,18 +149,31 @@ def round_up(width: int) -> int:
 
 def collate(rows: Sequence[EncodedRow], pad_token_id: int) -> Batch:
     """Pad rows on the right to the length of the longest, and put them into one batch."""
-    width = max(len(row.ids) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    attention_mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    labels = torch.full((len(rows), width), IGNORE_INDEX)
-    for index, row in enumerate(rows):
-        length, ids = len(row.ids), torch.tensor(row.ids)
-        input_ids[index, :length] = ids
-        attention_mask[index, :length] = 1
-        labels[index, row.prompt_length : length] = ids[row.prompt_length :]
-        for start, stop in row.gaps:
-            labels[index, start:stop] = IGNORE_INDEX
-    return Batch(input_ids, attention_mask, labels)
+    return replace(collate_packed([[row] for row in rows], pad_token_id), position_ids=None)
+
+
+def collate_packed(sequences: Sequence[Sequence[EncodedRow]], pad_token_id: int) -> Batch:
+    """Lay the rows of each sequence end to end, pad on the right, and put the sequences into one batch.
+
+    The first token of a row has no label, since nothing of its row predicts it.
+    """
+    size = len(sequences), max(sum(len(row.ids) for row in sequence) for sequence in sequences)
+    input_ids = torch.full(size, pad_token_id)
+    attention_mask, position_ids = torch.zeros(2, *size, dtype=torch.int64)
+    labels = torch.full(size, IGNORE_INDEX)
+    for index, sequence in enumerate(sequences):
+        begin = 0
+        for row in sequence:
+            end, ids = begin + len(row.ids), torch.tensor(row.ids)
+            input_ids[index, begin:end] = ids
+            attention_mask[index, begin:end] = 1
+            position_ids[index, begin:end] = torch.arange(len(ids))
+            answer = max(1, row.prompt_length)
+            labels[index, begin + answer : end] = ids[answer:]
+            for start, stop in row.gaps:
+                labels[index, begin + start : begin + stop] = IGNORE_INDEX
+            begin = end
+    return Batch(input_ids, attention_mask, labels, position_ids)
 
 
 def training_batches(
@@ -145,26 +182,45 @@ def training_batches(
     pad_token_id: int,
     seed: int,
     tokens_per_step: int = 0,
+    packed_length: int = 0,
+    padding_free: bool = False,
     epochs: float = math.inf,
 ) -> Iterator[Batch]:
-    """Yield the batches of `batch_rows`, padded on the right to the longest row of each."""
-    for indices in batch_rows(rows, batch_size, seed, tokens_per_step, epochs):
-        yield collate([rows[index] for index in indices], pad_token_id)
+    """Yield the batches of `batch_rows`, padded on the right to the longest sequence of each.
+
+    With `padding_free` the rows of a batch lie end to end in one sequence. The batches have the same rows as
+    without.
+    """
+    for batch in batch_rows(rows, batch_size, seed, tokens_per_step, packed_length, epochs):
+        members = [[rows[row] for row in sequence] for sequence in batch]
+        if padding_free:
+            members = [[row for sequence in members for row in sequence]]
+        if packed_length or padding_free:
+            yield collate_packed(members, pad_token_id)
+        else:
+            yield collate([row for (row,) in members], pad_token_id)
 
 
 def batch_rows(
-    rows: Sequence[EncodedRow], batch_size: int, seed: int, tokens_per_step: int, epochs: float
-) -> Iterator[list[int]]:
-    """Yield the indices of the rows of each batch.
+    rows: Sequence[EncodedRow],
+    batch_size: int,
+    seed: int,
+    tokens_per_step: int,
+    packed_length: int,
+    epochs: float,
+) -> Iterator[list[list[int]]]:
+    """Yield the sequences of each batch, each the indices of its rows.
 
     Each epoch has every row once, in a new order. Batches may be smaller.
 
     Args:
         rows: the rows to train on.
-        batch_size: rows per batch.
+        batch_size: sequences per batch: rows, or packed sequences.
         seed: seed of the order.
-        tokens_per_step: if not 0, a batch has as many rows as fit in this many tokens, with padding, and at
-            least one row; `batch_size` is then ignored.
+        tokens_per_step: if not 0, a batch has as many sequences as fit in this many tokens, with padding, and
+            at least one; `batch_size` is then ignored.
+        packed_length: if not 0, the rows of each epoch are packed anew into sequences of at most so many
+            tokens; a longer row has one of its own.
         epochs: how many; of the last only a part of the batches if it is no whole number.
     """
     rng = random.Random(seed)
@@ -173,21 +229,33 @@ def batch_rows(
     def capacity(length: float) -> int:
         return max(1, int(tokens_per_step // length)) if tokens_per_step else batch_size
 
-    window = BATCHES_PER_WINDOW * capacity(sum(lengths) / len(lengths))
     while epochs > 0:
-        order = list(range(len(rows)))
-        rng.shuffle(order)
+        sequences = _sequences(lengths, packed_length, rng)
+        totals = [sum(lengths[row] for row in sequence) for sequence in sequences]
+        window = BATCHES_PER_WINDOW * capacity(sum(totals) / len(totals))
         batches: list[list[int]] = []
-        for start in range(0, len(order), window):
-            alike = sorted(order[start : start + window], key=lengths.__getitem__)
-            batches += _cut(alike, lengths, capacity)
+        for start in range(0, len(sequences), window):
+            alike = sorted(range(len(sequences))[start : start + window], key=totals.__getitem__)
+            batches += _cut(alike, totals, capacity)
         rng.shuffle(batches)
-        yield from batches[: math.ceil(min(epochs, 1) * len(batches) - _ROUNDING)]
+        for batch in batches[: math.ceil(min(epochs, 1) * len(batches) - _ROUNDING)]:
+            yield [sequences[index] for index in batch]
         epochs -= 1
 
 
+def _sequences(lengths: Sequence[int], packed_length: int, rng: random.Random) -> list[list[int]]:
+    """Return the row indices of each sequence of an epoch, in a random order."""
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    if not packed_length:
+        return [[row] for row in order]
+    packed = best_fit_decreasing([lengths[row] for row in order], packed_length)
+    rng.shuffle(packed)
+    return [[order[index] for index in sequence] for sequence in packed]
+
+
 def _cut(alike: Sequence[int], lengths: Sequence[int], capacity: Callable[[float], int]) -> list[list[int]]:
-    """Cut row indices of ascending length into batches; the longest row sets the capacity of its batch."""
+    """Cut indices of ascending length into batches; the longest sequence sets the capacity of its batch."""
     batches: list[list[int]] = [[]]
     for index in alike:
         if len(batches[-1]) >= capacity(lengths[index]):

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedflame.base.files import model_config_path, require_folder_complete, resolve_model
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import ModelShape, read_model_shape
+from fedflame.cost.refused_families import require_packable
 from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.tiers import require_possible, require_rank
 from fedflame.data.federation import Federation, load_federation
@@ -71,8 +72,8 @@ def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
             mistake, since merged factors add ranks.
 
     Raises:
-        UserError: the model's files are not complete, it cannot run a k or a rank of the configuration, or
-            a row or an answer does not fit into its context.
+        UserError: the model's files are not complete, it cannot run a k or a rank of the configuration or
+            pack rows, or a row or an answer does not fit into its context.
     """
     name = config.model.model_name_or_path
     shape = read_model_shape(model_config_path(name))
@@ -87,6 +88,8 @@ def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
             "(the model's num_experts_per_tok)"
         )
     require_possible(config.evaluated_experts(full), shape)
+    if config.training.packs:
+        require_packable(shape.model_type)
     row_length(config.data.max_length, shape)
     prompt_length(config.evaluation.max_new_tokens, shape)
     return shape

@@ -298,6 +298,8 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         batch_size=training.per_device_train_batch_size,
         max_steps=local_steps(server.config, batches, afforded, spent),
         tokens_per_step=tokens,
+        packed_length=server.max_length if training.packing else 0,
+        padding_free=training.padding_free,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         num_train_epochs=within_budget(server.config, training.num_train_epochs, afforded, spent),
         lr_scheduler_type=training.local_lr_scheduler_type,

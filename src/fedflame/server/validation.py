@@ -50,7 +50,8 @@ def validate_update(update: ClientUpdate, plan: RoundPlan, max_length: int) -> N
     _validate_counts(update, plan)
     # The weight in the mean: a client must not claim more rows than it can have trained on.
     batches = update.steps * plan.gradient_accumulation_steps
-    most = min(update.num_examples, update.tokens if plan.tokens_per_step else batches * plan.batch_size)
+    many = plan.tokens_per_step or plan.packed_length  # rows of one token each
+    most = min(update.num_examples, update.tokens if many else batches * plan.batch_size)
     if not 1 <= update.trained_examples <= most:
         raise InvalidMessage(
             f"update claims to have trained on {update.trained_examples} rows; 1 to {most} are possible"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fedflame.base.device import DeviceChoice
 from fedflame.base.memory_limit import is_short_of_memory, memory_limit
@@ -79,7 +80,8 @@ def memory_needed(
     """
     targets = job.adapter.target_modules
     setting = (shape, plan.active_experts, job.r, targets, batch_tokens, job.dtype)
-    estimate = training_memory(*setting, gradient_checkpointing=checkpointing)
+    masked = min(batch_tokens, plan.longest_sequence(job.max_length)) if plan.packs else 0
+    estimate = training_memory(*setting, gradient_checkpointing=checkpointing, mask_width=masked)
     merged = 4 * adapter_parameters(shape, plan.merged.rank, targets).total
     least = least_training_memory(shape, job.r, targets, job.dtype, plan.holds_gradients)
     needed = least + estimate.activations + merged
@@ -89,8 +91,11 @@ def memory_needed(
 
 def largest_batch(plan: RoundPlan, rows: Sequence[EncodedRow]) -> int:
     """Return the most tokens that a batch of the plan can have on these rows, with padding."""
-    longest = max(len(row.ids) for row in rows)
-    return min(plan.largest_batch(longest), len(rows) * longest)
+    lengths = [len(row.ids) for row in rows]
+    longest, every = max(lengths), sum(lengths)
+    packed = replace(plan, packed_length=min(plan.packed_length, every))
+    of_rows = every if plan.padding_free else len(rows) * max(packed.packed_length, longest)
+    return min(packed.largest_batch(longest), of_rows)
 
 
 def time_limit(limits: SiteLimits) -> Callable[[int], None]:

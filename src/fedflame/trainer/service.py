@@ -31,6 +31,7 @@ from fedflame.clients.local import reason
 from fedflame.config.sections import DataConfig
 from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.model_shape import ModelShape, read_model_shape
+from fedflame.cost.refused_families import require_packable
 from fedflame.data.conversations import Conversation
 from fedflame.data.encoder import Encoder, new_encoder, pad_token
 from fedflame.data.encoding import EncodedRow, encode_rows, require_known_ids
@@ -247,7 +248,8 @@ class TrainerService:
     def _place(self, job: TrainingJob, plan: RoundPlan) -> DeviceChoice:
         """Return the site's device, all its cards if one is too small. Raises UserError if these are, too."""
         checkpointing = self._site.trainer.gradient_checkpointing
-        work = training_words(plan.active_experts, plan.tokens_per_step, plan.batch_size, checkpointing)
+        batch = plan.tokens_per_step, plan.batch_size, plan.packed_length > 0
+        work = training_words(plan.active_experts, *batch, checkpointing)
         need = training_need(self._shape(job), job.adapter, job.dtype, work, plan.holds_gradients)
         device = spread_if_needed(self.device, need)
         require_room(device, need)
@@ -257,6 +259,8 @@ class TrainerService:
         """Raise Refusal if the site's file does not allow the job or the plan, before anything is loaded."""
         require_allowed(self._site, job, plan)
         self._require_same_model(job)
+        if plan.packs:
+            require_packable(self._shape(job).model_type)
         limits, tokens = self._site.limits, plan.most_tokens(plan.max_steps, job.max_length)
         if limits.max_flops and (flops := tokens * self._flops_per_token(job, plan)) > limits.max_flops:
             raise Refusal(
@@ -284,7 +288,7 @@ class TrainerService:
             )
 
     def _flops_per_token(self, job: TrainingJob, plan: RoundPlan) -> float:
-        setting = (plan.adapter.rank, job.adapter.target_modules, job.max_length)
+        setting = (plan.adapter.rank, job.adapter.target_modules, plan.longest_sequence(job.max_length))
         return training_flops_per_token(self._shape(job), plan.active_experts, *setting).total
 
 

@@ -19,6 +19,7 @@ from fedflame.seeds import derive_seed
 from fedflame.training.regularizers import regularizer
 from fedflame.training.schedule import learning_rates
 from fedflame.training.steps import training_steps, unwatched
+from fedflame.training.token_loss import decoded
 
 MASS_BATCHES = 4
 """Batches on which the rescaler `mass` is measured: enough for a mean over about a thousand tokens."""
@@ -45,8 +46,8 @@ def fine_tune(
         except in float16, whose loss scale depends on the gradients.
 
     Raises:
-        UserError: the plan's k is not between 1 and the model's K, its values do not fit the model, or
-            activations overflow in float16.
+        UserError: the plan's k is not between 1 and the model's K, its values do not fit the model, rows of
+            the model cannot share a sequence as the plan wants, or activations overflow in float16.
     """
     adapted.load(plan.adapter, plan.rescaler_values, plan.merged)
     if plan.rescaler == "mass":
@@ -66,7 +67,7 @@ def fine_tune(
             of_step = list(itertools.islice(batches, plan.gradient_accumulation_steps))
             optimizer.set_learning_rate(rate)
             losses.append(step(*of_step))
-            rows += sum(len(batch.input_ids) for batch in of_step)
+            rows += sum(batch.rows for batch in of_step)
             tokens += sum(batch.tokens for batch in of_step)
     loss_values = torch.stack(losses).tolist()
     del optimizer, step  # free the moments, twice the adapter's size, before the delta is made
@@ -110,11 +111,7 @@ def _routing_mass(adapted: AdaptedModel, batches: Sequence[Batch], k: int) -> Te
         with adapted.active_experts(k):
             for batch in batches:
                 real = batch.attention_mask.reshape(-1).nonzero().flatten().to(adapted.device)
-                adapted.model.get_decoder()(
-                    input_ids=batch.input_ids.to(adapted.device),
-                    attention_mask=batch.attention_mask.to(adapted.device),
-                    use_cache=False,
-                )
+                decoded(adapted, batch.on(adapted.device))
     finally:
         for handle in handles:
             handle.remove()
@@ -141,16 +138,14 @@ def _steps(examples: Sequence[EncodedRow], plan: RoundPlan) -> int:
     """Return the optimizer steps of the round."""
     if not plan.num_train_epochs:
         return plan.max_steps
-    order = (plan.batch_size, _seed(plan), plan.tokens_per_step, plan.num_train_epochs)
+    order = plan.batch_size, _seed(plan), plan.tokens_per_step, plan.packed_length, plan.num_train_epochs
     batches = sum(1 for _ in batch_rows(examples, *order))
     return min(math.ceil(batches / plan.gradient_accumulation_steps), plan.max_steps)
 
 
 def _batches(examples: Sequence[EncodedRow], plan: RoundPlan, pad_token_id: int) -> Iterator[Batch]:
-    epochs = plan.num_train_epochs or math.inf
-    return training_batches(
-        examples, plan.batch_size, pad_token_id, _seed(plan), plan.tokens_per_step, epochs
-    )
+    layout = plan.tokens_per_step, plan.packed_length, plan.padding_free, plan.num_train_epochs or math.inf
+    return training_batches(examples, plan.batch_size, pad_token_id, _seed(plan), *layout)
 
 
 def _seed(plan: RoundPlan) -> int:

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from fedflame.data.batches import Batch, PlacedBatch
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.moe.causal_attention import right_padded
+from fedflame.moe.causal_attention import packed, right_padded
 from fedflame.moe.compiled import compiled_on_cuda
 
 Head = Callable[[Tensor], Tensor]
@@ -35,9 +35,9 @@ def token_losses(adapted: AdaptedModel, batch: Batch | PlacedBatch) -> Tensor:
     The result lies on the device of the model, and nothing has waited for it.
     """
     decoder, device = adapted.model.get_decoder(), adapted.device
-    input_ids, mask, predictors, targets, *_ = batch.on(device) if isinstance(batch, Batch) else batch
-    with right_padded(adapted.model):
-        output = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    placed = batch.on(device) if isinstance(batch, Batch) else batch
+    input_ids, _, predictors, targets, *_ = placed
+    output = decoded(adapted, placed)
 
     def logits(states: Tensor) -> Tensor:
         output.last_hidden_state = states.unsqueeze(0)
@@ -50,6 +50,18 @@ def token_losses(adapted: AdaptedModel, batch: Batch | PlacedBatch) -> Tensor:
     vocabulary = adapted.model.config.get_text_config().vocab_size
     chunk = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
     return token_loss(states, targets, logits, max(1, chunk))
+
+
+def decoded(adapted: AdaptedModel, batch: PlacedBatch) -> Any:
+    """Return the output of the model's decoder on a batch, with attention within rows."""
+    decoder, mask, positions = adapted.model.get_decoder(), batch.attention_mask, batch.position_ids
+    if positions is None:
+        with right_padded(adapted.model):
+            return decoder(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
+    with packed(adapted.model, positions):
+        return decoder(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=positions, use_cache=False
+        )
 
 
 @contextmanager

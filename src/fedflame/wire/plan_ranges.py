@@ -37,6 +37,7 @@ def require_possible(plan: RoundPlan) -> None:
         ("num_train_epochs", 0, _LARGE_FACTOR),
         ("warmup_rounds", 0, _LARGE),
         ("max_grad_norm", 0, _LARGE_FACTOR),
+        ("packed_length", 0, _LARGE),
         ("proximal_mu", 0, _LARGE_FACTOR),
         ("rank_penalty", 0, _LARGE_FACTOR),
         ("kept_rank", 0, rank),
