@@ -135,6 +135,23 @@ def compare(
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run folder, an adapter folder or a base model.")],
     active_experts: Annotated[str | None, typer.Option(help="k to evaluate at, such as 8,4,2,1.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, comma-separated, instead of held-out rows."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: a folder with task files of your own.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="With --tasks: examples before each row; default the task's.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="With --tasks: rows of each task, or below 1 their share.")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="With --tasks: rows become turns of a chat.")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="With --tasks: rows at a time.")] = None,
     overrides: Overrides = None,
     data: Data = None,
     model: Model = None,
@@ -142,12 +159,27 @@ def evaluate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Score a run, an adapter or a base model on held-out rows at any k."""
+    """Score a run, an adapter or a base model on held-out rows or in tasks, by k."""
     with user_errors(debug):
-        from fedflame.commands.evaluate import print_scores
-
         given = flags(overrides, data, model, device)
-        print_scores(source, active_experts, given, as_json, Console())
+        asked = include_path, num_fewshot, limit, apply_chat_template or None, batch_size
+        if tasks is None:
+            if any(value is not None for value in asked):
+                raise UserError(
+                    "--include-path, --num-fewshot, --limit, --apply-chat-template, --batch-size need --tasks"
+                )
+            from fedflame.commands.evaluate import print_scores
+
+            print_scores(source, active_experts, given, as_json, Console())
+            return
+        from fedflame.commands.evaluate import print_task_scores
+        from fedflame.experiment.tasks import TaskOptions
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        if not names:
+            raise UserError("--tasks: names no task")
+        options = TaskOptions(names, include_path, num_fewshot, limit, apply_chat_template, batch_size or 8)
+        print_task_scores(source, options, active_experts, given, as_json, Console())
 
 
 @app.command()
