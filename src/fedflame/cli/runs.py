@@ -236,11 +236,17 @@ def export(
             "reads it for the model family, else fused."
         ),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Load the folder with transformers and PEFT: it must act as the run."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write a run's adapter for PEFT, or merge it into a stock checkpoint."""
     with user_errors(debug):
         from fedflame.commands.export import print_export
+        from fedflame.experiment.export import ExportOptions
 
-        print_export(run_folder, to, merge, active_experts, layout, overwrite, Console())
+        options = ExportOptions(merge, active_experts, layout, overwrite, check)
+        print_export(run_folder, to, options, Console())

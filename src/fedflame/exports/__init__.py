@@ -2,12 +2,13 @@
 
 `peft_folder` writes an adapter folder and `peft_reader` reads one. `peft_names`, `layouts` and `lora_config`
 hold PEFT's names, layouts and settings. `merged_folder` writes a merged checkpoint. `description` writes the
-model card. `fit` refuses a base model that is not the run's. `new_folder` writes folders completely or not at
-all.
+model card. `check` loads a folder as a user does. `fit` refuses a base model that is not the run's.
+`new_folder` writes folders completely or not at all.
 """
 
 from __future__ import annotations
 
+from fedflame.exports.check import check_export
 from fedflame.exports.description import TrainedRun
 from fedflame.exports.layouts import Layout
 from fedflame.exports.merged_folder import merge_checkpoint
@@ -27,6 +28,7 @@ __all__ = [
     "Layout",
     "NoPeftLayoutError",
     "TrainedRun",
+    "check_export",
     "export_adapter",
     "load_adapter",
     "load_rescalers",
