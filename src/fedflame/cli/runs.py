@@ -227,8 +227,11 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="A stock checkpoint instead of an adapter.")] = False,
     active_experts: Annotated[
         int | None,
-        typer.Option(min=1, help="With --merge: the k whose rescaler is folded in; default the model's."),
+        typer.Option(min=1, help="With --merge or --gguf: the k that it is for; default the model's own."),
     ] = None,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="A GGUF LoRA for llama.cpp instead of an adapter for PEFT.")
+    ] = False,
     layout: Annotated[
         Literal["per-expert", "fused"] | None,
         typer.Option(
@@ -241,12 +244,40 @@ def export(
         typer.Option("--check", help="Load the folder with transformers and PEFT: it must act as the run."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    push_to_hub: Annotated[
+        bool,
+        typer.Option("--push-to-hub", help="Push the folder, with the token of HF_TOKEN or `hf auth login`."),
+    ] = False,
+    hub_model_id: Annotated[
+        str, typer.Option(help="USER/NAME, where the folder is to be on the hub; the card says it.")
+    ] = "",
+    hub_private_repo: Annotated[
+        bool, typer.Option("--hub-private-repo", help="Make a new repository private.")
+    ] = False,
+    license: Annotated[
+        str, typer.Option(help="For the card: the hub's id of a license, such as apache-2.0, or `other`.")
+    ] = "",
+    license_name: Annotated[str, typer.Option(help="For the card: its name, with `--license other`.")] = "",
+    license_link: Annotated[str, typer.Option(help="For the card: where its text is.")] = "",
     debug: Debug = False,
 ) -> None:
-    """Write a run's adapter for PEFT, or merge it into a stock checkpoint."""
+    """Write a run's adapter for PEFT or llama.cpp, or merge it into a stock checkpoint; push it."""
     with user_errors(debug):
         from fedflame.commands.export import print_export
         from fedflame.experiment.export import ExportOptions
 
-        options = ExportOptions(merge, active_experts, layout, overwrite, check)
+        options = ExportOptions(
+            merge=merge,
+            active_experts=active_experts,
+            layout=layout,
+            overwrite=overwrite,
+            check=check,
+            gguf=gguf,
+            push_to_hub=push_to_hub,
+            hub_model_id=hub_model_id,
+            hub_private_repo=hub_private_repo,
+            license=license,
+            license_name=license_name,
+            license_link=license_link,
+        )
         print_export(run_folder, to, options, Console())

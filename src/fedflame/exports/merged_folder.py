@@ -13,7 +13,8 @@ from fedflame.base.files import resolve_model
 from fedflame.base.loading import load_base_model
 from fedflame.checked_json import write_checked
 from fedflame.errors import UserError
-from fedflame.exports.description import TrainedRun, merged_card, run_facts
+from fedflame.exports.card import merged_card
+from fedflame.exports.description import TrainedRun, run_facts
 from fedflame.exports.fit import require_fit
 from fedflame.exports.new_folder import RUN_FILE, checksums, new_folder, require_free
 from fedflame.moe.families import MoELayer, find_moe_layers
