@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +41,7 @@ def adapter_card(state: ServerState, run: TrainedRun, full_k: int) -> str:
 {line}from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {_place(run)!r})
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {_place(run)})
 ```
 
 This runs all {full_k} experts per token of the base model. With fewer, the routed output of each MoE layer
@@ -70,7 +71,7 @@ The LoRA adapter and the rescalers of k = {k} are merged into the weights. Load 
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({_place(run)!r})
+model = AutoModelForCausalLM.from_pretrained({_place(run)})
 ```
 
 {_rest(run)}
@@ -102,7 +103,8 @@ def _name(run: TrainedRun) -> str:
 
 
 def _place(run: TrainedRun) -> str:
-    return run.card.hub_model_id or _HERE
+    """Return where the folder is, as an expression."""
+    return json.dumps(run.card.hub_model_id or _HERE)
 
 
 def _own_folders(state: ServerState) -> str:
@@ -242,5 +244,5 @@ def _base_expression(run: TrainedRun) -> tuple[str, str]:
     """Return an import line and a Python expression for the path of the base model."""
     name = run.base_model
     if name == EMBEDDED_MODEL:
-        return "from fedflame.base.files import resolve_model\n", f"resolve_model({name!r})"
-    return "", repr(name)
+        return "from fedflame.base.files import resolve_model\n", f"resolve_model({json.dumps(name)})"
+    return "", json.dumps(name)
