@@ -44,6 +44,13 @@ output_type: loglikelihood
 doc_to_target: "{{words}}"
 metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
 """
+WITHOUT_EXAMPLES = """\
+task: alone
+num_fewshot: 0
+output_type: loglikelihood
+doc_to_target: "{{words}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
+"""
 ANSWERS = """\
 task: written
 output_type: generate_until
@@ -51,7 +58,12 @@ doc_to_target: "{{words}}"
 generation_kwargs: {until: [" "], max_gen_toks: 3, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
-NAMES = ("colours", "likely", "written")
+GROUP = """\
+group: together
+task: [colours]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
+NAMES = ("colours", "likely", "alone", "written")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +74,14 @@ def finished(undisturbed: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three tasks over nine rows."""
+    """A folder with four tasks over nine rows, and a group of one of them."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": f"what is {i}? ", "answer": i % 3, "words": f"{i} is odd"} for i in range(9)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for text in (CHOICES, LIKELIHOOD, ANSWERS):
+    for text in (CHOICES, LIKELIHOOD, WITHOUT_EXAMPLES, ANSWERS):
         name = text.split()[1]
         (folder / f"{name}.yaml").write_text(DATA.format(rows=folder / "rows.jsonl") + text)
+    (folder / "together.yaml").write_text(GROUP)
     return folder
 
 
@@ -107,7 +120,7 @@ def test_the_live_model_scores_as_its_merged_export_at_every_k(
             assert metric.stderr == pytest.approx(wanted[f"{metric.name}_stderr,none"], rel=1e-4), metric
         assert {metric.task for metric in at_k.metrics} == {*NAMES}
         perplexities += [metric.value for metric in at_k.metrics if metric.name == "perplexity"]
-    assert len({round(value, 2) for value in perplexities}) == 3  # so the tiers do differ
+    assert len({round(value, 2) for value in perplexities}) == 6  # so the tiers do differ
 
 
 def test_speed_and_memory_are_measured_at_every_k(scored: TaskScores) -> None:
@@ -149,6 +162,40 @@ def test_the_command_prints_what_it_keeps(finished: Path, tasks: Path) -> None:
 def test_a_base_model_is_scored_at_any_k(tiny_folder: Path, tasks: Path) -> None:
     scores = evaluate_tasks(str(tiny_folder), TaskOptions(["likely"], tasks, limit=2), [3])
     assert [at_k.active_experts for at_k in scores.by_k] == [3]
+
+
+def test_an_adapter_folder_scores_as_its_run(finished: Path, tasks: Path, scored: TaskScores) -> None:
+    source, options = str(finished / "adapter"), TaskOptions(["likely"], tasks, num_fewshot=1)
+    [at_k] = evaluate_tasks(source, options, [2], ["adapter.r=3"]).by_k
+    [metric] = at_k.metrics
+    of_run = {(of_k.active_experts, one.task): one.value for of_k in scored.by_k for one in of_k.metrics}
+    assert metric.value == pytest.approx(of_run[2, "likely"], rel=1e-5)
+    with pytest.raises(UserError, match=r"--active-experts 3: .*adapter has an adapter for k = 4, 2, 1"):
+        evaluate_tasks(source, options, [3])
+
+
+def test_a_group_has_one_row_where_it_has_a_score_of_its_own(
+    finished: Path, tasks: Path, scored: TaskScores
+) -> None:
+    found = evaluate_tasks(str(finished), TaskOptions(["together"], tasks, num_fewshot=1), [4])
+    [metric] = found.by_k[0].metrics
+    [wanted] = [one.value for one in scored.by_k[0].metrics if one.task == "colours"]
+    assert (metric.task, metric.name, metric.value) == ("together", "acc", wanted)
+
+
+def test_a_run_that_is_being_written_is_not_evaluated(
+    finished: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: Path) -> None:
+        raise UserError(f"{run}: another process writes this run folder")
+
+    monkeypatch.setattr("fedflame.experiment.tasks.refuse_used", refuse)
+    monkeypatch.setattr("fedflame.experiment.tasks._load_tasks", None)
+    result = invoke("evaluate", finished, "--tasks", "likely")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"fedflame: {finished}: another process writes this run folder\n",
+    )
 
 
 def test_a_damaged_file_of_scores_is_refused(scored: TaskScores, tmp_path: Path) -> None:
