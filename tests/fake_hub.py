@@ -51,7 +51,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 hub.created.append(json.loads(body))
                 self._answer(200, {"url": f"{hub.address}/alice/{hub.created[-1]['name']}"})
             elif self.path == "/api/validate-yaml":
-                self._answer(200, {"errors": [], "warnings": []})
+                known = b"license: nonsense" not in body
+                errors = [] if known else [{"message": '"license" must be one of ours'}]
+                self._answer(200 if known else 400, {"errors": errors, "warnings": []})
             elif self.path.endswith("/preupload/main"):
                 files = [
                     {"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]

@@ -25,12 +25,12 @@ def finished(undisturbed: Callable[..., Path]) -> Path:
     return undisturbed("server.num_server_rounds=1", "strategy.rescaler=none")
 
 
-def pushed(patch: pytest.MonkeyPatch, address: str, token: str, run: Path, to: Path) -> Result:
+def pushed(patch: pytest.MonkeyPatch, address: str, token: str, run: Path, to: Path, *options: str) -> Result:
     """An export that is pushed to this hub with this token."""
     patch.setattr("huggingface_hub.constants.ENDPOINT", address)
     patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     patch.setenv("HF_TOKEN", token)
-    return invoke(*DRY_RUN, run, "--to", to, "--push-to-hub", "--hub-private-repo")
+    return invoke(*DRY_RUN, run, "--to", to, "--push-to-hub", "--hub-private-repo", *options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,6 +66,14 @@ def test_what_is_pushed_is_what_a_dry_run_writes_and_a_refusal_keeps_the_folder(
         assert error.startswith(f"fedflame: {folder} is written, but not pushed to alice/tiny: {reason}")
         assert error.endswith(f"; `hf upload alice/tiny {folder}` tries again\n")
         assert contents(folder) == dry
+
+
+def test_what_the_hub_says_of_a_card_is_passed_on(finished: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, fake_hub(tmp_path / "hub") as hub:
+        licence = ("--license", "nonsense")
+        result = pushed(patch, hub.address, MAY_WRITE, finished, tmp_path / "out", *licence)
+    said = 'Invalid metadata in README.md. - "license" must be one of ours; `hf upload'
+    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -171,7 +179,9 @@ def test_the_card_has_scores_by_k_licence_and_base_in_the_form_of_the_hub(
         "license_link": "https://example.org/licence",
         "library_name": "peft",
     }
-    assert "base_model" not in data and "datasets" not in data  # folders and skills are nowhere on the hub
+    assert data.keys().isdisjoint(
+        {"base_model", "base_model_relation", "datasets"}
+    )  # folders and skills are nowhere on the hub
     results = {(r.dataset_type, r.metric_type, r.metric_name): r.metric_value for r in card.data.eval_results}
     last = {e.active_experts: e.loss for e in read_run(run).evaluations if (e.round, e.category) == (1, None)}
     for k, loss in last.items():

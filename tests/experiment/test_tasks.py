@@ -157,6 +157,7 @@ def test_the_command_prints_what_it_keeps(finished: Path, tasks: Path) -> None:
     assert f"{metric.value:.4f}" in result.stdout
     assert "likely perplexity" in (finished / "report.html").read_text()
     assert {path.name for path in finished.iterdir()} - before == {"tasks.json"}
+    assert result.stderr == ""
 
 
 def test_a_base_model_is_scored_at_any_k(tiny_folder: Path, tasks: Path) -> None:
@@ -219,6 +220,8 @@ def test_a_damaged_file_of_scores_is_refused(scored: TaskScores, tmp_path: Path)
         ),
         (("--tasks", "likely", "--active-experts", "5"), "active_experts 5: must be between 1 and 4"),
         (("--tasks", "likely", "--apply-chat-template"), "--apply-chat-template: the tokenizer has no chat"),
+        (("--tasks", "likely", "--limit", "0"), "--limit 0: must be rows, or a share of them"),
+        (("--tasks", "likely", "--limit", "nan"), "--limit nan: must be rows, or a share of them"),
         (("--tasks", ","), "--tasks: names no task"),
         (
             ("--limit", "3"),

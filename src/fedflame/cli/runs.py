@@ -146,7 +146,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="With --tasks: examples before each row; default the task's.")
     ] = None,
     limit: Annotated[
-        float | None, typer.Option(min=0, help="With --tasks: rows of each task, or below 1 their share.")
+        float | None, typer.Option(help="With --tasks: rows of each task, or below 1 their share.")
     ] = None,
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="With --tasks: rows become turns of a chat.")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,9 @@ def print_task_scores(
     Raises:
         UserError: see `evaluate_tasks`.
     """
-    scores = evaluate_tasks(source, options, _wanted(active_experts), overrides)
+    bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    with bars:  # the harness shows its progress on stderr, wherever that goes
+        scores = evaluate_tasks(source, options, _wanted(active_experts), overrides)
     if as_json:
         print(to_text(scores.model_dump(), indent=2))
     else:

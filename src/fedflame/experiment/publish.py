@@ -6,7 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from fedflame import __version__
 from fedflame.base.files import first_line
@@ -55,7 +55,7 @@ def push(folder: Path, hub_model_id: str, private: bool) -> str:
         )
     except Exception as error:  # the HTTP library, and so its errors, differ between versions
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = _REASONS[status] if status in _REASONS else one_line(first_line(error))
+        reason = _REASONS[status] if status in _REASONS else one_line(str(error) or type(error).__name__)
         raise UserError(
             f"{folder} is written, but not pushed to {hub_model_id}: {reason}; "
             f"`hf upload {hub_model_id} {folder}` tries again"

@@ -5,6 +5,7 @@ The harness gets the live model with adapter and rescaler of the tier in place. 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from fedflame.experiment.prepare import require_runnable
 from fedflame.experiment.run_folder import is_run, refuse_used, saved_dtype, saved_prompt_form, writing
 from fedflame.experiment.source import is_adapter, source_config, source_state
 from fedflame.report import write_report
+from fedflame.report.numbers import plural
 from fedflame.run_files.task_scores import Metric, ScoresAtK, TaskScores, write_task_scores
 
 if TYPE_CHECKING:
@@ -101,6 +103,8 @@ def _load_tasks(options: TaskOptions) -> dict[str, Any]:
     import logging
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if options.limit is not None and not 0 < options.limit < math.inf:
+        raise UserError(f"--limit {options.limit:g}: must be rows, or a share of them between 0 and 1")
     path = options.include_path
     if path is not None and not path.is_dir():
         raise UserError(f"--include-path {path}: no such folder")
@@ -204,7 +208,7 @@ def _device_name(adapted: AdaptedModel) -> str:
     import torch
 
     cards = [torch.cuda.get_device_name(device) for device in adapted.devices if device.type == "cuda"]
-    return ", ".join(cards) or f"a CPU, {torch.get_num_threads()} threads"
+    return ", ".join(cards) or f"a CPU, {plural(torch.get_num_threads(), 'thread')}"
 
 
 def _metrics(model: Any, loaded: dict[str, Any], options: TaskOptions) -> list[Metric]:
