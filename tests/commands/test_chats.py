@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from fedflame.base.loading import load_base_model
 from fedflame.errors import UserError
-from fedflame.experiment.export import export_run
+from fedflame.experiment.export import ExportOptions, export_run
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run import run_experiment
 
@@ -88,7 +88,7 @@ def test_the_exports_say_which_prompt_was_trained(instruct: Path, data: Path, tm
     adapter = tmp_path / "other" / "adapter"
     assert "\n    '#[user]{instruction}<end>[assistant]'\n" in (adapter / "README.md").read_text()
     assert (adapter / "chat_template.jinja").read_text() == OTHER
-    export_run(tmp_path / "other", tmp_path / "merged", merge=True)
+    export_run(tmp_path / "other", tmp_path / "merged", ExportOptions(merge=True))
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert merged.chat_template == OTHER
     sent = merged.apply_chat_template(turns("{instruction}"), tokenize=False, add_generation_prompt=True)

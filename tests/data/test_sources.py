@@ -16,7 +16,7 @@ import pytest
 
 from fedflame import reading
 from fedflame.data import sources
-from fedflame.data.sources import RawRow, open_source
+from fedflame.data.sources import RawRow, hub_id, open_source
 from fedflame.errors import UserError
 
 DOLLY = {"instruction": "Name it.", "context": "A red fox.", "response": "fox", "category": "qa"}
@@ -278,3 +278,17 @@ def test_an_array_that_is_too_large_is_refused_with_a_way_out(
         f"data.dataset_name = {str(path)!r}: a JSON array that is larger than 60 bytes; write one row on "
         "each line (jq -c '.[]' rows.json > rows.jsonl)"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "on_the_hub"),
+    [
+        ("owner/rows", True),
+        ("skills", False),
+        ("in-memory", False),
+        ("rows.jsonl", False),
+        ("a/rows.csv", False),
+    ],
+)
+def test_only_a_data_set_of_the_hub_has_an_id_there(name: str, on_the_hub: bool) -> None:
+    assert hub_id(name) == (name if on_the_hub else "")

@@ -184,7 +184,7 @@ def test_merge_has_no_layout(first: Path, tmp_path: Path) -> None:
     result = invoke("export", first, "--to", tmp_path / "a", "--merge", "--layout", "fused")
     assert (result.exit_code, result.stderr) == (
         2,
-        "fedflame: --layout is of an adapter; with --merge there is none\n",
+        "fedflame: --layout is of an adapter for PEFT; with --merge or --gguf there is none\n",
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tests.tiny_exports import (
     MODELS,
@@ -30,6 +31,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from fedflame.errors import UserError
 from fedflame.experiment.adapter_folder import trained_run
 from fedflame.exports import (
+    CardFacts,
     export_adapter,
     load_adapter,
     load_rescalers,
@@ -135,6 +137,23 @@ def test_what_the_folder_says(base: Path, exported: Path) -> None:
 def test_the_card_names_a_base_of_the_hub(adapted: AdaptedModel, state: ServerState, tmp_path: Path) -> None:
     export_adapter(state, trained_run(run_config(Path("allenai/OLMoE")), 1), adapted.model, tmp_path / "a")
     assert (tmp_path / "a" / "README.md").read_text().startswith("---\nbase_model: allenai/OLMoE\n")
+    assert "\nbase_model_relation: adapter\n" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_the_card_names_a_data_set_of_the_hub_and_no_value_that_is_not_finite(
+    base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Path
+) -> None:
+    facts = CardFacts("owner/rows", {3: {"loss": float("nan"), "exact_match": 0.25}})
+    run = replace(trained_run(run_config(base), 1), base_model="olmoe-tiny", card=facts)
+    export_adapter(state, run, adapted.model, tmp_path / "a")
+    data = ModelCard.load(tmp_path / "a" / "README.md").data
+    assert data.datasets == "owner/rows" and data.base_model is None
+    [result] = data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == (
+        "owner/rows",
+        "exact_match",
+        0.25,
+    )
 
 
 def with_tiers(state: ServerState) -> ServerState:

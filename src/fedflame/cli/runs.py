@@ -135,6 +135,23 @@ def compare(
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run folder, an adapter folder or a base model.")],
     active_experts: Annotated[str | None, typer.Option(help="k to evaluate at, such as 8,4,2,1.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, comma-separated, instead of held-out rows."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: a folder with task files of your own.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="With --tasks: examples before each row; default the task's.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="With --tasks: rows of each task, or below 1 their share.")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="With --tasks: rows become turns of a chat.")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="With --tasks: rows at a time.")] = None,
     overrides: Overrides = None,
     data: Data = None,
     model: Model = None,
@@ -142,12 +159,27 @@ def evaluate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Score a run, an adapter or a base model on held-out rows at any k."""
+    """Score a run, an adapter or a base model on held-out rows or in tasks, by k."""
     with user_errors(debug):
-        from fedflame.commands.evaluate import print_scores
-
         given = flags(overrides, data, model, device)
-        print_scores(source, active_experts, given, as_json, Console())
+        asked = include_path, num_fewshot, limit, apply_chat_template or None, batch_size
+        if tasks is None:
+            if any(value is not None for value in asked):
+                raise UserError(
+                    "--include-path, --num-fewshot, --limit, --apply-chat-template, --batch-size need --tasks"
+                )
+            from fedflame.commands.evaluate import print_scores
+
+            print_scores(source, active_experts, given, as_json, Console())
+            return
+        from fedflame.commands.evaluate import print_task_scores
+        from fedflame.experiment.tasks import TaskOptions
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        if not names:
+            raise UserError("--tasks: names no task")
+        options = TaskOptions(names, include_path, num_fewshot, limit, apply_chat_template, batch_size or 8)
+        print_task_scores(source, options, active_experts, given, as_json, Console())
 
 
 @app.command()
@@ -212,8 +244,11 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="A stock checkpoint instead of an adapter.")] = False,
     active_experts: Annotated[
         int | None,
-        typer.Option(min=1, help="With --merge: the k whose rescaler is folded in; default the model's."),
+        typer.Option(min=1, help="With --merge or --gguf: the k that it is for; default the model's own."),
     ] = None,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="A GGUF LoRA for llama.cpp instead of an adapter for PEFT.")
+    ] = False,
     layout: Annotated[
         Literal["per-expert", "fused"] | None,
         typer.Option(
@@ -221,11 +256,45 @@ def export(
             "reads it for the model family, else fused."
         ),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Load the folder with transformers and PEFT: it must act as the run."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    push_to_hub: Annotated[
+        bool,
+        typer.Option("--push-to-hub", help="Push the folder, with the token of HF_TOKEN or `hf auth login`."),
+    ] = False,
+    hub_model_id: Annotated[
+        str, typer.Option(help="USER/NAME, where the folder is to be on the hub; the card says it.")
+    ] = "",
+    hub_private_repo: Annotated[
+        bool, typer.Option("--hub-private-repo", help="Make a new repository private.")
+    ] = False,
+    license: Annotated[
+        str, typer.Option(help="For the card: the hub's id of a license, such as apache-2.0, or `other`.")
+    ] = "",
+    license_name: Annotated[str, typer.Option(help="For the card: its name, with `--license other`.")] = "",
+    license_link: Annotated[str, typer.Option(help="For the card: where its text is.")] = "",
     debug: Debug = False,
 ) -> None:
-    """Write a run's adapter for PEFT, or merge it into a stock checkpoint."""
+    """Write a run's adapter for PEFT or llama.cpp, or merge it into a stock checkpoint; push it."""
     with user_errors(debug):
         from fedflame.commands.export import print_export
+        from fedflame.experiment.export import ExportOptions
 
-        print_export(run_folder, to, merge, active_experts, layout, overwrite, Console())
+        options = ExportOptions(
+            merge=merge,
+            active_experts=active_experts,
+            layout=layout,
+            overwrite=overwrite,
+            check=check,
+            gguf=gguf,
+            push_to_hub=push_to_hub,
+            hub_model_id=hub_model_id,
+            hub_private_repo=hub_private_repo,
+            license=license,
+            license_name=license_name,
+            license_link=license_link,
+        )
+        print_export(run_folder, to, options, Console())

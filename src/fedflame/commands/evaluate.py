@@ -1,17 +1,23 @@
-"""`fedflame evaluate`: score a run, an adapter or a base model on held-out rows at any k."""
+"""`fedflame evaluate`: score a run, an adapter or a base model on held-out rows or in tasks, by k."""
 
 from __future__ import annotations
 
+import io
 import math
+import sys
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from fedflame.commands.tables import score_table
+from fedflame.commands.progress import say_line
+from fedflame.commands.tables import score_table, task_table
 from fedflame.config.lists import parse_integers
 from fedflame.errors import NotFinite, UserError
 from fedflame.experiment.api import evaluate
+from fedflame.experiment.run_folder import is_run
+from fedflame.experiment.tasks import TaskOptions, evaluate_tasks, keep_task_scores
 from fedflame.json_text import to_text
 from fedflame.run_files.checkpoints import kept_rounds
 from fedflame.training.scores import Scores, total
@@ -44,6 +50,39 @@ def print_scores(
         rounds = kept_rounds(Path(source))
         after = f" after round {rounds[-1]}" if rounds else ""
         raise NotFinite(f"{source}: the loss is not finite at {', '.join(broken)}{after}")
+
+
+def print_task_scores(
+    source: str,
+    options: TaskOptions,
+    active_experts: str | None,
+    overrides: list[str],
+    as_json: bool,
+    console: Console,
+) -> None:
+    """Print scores in tasks, speed and memory per k, and keep those of a run in its folder and its report.
+
+    Args:
+        source: as in `print_scores`.
+        options: what to ask the harness for.
+        active_experts: the k to evaluate at, such as "8,4"; None for the tiers of the source.
+        overrides: configuration over the run's own, or over the defaults.
+        as_json: print one JSON object.
+        console: where the table goes.
+
+    Raises:
+        UserError: see `evaluate_tasks`.
+    """
+    bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    with bars:  # the harness shows its progress on stderr, wherever that goes
+        scores = evaluate_tasks(source, options, _wanted(active_experts), overrides)
+    if as_json:
+        print(to_text(scores.model_dump(), indent=2))
+    else:
+        console.print(task_table(scores))
+        say_line(console, scores.in_words())
+    if is_run(Path(source)):
+        keep_task_scores(Path(source), scores)
 
 
 def _plain(scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from fedflame.commands.progress import say_line
-from fedflame.experiment.export import export_run
-
-if TYPE_CHECKING:
-    from fedflame.exports import Layout
+from fedflame.experiment.export import ExportOptions, export_run
 
 
-def print_export(
-    run: Path,
-    to: Path,
-    merge: bool,
-    active_experts: int | None,
-    layout: Layout | None,
-    overwrite: bool,
-    console: Console,
-) -> None:
+def print_export(run: Path, to: Path, options: ExportOptions, console: Console) -> None:
     """Write the export and say where it is; see `export_run`."""
-    note = export_run(run, to, merge, active_experts, layout, overwrite)
-    if note:
+    for note in export_run(run, to, options):
         say_line(console, note)
     say_line(console, f"written: {to}")

@@ -15,6 +15,8 @@ from fedflame.cost.run_cost import ClientCost, RunCost
 from fedflame.report.numbers import decimal, percent, si
 from fedflame.report.records import Run
 from fedflame.report.results import SCORE_LABELS, score_format
+from fedflame.report.tasks import task_headers, task_rows
+from fedflame.run_files.task_scores import TaskScores
 
 if TYPE_CHECKING:
     from fedflame.compare.tables import ResultTable
@@ -127,6 +129,14 @@ def score_table(scores: dict[int, dict[str, Any]]) -> Table:
     return table
 
 
+def task_table(scores: TaskScores) -> Table:
+    """By k: every metric with its standard error, tokens per second and peak memory."""
+    table = _table("Tasks by k", *task_headers(scores))
+    for row in task_rows(scores):
+        table.add_row(*map(Text, row))
+    return table
+
+
 def bench_table(measurements: Sequence[dict[str, Any]], device: str) -> Table:
     """Per tokens and k: each method's time, what `ours` takes of it, saved bytes and peak."""
     clock = "CPU time, one thread" if device == "cpu" else "GPU time"
@@ -165,6 +175,6 @@ def _table(title: str, *columns: str) -> Table:
         title=Text(title, "table.title"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for column in columns:
-        text = column == "largest categories"
+        text = column in ("task", "largest categories")
         table.add_column(column, justify="left" if text else "right", no_wrap=not text)
     return table

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fedflame.config.sections import SKILLS
 from fedflame.errors import UserError
 from fedflame.reading import LONGEST_JSON, parse_json, shown
 
@@ -61,6 +62,12 @@ def open_source(dataset_name: str, dataset_config_name: str, split: str) -> Sour
     if _is_file(dataset_name):
         return _open_file(dataset_name)
     return _open_hub(dataset_name, dataset_config_name, split)
+
+
+def hub_id(dataset_name: str) -> str:
+    """Return the name if it is that of a data set on the hub (see `open_source`), else nothing."""
+    elsewhere = dataset_name in (SKILLS, IN_MEMORY) or _is_file(dataset_name)
+    return "" if elsewhere or "/" not in dataset_name else dataset_name
 
 
 def refuse_missing_file(dataset_name: str) -> None:

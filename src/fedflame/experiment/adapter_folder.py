@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 
 from fedflame.config.run_config import RunConfig
 from fedflame.data.encoder import PLAIN_FORM, PromptForm
+from fedflame.data.sources import hub_id
 from fedflame.errors import UserError
 from fedflame.experiment.run_folder import saved_prompt_form
 from fedflame.exports import (
+    CardFacts,
     Layout,
     NoPeftLayoutError,
     TrainedRun,
@@ -23,8 +25,11 @@ from fedflame.exports import (
     read_settings,
 )
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.report.records import read_run
 from fedflame.server.checkpoint import Checkpoint
 from fedflame.strategies.base import ClientProfile, ServerState, Strategy
+
+MEASURES = ("loss", "exact_match", "rouge_l")
 
 
 @dataclass(frozen=True)
@@ -89,17 +94,15 @@ def initial_state(
 
 
 def write_adapter(
-    checkpoint: Checkpoint,
-    config: RunConfig,
-    prompt: PromptForm,
+    state: ServerState,
+    trained: TrainedRun,
     model: PreTrainedModel,
     to: Path,
     layout: Layout | None,
     overwrite: bool,
 ) -> str:
     """`export_adapter`; a note where PEFT needs the fused layout for this family, or empty."""
-    trained = trained_run(config, checkpoint.round, prompt)
-    written = export_adapter(checkpoint.state, trained, model, to, overwrite, layout)
+    written = export_adapter(state, trained, model, to, overwrite, layout)
     if layout is None and written == "fused":
         return f"adapter in the fused layout: PEFT reads none per expert for {model.config.model_type} models"
     return ""
@@ -110,14 +113,29 @@ def write_run_adapter(
 ) -> Written:
     """The adapter folder in a finished run's folder, or the reason why the run can only be merged."""
     try:
-        prompt = saved_prompt_form(run)
-        note = write_adapter(checkpoint, config, prompt, model, run / "adapter", None, True)
+        card = card_facts(run, config, checkpoint.round)
+        trained = trained_run(config, checkpoint.round, saved_prompt_form(run), card)
+        note = write_adapter(checkpoint.state, trained, model, run / "adapter", None, True)
     except NoPeftLayoutError as error:
         return Written(run, None, f"no adapter folder: {error}")
     return Written(run, run / "adapter", note)
 
 
-def trained_run(config: RunConfig, rounds: int, prompt: PromptForm = PLAIN_FORM) -> TrainedRun:
+def card_facts(run: Path, config: RunConfig, round_number: int) -> CardFacts:
+    """What a model card says of a run's data, and of its scores after this round."""
+    recorded = read_run(run)
+    held_out = {
+        one.active_experts: {name: value for name in MEASURES if (value := one.value(name)) is not None}
+        for one in recorded.evaluations
+        if (one.round, one.category) == (round_number, None)
+    }
+    tasks = recorded.tasks if recorded.tasks and recorded.tasks.round == round_number else None
+    return CardFacts(hub_id(config.data.dataset_name), held_out, tasks)
+
+
+def trained_run(
+    config: RunConfig, rounds: int, prompt: PromptForm = PLAIN_FORM, card: CardFacts | None = None
+) -> TrainedRun:
     """What an export says of a run with this configuration and prompts after so many rounds."""
     epochs = config.training.num_train_epochs
     return TrainedRun(
@@ -131,4 +149,5 @@ def trained_run(config: RunConfig, rounds: int, prompt: PromptForm = PLAIN_FORM)
         learning_rate=config.training.learning_rate,
         rounds=rounds,
         prompt=prompt,
+        card=card or CardFacts(),
     )

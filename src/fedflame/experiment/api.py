@@ -134,6 +134,7 @@ def export(
     active_experts: int | None = None,
     layout: Layout | None = None,
     overwrite: bool = False,
+    check: bool = False,
 ) -> Path:
     """Write a run's adapter for PEFT, or merge it into a stock checkpoint.
 
@@ -144,17 +145,18 @@ def export(
         active_experts: with `merge`, the k whose rescaler is folded in; None: the model's own K.
         layout: "per-expert" or "fused"; None: the one that PEFT reads for the model family.
         overwrite: replace an earlier export.
+        check: load what was written as a user does, and hold its outputs to the run's.
 
     Returns:
         The folder that was written.
 
     Raises:
-        UserError: it is no run, has no checkpoint, or the folder must not be replaced.
+        UserError: it is no run, has no checkpoint, the folder must not be replaced, or the check fails.
     """
-    from fedflame.experiment.export import export_run
+    from fedflame.experiment.export import ExportOptions, export_run
 
     place = run.folder if isinstance(run, Run) else Path(run)
-    export_run(place, Path(to), merge, active_experts, layout, overwrite)
+    export_run(place, Path(to), ExportOptions(merge, active_experts, layout, overwrite, check))
     return Path(to)
 
 

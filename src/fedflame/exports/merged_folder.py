@@ -13,9 +13,10 @@ from fedflame.base.files import resolve_model
 from fedflame.base.loading import load_base_model
 from fedflame.checked_json import write_checked
 from fedflame.errors import UserError
-from fedflame.exports.description import TrainedRun, merged_card, run_facts
+from fedflame.exports.card import merged_card
+from fedflame.exports.description import TrainedRun, run_facts
 from fedflame.exports.fit import require_fit
-from fedflame.exports.new_folder import RUN_FILE, new_folder, require_free
+from fedflame.exports.new_folder import RUN_FILE, checksums, new_folder, require_free
 from fedflame.moe.families import MoELayer, find_moe_layers
 from fedflame.moe.merged_base import merge_into
 from fedflame.strategies.base import ServerState
@@ -54,7 +55,8 @@ def merge_checkpoint(state: ServerState, run: TrainedRun, k: int, to: Path, over
         if run.prompt.template == "given":
             tokenizer.chat_template = run.prompt.jinja
         tokenizer.save_pretrained(folder)
-        write_checked(folder / RUN_FILE, {**run_facts(state, run, layers), "merged_at": k})
+        facts = {**run_facts(state, run, layers), "merged_at": k, "checksums": checksums(folder)}
+        write_checked(folder / RUN_FILE, facts)
         card = merged_card(run, k, layers[0].num_experts_per_tok)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -24,7 +24,7 @@ RUN_FILE = "fedflame.json"
 """The file that marks an export. Only a folder that holds it is ever replaced."""
 
 
-SUMMED = ("*.safetensors", "*.json")
+SUMMED = ("*.safetensors", "*.gguf", "*.json")
 """The files of an adapter folder that `fedflame.json` has the checksums of."""
 
 

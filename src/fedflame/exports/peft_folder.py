@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedflame.checked_json import write_checked
-from fedflame.exports.description import TEMPLATE_FILE, TrainedRun, adapter_card, run_facts
+from fedflame.exports.card import adapter_card
+from fedflame.exports.description import TEMPLATE_FILE, TrainedRun, run_facts
 from fedflame.exports.fit import require_fit
 from fedflame.exports.layouts import (
     ExpertNames,

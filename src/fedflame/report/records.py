@@ -16,6 +16,7 @@ from fedflame.reading import read_object
 from fedflame.run_files import ADVICE
 from fedflame.run_files.checkpoints import last_kept
 from fedflame.run_files.lines import FILE_NAME, read_lines
+from fedflame.run_files.task_scores import TaskScores, read_task_scores
 
 ScoreName = Literal["exact_match", "rouge_l"]
 SCORES: tuple[ScoreName, ...] = ("exact_match", "rouge_l")
@@ -154,6 +155,8 @@ class Run:
     partition: dict[str, Any]
     plan: dict[str, Any]
     events: list[Event]
+    tasks: TaskScores | None = None
+    """Scores in tasks of lm-evaluation-harness, if they were asked for."""
 
     @property
     def evaluations(self) -> list[Evaluation]:
@@ -272,7 +275,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: not a run folder: config.json has no section {' and no '.join(missing)}")
     names = ("config.json", "environment.json", "partition.json", "plan.json")
     config, environment, partition, plan = (read_checked(folder / name, ADVICE) for name in names)
-    return Run(folder, config, environment, partition, plan, _read_events(folder))
+    events, tasks = _read_events(folder), read_task_scores(folder)
+    return Run(folder, config, environment, partition, plan, events, tasks)
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
