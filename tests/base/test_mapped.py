@@ -160,7 +160,7 @@ def test_quantised_weights_are_not_mapped_as_if_they_were_values(
         json.dumps(config | {"quantization_config": {"quant_method": method}})
     )
     with pytest.raises(
-        UserError, match=rf"its weights are quantised \({method}\), and they cannot be mapped"
+        UserError, match=rf"its weights are quantised \({method}\), and cannot be mapped"
     ):
         map_base(folder, torch.float32)
     assert not any(cache.rglob("*.safetensors"))

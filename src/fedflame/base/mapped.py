@@ -88,7 +88,7 @@ def _refuse_quantised(folder: Path) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise UserError(
             f"model {folder}: its weights are quantised ({getattr(method, 'value', method)}), and cannot be "
-            "mapped, as a base is that takes more than a quarter of the memory; take a checkpoint that is not "
+            "mapped, as a base is that takes over a quarter of the memory; take a checkpoint that is not "
             "quantised, or a machine with more memory"
         )
 
