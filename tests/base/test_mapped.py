@@ -159,9 +159,7 @@ def test_quantised_weights_are_not_mapped_as_if_they_were_values(
     (folder / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": method}})
     )
-    with pytest.raises(
-        UserError, match=rf"its weights are quantised \({method}\), and cannot be mapped"
-    ):
+    with pytest.raises(UserError, match=rf"its weights are quantised \({method}\), and cannot be mapped"):
         map_base(folder, torch.float32)
     assert not any(cache.rglob("*.safetensors"))
 

@@ -89,6 +89,8 @@ class ClientRound:
     """L2 norms of the delta by kind of bank and of attention, and of the rescaler's step."""
     pace: float | None = None
     """How far the update went; see `strategy.clip`."""
+    learning_rate: float | None = None
+    """Mean over the steps."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,14 @@ class Run:
     def rounds(self) -> list[RoundEnd]:
         """Finished rounds."""
         return [event for event in self.events if isinstance(event, RoundEnd)]
+
+    def training(self, tier: int) -> dict[int, list[ClientRound]]:
+        """Return round -> the updates that were trained with so many experts per token."""
+        found: dict[int, list[ClientRound]] = {}
+        for update in self.updates:
+            if update.active_experts == tier:
+                found.setdefault(update.round, []).append(update)
+        return dict(sorted(found.items()))
 
     def setting(self, section: str, key: str) -> Any:
         """Return a value of the resolved configuration; None if it is absent."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fedflame.report.charts import LINE_COLOURS, Series, legend, line_chart
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import MISSING, decimal, percent, si
-from fedflame.report.records import Run, ScoreName
+from fedflame.report.records import ClientRound, Run, ScoreName
 
 SCORE_LABELS: dict[ScoreName, str] = {"exact_match": "Exact match", "rouge_l": "ROUGE-L"}
 
@@ -119,24 +119,72 @@ def _change(
 
 
 def charts(run: Run) -> Markup:
-    """Show loss and score of every tier over the rounds."""
+    """Show loss and score of every tier over the rounds, and how the clients trained."""
     score = run.score_name()
     drawn = [_chart(run, "loss", "Response loss", 1.0)]
     if score == "exact_match":
         drawn.append(_chart(run, score, "Exact match (%)", 100.0))
     elif score == "rouge_l":
         drawn.append(_chart(run, score, "ROUGE-L", 1.0))
+    drawn += [_training_loss(run), _learning_rate(run)]
     figures = [figure for figure in drawn if figure]
     if not figures:
         return section("Over rounds", note("No evaluation is recorded yet."))
     return section("Over rounds", element("div", *figures, class_="columns"))
 
 
+def training_loss(updates: Sequence[ClientRound]) -> float | None:
+    """Return the mean loss of updates by their tokens, in nats per token; None if nobody tells it."""
+    told = [(update.loss, update.tokens) for update in updates if update.loss is not None]
+    tokens = sum(tokens for _, tokens in told)
+    return sum(loss * tokens for loss, tokens in told) / tokens if tokens else None
+
+
+def _rates(updates: Sequence[ClientRound]) -> float | None:
+    rates = [update.learning_rate for update in updates if update.learning_rate is not None]
+    return sum(rates) / len(rates) if rates else None
+
+
 def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
+    return _drawn(
+        run, {tier: run.history(name, tier) for tier in run.tiers()}, label, factor, from_zero=name != "loss"
+    )
+
+
+def _training_loss(run: Run) -> Markup | None:
+    return _drawn(run, _history(run, training_loss), "Training loss", 1.0, from_zero=False)
+
+
+def _learning_rate(run: Run) -> Markup | None:
+    histories = _history(run, _rates)
+    largest = max((rate for history in histories.values() for _, rate in history), default=0.0)
+    if largest <= 0:
+        return None
+    exponent = math.floor(math.log10(largest))
+    return _drawn(run, histories, f"Learning rate (1e{exponent})", 10.0**-exponent, from_zero=True)
+
+
+def _history(
+    run: Run, of: Callable[[Sequence[ClientRound]], float | None]
+) -> dict[int, list[tuple[int, float]]]:
+    """Return tier -> what the updates of each round come to."""
+    found = {
+        tier: [(number, of(updates)) for number, updates in run.training(tier).items()]
+        for tier in run.tiers()
+    }
+    return {
+        tier: [(number, value) for number, value in history if value is not None]
+        for tier, history in found.items()
+    }
+
+
+def _drawn(
+    run: Run, histories: dict[int, list[tuple[int, float]]], label: str, factor: float, from_zero: bool
+) -> Markup | None:
     colours = tier_colours(run)
     series = [
-        Series(tier_label(tier), colours[tier], _drawable(run.history(name, tier), factor))
-        for tier in run.tiers()
+        Series(tier_label(tier), colours[tier], _drawable(history, factor))
+        for tier, history in histories.items()
     ]
     shown = [line for line in series if line.points]
     if not shown:
@@ -145,7 +193,7 @@ def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
         "figure",
         element("figcaption", label),
         legend([(f"t{line.colour}", line.label) for line in shown]),
-        line_chart(shown, label, from_zero=name != "loss"),
+        line_chart(shown, label, from_zero=from_zero),
     )
 
 
