@@ -213,6 +213,10 @@ def test_how_the_clients_trained_is_drawn_by_the_k_that_they_trained_with(tmp_pa
     assert "k = 4, round" not in loss
     assert "k = 8, round 1: Learning rate (1e-5) 3" in rate
     assert "k = 4, round 1: Learning rate (1e-5) 1" in rate
+    alike = [event | {"learning_rate": 4e-5 / event["round"]} for event in events]
+    over_rounds = part(report(write_run(tmp_path / "alike", alike)), "Over rounds")
+    _, rate = re.findall(r"<figure>(.*?)</figure>", over_rounds, re.S)
+    assert rate.count("<polyline") == 1 and "every k, round 2: Learning rate (1e-5) 2" in rate
 
 
 def test_ticks_are_round_and_cover_the_range() -> None:

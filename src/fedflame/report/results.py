@@ -146,22 +146,27 @@ def _rates(updates: Sequence[ClientRound]) -> float | None:
 
 
 def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
-    return _drawn(
-        run, {tier: run.history(name, tier) for tier in run.tiers()}, label, factor, from_zero=name != "loss"
-    )
+    histories = {tier: run.history(name, tier) for tier in run.tiers()}
+    return _drawn(_by_tier(run, histories, factor), label, from_zero=name != "loss")
 
 
 def _training_loss(run: Run) -> Markup | None:
-    return _drawn(run, _history(run, training_loss), "Training loss", 1.0, from_zero=False)
+    return _drawn(_by_tier(run, _history(run, training_loss), 1.0), "Training loss", from_zero=False)
 
 
 def _learning_rate(run: Run) -> Markup | None:
+    """Draw one line where all clients of a round have the same rate."""
     histories = _history(run, _rates)
-    largest = max((rate for history in histories.values() for _, rate in history), default=0.0)
+    points = sorted(set().union(*histories.values()))
+    largest = max((rate for _, rate in points), default=0.0)
     if largest <= 0:
         return None
     exponent = math.floor(math.log10(largest))
-    return _drawn(run, histories, f"Learning rate (1e{exponent})", 10.0**-exponent, from_zero=True)
+    factor = 10.0**-exponent
+    series = _by_tier(run, histories, factor)
+    if len({number for number, _ in points}) == len(points):
+        series = [Series("every k", 0, _drawable(points, factor))]
+    return _drawn(series, f"Learning rate (1e{exponent})", from_zero=True)
 
 
 def _history(
@@ -178,14 +183,15 @@ def _history(
     }
 
 
-def _drawn(
-    run: Run, histories: dict[int, list[tuple[int, float]]], label: str, factor: float, from_zero: bool
-) -> Markup | None:
+def _by_tier(run: Run, histories: dict[int, list[tuple[int, float]]], factor: float) -> list[Series]:
     colours = tier_colours(run)
-    series = [
+    return [
         Series(tier_label(tier), colours[tier], _drawable(history, factor))
         for tier, history in histories.items()
     ]
+
+
+def _drawn(series: Sequence[Series], label: str, from_zero: bool) -> Markup | None:
     shown = [line for line in series if line.points]
     if not shown:
         return None
