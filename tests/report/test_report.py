@@ -213,6 +213,14 @@ def test_how_the_clients_trained_is_drawn_by_the_k_that_they_trained_with(tmp_pa
     assert "k = 4, round" not in loss
     assert "k = 8, round 1: Learning rate (1e-5) 3" in rate
     assert "k = 4, round 1: Learning rate (1e-5) 1" in rate
+    stepped = [event | {"step_losses": [event["loss"] + 1, event["loss"] - 1]} for event in events[:2]]
+    over_rounds = part(report(write_run(tmp_path / "steps", stepped)), "Over rounds")
+    assert "k = 8, round 0: Training loss 4" in over_rounds
+    assert "k = 8, round 1: Training loss 2" in over_rounds
+    many = [event | {"step_losses": [1.0] * 100} for event in events[:1]]
+    over_rounds = part(report(write_run(tmp_path / "many", many)), "Over rounds")
+    loss, _ = re.findall(r"<figure>(.*?)</figure>", over_rounds, re.S)
+    assert len(re.findall(r'points="([^"]+)"', loss)[0].split()) == 100 and "<circle" not in loss
     alike = [event | {"learning_rate": 4e-5 / event["round"]} for event in events]
     over_rounds = part(report(write_run(tmp_path / "alike", alike)), "Over rounds")
     _, rate = re.findall(r"<figure>(.*?)</figure>", over_rounds, re.S)

@@ -52,6 +52,7 @@ class LocalClients:
         """
         start = time.monotonic()
         of_caller: list[Exception] = []
+        losses: list[float] = []
 
         def told(tokens: int) -> None:
             try:
@@ -64,9 +65,9 @@ class LocalClients:
             request = decode_plan(plan)
             rows, adapted = self.rows[request.client], self.adapted
             with training_memory_in_words(adapted.model.device, request, adapted.gradient_checkpointing):
-                update = fine_tune(adapted, rows, request, self.pad_token_id, told)
+                update = fine_tune(adapted, rows, request, self.pad_token_id, told, losses.extend)
             message = encode_with_feedback(update, request, self.residuals)
-            return Answer(message, "", time.monotonic() - start)
+            return Answer(message, "", time.monotonic() - start, step_losses=losses)
         except Exception as error:
             if isinstance(error, OutOfMemory) or error in of_caller:
                 raise

@@ -91,6 +91,10 @@ class ClientRound:
     """How far the update went; see `strategy.clip`."""
     learning_rate: float | None = None
     """Mean over the steps."""
+    step_losses: list[float] = field(default_factory=list)
+    """Loss in each of at most 100 equal spans of the steps; empty where the client does not tell it."""
+    step_rates: list[float] = field(default_factory=list)
+    """Learning rate in each of these spans."""
 
 
 @dataclass(frozen=True)

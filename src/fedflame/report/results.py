@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fedflame.report.charts import LINE_COLOURS, Series, legend, line_chart
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import MISSING, decimal, percent, si
 from fedflame.report.records import ClientRound, Run, ScoreName
+from fedflame.run_files.spans import in_spans
 
+_MOST_POINTS = 200
+"""Of a line."""
 SCORE_LABELS: dict[ScoreName, str] = {"exact_match": "Exact match", "rouge_l": "ROUGE-L"}
 
 
@@ -151,7 +154,22 @@ def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
 
 
 def _training_loss(run: Run) -> Markup | None:
-    return _drawn(_by_tier(run, _history(run, training_loss), 1.0), "Training loss", from_zero=False)
+    most = max(1, _MOST_POINTS // max(1, len(run.rounds)))
+    histories = {
+        tier: [p for number, updates in run.training(tier).items() for p in _within(number, updates, most)]
+        for tier in run.tiers()
+    }
+    return _drawn(_by_tier(run, histories, 1.0), "Training loss", from_zero=False)
+
+
+def _within(number: int, updates: Sequence[ClientRound], most: int) -> list[tuple[float, float]]:
+    """Return the mean losses in spans of the round's steps, or of the round if a client tells no steps."""
+    count = min(most, *(len(update.step_losses) for update in updates))
+    if not count:
+        loss = training_loss(updates)
+        return [] if loss is None else [(number, loss)]
+    curves = zip(*(in_spans(update.step_losses, count) for update in updates), strict=True)
+    return [(number - 1 + at / count, sum(values) / len(values)) for at, values in enumerate(curves, 1)]
 
 
 def _learning_rate(run: Run) -> Markup | None:
@@ -183,7 +201,7 @@ def _history(
     }
 
 
-def _by_tier(run: Run, histories: dict[int, list[tuple[int, float]]], factor: float) -> list[Series]:
+def _by_tier(run: Run, histories: Mapping[int, Sequence[tuple[float, float]]], factor: float) -> list[Series]:
     colours = tier_colours(run)
     return [
         Series(tier_label(tier), colours[tier], _drawable(history, factor))
@@ -203,7 +221,7 @@ def _drawn(series: Sequence[Series], label: str, from_zero: bool) -> Markup | No
     )
 
 
-def _drawable(history: list[tuple[int, float]], factor: float) -> list[tuple[float, float]]:
+def _drawable(history: Sequence[tuple[float, float]], factor: float) -> list[tuple[float, float]]:
     """Return the points that a chart can show, which has no place for a value that is not finite."""
     return [(at, factor * value) for at, value in history if math.isfinite(value)]
 
