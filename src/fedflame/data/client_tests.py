@@ -16,9 +16,9 @@ from fedflame.data.rows import SkippedRow
 def split_test(rows: Sequence[Conversation], test_size: float, seed: int) -> tuple[list[int], list[int]]:
     """Split the rows of a client: return the indices of those to train on and of those to score.
 
-    What a row says gives it a place from 0 to 1, and the rows below `test_size` are scored. So a row keeps its
-    side when others are added, and copies of it are on one side at all clients. At least one row is scored
-    and one trained on if there are two that differ; without two, none is scored.
+    What a row says gives it a place from 0 to 1, and the rows below `test_size` are scored. So a row keeps
+    its side when others are added, and copies of it are on one side at all clients. Of rows of which at least
+    two differ, one at least is scored and one trained on. Of others, none is scored.
 
     Args:
         rows: the rows of one client.
