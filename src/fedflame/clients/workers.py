@@ -49,8 +49,8 @@ class WorkerSetup:
     rows: Sequence[Sequence[EncodedRow]]
     pad_token_id: int
     residuals: Residuals
-    tests: Sequence[HeldOut]
     threads: int
+    tests: Sequence[HeldOut] = ()
 
 
 def worker_devices(device: DeviceChoice, count: int) -> list[str]:

@@ -14,7 +14,7 @@ from fedflame.config.sections import SKILLS, DataConfig
 from fedflame.data import skills
 from fedflame.data.client_tests import split_test
 from fedflame.data.conversations import Conversation
-from fedflame.data.given import GivenRows, rows_of_files, test_rows_of_files
+from fedflame.data.given import GivenRows, rows_of_files, rows_of_test_files
 from fedflame.data.partition import by_owner, partition, partition_statistics
 from fedflame.data.rows import LoadedRows, SkippedRow, read_rows, sample_rows, split_held_out, validation_rows
 from fedflame.data.sources import open_source
@@ -238,7 +238,7 @@ def _with_tests(federation: Federation, config: RunConfig) -> Federation:
 
 
 def _with_given_tests(federation: Federation, data: DataConfig) -> Federation:
-    sources = test_rows_of_files(data.client_test_files, data.client_files)
+    sources = rows_of_test_files(data.client_test_files, data.client_files)
     loaded = [read_rows(source, _columns(data), may_be_empty=True) for source in sources]
     skipped = [row for of in loaded for row in of.skipped]
     tests = tuple(of.rows for of in loaded)

@@ -34,7 +34,7 @@ def rows_of_files(patterns: Sequence[str]) -> GivenRows:
     return GivenRows(tuple(open_source(file, "", "") for file in files), per_client=True, names=tuple(names))
 
 
-def test_rows_of_files(patterns: Sequence[str], training: Sequence[str]) -> tuple[Source, ...]:
+def rows_of_test_files(patterns: Sequence[str], training: Sequence[str]) -> tuple[Source, ...]:
     """Return the rows of `data.client_test_files`, in client order.
 
     Args:

@@ -236,8 +236,8 @@ def _clients(
             own.rows,
             own.pad_token_id,
             residuals,
-            own.tests,
             torch.get_num_threads(),
+            own.tests,
         )
         for device in others
     ]

@@ -23,7 +23,7 @@ from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.rows import SiteRows
 from fedflame.trainer.site import Site
 from fedflame.training.evaluation import HeldOut
-from fedflame.training.score_tests import tests_to_score
+from fedflame.training.score_tests import rows_to_score
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class SiteModel:
                 first = f"{skipped[0].where}: {skipped[0].reason}"
                 self._say(f"{len(skipped):,} rows to score cannot be used; the first, {first}")
             require_known_ids(tests.encoded, ready.adapted.vocabulary, ready.encoder)
-            ready.tests[max_new_tokens] = tests_to_score(tests, ready.encoder)
+            ready.tests[max_new_tokens] = rows_to_score(tests, ready.encoder)
         return ready.tests[max_new_tokens]
 
     def _encoder(self, job: TrainingJob, tokenizer: PreTrainedTokenizerBase) -> Encoder:

@@ -14,7 +14,7 @@ from fedflame.training.evaluation import HeldOut, evaluate
 from fedflame.training.scores import total
 
 
-def tests_to_score(tests: EncodedTests, encoder: Encoder) -> HeldOut:
+def rows_to_score(tests: EncodedTests, encoder: Encoder) -> HeldOut:
     """Return the rows of a client as `evaluate` takes them; the plan says how long an answer may be."""
     return HeldOut(tests.rows, tests.encoded, tests.prompts, encoder, max_new_tokens=0)
 

@@ -79,8 +79,11 @@ def decode_evaluation_plan(message: bytes) -> EvaluationPlan:
 
 
 def asks_for_scores(plan: Bytes) -> bool:
-    """Return whether a plan that this process has encoded is one of an evaluation."""
-    return bool(read_packed_header(opened(plan))["kind"] == _KINDS[EvaluationPlan])
+    """Return whether this is a plan of an evaluation, as far as its header says; it is not checked."""
+    try:
+        return bool(read_packed_header(opened(plan)).get("kind") == _KINDS[EvaluationPlan])
+    except ValueError:
+        return False
 
 
 def _decoded_plan(cls: type[Any], message: bytes) -> Any:
