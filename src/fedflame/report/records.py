@@ -13,6 +13,7 @@ from fedflame.config.methods import METHODS
 from fedflame.config.sections import SKILLS
 from fedflame.errors import UserError
 from fedflame.reading import read_object
+from fedflame.report.measured import ClientScore, Measured, ScoreExclusion, TierScore
 from fedflame.run_files import ADVICE
 from fedflame.run_files.checkpoints import last_kept
 from fedflame.run_files.lines import FILE_NAME, read_lines
@@ -20,15 +21,6 @@ from fedflame.run_files.task_scores import TaskScores, read_task_scores
 
 ScoreName = Literal["exact_match", "rouge_l"]
 SCORES: tuple[ScoreName, ...] = ("exact_match", "rouge_l")
-
-
-class Measured:
-    """A record with `loss`, `exact_match` and `rouge_l`."""
-
-    def value(self, name: str) -> float | None:
-        """Return the measure of this name; None if it was not taken."""
-        number: float | None = getattr(self, name)
-        return number
 
 
 @dataclass(frozen=True)
@@ -139,10 +131,24 @@ class RoundEnd:
     seconds: float
 
 
-Event = Evaluation | Deployment | ClientRound | Exclusion | Clipping | Outlier | RoundEnd
+Event = (
+    Evaluation
+    | Deployment
+    | ClientScore
+    | TierScore
+    | ScoreExclusion
+    | ClientRound
+    | Exclusion
+    | Clipping
+    | Outlier
+    | RoundEnd
+)
 _EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
     "evaluation": (Evaluation, ("round", "active_experts", "category")),
     "deployment": (Deployment, ("round", "active_experts", "rank")),
+    "client_evaluation": (ClientScore, ("round", "client")),
+    "federated_evaluation": (TierScore, ("round", "active_experts", "rank")),
+    "evaluation_excluded": (ScoreExclusion, ("round", "client")),
     "client": (ClientRound, ("round", "client")),
     "excluded": (Exclusion, ("round", "client")),
     "clipped": (Clipping, ("round", "client")),
@@ -173,6 +179,21 @@ class Run:
     def deployments(self) -> list[Deployment]:
         """Measures on devices with a cut adapter, in the order in which they were taken."""
         return [event for event in self.events if isinstance(event, Deployment)]
+
+    @property
+    def client_scores(self) -> list[ClientScore]:
+        """What clients told of rows of their own, in the order in which it came."""
+        return [event for event in self.events if isinstance(event, ClientScore)]
+
+    @property
+    def tier_scores(self) -> list[TierScore]:
+        """The sums of what clients told, by round and tier."""
+        return [event for event in self.events if isinstance(event, TierScore)]
+
+    @property
+    def score_exclusions(self) -> list[ScoreExclusion]:
+        """Clients that were asked to score and are in no sum."""
+        return [event for event in self.events if isinstance(event, ScoreExclusion)]
 
     @property
     def updates(self) -> list[ClientRound]:
