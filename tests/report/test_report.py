@@ -154,10 +154,10 @@ def test_headline_holds_the_numbers_of_the_events(run: Path) -> None:
     assert table[0][3] == "Exact match"
     # k = 8: FLOPs 1 + 0.5 * 8; tokens 1000 + 2000 + 3000; 3 * 1.05 MB up, 3 * 2 MB down.
     expected = ["k = 8", "1", "3.25 → 1.75", "5.0 % → 65.0 %", "5 GFLOP", "100.0 %"]
-    assert table[1] == [*expected, "6 k", "3.15 MB", "6 MB"]
+    assert table[1] == [*expected, "6 k", "3.15 MB", "6 MB", "3 of 3"]
     # k = 2 lost round 2 to the exclusion.
     expected = ["k = 2", "1", "5.25 → 3.75", "3.0 % → 63.0 %", "2 GFLOP", "40.0 %"]
-    assert table[3] == [*expected, "4 k", "2.1 MB", "4 MB"]
+    assert table[3] == [*expected, "4 k", "2.1 MB", "4 MB", "3 of 3"]
     assert [row[0] for row in table[1:]] == ["k = 8", "k = 4", "k = 2", "k = 1"]
 
 

@@ -13,7 +13,7 @@ from fedflame.compare.devices import client_seconds
 from fedflame.compare.grid import Cell, Grid, Setting
 from fedflame.compare.intervals import Difference, Summary, paired_difference, summarize
 from fedflame.compare.results import CellResult, Deployed, Spent
-from fedflame.report.records import ScoreName
+from fedflame.report.events import ScoreName
 
 Reading = Callable[[CellResult, str, int], float | None]
 """Reads a measure of the final model for one column of a table: `CellResult.last` for a k,

@@ -23,7 +23,8 @@ from fedflame.config.run_config import BESIDE_RESULTS, SCHEMA_VERSION
 from fedflame.errors import UserError
 from fedflame.json_text import to_text
 from fedflame.reading import parse_object
-from fedflame.report.records import Evaluation, Measured, Run, ScoreName
+from fedflame.report.events import Evaluation, Measured, ScoreName
+from fedflame.report.records import Run
 
 RESULTS = "cells.jsonl"
 """The results file in the folder of a comparison."""

@@ -17,6 +17,7 @@ from fedflame.config.lists import Integers, IntegersOrNone, Names, is_integer
 from fedflame.config.methods import METHODS, NAMED_METHODS
 from fedflame.config.settings import Section
 from fedflame.config.words import (
+    BestMetric,
     Checkpointed,
     CountedRows,
     CountNormalization,
@@ -79,6 +80,7 @@ LARGEST_RANK = 65_536
 """Of any adapter; `prepare.require_runnable` knows the model and allows less."""
 MOST_STEPS = 1_000_000
 """Of a client in a round."""
+MOST_ROUNDS = 1_000_000
 Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
 MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
@@ -295,7 +297,7 @@ class StrategyConfig(Section):
 
 
 class ServerConfig(Section):
-    num_server_rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    num_server_rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 10
     """The number of federated rounds."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of the clients that is sampled in each round."""
@@ -304,6 +306,22 @@ class ServerConfig(Section):
     save_total_limit: Annotated[int, Field(ge=1, le=1000)] = 2
     """The checkpoints that are kept: those after the last so many rounds. `--resume-from` goes on from any of
     them, such as the one before a damaged one."""
+    load_best_model_at_end: bool = False
+    """Whether each k has the adapter of its best round, instead of the last one: in the adapter folder, in
+    `evaluate`, `export` and the report. These rounds are kept, too: at most one more checkpoint for each k."""
+    metric_for_best_model: BestMetric = "loss"
+    """What says which round is best, on the held-out rows at each k. A round without it does not count; the
+    model before training does, as round 0."""
+    early_stopping_patience: Annotated[int, Field(ge=0, le=MOST_ROUNDS)] = 0
+    """The run stops after so many evaluations in which the metric, as the mean over all k, did not improve.
+    0: it goes through all rounds."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """An evaluation is an improvement where it is better than the best before by more than this."""
+
+    @property
+    def looks_for_best(self) -> bool:
+        """Whether something depends on which round is best."""
+        return self.load_best_model_at_end or self.early_stopping_patience > 0
 
 
 class CommunicationConfig(Section):

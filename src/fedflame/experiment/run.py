@@ -39,6 +39,7 @@ from fedflame.report import write_report
 from fedflame.run_files.checkpoints import kept_rounds
 from fedflame.run_files.lines import FILE_NAME as METRICS_FILE
 from fedflame.server.checkpoint import Checkpoint, read_checkpoint
+from fedflame.server.course import Course
 from fedflame.server.metrics import MetricsFile, OnEvent
 from fedflame.server.parts import Server
 from fedflame.server.progress import Reporter, Silent
@@ -144,7 +145,10 @@ def _run(
             if moved:
                 reporter.message(moved)
             server = _server(experiment, method, run, clients, metrics, reporter)
-            checkpoint = run_rounds(server, checkpoint)
+            course = Course(to.standings, to.stopped) if to else Course()
+            if course.has_stopped(server):
+                reporter.message(f"the run has ended after round {checkpoint.round}")
+            checkpoint = run_rounds(server, checkpoint, course)
     except KeyboardInterrupt as error:
         hint = f"the same command with --resume goes on after round {_last_kept(run)}"
         raise KeyboardInterrupt(hint) from error

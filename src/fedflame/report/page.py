@@ -96,7 +96,8 @@ def _data(run: Run) -> str:
 
 def _rounds(run: Run) -> str:
     done = len({event.round for event in run.rounds})
-    return f"{done} of {run.setting('server', 'num_server_rounds')} finished"
+    stopped = ", stopped early" if run.stop else ""
+    return f"{done} of {run.setting('server', 'num_server_rounds')} finished{stopped}"
 
 
 def _clients(run: Run) -> str:
