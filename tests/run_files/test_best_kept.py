@@ -1,4 +1,4 @@
-"""The checkpoints of best rounds: there for every round that a run can go on from, and no more, kills or not."""
+"""The checkpoints of best rounds: there for every round that a run can go on from, killed or not."""
 
 from __future__ import annotations
 

@@ -13,7 +13,16 @@ from transformers.trainer_callback import EarlyStoppingCallback, TrainerControl,
 from fedflame.config.words import BestMetric
 from fedflame.run_files.standing import Best, Standing, best_rounds, in_words, standings, taken
 
-LOSSES = [(0, 4, 3.0), (0, 1, 5.0), (1, 4, 2.0), (1, 1, 5.5), (2, 4, 2.0), (2, 1, 4.0), (4, 4, 9.0), (4, 1, 4.5)]
+LOSSES = [
+    (0, 4, 3.0),
+    (0, 1, 5.0),
+    (1, 4, 2.0),
+    (1, 1, 5.5),
+    (2, 4, 2.0),
+    (2, 1, 4.0),
+    (4, 4, 9.0),
+    (4, 1, 4.5),
+]
 
 
 def test_each_k_has_its_first_best_round_and_the_mean_is_waited_for() -> None:
