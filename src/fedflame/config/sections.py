@@ -78,9 +78,8 @@ def _device(value: str) -> str:
 
 LARGEST_RANK = 65_536
 """Of any adapter; `prepare.require_runnable` knows the model and allows less."""
-MOST_STEPS = 1_000_000
-"""Of a client in a round."""
-MOST_ROUNDS = 1_000_000
+MOST_STEPS = MOST_ROUNDS = 1_000_000
+"""Steps of a client in a round; rounds of a run."""
 Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
 MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
@@ -307,8 +306,8 @@ class ServerConfig(Section):
     """The checkpoints that are kept: those after the last so many rounds. `--resume-from` goes on from any of
     them, such as the one before a damaged one."""
     load_best_model_at_end: bool = False
-    """Whether each k has the adapter of its best round, instead of the last one: in the adapter folder, in
-    `evaluate`, `export` and the report. These rounds are kept, too: at most one more checkpoint for each k."""
+    """Whether each k has the adapter of its best round, not the last: in the adapter folder, `evaluate`,
+    `export` and the report. These rounds are kept, too: at most one more checkpoint for each k."""
     metric_for_best_model: BestMetric = "loss"
     """What says which round is best, on the held-out rows at each k. A round without it does not count; the
     model before training does, as round 0."""
