@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedflame.experiment.run_folder import saved_config
-from fedflame.messages import NOTHING
 from fedflame.report.records import read_run
 
 if TYPE_CHECKING:
@@ -52,6 +51,8 @@ def used_state(run: Path) -> ServerState:
     Raises:
         UserError: see `used_states`.
     """
+    from fedflame.messages import NOTHING  # from here on with torch
+
     rounds, state_at = used_rounds(run), used_states(run)
     if len({*rounds.values()}) < 2:
         return state_at(0)
