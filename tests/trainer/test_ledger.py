@@ -78,7 +78,7 @@ def test_a_round_is_on_the_disk_before_its_training_begins(
 
     limits = "[limits]\nmax_rounds_per_day = 1\n"
     with monkeypatch.context() as patch:
-        patch.setattr("fedflame.trainer.service.fine_tune", killed)
+        patch.setattr("fedflame.trainer.work.fine_tune", killed)
         with pytest.raises(KeyboardInterrupt):
             make_service(limits).answer(request(job, plan))
     service = make_service(limits)
@@ -160,4 +160,4 @@ def test_a_clock_that_was_set_back_makes_no_round_uncounted() -> None:
 def test_lines_are_json_that_others_can_read(tmp_path: Path) -> None:
     begin_round(tmp_path, RUN, "0" * 32, SiteLimits())
     (line,) = (tmp_path / FILE_NAME).read_text().splitlines()
-    assert json.loads(line).keys() == {"run", "plan", "time"}
+    assert json.loads(line).keys() == {"run", "plan", "time", "kind"}

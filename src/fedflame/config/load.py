@@ -83,6 +83,7 @@ def set_num_clients(clients: dict[str, Any], count: int, whose: str) -> None:
 
 def _refuse_contradictions(config: RunConfig) -> None:
     _refuse_two_sources(config)
+    _refuse_tests_of_nobody(config)
     clients, strategy = config.clients.num_clients, config.strategy
     in_turn = {
         "clients.active_experts": config.clients.active_experts,
@@ -123,6 +124,15 @@ def _refuse_two_sources(config: RunConfig) -> None:
     ):
         if both:
             raise UserError(f"config: {one} and {other} exclude each other; leave one out")
+
+
+def _refuse_tests_of_nobody(config: RunConfig) -> None:
+    for needed, there in (
+        ("data.client_files", config.data.client_files),
+        ("server.fraction_evaluate", config.server.fraction_evaluate),
+    ):
+        if config.data.client_test_files and not there:
+            raise UserError(f"config: data.client_test_files needs {needed}; set it, or leave the files out")
 
 
 def _refuse_a_warmup_without_end(config: RunConfig) -> None:

@@ -121,6 +121,10 @@ class DataConfig(Section):
     client_files: Names = ()
     """Files with the rows of one client each, or patterns such as `silos/*.jsonl`, instead of `dataset_name`.
     The files are the clients, in the order of their names, and `clients.num_clients` follows from them."""
+    client_test_files: Names = ()
+    """Files with the rows that each client is scored on, or patterns, as many and in the same order as
+    `data.client_files`; nobody trains on them. They take the place of `evaluation.client_test_size`, and need
+    `server.fraction_evaluate`."""
     split: str = "train"
     """The split of a hub data set."""
     dataset_config_name: str = ""
@@ -300,6 +304,9 @@ class ServerConfig(Section):
     """The number of federated rounds."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of the clients that is sampled in each round."""
+    fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the clients that is sampled to score the global model on rows of their own, whenever it is
+    evaluated; they send sums alone. 0: no client is asked."""
     min_clients: Annotated[int, Field(ge=1)] = 1
     """The usable updates that a round needs. With fewer the run stops and keeps its checkpoint."""
     save_total_limit: Annotated[int, Field(ge=1, le=1000)] = 2
@@ -341,6 +348,10 @@ class EvaluationConfig(Section):
     same, and no row is in both. In a file or a hub data set they come from what data.max_rows leaves out."""
     rows_per_category: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     """The held-out rows of each category."""
+    client_test_size: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """With `server.fraction_evaluate`: about this share of each client's rows is held out to be scored there,
+    and at least one row. Which rows these are follows from what they say and from the seed, so that copies of
+    a row are on one side at all clients. Sites say in their own file what they hold out."""
     evaluate_every: Annotated[int, Field(ge=0)] = 1
     """The rounds from one evaluation to the next. 0: only before and after the run."""
     generate_every: Annotated[int, Field(ge=0)] = 3

@@ -12,8 +12,9 @@ from typing import Any
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import SKILLS, DataConfig
 from fedflame.data import skills
+from fedflame.data.client_tests import split_test
 from fedflame.data.conversations import Conversation
-from fedflame.data.given import GivenRows, rows_of_files
+from fedflame.data.given import GivenRows, rows_of_files, rows_of_test_files
 from fedflame.data.partition import by_owner, partition, partition_statistics
 from fedflame.data.rows import LoadedRows, SkippedRow, read_rows, sample_rows, split_held_out, validation_rows
 from fedflame.data.sources import open_source
@@ -41,11 +42,14 @@ class Federation:
     """For each source of rows, its columns: what was read as what, and what was ignored."""
     names: tuple[str, ...] = ()
     """Of the clients, if the data names them."""
+    tests: tuple[list[Conversation], ...] = ()
+    """For each client, the rows that it is scored on; empty if no client is asked to score."""
 
     @property
     def digest(self) -> str:
-        """A hash of all rows, training before held-out."""
-        rows = [row.to_values() for row in [*self.training, *self.held_out]]
+        """A hash of all rows: those of training, then the held-out ones, then those that clients score."""
+        scored = [row for rows in self.tests for row in rows]
+        rows = [row.to_values() for row in [*self.training, *self.held_out, *scored]]
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
     @property
@@ -85,10 +89,12 @@ def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federa
         rows = _generated(config)
     else:
         rows = _loaded(config, given or _only(data))
-    return _capped(Federation(
+    federation = Federation(
         rows.training, _parts(config, rows), "given" if rows.owners else data.partition, rows.held_out,
         rows.skipped, rows.columns, rows.names,
-    ), config)  # fmt: skip
+    )  # fmt: skip
+    federation = _capped(federation, config)
+    return _with_tests(federation, config) if config.evaluating_clients() else federation
 
 
 def held_out_rows(name: str, config: RunConfig, given: GivenRows | None = None) -> LoadedRows:
@@ -203,6 +209,11 @@ def _capped(federation: Federation, config: RunConfig) -> Federation:
         sorted(random.Random(derive_seed(config.seed, "cap", client)).sample(part, min(most, len(part))))
         for client, part in enumerate(federation.parts)
     ]
+    return _with_parts(federation, kept)
+
+
+def _with_parts(federation: Federation, kept: Sequence[Sequence[int]]) -> Federation:
+    """Return the federation with these of its training rows, by client."""
     used = sorted(index for part in kept for index in part)
     numbers = {index: number for number, index in enumerate(used)}
     return replace(
@@ -210,6 +221,28 @@ def _capped(federation: Federation, config: RunConfig) -> Federation:
         training=[federation.training[index] for index in used],
         parts=[[numbers[index] for index in part] for part in kept],
     )
+
+
+def _with_tests(federation: Federation, config: RunConfig) -> Federation:
+    """Give each client the rows of its own file to score, or hold some of its rows out for it."""
+    if config.data.client_test_files:
+        return _with_given_tests(federation, config.data)
+    size, training = config.evaluation.client_test_size, federation.training
+    kept: list[list[int]] = []
+    tests: list[list[Conversation]] = []
+    for part in federation.parts:
+        trained, scored = split_test([training[index] for index in part], size, config.seed)
+        kept.append([part[at] for at in trained])
+        tests.append([training[part[at]] for at in scored])
+    return replace(_with_parts(federation, kept), tests=tuple(tests))
+
+
+def _with_given_tests(federation: Federation, data: DataConfig) -> Federation:
+    sources = rows_of_test_files(data.client_test_files, data.client_files)
+    loaded = [read_rows(source, _columns(data), may_be_empty=True) for source in sources]
+    skipped = [row for of in loaded for row in of.skipped]
+    tests = tuple(of.rows for of in loaded)
+    return replace(federation, tests=tests, skipped=[*federation.skipped, *skipped])
 
 
 def _columns_of(given: GivenRows, loaded: Sequence[LoadedRows]) -> tuple[str, ...]:
@@ -245,10 +278,14 @@ def _held_out(config: RunConfig, rows: list[Conversation]) -> tuple[list[Convers
 
 
 def describe(federation: Federation, tiers: Sequence[int]) -> list[dict[str, Any]]:
-    """Return for each client its k, its number of rows, its rows per category, and its name if it has one."""
+    """Return for each client its k, its number of rows, its rows per category, and its name if it has one.
+
+    Where clients score rows of their own, it has the number of these, too.
+    """
     labels = [row.category for row in federation.training]
     statistics = partition_statistics(labels, federation.parts)
     names = [{"name": name} for name in federation.names] or [{}] * len(federation.parts)
+    tests = [{"test_rows": len(rows)} for rows in federation.tests] or [{}] * len(federation.parts)
     return [
         {
             "client": client,
@@ -256,6 +293,7 @@ def describe(federation: Federation, tiers: Sequence[int]) -> list[dict[str, Any
             "rows": len(part),
             "per_category": per_category,
             **names[client],
+            **tests[client],
         }
         for client, (k, part, per_category) in enumerate(
             zip(tiers, federation.parts, statistics, strict=True)

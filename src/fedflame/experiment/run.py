@@ -43,7 +43,8 @@ from fedflame.server.course import Course
 from fedflame.server.metrics import MetricsFile, OnEvent
 from fedflame.server.parts import Server
 from fedflame.server.progress import Reporter, Silent
-from fedflame.server.rounds import run_rounds, sample_clients
+from fedflame.server.rounds import run_rounds
+from fedflame.server.sampling import sample_clients
 from fedflame.strategies.base import Strategy
 from fedflame.trackers.process import Look, reporting
 from fedflame.training.error_feedback import Residuals
@@ -221,6 +222,7 @@ def _clients(
         pad_token(experiment.encoder.tokenizer),
         residuals,
         experiment.federation.names,
+        experiment.tests,
     )
     if workers == 1:
         yield own
@@ -239,6 +241,7 @@ def _clients(
             own.pad_token_id,
             residuals,
             torch.get_num_threads(),
+            own.tests,
         )
         for device in others
     ]

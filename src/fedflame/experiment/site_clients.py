@@ -50,6 +50,8 @@ def site_clients(
         _leave_out_who_affords_less(
             clients, clients.describe(), config, experiment.adapted.num_experts_per_tok
         )
+        if config.evaluating_clients():
+            _say_who_scores_no_rows(clients)
         if config.strategy.counted_rows == "held":
             _say_whose_rows_are_too_many(clients)
         _record(run, clients)
@@ -118,6 +120,15 @@ def _say_whose_rows_are_too_many(clients: EngineClients) -> None:
             clients.say(
                 f"{name} claims {rows:,} rows; it weighs as {most:,}, {MOST_TIMES_MEDIAN} times the median "
                 "(strategy.counted_rows = 'held')"
+            )
+
+
+def _say_who_scores_no_rows(clients: EngineClients) -> None:
+    for name, rows in zip(clients.sites, clients.test_rows(), strict=True):
+        if rows == 0:
+            clients.say(
+                f"{name} is not asked to score: its file holds out no rows for it (data.test_size) or fewer "
+                "than limits.min_rows_per_update, or withholds what they tell (limits.disclosure)"
             )
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import math
-import random
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,12 +17,13 @@ from fedflame.config.run_config import RunConfig
 from fedflame.cost.run_cost import local_steps, within_budget
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import ClientUpdate, RoundPlan
-from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
+from fedflame.server.client_scoring import score_at_clients
 from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
 from fedflame.server.course import Course
 from fedflame.server.finite import Diverged, require_finite_state
 from fedflame.server.parts import Server
+from fedflame.server.sampling import sample_clients
 from fedflame.server.scoring import evaluate_tiers, require_finite_losses
 from fedflame.server.validation import validate_update
 from fedflame.strategies.base import ClientProfile, ServerState
@@ -44,6 +44,7 @@ def run_rounds(server: Server, checkpoint: Checkpoint, course: Course) -> Checkp
     """
     if checkpoint.metrics_bytes == 0:
         course.add(server, 0, evaluate_tiers(server, checkpoint.state, 0))
+        score_at_clients(server, checkpoint.state, 0)
         checkpoint = _keep(server, 0, checkpoint.state, course)
     for round_number in range(checkpoint.round + 1, server.config.server.num_server_rounds + 1):
         if course.has_stopped(server):
@@ -76,7 +77,9 @@ def _round(server: Server, round_number: int, updates: _Updates) -> _Round:
         "round", round=round_number, clients=updates.usable, seconds=round(time.monotonic() - start, 3)
     )
     if server.config.is_due(server.config.evaluation.evaluate_every, round_number):
-        return state, evaluate_tiers(server, state, round_number)
+        scores = evaluate_tiers(server, state, round_number)
+        score_at_clients(server, state, round_number)
+        return state, scores
     require_finite_losses(server, state, server.held_out.first_rows(1))
     return state, {}
 
@@ -99,15 +102,6 @@ def _round_again(server: Server, checkpoint: Checkpoint, round_number: int, erro
             f"round {round_number}: {again}, and no client alone is to blame. The checkpoint of the round "
             f"before is kept; {_SMALLER}"
         ) from again
-
-
-def sample_clients(
-    clients: Sequence[ClientProfile], count: int, seed: int, round_number: int
-) -> list[ClientProfile]:
-    """Draw a seeded sample of `count` clients, in client order. It does not depend on the given order."""
-    ordered = sorted(clients, key=lambda profile: profile.client)
-    chosen = random.Random(derive_seed(seed, "sample", round_number)).sample(ordered, count)
-    return sorted(chosen, key=lambda profile: profile.client)
 
 
 @dataclass(frozen=True)

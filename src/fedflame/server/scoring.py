@@ -38,13 +38,13 @@ def evaluate_tiers(server: Server, state: ServerState, round_number: int) -> dic
                 active_experts=k,
                 category=category,
             )
-        server.reporter.message(f"round {round_number}: global model at k={k}: {_in_words(together)}")
+        server.reporter.message(f"round {round_number}: global model at k={k}: {scores_in_words(together)}")
     for k, rank in server.deployments:
         together = total(_evaluate(server, state, state.adapter.with_rank(rank), k, round_number))
         require_finite_loss(together.loss, k)
         _log_scores(server.metrics, "deployment", together, round=round_number, active_experts=k, rank=rank)
         server.reporter.message(
-            f"round {round_number}: its first {rank} ranks at k={k}: {_in_words(together)}"
+            f"round {round_number}: its first {rank} ranks at k={k}: {scores_in_words(together)}"
         )
     return of_tier
 
@@ -67,7 +67,8 @@ def require_finite_losses(server: Server, state: ServerState, rows: HeldOut) -> 
         require_finite_loss(total(scores).loss, k)
 
 
-def _in_words(scores: Scores) -> str:
+def scores_in_words(scores: Scores) -> str:
+    """Return the means in words."""
     exact = "" if scores.exact_match is None else f", exact match {scores.exact_match:.1%}"
     rouge = "" if scores.rouge_l is None else f", ROUGE-L {scores.rouge_l:.3f}"
     return f"loss {scores.loss:.3f}{exact}{rouge}"
