@@ -11,8 +11,9 @@ from fedflame.config.client_files import client_files
 from fedflame.config.lists import list_parts
 from fedflame.config.methods import METHODS, OF_ALL_METHODS
 from fedflame.config.run_config import RunConfig
-from fedflame.config.sections import SKILLS, ClientsConfig, StrategyConfig
+from fedflame.config.sections import SKILLS, ClientsConfig
 from fedflame.config.settings import refuse_unknown_keys, validated
+from fedflame.config.strategy_section import StrategyConfig
 from fedflame.errors import UserError
 from fedflame.reading import read_toml
 
@@ -85,6 +86,11 @@ def _refuse_contradictions(config: RunConfig) -> None:
     _refuse_two_sources(config)
     _refuse_tests_of_nobody(config)
     clients, strategy = config.clients.num_clients, config.strategy
+    if config.data.trained_by.isdecimal() and int(config.data.trained_by) >= clients:
+        raise UserError(
+            f"config: data.trained_by = {config.data.trained_by}: must be below "
+            f"clients.num_clients = {clients}"
+        )
     in_turn = {
         "clients.active_experts": config.clients.active_experts,
         "clients.ranks": config.clients.ranks,

@@ -12,6 +12,7 @@ from typing import Any
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import SKILLS, DataConfig
 from fedflame.data import skills
+from fedflame.data.bounds import trained_parts
 from fedflame.data.client_tests import split_test
 from fedflame.data.conversations import Conversation
 from fedflame.data.given import GivenRows, rows_of_files, rows_of_test_files
@@ -94,7 +95,9 @@ def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federa
         rows.skipped, rows.columns, rows.names,
     )  # fmt: skip
     federation = _capped(federation, config)
-    return _with_tests(federation, config) if config.evaluating_clients() else federation
+    federation = _with_tests(federation, config) if config.evaluating_clients() else federation
+    parts = trained_parts(federation.parts, data.trained_by)
+    return federation if data.trained_by == "each" else _with_parts(federation, parts)
 
 
 def held_out_rows(name: str, config: RunConfig, given: GivenRows | None = None) -> LoadedRows:

@@ -45,7 +45,7 @@ from fedflame.server.parts import Server
 from fedflame.server.progress import Reporter, Silent
 from fedflame.server.rounds import run_rounds
 from fedflame.server.sampling import sample_clients
-from fedflame.strategies.base import Strategy
+from fedflame.strategies.base import ClientProfile, Strategy
 from fedflame.trackers.process import Look, reporting
 from fedflame.training.error_feedback import Residuals
 
@@ -265,8 +265,9 @@ def _server(
         profiles=[
             replace(profile, num_examples=rows)
             for profile, rows in zip(experiment.profiles, clients.num_examples(), strict=True)
-            if profile.num_examples  # whoever owns no row takes no part
+            if profile.num_examples  # whoever owns no row trains nothing
         ],
+        scorers=_scorers(experiment),
         tiers=config.evaluated_experts(k),
         deployments=config.cut_deployments(k),
         training_flops=partial(_training_flops, experiment),
@@ -277,6 +278,12 @@ def _server(
         metrics=metrics,
         reporter=reporter,
     )
+
+
+def _scorers(experiment: Experiment) -> list[ClientProfile]:
+    """All clients, or the one that trains alone: the others do not see what it has learned."""
+    alone = experiment.config.data.trained_by
+    return [one for one in experiment.profiles if alone in ("each", "one", str(one.client))]
 
 
 def _training_flops(experiment: Experiment, k: int, rank: int) -> float:

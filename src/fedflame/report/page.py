@@ -8,8 +8,8 @@ from importlib import resources
 from typing import Any
 
 from fedflame.config.methods import METHODS, OF_ALL_METHODS
-from fedflame.config.sections import StrategyConfig
 from fedflame.config.settings import flat
+from fedflame.config.strategy_section import StrategyConfig
 from fedflame.report import clients, results, tasks, updates
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
