@@ -17,7 +17,6 @@ from fedflame.cost.model_shape import read_model_shape
 Bound = Literal["standalone", "centralised"]
 
 _ONE_CLIENT = (
-    "strategy.name=flame",
     "strategy.k_rotation=none",
     "strategy.tier_affinity=1",
     "strategy.clip=none",
@@ -26,7 +25,7 @@ _ONE_CLIENT = (
     "training.proximal_mu=0",
     "communication.update_dtype=float32",
 )
-"""FLAME with one client: nothing is mixed with others, held near them, cut down, or rounded to travel."""
+"""The default method with one client: nothing is mixed, held near others, cut down, or rounded to travel."""
 
 
 def bound_settings(bound: Bound, config: RunConfig) -> dict[str, list[str]]:

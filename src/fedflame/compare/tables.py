@@ -207,7 +207,7 @@ def _bound_table(
 
 
 def _bounded(measure: Measure, values: Sequence[Mapping[int, float]]) -> list[Entry]:
-    """Format the values by seed of alone, federated and centralised, and the paired difference of the first."""
+    """Format the values by seed of alone, federated and centralised, and the paired difference of two."""
     seeds = max(map(len, values))
     summaries = [summarize(list(of_seeds.values())) if of_seeds else None for of_seeds in values]
     alone, federated, _ = values

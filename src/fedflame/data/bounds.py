@@ -10,11 +10,9 @@ def trained_parts(parts: Sequence[Sequence[int]], trained_by: str) -> list[list[
 
     Args:
         parts: for each client, the numbers of its own rows.
-        trained_by: `each`: every client on its own rows; `one`: the first client on the rows of all; or the
-            number of a client: that one alone, on its own.
+        trained_by: `one`: the first client, on the rows of all; or the number of a client: that one alone, on
+            its own rows.
     """
-    if trained_by == "each":
-        return [list(part) for part in parts]
     if trained_by == "one":
         return [sorted(row for part in parts for row in part), *([] for _ in parts[1:])]
     return [list(part) if client == int(trained_by) else [] for client, part in enumerate(parts)]

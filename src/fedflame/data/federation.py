@@ -96,8 +96,12 @@ def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federa
     )  # fmt: skip
     federation = _capped(federation, config)
     federation = _with_tests(federation, config) if config.evaluating_clients() else federation
+    if data.trained_by == "each":
+        return federation
     parts = trained_parts(federation.parts, data.trained_by)
-    return federation if data.trained_by == "each" else _with_parts(federation, parts)
+    if not any(parts):
+        raise UserError(f"data.trained_by = {data.trained_by}: this client has no row to train on")
+    return _with_parts(federation, parts)
 
 
 def held_out_rows(name: str, config: RunConfig, given: GivenRows | None = None) -> LoadedRows:
