@@ -154,10 +154,10 @@ def test_headline_holds_the_numbers_of_the_events(run: Path) -> None:
     assert table[0][3] == "Exact match"
     # k = 8: FLOPs 1 + 0.5 * 8; tokens 1000 + 2000 + 3000; 3 * 1.05 MB up, 3 * 2 MB down.
     expected = ["k = 8", "1", "3.25 → 1.75", "5.0 % → 65.0 %", "5 GFLOP", "100.0 %"]
-    assert table[1] == [*expected, "6 k", "3.15 MB", "6 MB"]
+    assert table[1] == [*expected, "6 k", "3.15 MB", "6 MB", "3 of 3"]
     # k = 2 lost round 2 to the exclusion.
     expected = ["k = 2", "1", "5.25 → 3.75", "3.0 % → 63.0 %", "2 GFLOP", "40.0 %"]
-    assert table[3] == [*expected, "4 k", "2.1 MB", "4 MB"]
+    assert table[3] == [*expected, "4 k", "2.1 MB", "4 MB", "3 of 3"]
     assert [row[0] for row in table[1:]] == ["k = 8", "k = 4", "k = 2", "k = 1"]
 
 
@@ -360,7 +360,7 @@ def test_client_that_was_never_sampled(tmp_path: Path) -> None:
     html = report(write_run(tmp_path / "run", events))
     assert "Has not trained" in part(html, "Expert activation")
     assert rows(part(html, "Cost by client"))[4] == ["Client 3", "1", "0", *[MISSING] * 7]
-    assert rows(part(html, "Results by tier"))[4][6:] == ["0", "0 B", "0 B"]
+    assert rows(part(html, "Results by tier"))[4][6:9] == ["0", "0 B", "0 B"]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "partition.json", "plan.json", "environment.json"])

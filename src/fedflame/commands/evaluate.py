@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedflame.commands.progress import say_line
+from fedflame.commands.progress import say_line, say_used_rounds
 from fedflame.commands.tables import score_table, task_table
 from fedflame.config.lists import parse_integers
 from fedflame.errors import NotFinite, UserError
@@ -53,6 +53,8 @@ def print_scores(
         print(to_text(scores, indent=2))
     else:
         console.print(score_table(scores))
+        if is_run(Path(source)):
+            say_used_rounds(Path(source), console)
     if broken := [f"k = {k}" for k, of_k in scores.items() if not math.isfinite(of_k["all"]["loss"])]:
         rounds = kept_rounds(Path(source))
         after = f" after round {rounds[-1]}" if rounds else ""
@@ -88,6 +90,8 @@ def print_task_scores(
     else:
         console.print(task_table(scores))
         say_line(console, scores.in_words())
+        if is_run(Path(source)):
+            say_used_rounds(Path(source), console)
     if is_run(Path(source)):
         keep_task_scores(Path(source), scores)
 

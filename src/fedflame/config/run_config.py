@@ -18,10 +18,10 @@ from fedflame.config.sections import (
     EvaluationConfig,
     ModelConfig,
     ServerConfig,
-    StrategyConfig,
     TrainingConfig,
 )
 from fedflame.config.settings import Section
+from fedflame.config.strategy_section import StrategyConfig
 from fedflame.config.words import Tracker
 
 SCHEMA_VERSION = 1

@@ -14,6 +14,7 @@ from fedflame.config.client_files import client_files
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import SKILLS, DataConfig
 from fedflame.data import skills
+from fedflame.data.bounds import trained_parts
 from fedflame.data.client_tests import split_test
 from fedflame.data.conversations import Conversation
 from fedflame.data.given import GivenRows, rows_of_files, rows_of_test_files
@@ -96,7 +97,13 @@ def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federa
         rows.skipped, rows.columns, rows.names,
     )  # fmt: skip
     federation = _capped(federation, config)
-    return _with_tests(federation, config) if config.evaluating_clients() else federation
+    federation = _with_tests(federation, config) if config.evaluating_clients() else federation
+    if data.trained_by == "each":
+        return federation
+    parts = trained_parts(federation.parts, data.trained_by)
+    if not any(parts):
+        raise UserError(f"data.trained_by = {data.trained_by}: this client has no row to train on")
+    return _with_parts(federation, parts)
 
 
 def held_out_rows(config: RunConfig) -> LoadedRows:

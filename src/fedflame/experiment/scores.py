@@ -10,7 +10,7 @@ from fedflame.data.federation import held_out_only, load_federation
 from fedflame.data.given import GivenRows
 from fedflame.experiment.prepare import require_runnable
 from fedflame.experiment.run_folder import is_run, saved_dtype
-from fedflame.experiment.source import source_config, source_state
+from fedflame.experiment.source import source_config, source_states
 from fedflame.training.scores import Scores
 
 
@@ -42,9 +42,10 @@ def score_source(
 
     experiment = assemble(config, federation, saved_dtype(place) if is_run(place) else None)
     adapted = experiment.adapted
-    state = source_state(place, adapted, config.seed)
+    state_at = source_states(place, adapted, config.seed)
     scores = {}
     for k in active_experts or config.evaluated_experts(shape.num_experts_per_tok):
+        state = state_at(k)
         adapter, rescaler = state.adapter_at(k), state.rescaler_at(k, len(adapted.layers))
         with memory_in_words(adapted.model.device, f"evaluating at k = {k}", ""):
             scores[k] = evaluate(

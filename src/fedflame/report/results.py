@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from fedflame.config.words import BestMetric
 from fedflame.report.charts import LINE_COLOURS, Series, legend, line_chart
+from fedflame.report.events import ClientRound, ScoreName
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import MISSING, decimal, percent, si
-from fedflame.report.records import ClientRound, Run, ScoreName
+from fedflame.report.records import Run
 from fedflame.run_files.spans import in_spans
 
 _MOST_POINTS = 200
 """Of a line."""
 SCORE_LABELS: dict[ScoreName, str] = {"exact_match": "Exact match", "rouge_l": "ROUGE-L"}
+_BEST: dict[BestMetric, str] = {
+    "loss": "least loss",
+    "exact_match": "most exact matches",
+    "rouge_l": "largest ROUGE-L",
+}
 
 
 def tier_colours(run: Run) -> dict[int, int]:
@@ -31,17 +38,24 @@ def headline(run: Run) -> Markup:
     full = max(flops, default=None)
     headers = ["Tier", "Clients", "Response loss", SCORE_LABELS[score] if score else "Score"]
     headers += ["Forward cost / token", f"of k = {full}" if full else "of full k"]
-    headers += ["Tokens trained", "Sent up", "Sent down"]
+    headers += ["Tokens trained", "Sent up", "Sent down", "Best round"]
     rows = [_headline_row(run, tier, score, flops) for tier in tiers]
     return section("Results by tier", table(headers, rows, "headline"), _headline_note(run))
 
 
 def _headline_note(run: Run) -> Markup:
     text = "k is the number of experts that run per token. Loss and score are of held-out rows, "
-    text += "before training → after the last round measured."
+    text += f"before training → after {_end(run)}. The best round is that of the {_BEST[run.metric]}."
     if not run.score_name():
         text += " This run has no scores by generation."
+    if run.stop:
+        text += f" The run stopped after round {run.stop.round}: {run.stop.reason}."
     return note(text)
+
+
+def _end(run: Run) -> str:
+    """Return the round that a result is of, in words."""
+    return "the best round of each k, whose adapter is used" if run.used_rounds else "the last round measured"
 
 
 def _headline_row(run: Run, tier: int, score: ScoreName | None, flops: dict[int, float]) -> list[object]:
@@ -60,7 +74,14 @@ def _headline_row(run: Run, tier: int, score: ScoreName | None, flops: dict[int,
         si(sum(update.tokens for update in updates)),
         si(sum(update.bytes_up for update in updates), "B"),
         si(sum(update.bytes_down for update in updates), "B"),
+        best_round(run, tier),
     ]
+
+
+def best_round(run: Run, tier: int) -> str:
+    """Format the best round of a tier: `7 of 10`; a dash where none is known."""
+    last = max((end.round for end in run.rounds), default=0)
+    return f"{run.best_rounds[tier]} of {last}" if last and tier in run.best_rounds else MISSING
 
 
 def deployments(run: Run) -> Markup:
@@ -73,7 +94,7 @@ def deployments(run: Run) -> Markup:
     headers += ["Forward cost / token", f"of k = {full}" if full else "of full k"]
     rows = [_deployment_row(run, k, rank, score) for k, rank in places]
     text = "This method gives these devices only the first ranks of the adapter. They run as many experts as "
-    text += "all other devices. Before training → after the last round measured."
+    text += f"all other devices. Before training → after {_end(run)}."
     return section("What small devices deploy", table(headers, rows, "headline"), note(text))
 
 
@@ -228,7 +249,7 @@ def _drawable(history: Sequence[tuple[float, float]], factor: float) -> list[tup
 
 
 def categories(run: Run) -> Markup:
-    """Show the last score and loss of every category at every tier."""
+    """Show score and loss of every category at every tier, at the end."""
     names = list(dict.fromkeys(e.category for e in run.evaluations if e.category is not None))
     if not names:
         return section("By category", note("No evaluation by category is recorded yet."))
@@ -236,7 +257,7 @@ def categories(run: Run) -> Markup:
     if score := run.score_name():
         parts.append(_category_table(run, names, score, SCORE_LABELS[score], score_format(score)))
     parts.append(_category_table(run, names, "loss", "Response loss", decimal))
-    explained = note("At the last round measured; the stronger the shade, the better.")
+    explained = note(f"At {_end(run)}; the stronger the shade, the better.")
     return section("By category", element("div", *parts, class_="columns"), explained)
 
 
@@ -245,10 +266,10 @@ def _category_table(
 ) -> Markup:
     tiers = run.tiers()
     last = {
-        (name, tier): history[-1][1]
+        (name, tier): value
         for name in names
         for tier in tiers
-        if (history := run.history(measure, tier, name))
+        if (value := run.at_the_end(tier, run.history(measure, tier, name))) is not None
     }
     finite = [value for value in last.values() if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)

@@ -54,7 +54,7 @@ def _plans(
 ) -> Iterator[tuple[int, bytes]]:
     """Yield clients with their encoded plans, each made when it is needed, and add them to `asked`."""
     config, rows = server.config, server.clients.test_rows()
-    able = [profile for profile in server.profiles if rows[profile.client] != 0]
+    able = [profile for profile in server.scorers if rows[profile.client] != 0]
     count = min(config.evaluating_clients(), len(able))
     deployed = config.deployed(server.adapted.num_experts_per_tok)
     generate = config.is_due(config.evaluation.generate_every, round_number)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch.linalg import LinAlgError  # type: ignore[attr-defined] # not in its __all__
 
@@ -20,6 +21,7 @@ from fedflame.run_files.spans import in_spans
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
 from fedflame.server.client_scoring import score_at_clients
 from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
+from fedflame.server.course import Course
 from fedflame.server.finite import Diverged, require_finite_state
 from fedflame.server.parts import Server
 from fedflame.server.sampling import sample_clients
@@ -28,6 +30,7 @@ from fedflame.server.validation import validate_update
 from fedflame.strategies.base import ClientProfile, ServerState
 from fedflame.training.reach import require_within_reach, trained_reach
 from fedflame.training.schedule import learning_rates, remaining
+from fedflame.training.scores import Scores
 from fedflame.wire.codec import decode_update, encode_plan
 
 _SPANS = 100
@@ -35,27 +38,34 @@ _SPANS = 100
 _SMALLER = "a new run may need a smaller training.learning_rate"
 
 
-def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
-    """Run the rounds from `checkpoint` to the last configured one; write a checkpoint after every round.
+def run_rounds(server: Server, checkpoint: Checkpoint, course: Course) -> Checkpoint:
+    """Run the rounds from `checkpoint` to the last one, or until the run stops; keep a checkpoint after each.
 
     Raises:
         UserError: a round has fewer than `server.min_clients` usable updates, or the disk is full.
             `OutOfMemory` is one, too. The last checkpoint stays, and the run can be resumed from it.
     """
     if checkpoint.metrics_bytes == 0:
-        evaluate_tiers(server, checkpoint.state, 0)
+        course.add(server, 0, evaluate_tiers(server, checkpoint.state, 0))
         score_at_clients(server, checkpoint.state, 0)
-        checkpoint = _keep(server, 0, checkpoint.state)
+        checkpoint = _keep(server, 0, checkpoint.state, course)
     for round_number in range(checkpoint.round + 1, server.config.server.num_server_rounds + 1):
+        if course.has_stopped(server):
+            break
         try:
-            state = _round(server, round_number, _Updates(server, checkpoint.state, round_number))
+            state, scores = _round(server, round_number, _Updates(server, checkpoint.state, round_number))
         except Diverged as error:
-            state = _round_again(server, checkpoint, round_number, error)
-        checkpoint = _keep(server, round_number, state)
+            state, scores = _round_again(server, checkpoint, round_number, error)
+        course.add(server, round_number, scores)
+        checkpoint = _keep(server, round_number, state, course)
     return checkpoint
 
 
-def _round(server: Server, round_number: int, updates: _Updates) -> ServerState:
+_Round = tuple[ServerState, dict[int, Scores]]
+"""The state after a round, and its scores by k; none where it is not evaluated."""
+
+
+def _round(server: Server, round_number: int, updates: _Updates) -> _Round:
     """Aggregate the updates, check what comes of it, and evaluate it.
 
     Raises:
@@ -70,14 +80,14 @@ def _round(server: Server, round_number: int, updates: _Updates) -> ServerState:
         "round", round=round_number, clients=updates.usable, seconds=round(time.monotonic() - start, 3)
     )
     if server.config.is_due(server.config.evaluation.evaluate_every, round_number):
-        evaluate_tiers(server, state, round_number)
+        scores = evaluate_tiers(server, state, round_number)
         score_at_clients(server, state, round_number)
-    else:
-        require_finite_losses(server, state, server.held_out.first_rows(1))
-    return state
+        return state, scores
+    require_finite_losses(server, state, server.held_out.first_rows(1))
+    return state, {}
 
 
-def _round_again(server: Server, checkpoint: Checkpoint, round_number: int, error: Diverged) -> ServerState:
+def _round_again(server: Server, checkpoint: Checkpoint, round_number: int, error: Diverged) -> _Round:
     """Ask for the round's updates again, and use those that alone leave everything finite.
 
     A client trains the same again, or sends its last answer, so that no update has to be kept.
@@ -324,7 +334,8 @@ def _require_quorum(server: Server, round_number: int, updates: _Updates) -> Non
         )
 
 
-def _keep(server: Server, round_number: int, state: ServerState) -> Checkpoint:
+def _keep(server: Server, round_number: int, state: ServerState, course: Course) -> Checkpoint:
     checkpoint = Checkpoint(round_number, server.metrics.sync(), state)
-    write_checkpoint(server.run, checkpoint, server.config.server.save_total_limit)
+    best_after = partial(course.to_keep, server)
+    write_checkpoint(server.run, checkpoint, server.config.server.save_total_limit, best_after)
     return checkpoint

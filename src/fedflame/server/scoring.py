@@ -12,11 +12,19 @@ from fedflame.training.evaluation import HeldOut, evaluate
 from fedflame.training.scores import Scores, total
 
 
-def evaluate_tiers(server: Server, state: ServerState, round_number: int) -> None:
-    """Evaluate the global model at every tier with its rescaler, and at the cut ranks; log the scores."""
+def evaluate_tiers(server: Server, state: ServerState, round_number: int) -> dict[int, Scores]:
+    """Evaluate the global model at every tier with its rescaler, and at the cut ranks; log the scores.
+
+    Returns:
+        k -> scores on all held-out rows.
+
+    Raises:
+        Diverged: a loss is not finite.
+    """
+    of_tier = {}
     for k in server.tiers:
         scores = _evaluate(server, state, state.adapter_at(k), k, round_number)
-        together = total(scores)
+        of_tier[k] = together = total(scores)
         require_finite_loss(together.loss, k)
         _log_scores(
             server.metrics, "evaluation", together, round=round_number, active_experts=k, category=None
@@ -38,6 +46,7 @@ def evaluate_tiers(server: Server, state: ServerState, round_number: int) -> Non
         server.reporter.message(
             f"round {round_number}: its first {rank} ranks at k={k}: {scores_in_words(together)}"
         )
+    return of_tier
 
 
 def _evaluate(

@@ -58,22 +58,23 @@ def _report(tracker: str, run: Path, name: str) -> None:
         sink = SINKS[tracker](opened)  # type: ignore[index] # a name of the configuration
     write_checked(state, {"id": sink.id, "round": sink.first_round - 1})
     place, last = START, sink.first_round - 1
-    ended = False
+    ended = stopped = False
     while not ended:
         ended = _stdin_ends_within(_LOOK_SECONDS)
         events, place = _kept_after(run, place)
         for number, of_round in groupby(events, key=lambda event: event["round"]):
+            lines = list(of_round)
+            stopped = any(event["event"] == "stopped" for event in lines)
             if number > last:
-                told = list(of_round)
-                by_step = step_metrics(told, number, steps)
-                whole = {**round_metrics(told), "round": number}
+                by_step = step_metrics(lines, number, steps)
+                whole = {**round_metrics(lines), "round": number}
                 by_step[number * steps] = by_step.get(number * steps, {}) | whole
                 with _in_time():
                     sink.log(by_step)
                 last = number
                 write_checked(state, {"id": sink.id, "round": last})
     with _in_time():
-        sink.close(finished=last == config["server.num_server_rounds"])
+        sink.close(finished=stopped or last == config["server.num_server_rounds"])
 
 
 def _kept_after(run: Path, place: Place) -> tuple[list[dict[str, Any]], Place]:
