@@ -60,8 +60,8 @@ def prepare(
     if sites is not None:
         if config.data.trained_by != "each":
             raise UserError(
-                f"data.trained_by = {config.data.trained_by!r}: sites train on the rows that they have; leave it "
-                "at 'each'"
+                f"data.trained_by = {config.data.trained_by!r}: sites train on the rows that they have; "
+                "leave it at 'each'"
             )
         check_sites(config.clients.num_clients, sites)
     shape = require_runnable(config)
