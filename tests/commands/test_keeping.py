@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ from tests.tiny_runs import (
 import fedflame
 from fedflame.errors import UserError
 from fedflame.experiment.api import Run
-from fedflame.run_files.checkpoints import best_kept, checkpoint_path, kept_rounds
+from fedflame.report.live import live_page
+from fedflame.report.records import read_run
+from fedflame.run_files.checkpoints import Kept, best_kept, checkpoint_path, kept_rounds
 from fedflame.server.checkpoint import read_checkpoint
 
 NOISY = (
@@ -200,6 +203,10 @@ def test_a_best_round_that_is_damaged_or_lost_is_refused_before_anything_is_trai
         path.write_bytes(content) if content else path.unlink()
         with pytest.raises(UserError, match=rf"{path.stem.partition('-')[2]}.sealed: "):
             tiny_run(tiny_folder, run, *NOISY, BEST, existing="resume")
+        command = arguments(tiny_folder, run, *NOISY, BEST)
+        result = invoke(*command, "--resume-from", "5")
+        assert result.exit_code == 2 and f"-{path.stem.partition('-')[2]}.sealed" in result.stderr
+        assert kept_rounds(run) == [5, 6], "nothing was given up for what cannot end"
         result = invoke("evaluate", run)
         assert result.exit_code == 2 and result.stderr.count("\n") == 1
 
@@ -293,3 +300,30 @@ def test_the_model_before_training_can_be_best(tiny_folder: Path, tmp_path: Path
         torch.equal(value, torch.zeros_like(value)) for n, value in run.adapter(1).experts.items() if "B" in n
     )
     assert "<td>0 of 1</td>" in run.report.read_text()
+
+
+def test_lines_of_a_round_that_is_not_kept_make_no_round_the_best(all_kept: Path) -> None:
+    """They are of a run that was killed before the round's checkpoint."""
+    recorded = read_run(all_kept)
+    lines = [e for e in events(all_kept, "evaluation") if e["category"] is None]
+    found = set()
+    for number in range(7):
+        upto = [(e["loss"], e["round"]) for e in lines if e["round"] <= number and e["active_experts"] == 4]
+        best_then = replace(recorded, kept=Kept(number, 0)).best_rounds[4]
+        assert best_then == min(upto)[1]
+        found.add(best_then)
+    assert len(found) > 2
+
+
+def test_the_live_page_knows_that_a_stopped_run_is_finished(stopped: Path) -> None:
+    page = live_page(stopped)()
+    last = kept_rounds(stopped)[-1]
+    assert "Finished." in page and f"It stopped after round {last} of 6: the mean loss" in page
+
+
+def test_a_run_that_waited_until_its_last_round_has_not_stopped(
+    stopped: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    rounds = f"server.num_server_rounds={kept_rounds(stopped)[-1]}"
+    tiny_run(tiny_folder, tmp_path / "run", *NOISY, PATIENT, BEST, rounds)
+    assert events(tmp_path / "run", "stopped") == []

@@ -15,6 +15,7 @@ from fedflame.compare.page import page
 from fedflame.compare.results import RESULTS, CellResult, OwnScores, read_results, write_results
 from fedflame.compare.tables import bound_tables, measures
 from fedflame.errors import UserError
+from fedflame.report.events import Evaluation
 
 GRID = """
 bounds = ["standalone", "centralised"]
@@ -128,6 +129,9 @@ def test_one_seed_has_no_interval_and_bounds_are_in_no_other_table() -> None:
     (table,) = bound_tables(comparison, (), measures(comparison, ())[0])
     assert table.rows[0][6].text == "-0.500 one seed" and table.rows[0][6].detail == ""
     assert comparison.methods(()) == ["flame"]
+    central = next(name for name in comparison.results if name.startswith("centralised"))
+    elsewhere = replace(comparison.results[central], evaluations=[Evaluation(0, 64, None, 1.0, None, None)])
+    assert replace(comparison, results={**comparison.results, central: elsewhere}).tiers(()) == [4, 1]
     html = page(comparison, "x")
     assert "Does federating help each client?" in html and "clinic 1" in html
 
@@ -155,3 +159,16 @@ def test_results_come_back_and_those_without_clients_scores_are_as_before(tmp_pa
     assert read_results(tmp_path / RESULTS) == {one.cell: one for one in (with_own, without)}
     lines = (tmp_path / RESULTS).read_text().splitlines()[1:]
     assert ['"own":' in line for line in lines] == [with_own.cell in line for line in lines]
+
+
+def test_a_cell_that_uses_best_rounds_has_their_values() -> None:
+    evaluations = [
+        Evaluation(at, k, None, loss, None, None)
+        for k, losses in {4: (3.0, 1.0, 2.0), 1: (3.0, 2.5, 2.0)}.items()
+        for at, loss in enumerate(losses)
+    ]
+    result = replace(a_result(a_cell("plain", 0), 1.0, OWN), evaluations=evaluations)
+    assert [result.last("loss", k) for k in (4, 1)] == [2.0, 2.0]
+    server = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    best = replace(result, config={"server": server})
+    assert [best.last("loss", k) for k in (4, 1)] == [1.0, 2.0]

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from fedflame.config.run_config import RunConfig
 from fedflame.data.conversations import Conversation
 from fedflame.data.encoder import pad_token
 from fedflame.data.federation import load_federation
+from fedflame.errors import UserError
 from fedflame.experiment.assemble import assemble
+from fedflame.experiment.prepare import prepare
 from fedflame.messages import RoundPlan
 from fedflame.server.checkpoint import read_checkpoint
 from fedflame.training.evaluation import evaluate
@@ -128,3 +131,9 @@ def test_what_a_client_alone_has_learned_is_the_mean_of_itself(tiny_folder: Path
     assert (strategy.clip, strategy.tier_affinity, strategy.k_rotation) == ("none", 1.0, "none")
     assert (config.training.proximal_mu, config.communication.update_dtype) == (0.0, "float32")
     assert config.server.min_clients == 1
+
+
+def test_over_sites_there_are_no_bounds(tiny_folder: Path, tmp_path: Path) -> None:
+    sites: Any = object()
+    with pytest.raises(UserError, match="sites train on the rows that they have"):
+        prepare(tiny_config(tiny_folder, tmp_path / "run", "data.trained_by=one"), sites=sites)

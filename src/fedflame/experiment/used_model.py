@@ -56,14 +56,14 @@ def used_state(run: Path) -> ServerState:
     rounds, state_at = used_rounds(run), used_states(run)
     if len({*rounds.values()}) < 2:
         return state_at(0)
-    of_tier = {k: state_at(k).total_at(k) for k in rounds}
-    rescalers = {k: state_at(k).rescalers[k] for k in rounds}
-    largest = state_at(0)
-    other = largest.adapter.concatenate(largest.merged)
-    rank = max(adapter.rank for adapter in of_tier.values())
+    of_tier, rescalers = {}, {}
+    for k in rounds:
+        state = state_at(k)
+        of_tier[k], rescalers[k] = state.total_at(k), state.rescalers[k]
+    largest, rank = state_at(0), max(adapter.rank for adapter in of_tier.values())
     return replace(
         largest,
-        adapter=other.with_rank(rank),
+        adapter=largest.adapter.concatenate(largest.merged).with_rank(rank),
         rescalers=rescalers,
         merged=NOTHING,
         tier_adapters={k: adapter.with_rank(rank) for k, adapter in of_tier.items()},
