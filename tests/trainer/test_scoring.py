@@ -22,9 +22,11 @@ from fedflame.trainer.disclosure import disclosed_scores
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.journal import read_journal
 from fedflame.trainer.ledger import FILE_NAME, read_ledger
+from fedflame.trainer.limits import require_enough_scored
 from fedflame.trainer.model import SiteModel
+from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.service import TrainerService
-from fedflame.trainer.site import load_site
+from fedflame.trainer.site import SiteLimits, load_site
 from fedflame.training.evaluation import evaluate
 from fedflame.training.score_tests import rows_to_score
 from fedflame.training.scores import total
@@ -179,6 +181,14 @@ def test_scores_of_few_tokens_are_kept_back(make: Make, job: TrainingJob, evalua
     assert refusal(few, job, replace(evaluation, round=4)) == (
         f"the score would be of {tokens} tokens; this site asks for at least {tokens + 1}"
     )
+
+
+def test_rows_that_turn_out_to_be_of_no_use_do_not_count() -> None:
+    limits = SiteLimits(min_rows_per_update=4, min_tokens_per_update=20)
+    require_enough_scored(limits, 4, 20)
+    for rows, tokens, what in ((3, 20, "3 rows"), (4, 19, "19 tokens")):
+        with pytest.raises(Refusal, match=f"the score would be of {what}; this site asks for at least "):
+            require_enough_scored(limits, rows, tokens)
 
 
 def test_a_site_that_rounds_tells_one_decimal_of_each_mean(
