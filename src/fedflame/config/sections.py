@@ -26,6 +26,8 @@ from fedflame.config.words import (
     UpdateDtype,
 )
 
+AUTO = ("auto",)
+"""`adapter.target_modules` before the model is known."""
 EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
 
@@ -109,8 +111,10 @@ class AdapterConfig(Section):
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """The low-rank product is multiplied by lora_alpha / r. The factor is the same for a client that trains a
     smaller rank."""
-    target_modules: Names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """The attention projections that carry LoRA. Empty: only the experts carry it."""
+    target_modules: Names = AUTO
+    """The attention projections that carry LoRA, such as `["q_proj", "v_proj"]`. `auto`: all that the
+    model's family has, in softmax, latent and linear attention; docs/families.md lists them. Empty: only the
+    experts carry it."""
 
 
 class DataConfig(Section):

@@ -22,6 +22,7 @@ from fedflame.data.encoding import Shown, shown_row
 from fedflame.data.federation import describe, load_federation
 from fedflame.data.given import GivenRows
 from fedflame.experiment.placement import place
+from fedflame.experiment.prepare import with_target_modules
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
         UserError: data, model or device cannot be used, the model cannot run a client's k, or a card has too
             little memory.
     """
+    config = with_target_modules(config)
     path = model_config_path(config.model.model_name_or_path)
     shape = read_model_shape(path)
     require_rank(config.adapter.r, shape)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedflame.base.files import model_config_path, require_folder_complete, resolve_model
 from fedflame.config.run_config import RunConfig
-from fedflame.cost.model_shape import ModelShape, read_model_shape
+from fedflame.cost.model_shape import ModelShape, attention_targets, read_model_shape
 from fedflame.cost.refused_families import require_packable
 from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.tiers import require_possible, require_rank
@@ -53,6 +53,7 @@ def prepare(
     Raises:
         UserError: the run cannot start as it is configured; nothing was changed.
     """
+    config = with_target_modules(config)
     run = Path(config.output_dir)
     require_installed(config.report_to)
     refuse_used(run)
@@ -61,6 +62,18 @@ def prepare(
         check_sites(config.clients.num_clients, sites)
     shape = require_runnable(config)
     return Prepared(config, existing, shape, load_federation(config, given), sites, resume_from)
+
+
+def with_target_modules(config: RunConfig) -> RunConfig:
+    """The configuration with the names of the attention projections that carry LoRA, instead of `auto`.
+
+    Raises:
+        UserError: the model's config.json is missing or damaged, or it has no such projection.
+    """
+    shape = read_model_shape(model_config_path(config.model.model_name_or_path))
+    names = attention_targets(shape, config.adapter.target_modules)
+    adapter = config.adapter.model_copy(update={"target_modules": names})
+    return config.model_copy(update={"adapter": adapter})
 
 
 def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:

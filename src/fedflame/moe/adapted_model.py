@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -240,15 +240,10 @@ def _inject_attention_lora(
 ) -> dict[str, nn.Parameter]:
     if not target_modules:
         return {}
+    _require_projections(model, target_modules)
     config = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules)  # type: ignore[arg-type]
-    try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws values that `load` overwrites
-            inject_adapter_in_model(config, model)
-    except ValueError as error:
-        wanted = ",".join(target_modules)
-        raise UserError(
-            f"adapter.target_modules {wanted!r}: {type(model).__name__} has no such module"
-        ) from error
+    with torch.random.fork_rng(devices=[]):  # PEFT draws values that `load` overwrites
+        inject_adapter_in_model(config, model)
     parameters = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -257,6 +252,16 @@ def _inject_attention_lora(
                 linears["default"] = master = _MasterLinear(linears["default"].get_parameter("weight"))
                 parameters[f"{name}.{letter}"] = master.weight
     return parameters
+
+
+def _require_projections(model: PreTrainedModel, target_modules: Sequence[str]) -> None:
+    """Raise UserError for a name of no linear map; PEFT says nothing of it where it finds another name."""
+    for target in target_modules:
+        named = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not named or not all(isinstance(module, nn.Linear) for module in named):
+            raise UserError(
+                f"adapter.target_modules {target!r}: {type(model).__name__} has no linear map of this name"
+            )
 
 
 class _MasterLinear(nn.Module):
