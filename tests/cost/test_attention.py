@@ -107,8 +107,11 @@ def test_auto_is_the_four_projections_where_a_model_has_these_alone(tmp_path: Pa
         found[family] = attention_targets(read_model_shape(tmp_path / family), AUTO)
     assert {family: names for family, names in found.items() if names != FOUR} == {
         **dict.fromkeys(
-            "axk1 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite".split()
-            + ["glm_moe_dsa", "hy_v4"],
+            [
+                *"axk1 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite".split(),
+                "glm_moe_dsa",
+                "hy_v4",
+            ],
             ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
         ),
         "axk2": ("q_a_proj", "q_gate_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),

@@ -40,7 +40,15 @@ def load_adapted_model(
     targets = attention_targets(shape, adapter.target_modules)
     mapped = device == "cpu" and is_short_of_memory(base_bytes(shape, dtype))
     model, tokenizer = load_base_model(name_or_path, dtype, device, mapped)
-    adapted = AdaptedModel(model, adapter.r, adapter.lora_alpha, targets, gradient_checkpointing, mapped)
+    adapted = AdaptedModel(
+        model,
+        adapter.r,
+        adapter.lora_alpha,
+        targets,
+        gradient_checkpointing,
+        mapped,
+        use_rslora=adapter.use_rslora,
+    )
     if mapped:
         read_ahead(adapted.layers)
     return adapted, tokenizer

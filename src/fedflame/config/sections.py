@@ -6,16 +6,22 @@ docs/configuration.md is made from this file.
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from fedflame.config.lists import Integers, IntegersOrNone, Names, is_integer
+from fedflame.config.lists import Integers, IntegersOrNone, Names
+from fedflame.config.lora_scale import lora_scale, lora_scale_divisor
 from fedflame.config.methods import METHODS, NAMED_METHODS
 from fedflame.config.settings import Section
+from fedflame.config.values import (
+    CompletionOnly,
+    Device,
+    MedianNoneOrNumber,
+    MinFullOrNumber,
+    NothingOrALength,
+)
 from fedflame.config.words import (
     Checkpointed,
     CountedRows,
@@ -32,38 +38,6 @@ EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
 
 
-def _min_full_or_number(value: object) -> str:
-    text = str(value) if type(value) is int else value
-    if not isinstance(text, str) or not (text in ("min", "full") or (is_integer(text) and int(text) >= 1)):
-        raise ValueError("must be 'min', 'full' or an integer of at least 1")
-    return text
-
-
-def _median_none_or_number(value: object) -> str:
-    if value in ("median", "none"):
-        return str(value)
-    try:
-        number = float(str(value))
-    except ValueError:
-        number = math.nan
-    if isinstance(value, bool) or not 0 < number < math.inf:
-        raise ValueError("must be 'median', 'none' or a number above 0")
-    return f"{number:g}"
-
-
-def _auto_or_truth(value: object) -> str:
-    text = str(value).lower() if isinstance(value, bool | str) else ""
-    if text not in ("auto", "true", "false"):
-        raise ValueError("must be 'auto', true or false")
-    return text
-
-
-def _nothing_or_a_length(value: int) -> int:
-    if 0 < value < 8:
-        raise ValueError("must be 0 or at least 8")
-    return value
-
-
 def _known_method(name: str) -> str:
     if name not in METHODS:
         *known, last = map(repr, NAMED_METHODS)
@@ -71,21 +45,11 @@ def _known_method(name: str) -> str:
     return name
 
 
-def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", value):
-        raise ValueError("must be 'auto', 'cpu', 'cuda' or a card such as 'cuda:1'")
-    return value
-
-
 LARGEST_RANK = 65_536
 """Of any adapter; `prepare.require_runnable` knows the model and allows less."""
 MOST_STEPS = 1_000_000
 """Of a client in a round."""
 Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
-MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
-MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
-Device = Annotated[str, AfterValidator(_device)]
-CompletionOnly = Annotated[Literal["auto", "true", "false"], BeforeValidator(_auto_or_truth)]
 
 
 class ModelConfig(Section):
@@ -111,10 +75,27 @@ class AdapterConfig(Section):
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """The low-rank product is multiplied by lora_alpha / r. The factor is the same for a client that trains a
     smaller rank."""
+    use_rslora: bool = False
+    """Whether it is multiplied by lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732), so that a large
+    rank learns as fast as a small one."""
     target_modules: Names = AUTO
     """The attention projections that carry LoRA, such as `["q_proj", "v_proj"]`. `auto`: all that the
     model's family has, in softmax, latent and linear attention; docs/families.md lists them. Empty: only the
     experts carry it."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of every low-rank product."""
+        return lora_scale(self.lora_alpha, self.r, self.use_rslora)
+
+    @property
+    def in_words(self) -> str:
+        """Rank and scale, as PEFT names them."""
+        return f"r = {self.r}, lora_alpha = {self.lora_alpha:g}" + ", use_rslora" * self.use_rslora
+
+    def plain_alpha(self, r: int) -> float:
+        """The lora_alpha of an adapter of rank r that has this scale without rsLoRA."""
+        return self.lora_alpha * (r / lora_scale_divisor(self.r, self.use_rslora))
 
 
 class DataConfig(Section):
@@ -147,7 +128,7 @@ class DataConfig(Section):
     """A seeded sample of at most this many rows is used; 0: all rows. For `skills`: the rows to generate."""
     max_rows_per_client: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """A seeded sample of at most this many rows of each client is used; 0: all of them."""
-    max_length: Annotated[int, Field(ge=0, le=1_048_576), AfterValidator(_nothing_or_a_length)] = 0
+    max_length: NothingOrALength = 0
     """The most tokens in a row, prompt and answer together. Longer rows lose their oldest turns first, and
     are counted. 0: as many as the rows have, at most 1024 and at most the model's context."""
     chat_template_path: str = ""

@@ -197,11 +197,11 @@ def _latent(config: dict[str, Any]) -> Projections:
     q_rank, kv_rank = config.get("q_lora_rank"), config["kv_lora_rank"]
     queries = heads * (plain + rotary)
     query = [Projection("q_proj", hidden, queries, "q")]
-    if config.get("model_type") == "axk2":
-        gated = Projection("q_gate_proj", 2 * q_rank, queries + heads * values, "q")
-        query = [Projection("q_a_proj", hidden, q_rank, "q"), gated]
-    elif q_rank:
-        query = [Projection("q_a_proj", hidden, q_rank, "q"), Projection("q_b_proj", q_rank, queries, "q")]
+    if q_rank:
+        wide = Projection("q_b_proj", q_rank, queries, "q")
+        if config.get("model_type") == "axk2":
+            wide = Projection("q_gate_proj", 2 * q_rank, queries + heads * values, "q")
+        query = [Projection("q_a_proj", hidden, q_rank, "q"), wide]
     return (
         *query,
         Projection("kv_a_proj_with_mqa", hidden, kv_rank + rotary, "kv"),
@@ -227,8 +227,8 @@ def _delta_net(config: dict[str, Any]) -> Projections:
 def _delta_attention(config: dict[str, Any]) -> Projections:
     """Return the projections of Kimi's delta attention."""
     hidden, given = config["hidden_size"], _below(config, "linear_attn_config")
-    heads = _size(given, "num_heads") or config.get("linear_num_heads") or config["num_attention_heads"]
-    width: int = _size(given, "head_dim") or int(config.get("linear_head_dim") or _width(config))
+    heads: int = _size(given, "num_heads") or config.get("linear_num_heads") or config["num_attention_heads"]
+    width: int = _size(given, "head_dim") or config.get("linear_head_dim") or _width(config)
     inner = [Projection(f"{letter}_proj", hidden, heads * width, letter) for letter in "qkv"]
     return *inner, Projection("o_proj", heads * width, hidden, "qkv")
 

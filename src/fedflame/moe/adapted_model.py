@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from fedflame.config.lora_scale import lora_scale
 from fedflame.config.words import Checkpointed, Dtype, Trainable
 from fedflame.errors import UserError
 from fedflame.messages import NOTHING, Adapter, is_trained, rank_dim
@@ -41,12 +42,13 @@ class AdaptedModel:
     Args:
         model: the base model; it is frozen and changed in place.
         r: LoRA rank of all modules; `load` may attach fewer ranks for a client.
-        lora_alpha: the low-rank product B A is scaled by lora_alpha / r.
+        lora_alpha: the low-rank product B A is scaled by lora_alpha / r; see `use_rslora`.
         target_modules: attention projections that get LoRA through PEFT; empty for LoRA on experts only.
         gradient_checkpointing: what the backward pass recomputes to save memory; see
             `moe.gradient_checkpointing`.
         mapped: the weights are mapped from files and stay there; otherwise those of the experts move into
             buffers with their LoRA values (`moe.projection`).
+        use_rslora: the scale is lora_alpha / sqrt(r).
 
     The model must lie on its device already; what is attached lies on the device of its layer.
 
@@ -62,6 +64,7 @@ class AdaptedModel:
         target_modules: Iterable[str],
         gradient_checkpointing: Checkpointed = "none",
         mapped: bool = False,
+        use_rslora: bool = False,
     ) -> None:
         if gradient_checkpointing == "layers":
             require_checkpointable(model)
@@ -70,18 +73,24 @@ class AdaptedModel:
         self.layers = find_moe_layers(model)
         require_aligned(self.layers)
         # First, because PEFT freezes every parameter that is not its own.
-        self.attention = _inject_attention_lora(model, r, lora_alpha, list(target_modules))
-        self.r = r
+        of_attention = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,  # type: ignore[arg-type]
+            use_rslora=use_rslora,
+            target_modules=list(target_modules),
+        )
+        self.attention = _inject_attention_lora(model, of_attention)
+        self.r, self.scale = r, lora_scale(lora_alpha, r, use_rslora)
         self.counts = ActivationCounts(len(self.layers), self.layers[0].num_experts, self.device)
         recompute = gradient_checkpointing == "experts"
         self.loras = [
-            ExpertLoRA(layer, index, r, lora_alpha, self.counts, recompute, mapped)
+            ExpertLoRA(layer, index, r, self.scale, self.counts, recompute, mapped)
             for index, layer in enumerate(self.layers)
         ]
         for layer, lora in zip(self.layers, self.loras, strict=True):
             layer.experts.fedflame = lora
         self._compiled = self._compiled_layers()
-        self._base = MergedBase(model, self.layers, self.attention, lora_alpha / r)
+        self._base = MergedBase(model, self.layers, self.attention, self.scale)
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
     @property
@@ -137,10 +146,10 @@ class AdaptedModel:
 
         Args:
             adapter: values for this model and its target modules, of the model's rank or a smaller one. The
-                scale is alpha/r with the model's rank r in both cases.
+                scale is that of the model's rank in both cases.
             rescaler_values: [L] s per MoE layer.
             merged: factors with the names of `adapter`, of any rank. The base weights become
-                W + (alpha/r) B A; without factors they are exactly the original weights.
+                W + c B A with the scale c; without factors they are exactly the original weights.
 
         Raises:
             UserError: the values do not fit the model. Nothing was changed.
@@ -235,15 +244,12 @@ def _require_shapes(kind: str, values: Mapping[str, Tensor], wanted: Mapping[str
             )
 
 
-def _inject_attention_lora(
-    model: PreTrainedModel, r: int, lora_alpha: float, target_modules: list[str]
-) -> dict[str, nn.Parameter]:
-    if not target_modules:
+def _inject_attention_lora(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Parameter]:
+    if not lora.target_modules:
         return {}
-    _require_projections(model, target_modules)
-    config = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules)  # type: ignore[arg-type]
+    _require_projections(model, lora.target_modules)
     with torch.random.fork_rng(devices=[]):  # PEFT draws values that `load` overwrites
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(lora, model)
     parameters = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -254,7 +260,7 @@ def _inject_attention_lora(
     return parameters
 
 
-def _require_projections(model: PreTrainedModel, target_modules: Sequence[str]) -> None:
+def _require_projections(model: PreTrainedModel, target_modules: Iterable[str]) -> None:
     """Raise UserError for a name of no linear map; PEFT says nothing of it where it finds another name."""
     for target in target_modules:
         named = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]

@@ -4,7 +4,7 @@ Plain autograd would keep every intermediate value of every layer until the back
 the two rank-R projections and the pre-activation of gate and up; with `recompute` not even the latter. The
 backward recomputes the rest, or does not need it: the base is frozen, and the gradient of a routing weight w
 follows from the expert's activation a instead of its output. With y = W2 (w a) + w b2 + c B2 A2 (w a), g =
-dL/dy, c = alpha/r and b2 the bias, where a family has one: dL/dw = a . (W2' g + c A2' B2' g) + b2 . g.
+dL/dy, c the scale and b2 the bias, where a family has one: dL/dw = a . (W2' g + c A2' B2' g) + b2 . g.
 
 Shapes: N tokens, k active experts, S = N*k routed rows, E experts, H hidden, I expert width, R rank,
 n projections before the activation: 2 (gate and up) or 1 (up).

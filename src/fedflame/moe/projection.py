@@ -1,10 +1,10 @@
 """One projection of all experts, base and LoRA, in the form that rows are multiplied by.
 
 A row x carries A x in its tail, behind the width of x. Then W x + c B A x is one product with [W, c B], and
-the gradient W' g + A' (c B' g) is one product with [W; A], where c = alpha/r: no pass over [S,out] adds the
-low-rank part, and the sum is rounded once. For this, W, c B and A lie in one buffer [E, out+n, in+n]: W upper
-left, c B to its right, A below it. The base's own parameter becomes a view of the buffer, so that its weights
-exist once.
+the gradient W' g + A' (c B' g) is one product with [W; A], where c is the scale: no pass over [S,out] adds
+the low-rank part, and the sum is rounded once. For this, W, c B and A lie in one buffer [E, out+n, in+n]: W
+upper left, c B to its right, A below it. The base's own parameter becomes a view of the buffer, so that its
+weights exist once.
 
 Weights that are mapped from files stay where they are: a buffer would bring them into memory. Base and LoRA
 are then two products.
@@ -47,7 +47,7 @@ class Projection:
     constant: Tensor
     """[n]: one in the column of the bias, otherwise zeros."""
     scaling: float
-    """c = alpha/r."""
+    """c, alpha/r or, with rsLoRA, alpha/sqrt(r)."""
 
     @property
     def out(self) -> int:
