@@ -184,6 +184,8 @@ class RoundPlan:
     """The rounds at the start of the run in which the learning rate rises."""
     max_grad_norm: float = 0.0
     """If not 0, the largest L2 norm of the gradient of a step."""
+    lora_dropout: float = 0.0
+    """The chance that an input of an A is dropped in training."""
     trainable: Trainable = "both"
     merged: Adapter = NOTHING
     """Factors of any rank, merged into the base with the scale of `adapter`; see `ServerState.merged`."""

@@ -78,6 +78,8 @@ class AdapterConfig(Section):
     use_rslora: bool = False
     """Whether it is multiplied by lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732), so that a large
     rank learns as fast as a small one."""
+    lora_dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
+    """The chance that an input of an A, in experts and attention, is dropped in a training step."""
     target_modules: Names = AUTO
     """The attention projections that carry LoRA, such as `["q_proj", "v_proj"]`. `auto`: all that the
     model's family has, in softmax, latent and linear attention; docs/families.md lists them. Empty: only the

@@ -203,15 +203,35 @@ class AdaptedModel:
             yield
 
     @contextmanager
-    def training(self, k: int) -> Iterator[None]:
-        """Run k experts per token within the block, as a client trains: checkpointed or compiled."""
+    def training(self, k: int, lora_dropout: float = 0.0) -> Iterator[None]:
+        """Run k experts per token within the block, as a client trains: checkpointed or compiled.
+
+        With `lora_dropout`, torch's generators decide which inputs of every A are dropped.
+        """
         layers = self.gradient_checkpointing == "layers"
         with (
             self.active_experts(k),
+            self._dropping(lora_dropout) if lora_dropout else nullcontext(),
             layers_checkpointed(self.model) if layers else nullcontext(),
             self._compiled.used() if self._compiled else nullcontext(),
         ):
             yield
+
+    @contextmanager
+    def _dropping(self, p: float) -> Iterator[None]:
+        """Drop inputs of A with the chance p within the block: PEFT's own way in attention."""
+        modules = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        try:
+            for lora in self.loras:
+                lora.dropout = p
+            for module in modules:
+                module.lora_dropout["default"] = nn.Dropout(p)
+            yield
+        finally:
+            for lora in self.loras:
+                lora.dropout = 0.0
+            for module in modules:
+                module.lora_dropout["default"] = nn.Identity()
 
     def _compiled_layers(self) -> CompiledLayers | None:
         """Return the decoder layers compiled, on one GPU; torch compiles nothing within its checkpoints."""

@@ -60,6 +60,7 @@ class ExpertLoRA(nn.Module):
         for name, shape in layer.bank_shapes(r).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
         self.s = nn.Parameter(torch.ones((), device=device))
+        self.dropout = 0.0
         self._written: list[tuple[int, int]] = []
 
     @property
@@ -134,7 +135,7 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
     banks, experts = lora.banks().values(), lora.written()
     output: Tensor
     output, per_expert = FusedExperts.apply(  # type: ignore[no-untyped-call]
-        x, rescale(top_k_weights, lora.s), *banks, top_k_index, experts, lora.recompute
+        x, rescale(top_k_weights, lora.s), *banks, top_k_index, experts, lora.recompute, lora.dropout
     )
     if (counted := lora.counts.counted) is not None:
         per_expert = tokens_of_experts(top_k_index, counted, lora.layer.num_experts)

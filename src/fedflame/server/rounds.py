@@ -305,6 +305,7 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         lr_scheduler_type=training.local_lr_scheduler_type,
         warmup_rounds=server.config.warmup_rounds(),
         max_grad_norm=training.max_grad_norm,
+        lora_dropout=server.config.adapter.lora_dropout,
         trainable=instructions.trainable,
         merged=state.merged,
         proximal_mu=training.proximal_mu,

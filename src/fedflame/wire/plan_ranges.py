@@ -10,6 +10,7 @@ import torch
 from fedflame.errors import InvalidMessage
 from fedflame.messages import Adapter, RoundPlan, half_of
 
+MOST_DROPOUT = 0.99
 _LARGE = 1 << 31
 _LARGE_FACTOR = 1e6
 _DIMENSIONS = {"experts": 3, "attention": 2}
@@ -38,6 +39,7 @@ def require_possible(plan: RoundPlan) -> None:
         ("warmup_rounds", 0, _LARGE),
         ("max_grad_norm", 0, _LARGE_FACTOR),
         ("packed_length", 0, _LARGE),
+        ("lora_dropout", 0, MOST_DROPOUT),
         ("proximal_mu", 0, _LARGE_FACTOR),
         ("rank_penalty", 0, _LARGE_FACTOR),
         ("kept_rank", 0, rank),
