@@ -7,6 +7,7 @@ writes the table; a test keeps it true.
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedflame.cost.attention import attention_of_layers
-from fedflame.cost.refused_families import NOT_PACKABLE, REFUSED_FAMILIES
+from fedflame.cost.refused_families import BALANCED, NOT_PACKABLE, REFUSED_FAMILIES
 from fedflame.moe.families import MoELayer, find_moe_layers
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 6, 3, 24, 20, 94
@@ -234,6 +235,13 @@ their experts alone: fused kernels take the matrices of such layers past any LoR
 | --- | --- |
 {_projections()}
 
+## With a load-balancing loss: {len(BALANCED)}
+
+`training.router_aux_loss_coef` needs a load-balancing loss of the family in transformers, which these have:
+{_lines(sorted(BALANCED))}.
+The others balance their experts by a bias, or not at all, and are refused.
+`tests/moe/test_load_balancing.py` holds the loss of each against transformers' own.
+
 ## Without packing: {len(NOT_PACKABLE)}
 
 With `training.packing` or `training.padding_free` rows share a sequence. In these families a row would then
@@ -250,6 +258,10 @@ other row changes a bit of it: `tests/moe/test_packed_rows.py` holds every famil
 | --- | --- |
 {refused}
 """
+
+
+def _lines(names: list[str]) -> str:
+    return textwrap.fill(", ".join(names), 110, break_on_hyphens=False)
 
 
 def _projections() -> str:

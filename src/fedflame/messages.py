@@ -191,6 +191,8 @@ class RoundPlan:
     """Factors of any rank, merged into the base with the scale of `adapter`; see `ServerState.merged`."""
     proximal_mu: float = 0.0
     """FedProx: mu/2 ||w - w_0||^2 is added to the objective; w_0 is `adapter`."""
+    router_aux_loss_coef: float = 0.0
+    """This times the load-balancing loss of the routers is added to the objective."""
     rank_penalty: float = 0.0
     """HetLoRA: this times ||B|| ||A|| without the first `kept_rank` ranks is added to the objective."""
     kept_rank: int = 0

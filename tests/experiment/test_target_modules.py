@@ -74,3 +74,33 @@ def test_a_name_that_carries_no_lora_is_refused_at_once(name: str, tiny_folder: 
         assert result.stderr.count("\n") == 1
         assert "'auto', or attention projections of olmoe: q_proj, k_proj, v_proj, o_proj" in result.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_the_other_habits_of_the_adapter_reach_the_run_and_its_export(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    habits = ("adapter.use_rslora=true", "adapter.lora_dropout=0.1", "training.router_aux_loss_coef=0.05")
+    runs = {}
+    for name, settings in {
+        "plain": (),
+        **{habit: (habit,) for habit in habits},
+        "again": habits[1:2],
+    }.items():
+        runs[name] = tmp_path / name
+        tiny_run(tiny_folder, runs[name], ONE_ROUND, *settings)
+    states = [state_bytes(run) for run in runs.values()]
+    assert states[2] == states[4], "the same masks in the same run"
+    assert len(set(states)) == 4
+    for layout in ("per-expert", "fused"):
+        folder = tmp_path / layout
+        made = invoke("export", runs[habits[0]], "--to", folder, "--layout", layout, "--check")
+        assert made.exit_code == 0, made.output
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        assert (settings["r"], settings["lora_alpha"]) == (3, pytest.approx(16 * 3**0.5))
+        assert "r = 3, lora_alpha = 16, use_rslora on every expert" in (folder / "README.md").read_text()
+    start = f"model.adapter_name_or_path={tmp_path / 'fused'}"
+    tiny_run(tiny_folder, tmp_path / "on", ONE_ROUND, start, habits[0])
+    other = invoke(*arguments(tiny_folder, tmp_path / "off", ONE_ROUND, start))
+    assert other.exit_code == 2
+    assert "adapter.r = 3, adapter.lora_alpha = 16: the adapter in" in other.stderr
+    assert "has r = 3, lora_alpha = 27.7128;" in other.stderr

@@ -210,6 +210,10 @@ class TrainingConfig(Section):
     """`steps`: every client takes `max_steps`, as in the paper. `compute`: every client spends the FLOPs that
     `max_steps`, or its epochs, cost with the experts that it affords and rank adapter.r. A method that runs
     more experts then takes fewer steps, and one that runs fewer takes more."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """This times the load-balancing loss of the routers is added to the objective. It is that of transformers
+    for the family, over the tokens of a batch and the experts that the client runs. Routers are frozen: the
+    loss acts on what they read. Families for which transformers has none are refused."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """FedProx (arXiv 1812.06127), with any method: a client's objective has mu/2 times the squared distance
     from the adapter that it was given added to it. 0: nothing is added."""

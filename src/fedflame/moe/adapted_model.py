@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fedflame.config.lora_scale import lora_scale
 from fedflame.config.words import Checkpointed, Dtype, Trainable
+from fedflame.cost.refused_families import require_balanced
 from fedflame.errors import UserError
 from fedflame.messages import NOTHING, Adapter, is_trained, rank_dim
 from fedflame.moe.activation_counts import ActivationCounts
@@ -32,6 +34,7 @@ from fedflame.moe.gradient_checkpointing import (
     layers_checkpointed,
     require_checkpointable,
 )
+from fedflame.moe.load_balancing import LoadBalancing
 from fedflame.moe.merged_base import MergedBase
 from fedflame.seeds import generator
 
@@ -112,6 +115,14 @@ class AdaptedModel:
     def can_capture(self) -> bool:
         """Whether a training step is one GPU's alone and launches the same kernels every time."""
         return self._compiled is not None
+
+    @cached_property
+    def load_balancing(self) -> LoadBalancing:
+        """The load-balancing loss of the routers. Raises UserError for a family without one."""
+        require_balanced(self.model.config.get_text_config().model_type)
+        if self._compiled is not None:
+            torch._dynamo.reset()  # what was compiled already knows nothing of its hooks
+        return LoadBalancing(self.layers)
 
     @property
     def vocabulary(self) -> int:

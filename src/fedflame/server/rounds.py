@@ -309,6 +309,7 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         trainable=instructions.trainable,
         merged=state.merged,
         proximal_mu=training.proximal_mu,
+        router_aux_loss_coef=training.router_aux_loss_coef,
         rank_penalty=instructions.rank_penalty,
         kept_rank=instructions.kept_rank,
         update_dtype=server.config.communication.update_dtype,

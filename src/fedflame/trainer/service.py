@@ -31,7 +31,7 @@ from fedflame.clients.local import reason
 from fedflame.config.sections import DataConfig
 from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.model_shape import ModelShape, read_model_shape
-from fedflame.cost.refused_families import require_packable
+from fedflame.cost.refused_families import require_balanced, require_packable
 from fedflame.data.conversations import Conversation
 from fedflame.data.encoder import Encoder, new_encoder, pad_token
 from fedflame.data.encoding import EncodedRow, encode_rows, require_known_ids
@@ -261,6 +261,8 @@ class TrainerService:
         self._require_same_model(job)
         if plan.packs:
             require_packable(self._shape(job).model_type)
+        if plan.router_aux_loss_coef:
+            require_balanced(self._shape(job).model_type)
         limits, tokens = self._site.limits, plan.most_tokens(plan.max_steps, job.max_length)
         if limits.max_flops and (flops := tokens * self._flops_per_token(job, plan)) > limits.max_flops:
             raise Refusal(

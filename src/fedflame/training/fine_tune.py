@@ -58,7 +58,11 @@ def fine_tune(
     optimizer = _optimizer(adapted, plan)
     start = adapted.beside(plan.adapter) if plan.proximal_mu else NOTHING
     step = training_steps(
-        adapted, optimizer, lambda: regularizer(adapted.attached(), plan, start), on_step=on_step
+        adapted,
+        optimizer,
+        lambda: regularizer(adapted.attached(), plan, start),
+        on_step=on_step,
+        router_aux_loss_coef=plan.router_aux_loss_coef,
     )
     rows, tokens = 0, 0
     losses: list[Tensor] = []  # they stay on the device until the round's end

@@ -41,6 +41,7 @@ def require_possible(plan: RoundPlan) -> None:
         ("packed_length", 0, _LARGE),
         ("lora_dropout", 0, MOST_DROPOUT),
         ("proximal_mu", 0, _LARGE_FACTOR),
+        ("router_aux_loss_coef", 0, _LARGE_FACTOR),
         ("rank_penalty", 0, _LARGE_FACTOR),
         ("kept_rank", 0, rank),
     ):
