@@ -406,7 +406,7 @@ BROKEN = {
     "target_modules = '.*proj' in adapter_config.json: Input should be a valid list": lambda folder: (
         edit_config(folder, target_modules=".*proj")
     ),
-    "LoRA with use_rslora is not supported": lambda folder: edit_config(folder, use_rslora=True),
+    "its scale is 3; the model has 1.5": lambda folder: edit_config(folder, use_rslora=True),
     "LoRA with init_lora_weights = 'pissa' is not": lambda folder: edit_config(
         folder, init_lora_weights="pissa"
     ),
@@ -417,7 +417,7 @@ BROKEN = {
         folder, r="four"
     ),
     "r = 8; the model is prepared for r = 4": lambda folder: edit_config(folder, r=8),
-    "lora_alpha / r = 4.0; the model has 1.5": lambda folder: edit_config(folder, lora_alpha=16),
+    "its scale is 4; the model has 1.5": lambda folder: edit_config(folder, lora_alpha=16),
     "adapter_model.safetensors: No such file": lambda folder: (folder / "adapter_model.safetensors").unlink(),
     "truncated or no safetensors": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12"),
     "lacks .*experts.5.up_proj.lora_A": lambda folder: edit_tensors(folder, up_proj=None),

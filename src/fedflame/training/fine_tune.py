@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +64,18 @@ def fine_tune(
     optimizer = _optimizer(adapted, plan)
     start = adapted.beside(plan.adapter) if plan.proximal_mu else NOTHING
     step = training_steps(
-        adapted, optimizer, lambda: regularizer(adapted.attached(), plan, start), on_step=on_step
+        adapted,
+        optimizer,
+        lambda: regularizer(adapted.attached(), plan, start),
+        on_step=on_step,
+        router_aux_loss_coef=plan.router_aux_loss_coef,
     )
     rows, tokens = 0, 0
     losses: list[Tensor] = []  # they stay on the device until the round's end
     batches = _batches(examples, plan, pad_token_id)
-    with adapted.training(plan.active_experts):
-        for rate in learning_rates(plan, _steps(examples, plan)):
+    with adapted.training(plan.active_experts, plan.lora_dropout), _draws(adapted, plan) as begin_step:
+        for number, rate in enumerate(learning_rates(plan, _steps(examples, plan))):
+            begin_step(number)
             of_step = list(itertools.islice(batches, plan.gradient_accumulation_steps))
             optimizer.set_learning_rate(rate)
             losses.append(step(*of_step))
@@ -139,6 +145,19 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
         unregularized=scalars if learned else [],
         max_grad_norm=plan.max_grad_norm,
     )
+
+
+@contextmanager
+def _draws(adapted: AdaptedModel, plan: RoundPlan) -> Iterator[Callable[[int], object]]:
+    """Within the block, what is called with a step's number seeds what the step draws, if it draws."""
+    if not plan.lora_dropout:
+        yield lambda number: None
+        return
+    cards = [device for device in adapted.devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cards):
+        yield lambda number: torch.manual_seed(
+            derive_seed(plan.seed, "dropout", plan.round, plan.client, number)
+        )
 
 
 def _steps(examples: Sequence[EncodedRow], plan: RoundPlan) -> int:
