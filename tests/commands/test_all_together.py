@@ -1,7 +1,7 @@
 """What a user of an instruct model does, in one run.
 
-Chats in a file for each client, training habits, packing, scores at the clients, an early stop, the best round
-kept; killed on the way, resumed, exported and checked.
+Chats in a file for each client, training habits, packing, scores at the clients, an early stop, the best
+round kept; killed on the way, resumed, exported and checked.
 """
 
 from __future__ import annotations
@@ -63,17 +63,18 @@ def instruct(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path) 
     return folder
 
 
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(contents)]
+
+
 @pytest.fixture
 def silos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, count in (("east", 12), ("north", 30), ("west", 18)):
         rows = [
-            {"messages": [
-                {"role": "user", "content": f"{name} {n} plus 1?"}, {"role": "assistant", "content": f"It is {n + 1}."},
-                {"role": "user", "content": "and 1?"}, {"role": "assistant", "content": f"{n + 2}"},
-            ]}
+            {"messages": turns(f"{name} {n} plus 1?", f"It is {n + 1}.", "and 1?", f"{n + 2}")}
             for n in range(count)
-        ]  # fmt: skip
+        ]
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
