@@ -115,6 +115,8 @@ def test_a_ledger_that_a_crash_cut_has_the_whole_lines_and_goes_on(tmp_path_fact
     "line",
     ["", "{", "[]", "7", '{"run": "a"}', '{"run": 1, "plan": "b", "time": 1.0}',
      '{"run": "a", "plan": "b", "time": true}', '{"run": "a", "plan": "b", "time": 1.0, "more": 1}',
+     '{"run": "a", "plan": "b", "time": 1.0, "kind": "rest"}',
+     '{"run": "a", "plan": "b", "time": 1.0, "kind": 1}',
      "[" * 100_000],
 )  # fmt: skip
 def test_a_ledger_with_a_line_that_is_none_lets_nothing_be_trained(
@@ -129,6 +131,11 @@ def test_a_ledger_with_a_line_that_is_none_lets_nothing_be_trained(
     answer = service.answer(request(job, plan))
     assert answer.header["kind"] == "failed" and "ledger.jsonl, line 2" in answer.header["reason"]
     assert not told.heard("loading")
+
+
+def test_a_line_from_before_there_were_evaluations_is_a_round_of_training(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text('{"run": "a", "plan": "b", "time": 1.0}\n')
+    assert read_ledger(tmp_path / FILE_NAME) == [Round("a", "b", 1.0, "train")]
 
 
 def test_a_ledger_that_cannot_be_written_or_read_lets_nothing_be_trained(

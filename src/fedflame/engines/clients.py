@@ -88,7 +88,7 @@ class EngineClients:
 
     def evaluate(self, plans: Iterable[tuple[int, bytes]]) -> Iterator[Answer]:
         requests = [self._request(self.sites[client], "evaluate", plan) for client, plan in plans]
-        self._exchange(requests, min(self.quorum, len(requests)))
+        self._exchange(requests, self.quorum)
         for request in requests:
             yield _answer(request, lambda tokens: None)
 

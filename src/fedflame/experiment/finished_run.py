@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,8 @@ class Run:
         """Every line of metrics.jsonl as a flat dict, so that `pandas.DataFrame(run.metrics)` is a table.
 
         `event` says what a line is: `evaluation` (of the global model, by round, k and category), `client`
-        (an update), `round`, `excluded` or `deployment`.
+        (an update), `round`, `excluded` or `deployment`; `client_evaluation` is what a client told of rows of
+        its own, and `federated_evaluation` the sum of a tier.
 
         Raises:
             UserError: the file is missing or damaged.
@@ -58,6 +59,32 @@ class Run:
                 of_round[evaluation.active_experts] = {
                     name: evaluation.value(name) for name in ("loss", "exact_match", "rouge_l")
                 }
+        return found
+
+    @property
+    def client_scores(self) -> dict[int, dict[int, dict[str, float | None]]]:
+        """What clients told of the global model on rows of their own, by round and client.
+
+        Each has the measures of `scores`, `active_experts` and `rank` of what the client deploys, and `rows`
+        and `response_tokens`. Empty unless `server.fraction_evaluate` asks clients to score.
+        """
+        found: dict[int, dict[int, dict[str, float | None]]] = {}
+        for told in read_run(self.folder).client_scores:
+            values = asdict(told)
+            found.setdefault(values.pop("round"), {})[values.pop("client")] = values
+        return found
+
+    @property
+    def federated_scores(self) -> dict[int, dict[tuple[int, int] | None, dict[str, float | None]]]:
+        """The sums of what clients told, by round and tier: k and rank; None stands for all clients together.
+
+        Each has the measures of `scores`, and `clients`, `rows` and `response_tokens` in the sum.
+        """
+        found: dict[int, dict[tuple[int, int] | None, dict[str, float | None]]] = {}
+        for told in read_run(self.folder).tier_scores:
+            values = asdict(told)
+            k, rank = values.pop("active_experts"), values.pop("rank")
+            found.setdefault(values.pop("round"), {})[None if k is None else (k, rank)] = values
         return found
 
     @property

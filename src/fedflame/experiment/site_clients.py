@@ -136,8 +136,11 @@ def _record(run: Path, clients: EngineClients) -> None:
     """Into partition.json, which knows the rows of the hub's own file until then."""
     path = run / "partition.json"
     partition = read_checked(path, ADVICE)
-    for entry, name, rows in zip(partition["clients"], clients.sites, clients.num_examples(), strict=True):
+    told = zip(clients.sites, clients.num_examples(), clients.test_rows(), strict=True)
+    for entry, (name, rows, tests) in zip(partition["clients"], told, strict=True):
         entry |= {"site": name, "rows": rows, "per_category": {"all": rows}}
+        if "test_rows" in entry:
+            entry["test_rows"] = tests
     partition |= {
         "rows": sum(clients.num_examples()),
         "categories": ["all"],

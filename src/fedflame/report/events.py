@@ -6,17 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fedflame.report.measured import ClientScore, Measured, ScoreExclusion, TierScore
+
 ScoreName = Literal["exact_match", "rouge_l"]
 SCORES: tuple[ScoreName, ...] = ("exact_match", "rouge_l")
-
-
-class Measured:
-    """A record with `loss`, `exact_match` and `rouge_l`."""
-
-    def value(self, name: str) -> float | None:
-        """Return the measure of this name; None if it was not taken."""
-        number: float | None = getattr(self, name)
-        return number
 
 
 @dataclass(frozen=True)
@@ -129,10 +122,25 @@ class Stop:
     reason: str
 
 
-Event = Stop | Evaluation | Deployment | ClientRound | Exclusion | Clipping | Outlier | RoundEnd
+Event = (
+    Evaluation
+    | Deployment
+    | ClientScore
+    | TierScore
+    | ScoreExclusion
+    | ClientRound
+    | Exclusion
+    | Clipping
+    | Outlier
+    | RoundEnd
+    | Stop
+)
 _EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
     "evaluation": (Evaluation, ("round", "active_experts", "category")),
     "deployment": (Deployment, ("round", "active_experts", "rank")),
+    "client_evaluation": (ClientScore, ("round", "client")),
+    "federated_evaluation": (TierScore, ("round", "active_experts", "rank")),
+    "evaluation_excluded": (ScoreExclusion, ("round", "client")),
     "client": (ClientRound, ("round", "client")),
     "excluded": (Exclusion, ("round", "client")),
     "clipped": (Clipping, ("round", "client")),

@@ -28,6 +28,7 @@ from fedflame.report.events import (
     Stop,
     parse_event,
 )
+from fedflame.report.measured import ClientScore, ScoreExclusion, TierScore
 from fedflame.run_files import ADVICE
 from fedflame.run_files.checkpoints import Kept, last_kept
 from fedflame.run_files.lines import FILE_NAME, read_lines
@@ -59,6 +60,21 @@ class Run:
     def deployments(self) -> list[Deployment]:
         """Measures on devices with a cut adapter, in the order in which they were taken."""
         return [event for event in self.events if isinstance(event, Deployment)]
+
+    @property
+    def client_scores(self) -> list[ClientScore]:
+        """What clients told of rows of their own, in the order in which it came."""
+        return [event for event in self.events if isinstance(event, ClientScore)]
+
+    @property
+    def tier_scores(self) -> list[TierScore]:
+        """The sums of what clients told, by round and tier."""
+        return [event for event in self.events if isinstance(event, TierScore)]
+
+    @property
+    def score_exclusions(self) -> list[ScoreExclusion]:
+        """Clients that were asked to score and are in no sum."""
+        return [event for event in self.events if isinstance(event, ScoreExclusion)]
 
     @property
     def updates(self) -> list[ClientRound]:

@@ -60,11 +60,11 @@ def _headline_row(run: Run, tier: int, score: ScoreName | None, flops: dict[int,
     cost = flops.get(tier)
     score_cell: object = MISSING
     if score:
-        score_cell = _change(run.before_after(score, tier), score_format(score), rising=True)
+        score_cell = change(run.before_after(score, tier), score_format(score), rising=True)
     return [
         tier_label(tier),
         sum(k == tier for k in run.clients().values()),
-        _change(run.before_after("loss", tier), decimal, rising=False),
+        change(run.before_after("loss", tier), decimal, rising=False),
         score_cell,
         si(cost, "FLOP"),
         percent(cost / flops[max(flops)]) if cost is not None else MISSING,
@@ -100,11 +100,11 @@ def _deployment_row(run: Run, k: int, rank: int, score: ScoreName | None) -> lis
     trained = [client.get("trained_rank") for client in run.plan.get("clients", [])]
     score_cell: object = MISSING
     if score:
-        score_cell = _change(run.deployed(score, k, rank), score_format(score), rising=True)
+        score_cell = change(run.deployed(score, k, rank), score_format(score), rising=True)
     return [
         f"{tier_label(k)}, {rank} of {run.setting('adapter', 'r')} ranks",
         trained.count(rank),
-        _change(run.deployed("loss", k, rank), decimal, rising=False),
+        change(run.deployed("loss", k, rank), decimal, rising=False),
         score_cell,
         si(flops, "FLOP"),
         percent(flops / whole[max(whole)]) if flops is not None else MISSING,
@@ -121,9 +121,10 @@ def score_format(score: ScoreName) -> Callable[[float | None], str]:
     return percent if score == "exact_match" else lambda value: decimal(value, 3)
 
 
-def _change(
+def change(
     values: tuple[float | None, float | None], show: Callable[[float | None], str], rising: bool
 ) -> Markup:
+    """Show a measure before and after; `rising`: the larger, the better."""
     before, after = values
     mood = "after"
     if after is not None and not math.isfinite(after):

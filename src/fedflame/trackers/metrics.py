@@ -14,7 +14,8 @@ def round_metrics(events: Iterable[Event]) -> dict[str, float]:
     """Return the numbers of one round.
 
     `eval/loss/k8` is of the global model with 8 experts per token, `eval/loss/k8_r4` of its first 4 ranks
-    only, and `train/loss/k8` of the clients that trained with 8, weighed by tokens. Losses are in nats per
+    only, `eval_clients/loss/k8_r8` of the rows of the clients that deploy 8 and this rank, with `all` for all
+    of them, and `train/loss/k8` of the clients that trained with 8, weighed by tokens. Losses are in nats per
     response token, scores from 0 to 1. What a client withholds is left out.
     """
     by_kind: dict[str, list[Event]] = {}
@@ -24,6 +25,8 @@ def round_metrics(events: Iterable[Event]) -> dict[str, float]:
     for event in by_kind.get("evaluation", []) + by_kind.get("deployment", []):
         if event.get("category") is None:
             metrics |= _evaluation(event)
+    for event in by_kind.get("federated_evaluation", []):
+        metrics |= _evaluation(event, "eval_clients")
     if clients := by_kind.get("client", []):
         metrics |= _training(clients)
     for end in by_kind.get("round", []):
@@ -32,9 +35,10 @@ def round_metrics(events: Iterable[Event]) -> dict[str, float]:
     return metrics
 
 
-def _evaluation(event: Event) -> dict[str, float]:
+def _evaluation(event: Event, group: str = "eval") -> dict[str, float]:
     place = f"k{event['active_experts']}" + (f"_r{event['rank']}" if "rank" in event else "")
-    return {f"eval/{name}/{place}": event[name] for name in _SCORES if event.get(name) is not None}
+    place = "all" if event["active_experts"] is None else place
+    return {f"{group}/{name}/{place}": event[name] for name in _SCORES if event.get(name) is not None}
 
 
 def _training(clients: Sequence[Event]) -> dict[str, float]:

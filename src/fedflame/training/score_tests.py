@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from fedflame.data.client_tests import EncodedTests
 from fedflame.data.encoder import Encoder
-from fedflame.errors import InvalidMessage
 from fedflame.messages import ClientEvaluation, EvaluationPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.training.evaluation import HeldOut, evaluate
@@ -26,18 +25,17 @@ def score_tests(
 
     Args:
         adapted: the base model; it loads the values of the plan.
-        tests: the rows that the client is scored on.
+        tests: the rows that the client is scored on, at least one.
         plan: the plan.
         on_batch: called after every batch with the number of its tokens.
 
     Raises:
-        InvalidMessage: there is no row to score.
         UserError: the values do not fit the model.
     """
-    if not tests.rows:
-        raise InvalidMessage("it has no row to score")
     generate = plan.max_new_tokens > 0
-    tests = replace(tests, max_new_tokens=plan.max_new_tokens)
+    # Without an answer, a prompt takes no room in a batch, whoever has encoded it.
+    prompts = tests.prompts if generate else []
+    tests = replace(tests, prompts=prompts, max_new_tokens=plan.max_new_tokens)
     values = plan.adapter, plan.active_experts, plan.rescaler_values
     scores = total(evaluate(adapted, tests, *values, generate, plan.merged, on_batch))
     return ClientEvaluation(
