@@ -47,7 +47,7 @@ HABITS = (
 )
 
 
-@pytest.fixture(params=["tiny", pytest.param("embedded", marks=pytest.mark.slow)])
+@pytest.fixture(params=["tiny", "embedded"])
 def instruct(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path) -> Path:
     """A small model with a chat template of its own."""
     embedded = request.param == "embedded"
@@ -93,6 +93,7 @@ def killed_in_round_2(self: LocalClients, plan: bytes, on_step: OnStep) -> Answe
 ANSWER = LocalClients.answer
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("silos")
 def test_a_run_with_the_habits_of_today(instruct: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = invoke("plan", *options(instruct), "--show-row")

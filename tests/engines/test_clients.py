@@ -350,6 +350,17 @@ def test_what_it_takes_to_score_says_nothing_of_what_it_takes_to_train(
             assert updates(list(hub.clients.evaluate(plans))) == LEARNED
 
 
+def test_the_rows_to_score_are_those_that_sites_say_and_none_of_one_that_is_left_out(tmp_path: Path) -> None:
+    def two_say(site: str, request: bytes) -> bytes:
+        return described(request, **({"test_rows": 5} if site != "north" else {"kind": "update"}))
+
+    with driver(two_say, tmp_path) as hub:
+        hub.clients.describe()
+        assert hub.clients.test_rows() == [None, 5, 5]
+        hub.clients.leave_out("south", "it affords less")
+        assert hub.clients.test_rows() == [None, 0, 5]
+
+
 def test_a_site_that_never_answered_is_waited_for_to_the_end_of_a_round_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from tests.engines.test_engine_run import KS, NAMES, hub, run_over
 from tests.engines_here import Deliver, ThreadEngine, asking, trainers, write_site
 from tests.tiny_runs import ANSWERS, SETTINGS, events, invoke, state_bytes, tiny_run
 
+from fedflame.engines.link import HubLink
 from fedflame.errors import UserError
-from fedflame.run_files.lines import read_lines
 from fedflame.trainer.ask import answer_pieces
 from fedflame.wire.codec import EVALUATION_LIMIT, decode_evaluation, encode_evaluation
 from fedflame.wire.envelope import Envelope
@@ -123,38 +124,42 @@ def falsified(given: Envelope, **changes: Any) -> bytes:
     return Envelope(given.header, body).to_bytes()
 
 
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        (lambda given: falsified(given, loss_sum=float("nan")), "evaluation has loss_sum = nan; 0 to "),
-        (lambda given: falsified(given, loss_sum=-1.0), "evaluation has loss_sum = -1.0; 0 to "),
-        (lambda given: falsified(given, rows=10**6), "evaluation has rows = 1000000; 1 to "),
-        (lambda given: falsified(given, response_tokens=2**62), "evaluation has response_tokens = 46116860"),
-        (lambda given: falsified(given, rows=True), "rows is of type bool; int is needed"),
-        (lambda given: falsified(given, round=7), "evaluation is for round 7; "),
-        (lambda given: Envelope(given.header, b"nothing").to_bytes(), "7 bytes that are no fedflame message"),
-        (lambda given: Envelope(given.header | {"kind": "update"}, given.body).to_bytes(),
-         "its answer is refused: it is of kind 'update'"),
-        (lambda given: Envelope(given.header, bytes(EVALUATION_LIMIT + (1 << 20))).to_bytes(),
-         "an answer to this request has at most"),
-        (lambda given: Envelope(given.header | {"kind": "refused", "reason": "not\ntoday"}, b"").to_bytes(),
-         "the site refuses: not today"),
-    ],
-)  # fmt: skip
+# fmt: off
+FALSE: list[tuple[Callable[[Envelope], bytes], str]] = [
+    (lambda given: falsified(given, loss_sum=float("nan")), "evaluation has loss_sum = nan; 0 to "),
+    (lambda given: falsified(given, loss_sum=-1.0), "evaluation has loss_sum = -1.0; 0 to "),
+    (lambda given: falsified(given, rows=10**6), "evaluation has rows = 1000000; 1 to "),
+    (lambda given: falsified(given, response_tokens=2**62), "evaluation has response_tokens = 46116860"),
+    (lambda given: falsified(given, rows=True), "rows is of type bool; int is needed"),
+    (lambda given: falsified(given, round=7), "evaluation is for round 7; "),
+    (lambda given: Envelope(given.header, b"nothing").to_bytes(), "7 bytes that are no fedflame message"),
+    (lambda given: Envelope(given.header | {"kind": "update"}, given.body).to_bytes(),
+     "its answer is refused: it is of kind 'update'"),
+    (lambda given: Envelope(given.header, bytes(EVALUATION_LIMIT + (1 << 20))).to_bytes(),
+     "an answer to this request has at most"),
+    (lambda given: Envelope(given.header | {"kind": "refused", "reason": "not\ntoday"}, b"").to_bytes(),
+     "the site refuses: not today"),
+]
+# fmt: on
+
+
 def test_a_false_evaluation_of_a_site_is_left_out_and_the_run_goes_on(
-    answer: Any, reason: str, finished: Path, site_files: list[Path], tiny_folder: Path, tmp_path: Path
+    finished: Path, site_files: list[Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
+    """Another false one after each round."""
+    left = iter([answer for answer, _ in FALSE])
+    rounds = (f"server.num_server_rounds={len(FALSE) - 1}", "training.max_steps=1")
     with trainers(site_files) as sites:
-        engine = ThreadEngine(misbehaving(sites, answer), set(NAMES))
-        one = (*ASKED, "server.num_server_rounds=1")
-        run_over(engine, hub(), tiny_folder, tmp_path / "run", *one)
+        engine = ThreadEngine(misbehaving(sites, lambda given: next(left)(given)), set(NAMES))
+        run_over(engine, hub(), tiny_folder, tmp_path / "run", *ASKED, *rounds)
     excluded = events(tmp_path / "run", "evaluation_excluded")
-    assert [(event["round"], event["client"]) for event in excluded] == [(0, 1), (1, 1)]
-    assert all(reason in event["reason"] for event in excluded)
+    assert [(event["round"], event["client"]) for event in excluded] == [(at, 1) for at in range(len(FALSE))]
+    for event, (_, reason) in zip(excluded, FALSE, strict=True):
+        assert reason in event["reason"]
     honest = [told for told in sums(finished) if told[0] == 0 and told[1] != 1]
     assert sums(tmp_path / "run")[:2] == honest
-    for event in read_lines(tmp_path / "run" / "metrics.jsonl"):
-        assert event["event"] != "federated_evaluation" or 0 < event["loss"] < 100
+    assert [event["clients"] for event in tiers(tmp_path / "run")] == [1, 1, 2] * len(FALSE)
+    assert all(0 < event["loss"] < 100 for event in tiers(tmp_path / "run"))
 
 
 class EndsInAnEvaluation(ThreadEngine):
@@ -198,22 +203,27 @@ def test_a_run_that_ends_in_an_evaluation_is_resumed_without_scoring_twice(
     assert max(scored.values()) > 1
 
 
+class WestLeaves(ThreadEngine):
+    """It is gone from when it is first asked to score."""
+
+    def _carry(self, link: HubLink, sites: set[str], ticket: str, site: str, content: bytes) -> None:
+        if (site, Envelope.from_bytes(content).header["kind"]) == ("west", "evaluate"):
+            self.reachable.discard("west")
+        super()._carry(link, sites, ticket, site, content)
+
+
 def test_a_site_that_is_lost_in_an_evaluation_is_left_out_of_it(
     site_files: list[Path], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 0.02)
+    monkeypatch.setattr("fedflame.engines.clients.POLL_SECONDS", 0.02)
+    one = (*ASKED, "server.num_server_rounds=1")
     with trainers(site_files) as sites:
-        engine = ThreadEngine(asking(sites), set(NAMES))
-
-        def leaves(site: str, request: bytes) -> bytes:
-            if (site, Envelope.from_bytes(request).header["kind"]) == ("west", "evaluate"):
-                engine.reachable.discard("west")
-                raise OSError("its process has gone")
-            return asking(sites)(site, request)
-
-        engine.deliver = leaves
-        one = (*ASKED, "server.num_server_rounds=1")
-        limits = {"rejoin_timeout": 0.1, "round_timeout": 3.0}
-        run_over(engine, hub(**limits), tiny_folder, tmp_path / "run", *one)
+        engine = WestLeaves(asking(sites), set(NAMES))
+        run_over(engine, hub(rejoin_timeout=0.1), tiny_folder, tmp_path / "run", *one)
     assert {event["client"] for event in events(tmp_path / "run", "client_evaluation")} == {0, 1}
-    assert {event["client"] for event in events(tmp_path / "run", "evaluation_excluded")} == {2}
+    excluded = events(tmp_path / "run", "evaluation_excluded")
+    assert [(e["round"], e["client"], e["reason"]) for e in excluded] == [
+        (number, 2, "not connected") for number in (0, 1)
+    ]
+    assert [event["client"] for event in events(tmp_path / "run", "client")] == [0, 1]

@@ -76,9 +76,13 @@ def test_each_client_scores_its_rows_at_its_k_with_the_adapter_and_rescaler_of_i
         assert told["loss"] == told["loss_sum"] / tokens
 
 
-def test_the_sums_of_a_tier_are_those_of_its_rows_in_one_place(tiny_folder: Path, tmp_path: Path) -> None:
-    """Three clients of one k: `evaluate` scores all their rows as held-out ones."""
-    shared = ("clients.active_experts=2", ANSWERS, "server.num_server_rounds=1")
+@pytest.mark.parametrize("method", ["flame", "fedex_lora"])
+def test_the_sums_of_a_tier_are_those_of_its_rows_in_one_place(
+    method: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Three clients of one k: `evaluate` scores all their rows as held-out. fedex_lora merges factors."""
+    named = f"strategy.name={method}"
+    shared = ("clients.active_experts=2", ANSWERS, "server.num_server_rounds=1", named)
     tiny_run(tiny_folder, tmp_path / "run", *ASKED, *shared)
     config = tiny_config(tiny_folder, tmp_path / "run", *ASKED, *shared)
     rows = [row for tests in load_federation(config).tests for row in tests]
@@ -204,19 +208,21 @@ NONSENSE: list[Callable[[ClientEvaluation], Answer | ClientEvaluation]] = [
 ]
 
 
-@pytest.mark.parametrize("nonsense", NONSENSE)
 def test_a_client_that_answers_nonsense_is_left_out_and_the_others_are_summed(
-    nonsense: Callable[[ClientEvaluation], Answer | ClientEvaluation],
-    run: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    evaluating(monkeypatch, lambda number, told: nonsense(told) if told.client == 1 else told)
-    one = (*ASKED, ANSWERS, "server.num_server_rounds=1")
-    shown = tiny_run(tiny_folder, tmp_path / "run", *one).replace("\n", " ")
-    assert "round 1: client 1 is left out of the evaluation:" in shown
-    assert [event["client"] for event in events(tmp_path / "run", "evaluation_excluded")] == [1, 1]
+    run: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another nonsense after each round."""
+    rounds = f"server.num_server_rounds={len(NONSENSE) - 1}"
+    evaluating(monkeypatch, lambda _, told: NONSENSE[told.round](told) if told.client == 1 else told)
+    shown = tiny_run(tiny_folder, tmp_path / "run", *ASKED, ANSWERS, rounds, "training.max_steps=1")
+    assert "round 1: client 1 is left out of the evaluation:" in shown.replace("\n", " ")
+    excluded = events(tmp_path / "run", "evaluation_excluded")
+    assert [(event["round"], event["client"]) for event in excluded] == [(at, 1) for at in range(5)]
     assert sums(tmp_path / "run")[:2] == [told for told in sums(run)[:3] if told[1] != 1]
-    tiers = [e for e in events(tmp_path / "run", "federated_evaluation") if e["round"] == 0]
-    assert [(e["active_experts"], e["clients"]) for e in tiers] == [(4, 1), (1, 1), (None, 2)]
+    for at in range(len(NONSENSE)):
+        of_round = [e for e in events(tmp_path / "run", "federated_evaluation") if e["round"] == at]
+        assert [(e["active_experts"], e["clients"]) for e in of_round] == [(4, 1), (1, 1), (None, 2)]
+        assert all(0 < event["loss"] < 100 for event in of_round)
 
 
 def test_a_run_whose_clients_all_fail_goes_on_without_a_figure(

@@ -15,6 +15,7 @@ from tests.trainer_asked import MODEL, ROWS, RUN, Told, request
 from fedflame.base.adapted import load_adapted_model
 from fedflame.data.client_tests import encode_tests, split_test
 from fedflame.data.encoder import new_encoder
+from fedflame.data.encoding import EncodedRow
 from fedflame.data.rows import load_rows
 from fedflame.errors import UserError
 from fedflame.messages import ClientEvaluation, EvaluationPlan, RoundPlan
@@ -152,6 +153,26 @@ def test_what_the_file_or_no_plan_allows_is_refused_before_anything_is_loaded(
     service = TrainerService(load_site(site), told.append)
     assert reason in refusal(service, job, replace(evaluation, **changes))
     assert not told.heard("loading") and not told.heard("scoring")
+
+
+def test_another_model_under_the_same_name_is_refused(
+    make: Make, job: TrainingJob, evaluation: EvaluationPlan, told: Told
+) -> None:
+    other = job.model_copy(update={"model_digest": "ab" * 16})
+    assert "model 'the-model' is another one here" in refusal(make(), other, evaluation)
+    assert not told.heard("loading")
+
+
+def test_rows_to_score_with_a_token_that_the_model_does_not_know_fail_in_a_line(
+    make: Make, job: TrainingJob, evaluation: EvaluationPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(rows: list[EncodedRow], vocabulary: int, encoder: object) -> None:
+        if len(rows) == 5:
+            raise UserError("a token without an embedding")
+
+    monkeypatch.setattr("fedflame.trainer.model.require_known_ids", unknown)
+    answer = ask(make(), job, evaluation)
+    assert (answer.header["kind"], answer.header["reason"]) == ("failed", "a token without an embedding")
 
 
 def test_a_plan_of_training_is_none_of_an_evaluation_and_the_other_way_round(

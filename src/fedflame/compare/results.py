@@ -25,8 +25,8 @@ from fedflame.errors import UserError
 from fedflame.json_text import to_text
 from fedflame.reading import parse_object
 from fedflame.report.events import Evaluation, ScoreName
-from fedflame.report.measured import Measured
-from fedflame.report.records import Run, read_metrics
+from fedflame.report.measured import ClientScore, Measured
+from fedflame.report.records import Run
 from fedflame.run_files.standing import best_rounds, standings
 
 RESULTS = "cells.jsonl"
@@ -292,22 +292,14 @@ def _result(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> CellRe
 
 def _own_scores(run: Run) -> Iterator[OwnScores]:
     """Yield what each client scored last, or after the round that its k uses."""
-    final: dict[int, dict[str, Any]] = {}
-    for event in read_metrics(run.folder):
-        if event["event"] == "client_evaluation":
-            wanted = run.used_rounds.get(event["active_experts"])
-            if wanted in (None, event["round"]):
-                final[event["client"]] = event
-    clients = {client["client"]: client for client in run.partition["clients"]}
-    for client, event in sorted(final.items()):
-        yield OwnScores(
-            client,
-            run.name(client),
-            clients[client]["rows"],
-            event["rows"],
-            event["active_experts"],
-            *(event[measure] for measure in ("loss", "exact_match", "rouge_l")),
-        )
+    final: dict[int, ClientScore] = {}
+    for told in run.client_scores:
+        if run.used_rounds.get(told.active_experts) in (None, told.round):
+            final[told.client] = told
+    trained = {client["client"]: client["rows"] for client in run.partition["clients"]}
+    for client, told in sorted(final.items()):
+        measures = told.loss, told.exact_match, told.rouge_l
+        yield OwnScores(client, run.name(client), trained[client], told.rows, told.active_experts, *measures)
 
 
 def _client_work(cell: Cell, run: Run) -> Iterator[ClientWork]:

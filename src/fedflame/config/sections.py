@@ -280,7 +280,7 @@ class EvaluationConfig(Section):
     client_test_size: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """With `server.fraction_evaluate`: about this share of each client's rows is held out to be scored there,
     and at least one row. Which rows these are follows from what they say and from the seed, so that copies of
-    a row are on one side at all clients. Sites say in their own file what they hold out."""
+    a row are on one side. Sites say in their own file what they hold out."""
     evaluate_every: Annotated[int, Field(ge=0)] = 1
     """The rounds from one evaluation to the next. 0: only before and after the run."""
     generate_every: Annotated[int, Field(ge=0)] = 3

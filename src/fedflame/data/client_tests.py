@@ -17,7 +17,7 @@ def split_test(rows: Sequence[Conversation], test_size: float, seed: int) -> tup
     """Split the rows of a client: return the indices of those to train on and of those to score.
 
     What a row says gives it a place from 0 to 1, and the rows below `test_size` are scored. So a row keeps
-    its side when others are added, and copies of it are on one side at all clients. Of rows of which at least
+    its side when others are added, and copies of it are on one side. Of rows of which at least
     two differ, one at least is scored and one trained on. Of others, none is scored.
 
     Args:

@@ -129,8 +129,7 @@ class Stop:
 
 
 Event = (
-    Stop
-    | Evaluation
+    Evaluation
     | Deployment
     | ClientScore
     | TierScore
@@ -140,6 +139,7 @@ Event = (
     | Clipping
     | Outlier
     | RoundEnd
+    | Stop
 )
 _EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
     "evaluation": (Evaluation, ("round", "active_experts", "category")),
