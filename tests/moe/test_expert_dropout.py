@@ -39,6 +39,7 @@ from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_dropout import draw_masks
 from fedflame.moe.expert_lora import BANKS
 from fedflame.moe.routed_rows import RoutedRows
+from fedflame.training import fine_tune as fine_tune_module
 from fedflame.training.fine_tune import fine_tune
 from fedflame.training.token_loss import token_losses
 
@@ -180,9 +181,14 @@ def test_the_same_round_has_the_same_masks_however_it_is_computed(
 
 
 def test_another_round_client_seed_or_step_has_other_masks() -> None:
-    drawn = [update(**change) for change in ({}, {"round": 2}, {"client": 1}, {"seed": 1}, {"max_steps": 1})]
-    losses = [one.loss for one in drawn]
-    assert len(set(losses)) == len(losses)
+    adapted, seeds = tiny_adapted(), []
+    for change in ({}, {"round": 2}, {"client": 1}, {"seed": 1}):
+        with fine_tune_module._draws(adapted, plan(adapted, **change)) as begin_step:
+            for number in range(3):
+                begin_step(number)
+                seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == len(seeds) == 12
+    assert update().loss != update(max_steps=1).loss
 
 
 def test_a_round_leaves_torchs_generator_and_the_model_as_they_were() -> None:

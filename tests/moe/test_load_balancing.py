@@ -119,6 +119,24 @@ def test_tokens_that_do_not_count_are_left_out_where_all_are_computed() -> None:
         assert balancing.loss(None, few.counted).item() == pytest.approx(balance_of(adapted, batch).item())
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "layers"])
+def test_nothing_is_held_outside_a_step(checkpointing: Checkpointed) -> None:
+    adapted = AdaptedModel(tiny_olmoe(), RANK, ALPHA, ATTENTION, checkpointing)
+    balancing = adapted.load_balancing
+    with torch.no_grad():
+        token_losses(adapted, random_batch())
+    assert balancing._logits == {}
+    optimizer = ExpertAdamW(adapted.loras, adapted.attention.values(), 0.01, 0.1)
+    with adapted.training(2):
+        training_steps(adapted, optimizer, router_aux_loss_coef=COEF)(random_batch())
+    assert balancing._logits == {}, "not even what the backward runs again"
+    with balancing.recorded():
+        token_losses(adapted, random_batch())
+    assert len(balancing._logits) == LAYERS
+    token_losses(adapted, random_batch(lengths=(3,)))
+    assert len(balancing._logits[0]) == random_batch().input_ids.numel()
+
+
 # In the objective
 
 

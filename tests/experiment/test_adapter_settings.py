@@ -1,4 +1,4 @@
-"""`adapter.target_modules` from the setting to the run folder, the export and a resumption."""
+"""The settings of the adapter, from the configuration to the run folder, the export and a resumption."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def family_folder(family: str, folder: Path) -> Path:
     ("family", "names"),
     [
         ("glm4_moe_lite", LATENT),
+        ("kimi_linear", ["q_proj", "k_proj", "v_proj", "o_proj", *LATENT[:-1]]),
+        ("lfm2_moe", ["q_proj", "k_proj", "v_proj", "self_attn.out_proj"]),
         ("qwen3_next", ["in_proj_qkvz", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"]),
     ],
 )
@@ -43,8 +45,9 @@ def test_a_run_of_another_attention_says_what_carries_lora(
     size = adapter_parameters(read_model_shape(model), 3, names)
     planned = json.loads((run / "plan.json").read_text())
     assert {tier["bytes_down"] for tier in planned["tiers"]} == {size.bytes_down}
-    checked = invoke("export", run, "--to", tmp_path / "merged", "--merge", "--check")
-    assert checked.exit_code == 0, checked.output
+    for to, *options in (("merged", "--merge"), ("adapter",)):
+        checked = invoke("export", run, "--to", tmp_path / to, *options, "--check")
+        assert checked.exit_code == 0, checked.output
 
 
 def test_auto_and_the_four_names_give_the_same_bytes_and_go_on_from_each_other(
@@ -80,13 +83,9 @@ def test_the_other_habits_of_the_adapter_reach_the_run_and_its_export(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     habits = ("adapter.use_rslora=true", "adapter.lora_dropout=0.1", "training.router_aux_loss_coef=0.05")
-    runs = {}
-    for name, settings in {
-        "plain": (),
-        **{habit: (habit,) for habit in habits},
-        "again": habits[1:2],
-    }.items():
-        runs[name] = tmp_path / name
+    given = {"plain": (), **{habit: (habit,) for habit in habits}, "again": habits[1:2]}
+    runs = {name: tmp_path / name for name in given}
+    for name, settings in given.items():
         tiny_run(tiny_folder, runs[name], ONE_ROUND, *settings)
     states = [state_bytes(run) for run in runs.values()]
     assert states[2] == states[4], "the same masks in the same run"
