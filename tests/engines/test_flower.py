@@ -115,6 +115,31 @@ def test_flwr_run_gives_the_same_bytes_although_a_trainer_is_killed_in_a_round(
     assert not events(tmp_path / "run", "excluded")
 
 
+def test_a_site_whose_file_allows_it_scores_its_own_rows(
+    federation: Loopback, experiment: Path, tmp_path: Path
+) -> None:
+    """Its trainer is started again with the file, and with the former one at the end."""
+    file, trainer = federation.folder / "site-2" / "site.toml", federation.services["site-2 trainer"]
+    before, test = file.read_text(), tmp_path / "test.jsonl"
+    test.write_text("".join(f'{{"instruction": "say {n}", "response": "{n}"}}\n' for n in range(3)))
+    settings = ("--set", "server.fraction_evaluate=1", "--set", "server.num_server_rounds=1")
+    try:
+        file.write_text(before.replace("[data]\n", f'[data]\ntest_dataset_name = "{test}"\n'))
+        trainer.process.kill()
+        done = federation.run(experiment, tmp_path / "run", *settings)
+    finally:
+        file.write_text(before)
+        trainer.process.kill()
+    assert done.returncode == 0, done.stdout
+    assert "site-1 is not asked to score" in done.stdout and "site-3 is not asked to score" in done.stdout
+    told = events(tmp_path / "run", "client_evaluation")
+    assert [(event["round"], event["client"], event["rows"]) for event in told] == [(0, 1, 3), (1, 1, 3)]
+    assert all(event["bytes_up"] < 1000 for event in told)
+    assert len(events(tmp_path / "run", "client")) == 3 and not events(
+        tmp_path / "run", "evaluation_excluded"
+    )
+
+
 # Who is turned away
 
 

@@ -54,8 +54,6 @@ _KINDS: dict[type[_Message], str] = {
 }
 _NAMES_AND_SCALARS = 1 << 20
 """Bytes allowed beyond the values of an update: the names and shapes of thousands of tensors."""
-
-
 EVALUATION_LIMIT = 1 << 16
 """Bytes of an evaluation: a few numbers under their names."""
 
