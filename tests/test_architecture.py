@@ -155,7 +155,11 @@ def test_a_method_is_named_in_its_row_only() -> None:
         if isinstance(node, ast.Constant) and node.value in methods
     }
     # "flora" also names the draw of its new factors, and `flame` is the default.
-    assert named == {"fedflame.config.methods", "fedflame.config.sections", "fedflame.strategies.flora"}
+    assert named == {
+        "fedflame.config.methods",
+        "fedflame.config.strategy_section",
+        "fedflame.strategies.flora",
+    }
 
 
 def test_mechanisms_know_neither_configuration_nor_data_nor_server() -> None:

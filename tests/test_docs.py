@@ -21,8 +21,8 @@ from fedflame.cli import app
 from fedflame.config.load import load_config
 from fedflame.config.methods import METHODS, Method
 from fedflame.config.run_config import RunConfig
-from fedflame.config.sections import StrategyConfig
 from fedflame.config.settings import keys_of
+from fedflame.config.strategy_section import StrategyConfig
 from fedflame.engines.hub import Hub
 from fedflame.messages import ClientUpdate
 from fedflame.strategies import FedAvg

@@ -163,6 +163,12 @@ class Liars:
         for answer in self._who_trains().train(noted(), on_step):
             yield self._falsified(answer, decode_plan(asked.popleft()))
 
+    def evaluate(self, plans: Iterable[tuple[int, bytes]]) -> Iterator[Answer]:
+        return self.clients.evaluate(plans)
+
+    def test_rows(self) -> Sequence[int | None]:
+        return self.clients.test_rows()
+
     def num_examples(self) -> Sequence[int]:
         return self.clients.num_examples()
 

@@ -1,5 +1,7 @@
 """The messages of a round: `RoundPlan` from the server, `ClientUpdate` from the client.
 
+Those of an evaluation at the clients are `EvaluationPlan` and `ClientEvaluation`.
+
 Shapes: L MoE layers, E experts per layer, H hidden size, I expert width, R LoRA rank. The package `wire`
 turns messages into bytes.
 """
@@ -253,3 +255,38 @@ class ClientUpdate:
     it, and its counts say only which experts it used."""
     trainable: Trainable = "both"
     """The half that was trained; `delta` is zero in the other half."""
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """The server's request to one client: score the global model, as it deploys it, on rows of its own."""
+
+    round: int
+    """The round after which the model is scored; 0: before training."""
+    client: int
+    active_experts: int
+    rescaler_values: Tensor
+    """[L] s per MoE layer."""
+    adapter: Adapter
+    merged: Adapter = NOTHING
+    """Factors of any rank, merged into the base; see `RoundPlan.merged`."""
+    max_new_tokens: int = 0
+    """The most tokens of an answer that is generated; 0: none is, and there is no score but the loss."""
+
+
+@dataclass(frozen=True)
+class ClientEvaluation:
+    """A client's answer to an `EvaluationPlan`: sums over the rows that it holds to score, and no row."""
+
+    round: int
+    client: int
+    active_experts: int
+    rows: int
+    response_tokens: int
+    """Tokens that have a label, over all these rows."""
+    loss_sum: float
+    """Sum over these tokens, in nats."""
+    exact_matches: int | None = None
+    """Rows answered exactly; None if no answer was generated."""
+    rouge_l_sum: float | None = None
+    """Sum of the rows' ROUGE-L F-measures, each from 0 to 1; None if no answer was generated."""

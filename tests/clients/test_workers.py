@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from tests.tiny_models import VOCABULARY
+from tests.tiny_models import VOCABULARY, character_tokenizer
 
 from fedflame.base.adapted import load_adapted_model
 from fedflame.base.device import Card, DeviceChoice
@@ -20,11 +20,16 @@ from fedflame.clients.fork_server import SIGNALS
 from fedflame.clients.local import LocalClients
 from fedflame.clients.workers import WorkerClients, WorkerSetup, _Worker, worker_devices
 from fedflame.config.sections import AdapterConfig
+from fedflame.data.client_tests import encode_tests
+from fedflame.data.conversations import single_turn
+from fedflame.data.encoder import new_encoder
 from fedflame.data.encoding import EncodedRow
 from fedflame.errors import OutOfMemory, UserError
-from fedflame.messages import RoundPlan
+from fedflame.messages import EvaluationPlan, RoundPlan
 from fedflame.training.error_feedback import Residuals
-from fedflame.wire.codec import encode_plan
+from fedflame.training.evaluation import HeldOut
+from fedflame.training.score_tests import rows_to_score
+from fedflame.wire.codec import decode_evaluation, encode_plan
 
 CLIENTS = 5
 
@@ -47,13 +52,22 @@ def setup(tiny_folder: Path) -> WorkerSetup:
         pad_token_id=0,
         residuals=Residuals(Path("never-written")),
         threads=torch.get_num_threads(),
+        tests=[_to_score(client) for client in range(CLIENTS)],
     )
+
+
+def _to_score(client: int) -> HeldOut:
+    texts = [f"{client}{number}" for number in range(1 + client)]
+    rows = [single_turn(text, "", text, "all") for text in texts]
+    encoder = new_encoder(character_tokenizer(), 60)
+    tests, _ = encode_tests(rows, encoder, None, generate=True)
+    return rows_to_score(tests, encoder)
 
 
 @pytest.fixture(scope="module")
 def local(setup: WorkerSetup) -> LocalClients:
     adapted, _ = load_adapted_model(setup.model_name_or_path, setup.dtype, setup.adapter)
-    return LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals)
+    return LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals, tests=setup.tests)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +145,23 @@ def test_answers_have_the_bytes_of_one_process_and_the_order_of_the_plans(
     assert len({answer.update for answer in answers}) == CLIENTS
     assert {answer.failure for answer in answers} == {""}
     assert sorted(tokens) == sorted(told) and len(told) == 2 * len(order), "every step was told"
+
+
+@pytest.mark.timeout(120)
+def test_scores_have_the_bytes_of_one_process(local: LocalClients, workers: WorkerClients) -> None:
+    layers = len(local.adapted.layers)
+    plans = [
+        (client, encode_plan(EvaluationPlan(
+            round=1, client=client, active_experts=1 + client % 3, rescaler_values=torch.ones(layers),
+            adapter=local.adapted.initial_adapter(client), max_new_tokens=2,
+        )))
+        for client in (4, 0, 3, 1, 2)
+    ]  # fmt: skip
+    expected = [answer.update for answer in local.evaluate(plans)]
+    assert [answer.update for answer in workers.evaluate(plans)] == expected
+    told = [decode_evaluation(update) for update in expected]
+    assert [(one.client, one.rows) for one in told] == [(4, 5), (0, 1), (3, 4), (1, 2), (2, 3)]
+    assert workers.test_rows() == [1, 2, 3, 4, 5] and all(one.rouge_l_sum is not None for one in told)
 
 
 @pytest.mark.timeout(120)

@@ -358,3 +358,30 @@ def wait_until_gone(processes: Sequence[int]) -> None:
     while left := [pid for pid in processes if alive(pid)]:
         assert time.monotonic() < deadline, f"{left} are still there"
         time.sleep(0.02)
+
+
+def test_with_bounds_the_tables_hold_what_clients_scored_and_nothing_runs_twice(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    grid = write_grid(tmp_path, tiny_folder, FEDAVG, "[0]")
+    grid.write_text('bounds = ["standalone", "centralised"]\n' + grid.read_text())
+    command = ("compare", grid, "--output-dir", tmp_path / "out", "--set", "server.num_server_rounds=1")
+    result = invoke(*command, "--workers", 2)
+    assert result.exit_code == 0, result.output
+    assert "5 cells, 0 finished" in result.stdout
+    table = (tmp_path / "out" / "table.md").read_text()
+    _, _, bounds = table.partition("Response loss on each client's own held-out rows")
+    lines = [line.split(" | ") for line in bounds.splitlines() if line.startswith("| Client ")]
+    scored: dict[tuple[str, int], float] = {}
+    for name, folder in cells(tmp_path / "out").items():
+        for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
+            event = json.loads(line)
+            if event["event"] == "client_evaluation" and event["round"] == 1:
+                scored[name.partition("-")[0], event["client"]] = event["loss"]
+    assert len(scored) == 9 and [int(line[2]) for line in lines] == [4, 2, 1]
+    for client, line in enumerate(lines):
+        for method, cell in zip(("standalone", "fedavg", "centralised"), line[3:6], strict=True):
+            assert cell == f"{scored[method, client]:.3f}"
+    assert "Does federating help each client?" in (tmp_path / "out" / "report.html").read_text()
+    assert "5 cells, 5 finished" in invoke(*command).stdout
+    assert (tmp_path / "out" / "table.md").read_text() == table

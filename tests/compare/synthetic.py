@@ -9,7 +9,7 @@ from fedflame.compare.devices import ClientWork, Devices
 from fedflame.compare.grid import Cell, Grid, Setting
 from fedflame.compare.results import CellResult, Deployed
 from fedflame.config.load import load_config
-from fedflame.report.records import Evaluation
+from fedflame.report.events import Evaluation
 
 BUDGETS = (4, 1)
 FLOPS = {4: 40.0, 1: 10.0}

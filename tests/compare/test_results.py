@@ -26,7 +26,7 @@ from fedflame.compare.results import (
 )
 from fedflame.config.run_config import SCHEMA_VERSION
 from fedflame.errors import UserError
-from fedflame.report.records import Evaluation
+from fedflame.report.events import Evaluation
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 COUNTS = st.integers(0, 2**62)

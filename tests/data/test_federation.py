@@ -182,6 +182,20 @@ def test_rows_that_cannot_be_encoded_are_left_out_and_skipped() -> None:
     assert whole.skipped == [], "the rows as they were loaded stay as they are"
 
 
+def test_rows_to_score_that_cannot_be_encoded_are_left_out_and_skipped() -> None:
+    whole = federation("yy", "yy")
+    good, bad = whole.held_out[0], replace(single_turn("no", "", "Hi", "all"), where="scored")
+    whole = replace(whole, tests=([good, bad], [bad], []))
+    encoded = encode_federation(whole, encoder(), generate=True)
+    sizes = [(len(of.rows), len(of.encoded), len(of.prompts)) for of in encoded.tests]
+    assert sizes == [(1, 1, 1), (0, 0, 0), (0, 0, 0)]
+    assert encoded.federation.tests == ([good], [], [])
+    assert encoded.federation.skipped == [
+        SkippedRow("scored", "the chat template refuses it: not this") for _ in range(2)
+    ]
+    assert whole.skipped == []
+
+
 def test_if_all_rows_can_be_encoded_the_federation_is_the_same() -> None:
     whole = federation("yy", "y")
     assert encode_federation(whole, encoder()).federation is whole

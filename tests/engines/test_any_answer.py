@@ -70,7 +70,15 @@ def jobs() -> Iterator[tuple[South, ThreadEngine, EngineJobs]]:
 @settings(max_examples=MANY, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     description=changes(
-        "kind", "ticket", "run", "site", "num_examples", "active_experts", "max_active_experts", "held"
+        "kind",
+        "ticket",
+        "run",
+        "site",
+        "num_examples",
+        "active_experts",
+        "max_active_experts",
+        "held",
+        "test_rows",
     ),
     answer=changes("kind", "ticket", "run", "site", "steps", "tokens", "reason"),
 )

@@ -317,9 +317,37 @@ def test_a_site_that_fell_silent_is_waited_for_by_what_it_took_and_again_once_it
         silent.clear()
         end.set()
         deadline = time.monotonic() + 20
-        while hub.clients._patience.wait("west", 1.0) < 0.9:  # type: ignore[operator]
+        while hub.clients._patience["train"].wait("west", 1.0) < 0.9:  # type: ignore[operator]
             assert time.monotonic() < deadline, "the late answer counts, three times its 0.3 s or more"
             assert updates(hub.round()) == LEARNED
+
+
+def test_what_it_takes_to_score_says_nothing_of_what_it_takes_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedflame.engines.patience.LEAST_SECONDS", 0.3)
+    silent, end = threading.Event(), threading.Event()
+
+    def scores(site: str, request: bytes) -> bytes:
+        if site == "west" and silent.is_set():
+            end.wait(20)
+        return answer(request, kind="evaluation")
+
+    with driver(scores, tmp_path, quorum=2) as hub:
+        plans = [(client, f"plan {client}".encode()) for client in range(3)]
+        assert updates(list(hub.clients.evaluate(plans))) == LEARNED and hub.tokens == []
+        patience = hub.clients._patience
+        assert patience["train"].wait("west", 1.0) is None and patience["evaluate"].wait("west", 1.0) == 0.3
+        silent.set()
+        answers = list(hub.clients.evaluate(plans))
+        assert updates(answers) == [LEARNED[0], LEARNED[1], b""]
+        assert "by what was taken before (rounds.straggler_grace)" in answers[2].failure
+        silent.clear()
+        end.set()
+        deadline = time.monotonic() + 20
+        while patience["evaluate"].wait("west", 1.0) < 0.9:  # type: ignore[operator]
+            assert time.monotonic() < deadline, "the late evaluation counts"
+            assert updates(list(hub.clients.evaluate(plans))) == LEARNED
 
 
 def test_a_site_that_never_answered_is_waited_for_to_the_end_of_a_round_once(
@@ -381,7 +409,7 @@ def test_a_late_answer_that_is_none_ends_nothing_and_teaches_nothing(tmp_path: P
             late = Envelope(about | {"run": RUN, "kind": "update"}).to_bytes() if is_answer else b"garbage"
             hub.clients._take(Envelope(about | {"kind": "answered"}, late), [request])
             assert hub.said.pop() == "refused: a late or repeated answer of west"
-            assert ("west" in hub.clients._patience._slowest) is is_answer
+            assert ("west" in hub.clients._patience["train"]._slowest) is is_answer
 
 
 def test_a_site_that_does_not_describe_itself_costs_no_whole_round(
@@ -853,7 +881,7 @@ def test_after_a_resumption_a_site_that_trained_the_round_is_not_sent_it_again(
         hub.clients.describe()
         list(hub.clients.train([(1, plan)], hub.tokens.append))
         list(hub.clients.train([(2, plan)], hub.tokens.append))
-        waits = [hub.clients._patience.wait(site, 1.0) for site in ("south", "west")]
+        waits = [hub.clients._patience["train"].wait(site, 1.0) for site in ("south", "west")]
         assert waits == [None, 600], "an answer without training says nothing of the next"
     assert decode_addition(bodies[0], plan) == bodies[1] == plan
     assert len(bodies[0]) < len(plan) / 5
@@ -925,7 +953,8 @@ NO_NUMBERS = ("7", None, 7.0, True, [7], {"rows": 7}, 0, -7, 2**63, float("inf")
 @pytest.mark.parametrize(
     ("name", "value"),
     [(name, value) for name in list(DESCRIPTION)[1:4] for value in NO_NUMBERS]
-    + [("held", value) for value in (7, None, True, ["held"])],
+    + [("held", value) for value in (7, None, True, ["held"])]
+    + [("test_rows", value) for value in (-1, 2**31, True, "7", None, 1.0)],
 )
 def test_a_site_that_describes_itself_in_nonsense_is_one_that_says_nothing(
     name: str, value: Any, tmp_path: Path

@@ -97,10 +97,10 @@ def test_resumption_needs_no_adapter_folder(
     shutil.copytree(first / "adapter", folder)
     tiny_run(tiny_folder, tmp_path / "whole", going_on_from(folder))
 
-    def killed_in_round_2(adapted, examples, plan, pad_token_id, on_step):  # type: ignore[no-untyped-def]
+    def killed_in_round_2(adapted, examples, plan, *more):  # type: ignore[no-untyped-def]
         if plan.round == 2:
             raise KeyboardInterrupt
-        return fine_tune(adapted, examples, plan, pad_token_id, on_step)
+        return fine_tune(adapted, examples, plan, *more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("fedflame.clients.local.fine_tune", killed_in_round_2)

@@ -154,10 +154,10 @@ def test_headline_holds_the_numbers_of_the_events(run: Path) -> None:
     assert table[0][3] == "Exact match"
     # k = 8: FLOPs 1 + 0.5 * 8; tokens 1000 + 2000 + 3000; 3 * 1.05 MB up, 3 * 2 MB down.
     expected = ["k = 8", "1", "3.25 → 1.75", "5.0 % → 65.0 %", "5 GFLOP", "100.0 %"]
-    assert table[1] == [*expected, "6 k", "3.15 MB", "6 MB"]
+    assert table[1] == [*expected, "6 k", "3.15 MB", "6 MB", "3 of 3"]
     # k = 2 lost round 2 to the exclusion.
     expected = ["k = 2", "1", "5.25 → 3.75", "3.0 % → 63.0 %", "2 GFLOP", "40.0 %"]
-    assert table[3] == [*expected, "4 k", "2.1 MB", "4 MB"]
+    assert table[3] == [*expected, "4 k", "2.1 MB", "4 MB", "3 of 3"]
     assert [row[0] for row in table[1:]] == ["k = 8", "k = 4", "k = 2", "k = 1"]
 
 
@@ -186,12 +186,45 @@ def test_line_chart_places_points_by_hand() -> None:
 
 def test_chart_of_the_run_shows_every_tier(run: Path) -> None:
     over_rounds = part(report(run), "Over rounds")
-    assert over_rounds.count("<polyline") == 8
+    assert over_rounds.count("<polyline") == 12, "loss, score and training loss of four tiers"
     # Exact match at k = 8 is 5, 25, 45 and 65 % on an axis from 0 to 80.
     height = [240 - 220 * score / 80 for score in (5, 25, 45, 65)]
     across = [50.0, 176.7, 303.3, 430.0]
     points = " ".join(f"{x:.1f},{round(y, 1):.1f}" for x, y in zip(across, height, strict=True))
     assert f'points="{points}"' in over_rounds
+
+
+def test_how_the_clients_trained_is_drawn_by_the_k_that_they_trained_with(tmp_path: Path) -> None:
+    """Two clients at k = 8 with 100 and 300 tokens; one at k = 4 that withholds its loss."""
+
+    def trained(at: int, client: int, k: int, loss: float | None, tokens: int, rate: float) -> dict[str, Any]:
+        changes = {"active_experts": k, "loss": loss, "tokens": tokens, "learning_rate": rate}
+        return client_round(at, client) | changes
+
+    events = [
+        trained(1, 0, 8, 4.0, 100, 4e-5),
+        trained(1, 1, 8, 2.0, 300, 2e-5),
+        trained(1, 2, 4, None, 50, 1e-5),
+        trained(2, 0, 8, 1.0, 100, 1e-5),
+    ]
+    over_rounds = part(report(write_run(tmp_path / "run", events)), "Over rounds")
+    loss, rate = re.findall(r"<figure>(.*?)</figure>", over_rounds, re.S)
+    assert "k = 8, round 1: Training loss 2.5" in loss and "k = 8, round 2: Training loss 1" in loss
+    assert "k = 4, round" not in loss
+    assert "k = 8, round 1: Learning rate (1e-5) 3" in rate
+    assert "k = 4, round 1: Learning rate (1e-5) 1" in rate
+    stepped = [event | {"step_losses": [event["loss"] + 1, event["loss"] - 1]} for event in events[:2]]
+    over_rounds = part(report(write_run(tmp_path / "steps", stepped)), "Over rounds")
+    assert "k = 8, round 0: Training loss 4" in over_rounds
+    assert "k = 8, round 1: Training loss 2" in over_rounds
+    many = [event | {"step_losses": [1.0] * 100} for event in events[:1]]
+    over_rounds = part(report(write_run(tmp_path / "many", many)), "Over rounds")
+    loss, _ = re.findall(r"<figure>(.*?)</figure>", over_rounds, re.S)
+    assert len(re.findall(r'points="([^"]+)"', loss)[0].split()) == 100 and "<circle" not in loss
+    alike = [event | {"learning_rate": 4e-5 / event["round"]} for event in events]
+    over_rounds = part(report(write_run(tmp_path / "alike", alike)), "Over rounds")
+    _, rate = re.findall(r"<figure>(.*?)</figure>", over_rounds, re.S)
+    assert rate.count("<polyline") == 1 and "every k, round 2: Learning rate (1e-5) 2" in rate
 
 
 def test_ticks_are_round_and_cover_the_range() -> None:
@@ -327,7 +360,7 @@ def test_client_that_was_never_sampled(tmp_path: Path) -> None:
     html = report(write_run(tmp_path / "run", events))
     assert "Has not trained" in part(html, "Expert activation")
     assert rows(part(html, "Cost by client"))[4] == ["Client 3", "1", "0", *[MISSING] * 7]
-    assert rows(part(html, "Results by tier"))[4][6:] == ["0", "0 B", "0 B"]
+    assert rows(part(html, "Results by tier"))[4][6:9] == ["0", "0 B", "0 B"]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "partition.json", "plan.json", "environment.json"])

@@ -16,7 +16,7 @@ from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run import run_experiment
 from fedflame.messages import RoundPlan
 from fedflame.server.progress import Reporter
-from fedflame.server.rounds import sample_clients
+from fedflame.server.sampling import sample_clients
 from fedflame.strategies.base import ClientProfile
 from fedflame.wire.codec import decode_plan
 

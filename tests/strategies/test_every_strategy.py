@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedflame.config.load import load_config
 from fedflame.config.methods import METHODS, NAMED_METHODS, OF_ALL_METHODS
-from fedflame.config.sections import StrategyConfig
+from fedflame.config.strategy_section import StrategyConfig
 from fedflame.experiment.method import build_strategy
 from fedflame.messages import NOTHING, Adapter, ClientUpdate
 from fedflame.strategies import (

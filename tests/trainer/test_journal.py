@@ -47,7 +47,7 @@ def test_updates_refusals_and_failures_are_noted_once_each(
     service.answer(request(job, replace(plan, max_steps=4), run=OTHER))
     service.answer(request(job, plan, run="no run"))
     service.answer(request(job, plan, addition=True, run=OTHER))  # it lacks what this adds to
-    monkeypatch.setattr(service, "_fine_tune", lambda *given: 1 / 0)
+    monkeypatch.setattr(service._work, "train", lambda *given: 1 / 0)
     service.answer(request(job, replace(plan, round=3)))
     update, refused, unnamed, failed = read_journal(tmp_path / "state")
     told = trained.header
@@ -114,20 +114,22 @@ def test_the_page_by_hand(tmp_path: Path, data: Path, monkeypatch: pytest.Monkey
     state.mkdir()
     day = 86_400
     begun = [Round(RUN, "p1", noon - 2 * day), Round(RUN, "p2", noon - 60), Round(OTHER, "p3", noon - 30)]
+    begun.insert(2, Round(RUN, "s2", noon - 45, "evaluate"))
     (state / "ledger.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in begun))
     bad = "the plan asks for <b>steps</b>"
     answers = [
         Answered(noon - 2 * day + 9, "update", RUN, 1, 2, 40, 1000, 10.0),
         Answered(noon - 50, "update", RUN, 2, 1, 60, 3000, 5.0),
+        Answered(noon - 44, "evaluation", RUN, 2, 2, 0, 9000, 1.0),
         Answered(noon - 40, "refused", OTHER, reason=bad),
     ]
     (state / FILE_NAME).write_text("".join(json.dumps(asdict(one)) + "\n" for one in answers))
     monkeypatch.setattr("fedflame.trainer.page.time.time", lambda: noon)
     page = site_page(site)
     _, other, run = rows_of(page, "Runs")
-    assert [row[:8] for row in (other, run)] == [
-        ["cdcdcdcd", "1", "0", MISSING, MISSING, "0", "0.0 s", "1"],
-        ["abababab", "2", "2", "2", "2, 1", "4 k", "15.0 s", "0"],
+    assert [row[:9] for row in (other, run)] == [
+        ["cdcdcdcd", "1", "0", MISSING, MISSING, "0", "0.0 s", "0", "1"],
+        ["abababab", "2", "2", "2", "2, 1", "4 k", "15.0 s", "1", "0"],
     ]
     limits = {row[0]: row[1:] for row in rows_of(page, "Limits")}
     assert limits["max_runs"] == ["5", "2", "3"] and limits["max_rounds_per_day"] == ["3", "2", "1"]

@@ -78,7 +78,7 @@ def test_a_round_is_on_the_disk_before_its_training_begins(
 
     limits = "[limits]\nmax_rounds_per_day = 1\n"
     with monkeypatch.context() as patch:
-        patch.setattr("fedflame.trainer.service.fine_tune", killed)
+        patch.setattr("fedflame.trainer.work.fine_tune", killed)
         with pytest.raises(KeyboardInterrupt):
             make_service(limits).answer(request(job, plan))
     service = make_service(limits)
@@ -115,6 +115,8 @@ def test_a_ledger_that_a_crash_cut_has_the_whole_lines_and_goes_on(tmp_path_fact
     "line",
     ["", "{", "[]", "7", '{"run": "a"}', '{"run": 1, "plan": "b", "time": 1.0}',
      '{"run": "a", "plan": "b", "time": true}', '{"run": "a", "plan": "b", "time": 1.0, "more": 1}',
+     '{"run": "a", "plan": "b", "time": 1.0, "kind": "rest"}',
+     '{"run": "a", "plan": "b", "time": 1.0, "kind": 1}',
      "[" * 100_000],
 )  # fmt: skip
 def test_a_ledger_with_a_line_that_is_none_lets_nothing_be_trained(
@@ -129,6 +131,11 @@ def test_a_ledger_with_a_line_that_is_none_lets_nothing_be_trained(
     answer = service.answer(request(job, plan))
     assert answer.header["kind"] == "failed" and "ledger.jsonl, line 2" in answer.header["reason"]
     assert not told.heard("loading")
+
+
+def test_a_line_from_before_there_were_evaluations_is_a_round_of_training(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text('{"run": "a", "plan": "b", "time": 1.0}\n')
+    assert read_ledger(tmp_path / FILE_NAME) == [Round("a", "b", 1.0, "train")]
 
 
 def test_a_ledger_that_cannot_be_written_or_read_lets_nothing_be_trained(
@@ -160,4 +167,4 @@ def test_a_clock_that_was_set_back_makes_no_round_uncounted() -> None:
 def test_lines_are_json_that_others_can_read(tmp_path: Path) -> None:
     begin_round(tmp_path, RUN, "0" * 32, SiteLimits())
     (line,) = (tmp_path / FILE_NAME).read_text().splitlines()
-    assert json.loads(line).keys() == {"run", "plan", "time"}
+    assert json.loads(line).keys() == {"run", "plan", "time", "kind"}

@@ -24,6 +24,7 @@ from fedflame.data.templates import Template
 from fedflame.messages import RoundPlan
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.service import TrainerService
+from fedflame.trainer.site import load_site
 from fedflame.training.update_norm import update_norm
 from fedflame.wire.codec import decode_update, encode_plan
 from fedflame.wire.envelope import Envelope
@@ -121,6 +122,12 @@ def test_what_the_sites_file_does_not_allow_is_refused_before_anything_is_loaded
     assert not told.heard("loading") and not told.heard("training")
 
 
+def _with_template(service: TrainerService, file: str) -> TrainerService:
+    path = service._site.folder / "site.toml"
+    path.write_text(path.read_text().replace("[data]\n", f'[data]\nchat_template_path = "{file}"\n'))
+    return TrainerService(load_site(path), lambda _: None)
+
+
 @pytest.mark.parametrize(
     ("file", "digest", "reason"),
     [
@@ -132,10 +139,7 @@ def test_a_hub_with_another_chat_template_is_refused(
     file: str, digest: str, reason: str, make_service: Make, job: TrainingJob, plan: RoundPlan, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.jinja").write_text("{{ messages }}")
-    service = make_service()
-    site = service._site
-    data = site.data.model_copy(update={"chat_template_path": file})
-    service._site = site.model_copy(update={"data": data})
+    service = _with_template(make_service(), file)
     answer = service.answer(request(job.model_copy(update={"template_digest": digest}), plan))
     assert answer.header["kind"] == "refused" and reason in answer.header["reason"]
     assert answer.header["reason"].startswith("the chat template is another one here (")
@@ -149,13 +153,11 @@ def test_the_template_of_the_sites_file_renders_its_rows_if_it_is_the_hubs(
         "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
     )
     (tmp_path / "mine.jinja").write_text(text)
-    service = make_service()
-    data = service._site.data.model_copy(update={"chat_template_path": "mine.jinja"})
-    service._site = service._site.model_copy(update={"data": data})
+    service = _with_template(make_service(), "mine.jinja")
     digest = Template("given", text, {}).digest
     mine = job.model_copy(update={"template_digest": digest, "max_length": 64})
     assert service.answer(request(mine, plan)).header["kind"] == "update"
-    ready = service._ready
+    ready = service._work._model.ready
     assert ready is not None
     assert str(ready.tokenizer.decode(ready.rows[1].ids)).startswith("[user]add 1 and 2")
 
@@ -200,8 +202,9 @@ def test_a_step_that_takes_too_much_memory_is_refused_before_it_is_taken(
     shape = read_model_shape(model_config_path(str(tiny_folder)))
     service = make_service()
     assert service.answer(request(job, plan)).header["kind"] == "update"
-    assert service._ready is not None
-    lengths = [len(row.ids) for row in service._ready.rows]
+    ready = service._work._model.ready
+    assert ready is not None
+    lengths = [len(row.ids) for row in ready.rows]
     longest, every = max(lengths), sum(lengths)
 
     def needed(tokens: int, masked: int = 0) -> float:
@@ -281,7 +284,7 @@ def test_a_round_that_takes_too_long_is_stopped_between_steps_and_the_next_plan_
         return step
 
     monkeypatch.setattr("fedflame.trainer.limits.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("fedflame.trainer.service.time_limit", noted)
+    monkeypatch.setattr("fedflame.trainer.work.time_limit", noted)
     long = service.answer(request(job, replace(plan, max_steps=50)))
     assert long.header["kind"] == "refused" and not long.body
     assert long.header["reason"] == "the round takes longer than the 5 s that this site allows"
@@ -334,8 +337,9 @@ def test_a_base_that_is_mapped_from_files_takes_no_memory(
     shape = read_model_shape(model_config_path(str(tiny_folder)))
     service = make_service()
     assert service.answer(request(job, plan, run="cd" * 16)).header["kind"] == "update"
-    assert service._ready is not None
-    tokens = 2 * max(len(row.ids) for row in service._ready.rows)
+    ready = service._work._model.ready
+    assert ready is not None
+    tokens = 2 * max(len(row.ids) for row in ready.rows)
     whole = training_memory(shape, plan.active_experts, job.r, ("q_proj",), tokens, "float32")
     least = least_training_memory(shape, job.r, ("q_proj",), "float32")
     limits = LIMITS + f"max_memory = {(least + whole.activations - whole.base / 2) / 1e9!r}"

@@ -135,10 +135,9 @@ def test_it_describes_itself_and_nothing_else(
     answer = make_service(k=2).answer(
         Envelope({"kind": "describe", "ticket": "t", "run": RUN, "site": "north"})
     )
-    expected = {"kind": "description", "ticket": "t", "run": RUN, "site": "north"}
-    assert answer == Envelope(
-        expected | {"num_examples": ROWS, "active_experts": 2, "max_active_experts": 2, "held": ""}
-    )
+    expected: dict[str, Any] = {"kind": "description", "ticket": "t", "run": RUN, "site": "north"}
+    expected |= {"num_examples": ROWS, "active_experts": 2, "max_active_experts": 2, "test_rows": 0}
+    assert answer == Envelope(expected | {"held": ""})
 
 
 def test_it_takes_what_a_plan_adds_to_the_one_it_answered_last_also_after_its_own_end(
@@ -230,7 +229,7 @@ def test_what_the_sites_file_does_not_allow_is_refused_before_anything_is_loaded
 def test_a_plan_that_asks_for_just_what_is_allowed_is_trained(
     make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan
 ) -> None:
-    flops = 192 * make_service()._flops_per_token(job, plan)
+    flops = 192 * make_service()._work.flops_per_token(job, plan)
     limits = f"max_rounds = 5\nmax_steps = 3\nmax_tokens = 192\nmax_flops = {flops!r}"
     service = make_service(LIMITS + limits, k=2)
     assert service.answer(request(job, replace(plan, round=5))).header["kind"] == "update"
@@ -240,7 +239,7 @@ def test_a_token_of_a_long_packed_sequence_costs_more_than_one_of_a_row(
     make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan
 ) -> None:
     packed = replace(plan, packed_length=1000)
-    flops = 6000 * make_service()._flops_per_token(job, plan)
+    flops = 6000 * make_service()._work.flops_per_token(job, plan)
     answer = make_service(LIMITS + f"max_flops = {flops!r}").answer(request(job, packed))
     assert answer.header["kind"] == "refused" and "FLOPs" in answer.header["reason"]
 
@@ -256,11 +255,11 @@ def test_a_model_is_loaded_once_for_a_job_and_goes_before_the_next_is_loaded(
         return model_digest(path)
 
     def noted_load(*arguments: Any) -> Any:
-        held.append(service._ready is not None)
+        held.append(service._work._model.ready is not None)
         return load_adapted_model(*arguments)
 
-    monkeypatch.setattr("fedflame.trainer.service.model_digest", noted_digest)
-    monkeypatch.setattr("fedflame.trainer.service.load_adapted_model", noted_load)
+    monkeypatch.setattr("fedflame.trainer.model.model_digest", noted_digest)
+    monkeypatch.setattr("fedflame.trainer.model.load_adapted_model", noted_load)
     smaller = job.model_copy(update={"r": 2}), replace(plan, adapter=plan.adapter.with_rank(2))
     for asked, its in ((job, plan), (job, replace(plan, round=3)), smaller):
         assert service.answer(request(asked, its)).header["kind"] == "update"
@@ -272,7 +271,7 @@ def test_the_base_lies_on_the_device_of_the_sites_file(
     make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, told: Told,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    asked = load_on_cpu(monkeypatch, "fedflame.trainer.service")
+    asked = load_on_cpu(monkeypatch, "fedflame.trainer.model")
     fake_cards(monkeypatch, tmp_path, (80_000_000_000, 80_000_000_000))
     path = make_service()._site.folder / "site.toml"
     path.write_text(path.read_text().replace("[trainer]\n", '[trainer]\ndevice = "cuda:1"\n'))
@@ -291,7 +290,7 @@ def test_a_full_memory_is_the_reason_and_the_trainer_goes_on(
 
     service = make_service()
     with monkeypatch.context() as patch:
-        patch.setattr("fedflame.trainer.service.fine_tune", too_large)
+        patch.setattr("fedflame.trainer.work.fine_tune", too_large)
         answer = service.answer(request(job, plan))
     assert answer.header["kind"] == "failed"
     assert answer.header["reason"] == (
@@ -311,7 +310,7 @@ def test_a_card_that_is_too_small_is_known_before_the_base_is_loaded(
     make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    loaded = load_on_cpu(monkeypatch, "fedflame.trainer.service")
+    loaded = load_on_cpu(monkeypatch, "fedflame.trainer.model")
     fake_cards(monkeypatch, tmp_path, memory, free)
     answer = make_service().answer(request(job, plan))
     assert loaded == asked
@@ -384,7 +383,7 @@ def test_a_model_that_is_not_allowed_or_not_the_same_is_refused(
     [
         ({"site": "south"}, "this is north; the request is for south"),
         ({"run": "../../etc"}, "run is '../../etc'; 32 hexadecimal digits are needed"),
-        ({"kind": "delete"}, "request of kind 'delete'; describe and train are known"),
+        ({"kind": "delete"}, "request of kind 'delete'; describe, train and evaluate are known"),
         ({"kind": 3}, "field kind is 3; a string is needed"),
         ({"job": None}, "job = None: Input should be"),
         ({"job": {"r": "8"}}, "job.model_name_or_path is missing"),

@@ -22,13 +22,15 @@ class Answer:
     """A client's answer to a plan."""
 
     update: Bytes
-    """The encoded `ClientUpdate`; empty if the client failed."""
+    """The encoded `ClientUpdate`, or `ClientEvaluation`; empty if the client failed."""
     failure: str
-    """Why there is no update; empty if there is one."""
+    """Why there is none; empty if there is one."""
     seconds: float
     """Time from the plan to the answer."""
     bytes_down: int | None = None
     """Bytes sent to the client; None means the encoded plan, once."""
+    step_losses: Sequence[float] = ()
+    """Loss of each optimizer step; empty at sites, which do not tell it: a step is a few rows."""
 
 
 class Clients(Protocol):
@@ -36,6 +38,12 @@ class Clients(Protocol):
 
     def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
         """Yield one answer per pair of client and encoded `RoundPlan`, in order; take pairs when needed."""
+
+    def evaluate(self, plans: Iterable[tuple[int, bytes]]) -> Iterator[Answer]:
+        """Yield one answer per pair of client and encoded `EvaluationPlan`, as `train` does."""
+
+    def test_rows(self) -> Sequence[int | None]:
+        """Return the number of rows that each client holds to score; None if it did not say."""
 
     def num_examples(self) -> Sequence[int]:
         """Return the number of rows of each client; 0 if that is not known yet."""

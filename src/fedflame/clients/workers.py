@@ -32,6 +32,7 @@ from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
 from fedflame.messages import ClientUpdate
 from fedflame.training.error_feedback import Residuals
+from fedflame.training.evaluation import HeldOut
 
 STOP_SECONDS = 10.0
 
@@ -49,6 +50,7 @@ class WorkerSetup:
     pad_token_id: int
     residuals: Residuals
     threads: int
+    tests: Sequence[HeldOut] = ()
 
 
 def worker_devices(device: DeviceChoice, count: int) -> list[str]:
@@ -65,7 +67,7 @@ class _Asked:
 
 
 class _Stream:
-    """The plans of one call of `train`, taken one after another, and the answers in their order."""
+    """The plans of one call, taken one after another, and the answers in their order."""
 
     def __init__(self, plans: Iterable[tuple[int, bytes]], limit: int) -> None:
         self._coming, self._limit = iter(plans), limit
@@ -127,6 +129,12 @@ class WorkerClients:
         self._stop(list(self._workers))
 
     def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
+        return self._answers(plans, on_step)
+
+    def evaluate(self, plans: Iterable[tuple[int, bytes]]) -> Iterator[Answer]:
+        return self._answers(plans, lambda tokens: None)
+
+    def _answers(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
         # Twice the workers: no worker waits for an earlier, slow client, and memory stays bounded.
         stream = _Stream(plans, 2 * (1 + len(self._setups)))
 
@@ -160,6 +168,9 @@ class WorkerClients:
 
     def num_examples(self) -> list[int]:
         return self._own.num_examples()
+
+    def test_rows(self) -> list[int | None]:
+        return self._own.test_rows()
 
     def name(self, client: int) -> str:
         return self._own.name(client)
@@ -249,4 +260,4 @@ def _load(setup: WorkerSetup) -> LocalClients:
     adapted, _ = load_adapted_model(
         setup.model_name_or_path, setup.dtype, setup.adapter, setup.gradient_checkpointing, setup.device
     )
-    return LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals)
+    return LocalClients(adapted, setup.rows, setup.pad_token_id, setup.residuals, tests=setup.tests)

@@ -11,12 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from fedflame.commands.progress import say_line
+from fedflame.commands.progress import say_line, say_used_rounds
 from fedflame.commands.tables import score_table, task_table
 from fedflame.config.lists import parse_integers
 from fedflame.errors import NotFinite, UserError
 from fedflame.experiment.api import evaluate
 from fedflame.experiment.run_folder import is_run
+from fedflame.experiment.source import is_adapter
 from fedflame.experiment.tasks import TaskOptions, evaluate_tasks, keep_task_scores
 from fedflame.json_text import to_text
 from fedflame.run_files.checkpoints import kept_rounds
@@ -40,12 +41,20 @@ def print_scores(
         NotFinite: the scores are printed, and a loss is not finite.
     """
     wanted = _wanted(active_experts)
+    if is_adapter(Path(source)) and any(one.startswith("data.dataset_name=") for one in overrides):
+        say_line(
+            Console(stderr=True),
+            "warning: the adapter does not say which rows it was trained on; some of those held out here may "
+            "be among them (--data scores all rows of a file of your own)",
+        )
     found = evaluate(source, active_experts=wanted, overrides=overrides)
     scores = {k: {"all": total(of_k).to_json()} | _plain(of_k) for k, of_k in found.items()}
     if as_json:
         print(to_text(scores, indent=2))
     else:
         console.print(score_table(scores))
+        if is_run(Path(source)):
+            say_used_rounds(Path(source), console)
     if broken := [f"k = {k}" for k, of_k in scores.items() if not math.isfinite(of_k["all"]["loss"])]:
         rounds = kept_rounds(Path(source))
         after = f" after round {rounds[-1]}" if rounds else ""
@@ -81,6 +90,8 @@ def print_task_scores(
     else:
         console.print(task_table(scores))
         say_line(console, scores.in_words())
+        if is_run(Path(source)):
+            say_used_rounds(Path(source), console)
     if is_run(Path(source)):
         keep_task_scores(Path(source), scores)
 

@@ -5,16 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedflame.experiment.used_model import used_rounds
+from fedflame.run_files.checkpoints import kept_round
+from fedflame.run_files.standing import in_words
 from fedflame.server.progress import LineReporter, Reporter
 
 
 def say_line(console: Console, text: str) -> None:
     """Print a text as it is: no markup, no colours, no line breaks of the console's own."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_used_rounds(run: Path, console: Console) -> None:
+    """Say which round is used at each k, where that is its best one."""
+    if rounds := used_rounds(run):
+        say_line(console, f"best rounds, which are used: {in_words(rounds, kept_round(run))}")
 
 
 class BarReporter(LineReporter):

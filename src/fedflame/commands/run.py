@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fedflame.base.device import device_in_words
-from fedflame.commands.progress import reporter, say_line
+from fedflame.commands.progress import reporter, say_line, say_used_rounds
 from fedflame.commands.tables import cost_table, partition_table, print_rows, result_table
 from fedflame.experiment.prepare import Prepared
 from fedflame.experiment.run import Begun, run_experiment
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedflame.experiment.assemble import Experiment
 
 SKIPPED_ROWS_SHOWN = 5
+GOES_ON = "--resume with a larger server.early_stopping_patience goes on"
 
 
 def print_run(prepared: Prepared, config_text: str, console: Console, workers: int = 1) -> None:
@@ -40,7 +41,11 @@ def print_run(prepared: Prepared, config_text: str, console: Console, workers: i
     written = run_experiment(prepared, config_text=config_text, workers=workers, watch=watch)
     if written.note:
         say_line(console, written.note)
-    console.print(result_table(read_run(written.run)))
+    recorded = read_run(written.run)
+    console.print(result_table(recorded))
+    if recorded.stop:
+        say_line(console, f"stopped after round {recorded.stop.round}: {recorded.stop.reason}; {GOES_ON}")
+    say_used_rounds(written.run, console)
     files = [written.run / name for name in ("report.html", "adapter")]
     say_line(console, "\n".join(f"{path.stem}: {path}" for path in files if path.exists()))
 

@@ -27,13 +27,13 @@ from fedflame.commands.check import (
     print_findings,
 )
 from fedflame.commands.service_units import service_unit
-from fedflame.data.rows import load_rows
 from fedflame.engines.address import host_and_port
 from fedflame.engines.command import installed_command
 from fedflame.engines.flower.key import make_key
 from fedflame.engines.nvflare.certificate import read_certificate
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.trainer.ask import SOCKET_VARIABLE, ask
+from fedflame.trainer.rows import load_site_rows
 from fedflame.trainer.site import SITE_NAME, Site, load_site
 from fedflame.wire.envelope import Envelope
 
@@ -142,11 +142,10 @@ def _device(site: Site) -> Iterator[Finding]:
 
 
 def _own(site: Site) -> Iterator[Finding]:
-    loaded = load_rows(dataset_name=site.dataset, **site.columns)
-    yield Finding(
-        True,
-        f"{site.dataset}: {len(loaded.rows)} rows, {len(loaded.skipped)} skipped; {loaded.columns}",
-    )
+    loaded = load_site_rows(site)
+    scored = f" and {len(loaded.tests)} to score" if loaded.tests else ""
+    read = f"{len(loaded.training)} rows{scored}, {len(loaded.skipped)} skipped; {loaded.columns}"
+    yield Finding(True, f"{site.dataset}: {read}")
     for name, place in site.models.items():
         yield Finding(True, f"model {name} has digest {model_digest(place)}; the hub must have the same")
 
@@ -205,6 +204,7 @@ name = "{engine.site}"
 
 [data]
 dataset_name = {json.dumps(str(Path(new.data).absolute()) if Path(new.data).exists() else new.data)}
+# test_size = 0.1 # the share that the hub may have scored here instead of trained on; only sums leave
 
 [trainer]
 active_experts = {new.active_experts} # k: experts per token that this machine affords

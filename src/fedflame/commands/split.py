@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -18,6 +19,8 @@ from fedflame.errors import UserError
 def write_parts(federation: Federation, afforded: Sequence[int], folder: Path, console: Console) -> None:
     """Write `client-0.jsonl` and so on, with the rows and their order as a run on one machine has them.
 
+    The rows that clients score go into files of the same names in `test`, if clients are asked to score.
+
     Raises:
         UserError: the folder has something in it, or cannot be written.
     """
@@ -28,6 +31,14 @@ def write_parts(federation: Federation, afforded: Sequence[int], folder: Path, c
     fields = as_fields(federation.training)
     for client, part in enumerate(federation.parts):
         path = folder / f"client-{client}.jsonl"
-        lines = [json.dumps(fields[index], ensure_ascii=False) + "\n" for index in part]
-        write_atomically(path, "".join(lines).encode())
+        _write_rows(path, [fields[index] for index in part])
         say_line(console, f"{path}: {len(part):,} rows, k = {afforded[client]}")
+    for client, rows in enumerate(federation.tests):
+        path = folder / "test" / f"client-{client}.jsonl"
+        _write_rows(path, as_fields(rows))
+        say_line(console, f"{path}: {len(rows):,} rows to score")
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_atomically(path, "".join(lines).encode())

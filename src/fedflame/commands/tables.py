@@ -29,8 +29,8 @@ def partition_table(
 ) -> Table:
     """Per client: k, rows, optimizer steps and training FLOPs per round, and its largest categories.
 
-    Of a client that trains with several k in turn the least and the most of them. Of sites, if there are any,
-    the names, and no rows: they have their own.
+    Of a client that trains with several k in turn the least and the most of them. The rows that it scores
+    follow those that it trains on. Of sites, if there are any, the names, and no rows: they have their own.
     """
     what = "Sites" if sites else f"Partition ({truncated} rows truncated)"
     title = f"{what}; steps and training FLOPs per round"
@@ -43,13 +43,18 @@ def partition_table(
             sites[client["client"]] if sites else client.get("name", str(client["client"])),
             str(client["active_experts"]),
             ",".join(str(cost.trained_experts) for cost in turns),
-            "its own" if sites else f"{client['rows']:,}",
+            "its own" if sites else _rows(client),
             _range([f"{cost.steps:,}" for cost in sorted(turns, key=lambda cost: cost.steps)]),
             _range([si(cost.training_flops) for cost in sorted(turns, key=lambda cost: cost.training_flops)]),
             "" if sites else largest,
         )
         table.add_row(*map(Text, cells))  # labels and names may have brackets, which rich takes as markup
     return table
+
+
+def _rows(client: dict[str, Any]) -> str:
+    scored = client.get("test_rows", 0)
+    return f"{client['rows']:,}" + (f" + {scored:,} scored" if scored else "")
 
 
 def print_rows(columns: Sequence[str], cut_prompts: int, console: Console) -> None:

@@ -39,5 +39,6 @@ def run_trainer(site_file: Path, console: Console) -> None:
         with listening(site.socket_path) as listener:
             threading.Thread(target=serve, args=(listener, service, say), daemon=True).start()
             rows, k = service.num_examples, site.trainer.active_experts
-            say(f"{site.name}: {rows} rows, k = {k}, on {service.device.name}, at {site.socket_path}")
+            scored = f" and {service.test_rows} to score" if service.test_rows else ""
+            say(f"{site.name}: {rows} rows{scored}, k = {k}, on {service.device.name}, at {site.socket_path}")
             threading.Event().wait()

@@ -12,8 +12,8 @@ from typing import Any
 from fedflame.compare.devices import client_seconds
 from fedflame.compare.grid import Cell, Grid, Setting
 from fedflame.compare.intervals import Difference, Summary, paired_difference, summarize
-from fedflame.compare.results import CellResult, Deployed, Spent
-from fedflame.report.records import ScoreName
+from fedflame.compare.results import CellResult, Deployed, OwnScores, Spent
+from fedflame.report.events import ScoreName
 
 Reading = Callable[[CellResult, str, int], float | None]
 """Reads a measure of the final model for one column of a table: `CellResult.last` for a k,
@@ -83,7 +83,21 @@ class Comparison:
         return next((result.score for result in self._results(setting) if result.score), None)
 
     def _results(self, setting: Setting) -> Iterator[CellResult]:
-        return (result for cell, result in self.finished if cell.setting == setting)
+        """Yield the results of the methods; bounds have tables of their own."""
+        return (
+            result
+            for cell, result in self.finished
+            if cell.setting == setting and cell.method in self.grid.methods
+        )
+
+    def own_scores(self, setting: Setting, method: str) -> dict[int, dict[int, OwnScores]]:
+        """Return client -> seed -> the final model of a method or bound there; of standalone, its own."""
+        found: dict[int, dict[int, OwnScores]] = {}
+        for cell, result in self.finished:
+            if (cell.setting, cell.method) == (setting, method):
+                for own in result.own:
+                    found.setdefault(own.client, {})[cell.config.seed] = own
+        return dict(sorted(found.items()))
 
     def budgets(self, setting: Setting) -> list[int]:
         """Return the budgets of the devices, largest first."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from fedflame.compare.bounds import Bound, bound_settings
 from fedflame.compare.devices import Devices
 from fedflame.config.load import load_config
 from fedflame.config.run_config import BESIDE_RESULTS, SCHEMA_VERSION, WITHOUT, RunConfig
@@ -27,6 +28,8 @@ from fedflame.reading import read_toml
 Setting = tuple[tuple[str, str], ...]
 """The values on all axes except the seed, as (key, value) pairs."""
 
+SCORED_BY_CLIENTS = ("server.fraction_evaluate",)
+"""Set to 1 where there are bounds, unless the grid says otherwise."""
 _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VALUE_IN_NAME = 24
 """Largest number of characters of a value in a folder's name."""
@@ -39,6 +42,7 @@ class _GridFile(BaseModel):
     baseline: str = ""
     base: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]]
+    bounds: list[Bound] = []
     grid: dict[str, Any] = {}
     devices: Devices = Devices()
 
@@ -71,7 +75,8 @@ class Grid:
     baseline: str
     methods: list[str]
     cells: list[Cell]
-    """In the order of the axes in the file; the first axis varies slowest, methods vary fastest."""
+    """In the order of the axes in the file; the first axis varies slowest, methods vary fastest. The bounds
+    of a point come after its methods."""
     devices: Devices
 
     def settings(self) -> list[Setting]:
@@ -102,11 +107,17 @@ def read_grid(
     _check_methods(file, baseline)
     folder = Path(output_dir or file.output_dir)
     axes = [_axis(key, points) for key, points in flat(file.grid).items()]
-    cells = [
-        _cell(folder, method, {**flat(file.base), **flat(file.methods[method])}, point, overrides)
-        for point in _combinations(axes)
-        for method in file.methods
-    ]
+    scored = dict.fromkeys(SCORED_BY_CLIENTS, 1) if file.bounds else {}
+    base = {**scored, **flat(file.base)}
+    cells = []
+    for point in _combinations(axes):
+        of_point = [
+            _cell(folder, method, {**base, **flat(file.methods[method])}, point, overrides)
+            for method in file.methods
+        ]
+        cells += of_point
+        for bound in file.bounds:
+            cells += _bound_cells(folder, bound, base, point, overrides)
     _refuse_duplicates(cells)
     return Grid(folder, baseline, list(file.methods), cells, file.devices)
 
@@ -118,8 +129,28 @@ def _check_methods(file: _GridFile, baseline: str) -> None:
         raise UserError(
             f"grid: baseline = {baseline!r}: must be one of the methods {', '.join(file.methods)}"
         )
+    if both := [name for name in file.methods if name in file.bounds]:
+        raise UserError(f"grid: method {both[0]!r}: a bound has this name")
     if bad := [name for name in file.methods if not _METHOD_NAME.fullmatch(name)]:
         raise UserError(f"grid: method {bad[0]!r}: a name may have letters, digits and . _ - only")
+
+
+def _bound_cells(
+    output_dir: Path, bound: Bound, base: dict[str, Any], point: dict[str, Any], overrides: Sequence[str]
+) -> list[Cell]:
+    """Return the cells of a bound: one for all rows, or one for each client alone."""
+    lines = [f"{key}={value}" for key, value in {**base, **point}.items()]
+    plain = [line for line in [*lines, *overrides] if not line.strip().startswith("strategy.")]
+    config = load_config(None, plain)
+    if config.server.fraction_evaluate < 1:
+        raise UserError("grid: bounds are scored by every client: server.fraction_evaluate must be 1")
+    if axes := [key for key in point if key.startswith("strategy.")]:
+        raise UserError(f"grid: {axes[0]} is an axis, but no setting of bounds; make it methods instead")
+    cells = []
+    for name, settings in bound_settings(bound, config).items():
+        whole = load_config(None, [*plain, *settings])
+        cells.append(_placed(output_dir, bound, name, point, whole))
+    return cells
 
 
 def _axis(key: str, points: Any) -> list[dict[str, Any]]:
@@ -147,8 +178,13 @@ def _cell(
     except UserError as error:
         where = ", ".join([f"method {method}", *(f"{key} = {value}" for key, value in point.items())])
         raise UserError(f"{error} ({where})") from error
+    return _placed(output_dir, method, method, point, config)
+
+
+def _placed(output_dir: Path, method: str, name: str, point: dict[str, Any], config: RunConfig) -> Cell:
+    """Return the cell with a folder that begins with this name."""
     setting = tuple((key, str(value)) for key, value in point.items() if key != "seed")
-    folder = output_dir / "cells" / _name(method, setting, config)
+    folder = output_dir / "cells" / _name(name, setting, config)
     run = {"output_dir": str(folder / "run")}
     return Cell(method, setting, config.model_copy(update=run), folder)
 

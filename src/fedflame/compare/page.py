@@ -10,6 +10,7 @@ from fedflame.compare.tables import (
     Entry,
     Measure,
     ResultTable,
+    bound_tables,
     deployment_tables,
     device_table,
     difference_table,
@@ -39,7 +40,7 @@ def page(comparison: Comparison, name: str) -> str:
     """Return the comparison as one HTML document that loads no other file."""
     body = [_header(comparison, name), *_failures(comparison)]
     for setting in comparison.settings():
-        parts = (_results, _differences, _deployments, _curves, _costs)
+        parts = (_results, _differences, _bounds, _deployments, _curves, _costs)
         body += [make(comparison, setting) for make in parts]
     return document(name, [*body, _settings(comparison)])
 
@@ -90,6 +91,20 @@ def _differences(comparison: Comparison, setting: Setting) -> Markup:
     text += "interval is Student's, over seeds. A method is called better or worse if its interval excludes "
     text += "zero. Intervals are not corrected for the number of comparisons."
     return _titled("Paired differences", setting, *map(_table, tables), note(text))
+
+
+def _bounds(comparison: Comparison, setting: Setting) -> Markup:
+    tables = [
+        table
+        for measure in measures(comparison, setting)
+        for table in bound_tables(comparison, setting, measure)
+    ]
+    if not tables:
+        return join([])
+    text = "Each client is scored on rows of its own that nobody trains on. Alone: trained on its other rows "
+    text += "only, with as many steps. Centralised: one machine has the rows of all, runs all K experts, and "
+    text += "takes as many steps as all clients together. Differences are paired by seed."
+    return _titled("Does federating help each client?", setting, *map(_table, tables), note(text))
 
 
 def _deployments(comparison: Comparison, setting: Setting) -> Markup:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,14 @@ from fedflame.atomic_file import write_atomically
 from fedflame.compare.devices import ClientWork, Devices, round_seconds
 from fedflame.compare.grid import Cell
 from fedflame.config.run_config import BESIDE_RESULTS, SCHEMA_VERSION
+from fedflame.config.words import BestMetric
 from fedflame.errors import UserError
 from fedflame.json_text import to_text
 from fedflame.reading import parse_object
-from fedflame.report.records import Evaluation, Measured, Run, ScoreName
+from fedflame.report.events import Evaluation, ScoreName
+from fedflame.report.measured import Measured
+from fedflame.report.records import Run, read_metrics
+from fedflame.run_files.standing import best_rounds, standings
 
 RESULTS = "cells.jsonl"
 """The results file in the folder of a comparison."""
@@ -57,6 +61,21 @@ class Deployed(Measured):
 
 
 @dataclass(frozen=True)
+class OwnScores(Measured):
+    """The final model at one client, on the rows that it holds out, with the k that it deploys."""
+
+    client: int
+    name: str
+    rows: int
+    """That it trains on."""
+    test_rows: int
+    active_experts: int
+    loss: float | None
+    exact_match: float | None
+    rouge_l: float | None
+
+
+@dataclass(frozen=True)
 class CellResult:
     """One finished cell: a line of the results file."""
 
@@ -79,6 +98,8 @@ class CellResult:
     """One for each budget, largest first."""
     config: dict[str, Any]
     """Resolved, without output_dir."""
+    own: list[OwnScores] = field(default_factory=list)
+    """By client, where clients are asked to score."""
 
     @property
     def rounds(self) -> int:
@@ -99,8 +120,17 @@ class CellResult:
         return {(e.round, e.active_experts): e for e in self.evaluations}
 
     def last(self, measure: str, tier: int) -> float | None:
-        """Return a measure of the final model at one k."""
-        return self.value(measure, tier, self.rounds)
+        """Return a measure of the final model at one k: after its last round, or its best if that is used."""
+        return self.value(measure, tier, self._best.get(tier, self.rounds))
+
+    @cached_property
+    def _best(self) -> dict[int, int]:
+        server = self.config.get("server", {})
+        if not server.get("load_best_model_at_end"):
+            return {}
+        metric: BestMetric = server["metric_for_best_model"]
+        values = [(e.round, e.active_experts, e.value(metric)) for e in self.evaluations]
+        return best_rounds(standings(values, metric), self.rounds)
 
     def at(self, budget: int) -> Deployed | None:
         """Return what devices of this budget deploy; None if there are no such devices."""
@@ -194,7 +224,7 @@ def write_results(path: Path, results: Iterable[CellResult]) -> None:
 
 
 def _line(result: CellResult) -> bytes:
-    text = _LINE.dump_json(result)
+    text = _LINE.dump_json(result, exclude=None if result.own else {"own"})  # as before there were any
     bare = b"NaN" in text or b"Infinity" in text  # as words of pydantic, or within a text
     return to_text(json.loads(text)).encode() if bare else text
 
@@ -256,7 +286,28 @@ def _result(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> CellRe
         run.environment,
         list(_deployed(cell, run, max(training_flops))),
         cell.config.model_dump(mode="json", exclude=BESIDE_RESULTS),
+        list(_own_scores(run)),
     )
+
+
+def _own_scores(run: Run) -> Iterator[OwnScores]:
+    """Yield what each client scored last, or after the round that its k uses."""
+    final: dict[int, dict[str, Any]] = {}
+    for event in read_metrics(run.folder):
+        if event["event"] == "client_evaluation":
+            wanted = run.used_rounds.get(event["active_experts"])
+            if wanted in (None, event["round"]):
+                final[event["client"]] = event
+    clients = {client["client"]: client for client in run.partition["clients"]}
+    for client, event in sorted(final.items()):
+        yield OwnScores(
+            client,
+            run.name(client),
+            clients[client]["rows"],
+            event["rows"],
+            event["active_experts"],
+            *(event[measure] for measure in ("loss", "exact_match", "rouge_l")),
+        )
 
 
 def _client_work(cell: Cell, run: Run) -> Iterator[ClientWork]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import get_args
 
+from fedflame.compare.bounds import Bound
 from fedflame.compare.comparison import Comparison, Reading
 from fedflame.compare.grid import Setting
-from fedflame.compare.intervals import CONFIDENCE, Difference, Summary
-from fedflame.compare.results import CellResult
+from fedflame.compare.intervals import CONFIDENCE, Difference, Summary, paired_difference, summarize
+from fedflame.compare.results import CellResult, OwnScores
 from fedflame.report.numbers import MISSING, decimal, duration, percent, si
 from fedflame.report.results import SCORE_LABELS, tier_label
 
@@ -75,6 +78,7 @@ def setting_tables(comparison: Comparison, setting: Setting) -> Iterator[ResultT
         if len(comparison.methods(setting)) > 1:
             yield difference_table(comparison, setting, measure)
         yield from deployment_tables(comparison, setting, measure)
+        yield from bound_tables(comparison, setting, measure)
     yield total_table(comparison, setting)
 
 
@@ -168,6 +172,67 @@ def _deployed(comparison: Comparison, setting: Setting, method: str, measure: Me
     entry = _entry(summary, measure, seeds=len(comparison.seeds(setting, method)))
     place = f"{tier_label(deployed.active_experts)}, r = {deployed.rank}: {percent(deployed.relative_flops)}"
     return replace(entry, detail=", ".join(filter(None, (place, entry.detail))))
+
+
+def bound_tables(comparison: Comparison, setting: Setting, measure: Measure) -> Iterator[ResultTable]:
+    """Yield a table for each method: what each client has alone, in the federation, and with all rows."""
+    bounds = {bound: comparison.own_scores(setting, bound) for bound in get_args(Bound)}
+    if any(bounds.values()):
+        for method in comparison.methods(setting):
+            federated = comparison.own_scores(setting, method)
+            yield _bound_table(method, measure, bounds["standalone"], federated, bounds["centralised"])
+
+
+_OfClients = Mapping[int, Mapping[int, OwnScores]]
+
+
+def _bound_table(
+    method: str, measure: Measure, alone: _OfClients, federated: _OfClients, central: _OfClients
+) -> ResultTable:
+    headers = ["client", "rows", "k", "alone", method, "centralised", f"{method} minus alone"]
+    columns = alone, federated, central
+    rows = []
+    for client in sorted({client for column in columns for client in column}):
+        of_client = [column.get(client, {}) for column in columns]
+        scored = {**of_client[1], **of_client[0]}
+        one = next(iter(scored.values()), None)
+        if one is not None:
+            held = [own.rows for own in scored.values()]
+            about = [Entry(one.name), Entry(f"{round(fmean(held)):,}"), Entry(str(one.active_experts))]
+            rows.append([*about, *_bounded(measure, [_by_seed(measure, of_seeds) for of_seeds in of_client])])
+    together = [_mean_over_clients(measure, column, alone or federated) for column in columns]
+    rows.append([Entry("mean over clients"), Entry(""), Entry(""), *_bounded(measure, together)])
+    title = f"{measure.label} on each client's own held-out rows [{CONFIDENCE:.0%} interval over seeds]"
+    return ResultTable(title, headers, rows)
+
+
+def _bounded(measure: Measure, values: Sequence[Mapping[int, float]]) -> list[Entry]:
+    """Format the values by seed of alone, federated and centralised, and the paired difference of two."""
+    seeds = max(map(len, values))
+    summaries = [summarize(list(of_seeds.values())) if of_seeds else None for of_seeds in values]
+    alone, federated, _ = values
+    pairs = [value - alone[seed] for seed, value in federated.items() if seed in alone]
+    difference = _difference(paired_difference(pairs) if pairs else None, measure, seeds)
+    return [*(_entry(summary, measure, seeds=seeds) for summary in summaries), difference]
+
+
+def _by_seed(measure: Measure, of_seeds: Mapping[int, OwnScores]) -> dict[int, float]:
+    taken = {seed: own.value(measure.name) for seed, own in of_seeds.items()}
+    return {seed: value for seed, value in taken.items() if value is not None}
+
+
+def _mean_over_clients(measure: Measure, column: _OfClients, wanted: _OfClients) -> dict[int, float]:
+    """Return the mean over clients by seed, for the seeds in which every client has a value."""
+    values = {client: _by_seed(measure, of_seeds) for client, of_seeds in column.items()}
+    seeds = {
+        seed
+        for seed in set().union(*values.values())
+        if all(seed in values.get(client, {}) for client, of in wanted.items() if seed in of)
+    }
+    return {
+        seed: fmean(values[client][seed] for client, of in wanted.items() if seed in of)
+        for seed in sorted(seeds)
+    }
 
 
 def _difference(difference: Difference | None, measure: Measure, pairs: int) -> Entry:

@@ -11,8 +11,8 @@ from fedflame.errors import UserError
 MOST_FILES = 100_000
 
 
-def client_files(patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return the files of `data.client_files`, in client order.
+def client_files(patterns: Sequence[str], key: str = "data.client_files") -> tuple[str, ...]:
+    """Return the files of the patterns in this key, in client order.
 
     The files of a pattern come in the order of their names, with numbers in them as numbers: client-2 comes
     before client-10. Patterns come in the given order.
@@ -24,13 +24,13 @@ def client_files(patterns: Sequence[str]) -> tuple[str, ...]:
     for pattern in patterns:
         files = sorted(glob.glob(pattern, recursive=True), key=_numbers_as_numbers)
         if not files:
-            raise UserError(f"data.client_files = {pattern!r}: no such file")
+            raise UserError(f"{key} = {pattern!r}: no such file")
         for file in files:
             if file in found:
-                raise UserError(f"data.client_files: {file} is in {found[file]!r} and in {pattern!r}")
+                raise UserError(f"{key}: {file} is in {found[file]!r} and in {pattern!r}")
             found[file] = pattern
     if len(found) > MOST_FILES:
-        raise UserError(f"data.client_files: {len(found):,} files; at most {MOST_FILES:,} are possible")
+        raise UserError(f"{key}: {len(found):,} files; at most {MOST_FILES:,} are possible")
     return tuple(found)
 
 

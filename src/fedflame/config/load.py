@@ -11,8 +11,9 @@ from fedflame.config.client_files import client_files
 from fedflame.config.lists import list_parts
 from fedflame.config.methods import METHODS, OF_ALL_METHODS
 from fedflame.config.run_config import RunConfig
-from fedflame.config.sections import SKILLS, ClientsConfig, StrategyConfig
+from fedflame.config.sections import SKILLS, ClientsConfig
 from fedflame.config.settings import refuse_unknown_keys, validated
+from fedflame.config.strategy_section import StrategyConfig
 from fedflame.errors import UserError
 from fedflame.reading import read_toml
 
@@ -83,7 +84,13 @@ def set_num_clients(clients: dict[str, Any], count: int, whose: str) -> None:
 
 def _refuse_contradictions(config: RunConfig) -> None:
     _refuse_two_sources(config)
+    _refuse_tests_of_nobody(config)
     clients, strategy = config.clients.num_clients, config.strategy
+    if config.data.trained_by.isdecimal() and int(config.data.trained_by) >= clients:
+        raise UserError(
+            f"config: data.trained_by = {config.data.trained_by}: must be below "
+            f"clients.num_clients = {clients}"
+        )
     in_turn = {
         "clients.active_experts": config.clients.active_experts,
         "clients.ranks": config.clients.ranks,
@@ -102,6 +109,7 @@ def _refuse_contradictions(config: RunConfig) -> None:
             raise UserError(f"config: {key} = {rank}: must be at most adapter.r = {config.adapter.r}")
     _refuse_options_of_other_methods(strategy)
     _refuse_a_warmup_without_end(config)
+    _refuse_a_metric_that_is_not_taken(config)
     if config.server.min_clients > config.clients_per_round():
         raise UserError(
             f"config: server.min_clients = {config.server.min_clients}: server.fraction_train = "
@@ -124,6 +132,15 @@ def _refuse_two_sources(config: RunConfig) -> None:
             raise UserError(f"config: {one} and {other} exclude each other; leave one out")
 
 
+def _refuse_tests_of_nobody(config: RunConfig) -> None:
+    for needed, there in (
+        ("data.client_files", config.data.client_files),
+        ("server.fraction_evaluate", config.server.fraction_evaluate),
+    ):
+        if config.data.client_test_files and not there:
+            raise UserError(f"config: data.client_test_files needs {needed}; set it, or leave the files out")
+
+
 def _refuse_a_warmup_without_end(config: RunConfig) -> None:
     training, rounds = config.training, config.server.num_server_rounds
     if training.warmup_steps and training.num_train_epochs:
@@ -136,6 +153,22 @@ def _refuse_a_warmup_without_end(config: RunConfig) -> None:
             f"config: training.warmup_steps = {training.warmup_steps}: must be fewer than the "
             f"{training.max_steps * rounds} steps of all rounds"
         )
+
+
+def _refuse_a_metric_that_is_not_taken(config: RunConfig) -> None:
+    server, evaluation = config.server, config.evaluation
+    generated = server.metric_for_best_model != "loss"
+    if generated and evaluation.max_new_tokens == 0:
+        raise UserError(
+            f"config: server.metric_for_best_model = {server.metric_for_best_model!r}: answers must be "
+            "generated for it; set evaluation.max_new_tokens"
+        )
+    every = {"evaluation.evaluate_every": evaluation.evaluate_every}
+    every |= {"evaluation.generate_every": evaluation.generate_every} if generated else {}
+    wanting = "server.load_best_model_at_end = true" if server.load_best_model_at_end else ""
+    wanting = wanting or f"server.early_stopping_patience = {server.early_stopping_patience}"
+    if server.looks_for_best and (never := [key for key, rounds in every.items() if rounds == 0]):
+        raise UserError(f"config: {wanting}: {never[0]} = 0 measures no round between; set it to 1 or more")
 
 
 def _refuse_options_of_other_methods(strategy: StrategyConfig) -> None:

@@ -18,10 +18,10 @@ from fedflame.config.sections import (
     EvaluationConfig,
     ModelConfig,
     ServerConfig,
-    StrategyConfig,
     TrainingConfig,
 )
 from fedflame.config.settings import Section
+from fedflame.config.strategy_section import StrategyConfig
 from fedflame.config.words import Tracker
 
 SCHEMA_VERSION = 1
@@ -148,10 +148,15 @@ class RunConfig(Section):
         """The clients that are sampled in each round."""
         return sampled_clients(self.server.fraction_train, self.clients.num_clients)
 
+    def evaluating_clients(self) -> int:
+        """The clients that are sampled for an evaluation on rows of their own; 0 if none are."""
+        share = self.server.fraction_evaluate
+        return sampled_clients(share, self.clients.num_clients) if share else 0
 
-def sampled_clients(fraction_train: float, num_clients: int) -> int:
-    """The clients of a round, where this share of all is sampled."""
-    return max(1, round(fraction_train * num_clients))
+
+def sampled_clients(fraction: float, num_clients: int) -> int:
+    """The clients of a round or of an evaluation, where this share of all is sampled."""
+    return max(1, round(fraction * num_clients))
 
 
 def _alike(chosen: str, afforded: list[int], full: int) -> list[int]:

@@ -1,34 +1,28 @@
 """Every key of a run's configuration, by section; the docstring of a field is its help.
 
 A list may be written as a list or as text: `[8, 4, 2, 1]` and `"8,4,2,1"` are the same value.
-docs/configuration.md is made from this file.
+docs/configuration.md is made from this file; the section `strategy` is in `strategy_section`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from fedflame.config.lists import Integers, IntegersOrNone, Names
 from fedflame.config.lora_scale import lora_scale, lora_scale_divisor
-from fedflame.config.methods import METHODS, NAMED_METHODS
 from fedflame.config.settings import Section
 from fedflame.config.values import (
     CompletionOnly,
     Device,
-    MedianNoneOrNumber,
-    MinFullOrNumber,
     NothingOrALength,
+    TrainedBy,
 )
 from fedflame.config.words import (
+    BestMetric,
     Checkpointed,
-    CountedRows,
-    CountNormalization,
     LRScheduler,
-    RescalerRule,
-    RobustRule,
     UpdateDtype,
 )
 
@@ -38,17 +32,10 @@ EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
 
 
-def _known_method(name: str) -> str:
-    if name not in METHODS:
-        *known, last = map(repr, NAMED_METHODS)
-        raise PydanticCustomError("literal_error", f"Input should be {', '.join(known)} or {last}")
-    return name
-
-
 LARGEST_RANK = 65_536
 """Of any adapter; `prepare.require_runnable` knows the model and allows less."""
-MOST_STEPS = 1_000_000
-"""Of a client in a round."""
+MOST_STEPS = MOST_ROUNDS = 1_000_000
+"""Steps of a client in a round; rounds of a run."""
 Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
 
 
@@ -107,6 +94,10 @@ class DataConfig(Section):
     client_files: Names = ()
     """Files with the rows of one client each, or patterns such as `silos/*.jsonl`, instead of `dataset_name`.
     The files are the clients, in the order of their names, and `clients.num_clients` follows from them."""
+    client_test_files: Names = ()
+    """Files with the rows that each client is scored on, or patterns, as many and in the same order as
+    `data.client_files`; nobody trains on them. They take the place of `evaluation.client_test_size`, and need
+    `server.fraction_evaluate`."""
     split: str = "train"
     """The split of a hub data set."""
     dataset_config_name: str = ""
@@ -149,6 +140,10 @@ class DataConfig(Section):
     label, or at random in unequal numbers, which one Dirichlet draw decides."""
     alpha: Annotated[float, Field(gt=0)] = 5.0
     """The concentration of the Dirichlet draws. The smaller it is, the more the clients differ."""
+    trained_by: TrainedBy = "each"
+    """Who trains on the rows. `each`: every client on its own. `one`: the first client on those of all. The
+    number of a client: that one alone, on its own. The last two are the bounds that `fedflame compare` sets
+    beside the methods (docs/compare.md)."""
 
 
 class ClientsConfig(Section):
@@ -233,68 +228,35 @@ class TrainingConfig(Section):
         return self.packing or self.padding_free
 
 
-class StrategyConfig(Section):
-    name: Annotated[str, AfterValidator(_known_method)] = "flame"
-    """The federated method: flame, fedavg, ffa_lora, rolora, fedex_lora, hetlora, flexlora or flora.
-    docs/strategies.md compares them."""
-    temperature: Annotated[float, Field(ge=0, le=8)] = 1.0
-    """FLAME: the exponent t on the activation frequency. 0 gives the weights of FedAvg; the paper finds 2 to
-    4 good. The larger t is, the more the clients with a large k decide. Above 8 the weights of rarely used
-    experts would vanish in fp32."""
-    rescaler: RescalerRule = "learned"
-    """FLAME: how clients with k < K rescale the routed output. `learned` is the paper's; `none` leaves it,
-    `static` multiplies by K/k, `mass` by a measured ratio of routing weights."""
-    count_normalization: CountNormalization = "slot"
-    """FLAME: what activation counts are divided by. `token`: the tokens, as in the paper, which gives a
-    client with a large k more weight. `slot`: the routed slots, k for each token."""
-    tier_affinity: Annotated[float, Field(ge=0, le=1)] = 0.7
-    """FLAME: the server keeps an adapter for every k of the clients. An update that was trained with k'
-    counts in the adapter of k with this number to the power of the doublings between k and k': 1, 0.7, 0.49
-    and so on. 1: one adapter for all, as in the paper. 0: every k learns from its own clients only."""
-    k_rotation: Literal["auto", "none", "smaller", "all"] = "auto"
-    """FLAME: the k that a client trains with. `none`: what it affords, as in the paper. `smaller`: in every
-    second round what it affords, and between them the smaller k of other clients in turn. `all`: also the
-    larger ones, with fewer steps, so that a round costs no more. `auto`: `all` if training.budget is compute,
-    otherwise `smaller`."""
-    learning_rate_exponent: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """FLAME: a client that trains with k experts has the learning rate times (K/k) to this power. 0: the same
-    rate for every k."""
-    active_experts: MinFullOrNumber = "min"
-    """fedavg, ffa_lora, rolora, fedex_lora: the k of every client. `min`: what the smallest client affords
-    (the paper's baseline); `full`: the model's K; or a number."""
-    rank: MinFullOrNumber = "full"
-    """fedavg, ffa_lora, rolora, fedex_lora: the LoRA rank of every client. `full`: adapter.r; `min`: what the
-    smallest client affords; or a number."""
-    counted_rows: CountedRows = "trained"
-    """All methods but hetlora: which rows are a client's weight |D_i| in a mean. `held`: all its rows, as
-    published. `trained`: the rows that it trained on in the round, each counted once. They differ where
-    `training.max_steps` do not reach all rows: with `held`, a client with many rows then counts for more than
-    it has done."""
-    clip: MedianNoneOrNumber = "median"
-    """All methods: the largest pace of an update; one that went further is scaled down. `median`: 1.5 times
-    the median pace in earlier rounds, and for the first round in that round. `none`: as far as AdamW can go.
-    Or a number. A pace is the root mean square of what values moved, over learning rate times the root of the
-    steps, where the rate is constant; honest ones are about 1. Learned rescalers are bounded likewise."""
-    robust: RobustRule = "none"
-    """flame, fedavg, ffa_lora, rolora: how values are averaged, per expert over the clients that activated
-    it. `none`: by weight. `trimmed_mean`: by weight, without the largest and the smallest value of each
-    coordinate. `geometric_median`: the point with the least weighted distance to all, for each expert and
-    bank. With fewer than three clients on an expert: by weight."""
-    rank_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """HetLoRA: gamma of rank self-pruning, such as 0.9. A client whose last ranks, those after the first
-    gamma r_i, shrank in a round goes on without them. 0: no pruning."""
-
-
 class ServerConfig(Section):
-    num_server_rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    num_server_rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 10
     """The number of federated rounds."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of the clients that is sampled in each round."""
+    fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the clients that is sampled to score the global model on rows of their own, whenever it is
+    evaluated; they send sums alone. 0: no client is asked."""
     min_clients: Annotated[int, Field(ge=1)] = 1
     """The usable updates that a round needs. With fewer the run stops and keeps its checkpoint."""
     save_total_limit: Annotated[int, Field(ge=1, le=1000)] = 2
     """The checkpoints that are kept: those after the last so many rounds. `--resume-from` goes on from any of
     them, such as the one before a damaged one."""
+    load_best_model_at_end: bool = False
+    """Whether each k has the adapter of its best round, not the last: in the adapter folder, `evaluate`,
+    `export` and the report. These rounds are kept, too: at most one more checkpoint for each k."""
+    metric_for_best_model: BestMetric = "loss"
+    """What says which round is best, on the held-out rows at each k. A round without it does not count; the
+    model before training does, as round 0."""
+    early_stopping_patience: Annotated[int, Field(ge=0, le=MOST_ROUNDS)] = 0
+    """The run stops after so many evaluations in which the metric, as the mean over all k, did not improve.
+    0: it goes through all rounds."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """An evaluation is an improvement where it is better than the best before by more than this."""
+
+    @property
+    def looks_for_best(self) -> bool:
+        """Whether something depends on which round is best."""
+        return self.load_best_model_at_end or self.early_stopping_patience > 0
 
 
 class CommunicationConfig(Section):
@@ -315,6 +277,10 @@ class EvaluationConfig(Section):
     same, and no row is in both. In a file or a hub data set they come from what data.max_rows leaves out."""
     rows_per_category: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     """The held-out rows of each category."""
+    client_test_size: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """With `server.fraction_evaluate`: about this share of each client's rows is held out to be scored there,
+    and at least one row. Which rows these are follows from what they say and from the seed, so that copies of
+    a row are on one side at all clients. Sites say in their own file what they hold out."""
     evaluate_every: Annotated[int, Field(ge=0)] = 1
     """The rounds from one evaluation to the next. 0: only before and after the run."""
     generate_every: Annotated[int, Field(ge=0)] = 3

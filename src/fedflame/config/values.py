@@ -49,8 +49,16 @@ def _device(value: str) -> str:
     return value
 
 
+def _each_one_or_a_client(value: object) -> str:
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not (text in ("each", "one") or re.fullmatch("0|[1-9][0-9]{0,5}", text)):
+        raise ValueError("must be 'each', 'one' or the number of a client, from 0")
+    return text
+
+
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
 MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
 Device = Annotated[str, AfterValidator(_device)]
 CompletionOnly = Annotated[Literal["auto", "true", "false"], BeforeValidator(_auto_or_truth)]
+TrainedBy = Annotated[str, BeforeValidator(_each_one_or_a_client)]
 NothingOrALength = Annotated[int, Field(ge=0, le=1_048_576), AfterValidator(_nothing_or_a_length)]

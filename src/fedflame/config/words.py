@@ -26,5 +26,7 @@ RobustRule = Literal["none", "trimmed_mean", "geometric_median"]
 """How clients are averaged: by weight, or so that a few cannot decide; see `strategies.robust`."""
 Checkpointed = Literal["none", "experts", "layers"]
 """What is not kept for the backward; see `moe.gradient_checkpointing`."""
+BestMetric = Literal["loss", "exact_match", "rouge_l"]
+"""A measure of held-out rows by which a round is better than another; of the loss, less is better."""
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 """What a run can report to, by the name of its package, which is that of its extra, too."""

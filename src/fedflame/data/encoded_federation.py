@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fedflame.data.client_tests import EncodedTests, encode_tests
 from fedflame.data.encoder import Encoder
 from fedflame.data.encoding import EncodedPrompt, EncodedRow, encode_prompts, encode_rows, require_known_ids
 from fedflame.data.federation import Federation
@@ -23,6 +24,8 @@ class EncodedFederation:
     held_out: list[EncodedRow]
     prompts: list[EncodedPrompt]
     """What answers to the held-out rows are generated from; empty if none are generated."""
+    tests: list[EncodedTests]
+    """For each client, the rows that it is scored on."""
 
     @property
     def cut_prompts(self) -> int:
@@ -31,7 +34,8 @@ class EncodedFederation:
 
     def require_known_ids(self, vocabulary: int, encoder: Encoder) -> None:
         """Raise UserError if a row or a prompt has a token that the model has no embedding for."""
-        rows = [*(row for rows in self.clients for row in rows), *self.held_out]
+        tests = [tests.encoded for tests in self.tests]
+        rows = [*(row for rows in [*self.clients, *tests] for row in rows), *self.held_out]
         require_known_ids(rows, vocabulary, encoder)
 
     @property
@@ -60,14 +64,15 @@ def encode_federation(
     Args:
         federation: the rows.
         encoder: how they become tokens.
-        most_prompt_tokens: the most tokens of a held-out prompt; None for no limit.
-        generate: whether answers to the held-out rows will be generated.
+        most_prompt_tokens: the most tokens of a prompt that is scored; None for no limit.
+        generate: whether answers to the rows that are scored will be generated.
 
     Raises:
         UserError: more than half of the rows cannot be encoded, or none of a client or none held out.
     """
     training = encode_rows(federation.training, encoder)
     held_out = encode_rows(federation.held_out, encoder)
+    tests = [encode_tests(of, encoder, most_prompt_tokens, generate) for of in federation.tests]
     rows = [*federation.training, *federation.held_out]
     unusable = [
         SkippedRow(row.where or "a generated row", encoded)
@@ -77,6 +82,9 @@ def encode_federation(
     if unusable:
         _refuse_many(unusable, len(rows))
         federation = _without(federation, training, held_out, unusable)
+    if skipped := [row for _, of in tests for row in of]:
+        usable = tuple(of.rows for of, _ in tests)
+        federation = replace(federation, tests=usable, skipped=[*federation.skipped, *skipped])
     kept = [row for row in training if not isinstance(row, str)]
     prompts = encode_prompts(federation.held_out, encoder, most_prompt_tokens) if generate else []
     return EncodedFederation(
@@ -84,6 +92,7 @@ def encode_federation(
         [[kept[index] for index in part] for part in federation.parts],
         [row for row in held_out if not isinstance(row, str)],
         prompts,
+        [of for of, _ in tests],
     )
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedflame.config.client_files import client_files
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import SKILLS, DataConfig
 from fedflame.data import skills
+from fedflame.data.bounds import trained_parts
+from fedflame.data.client_tests import split_test
 from fedflame.data.conversations import Conversation
-from fedflame.data.given import GivenRows, rows_of_files
+from fedflame.data.given import GivenRows, rows_of_files, rows_of_test_files
 from fedflame.data.partition import by_owner, partition, partition_statistics
 from fedflame.data.rows import LoadedRows, SkippedRow, read_rows, sample_rows, split_held_out, validation_rows
 from fedflame.data.sources import open_source
@@ -41,11 +45,14 @@ class Federation:
     """For each source of rows, its columns: what was read as what, and what was ignored."""
     names: tuple[str, ...] = ()
     """Of the clients, if the data names them."""
+    tests: tuple[list[Conversation], ...] = ()
+    """For each client, the rows that it is scored on; empty if no client is asked to score."""
 
     @property
     def digest(self) -> str:
-        """A hash of all rows, training before held-out."""
-        rows = [row.to_values() for row in [*self.training, *self.held_out]]
+        """A hash of all rows: those of training, then the held-out ones, then those that clients score."""
+        scored = [row for rows in self.tests for row in rows]
+        rows = [row.to_values() for row in [*self.training, *self.held_out, *scored]]
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
     @property
@@ -85,31 +92,48 @@ def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federa
         rows = _generated(config)
     else:
         rows = _loaded(config, given or _only(data))
-    return _capped(Federation(
+    federation = Federation(
         rows.training, _parts(config, rows), "given" if rows.owners else data.partition, rows.held_out,
         rows.skipped, rows.columns, rows.names,
-    ), config)  # fmt: skip
+    )  # fmt: skip
+    federation = _capped(federation, config)
+    federation = _with_tests(federation, config) if config.evaluating_clients() else federation
+    if data.trained_by == "each":
+        return federation
+    parts = trained_parts(federation.parts, data.trained_by)
+    if not any(parts):
+        raise UserError(f"data.trained_by = {data.trained_by}: this client has no row to train on")
+    return _with_parts(federation, parts)
 
 
-def held_out_rows(name: str, config: RunConfig, given: GivenRows | None = None) -> LoadedRows:
-    """Return all rows of a source that is there to be scored, such as `evaluation.dataset_name`.
-
-    Args:
-        name: a file or a hub id.
-        config: names the columns and the hub's split.
-        given: rows that replace those of that name.
+def held_out_rows(config: RunConfig) -> LoadedRows:
+    """Return all rows of `evaluation.dataset_name`.
 
     Raises:
-        UserError: see `read_rows`.
+        UserError: they are the rows that are trained on, or cannot be read; see `read_rows`.
     """
-    split = config.evaluation.dataset_split
-    sources = given.sources if given else (open_source(name, config.data.dataset_config_name, split),)
-    loaded = [read_rows(source, _columns(config.data)) for source in sources]
-    return LoadedRows(
-        [row for of in loaded for row in of.rows],
-        [row for of in loaded for row in of.skipped],
-        f"{sources[0].name}: {loaded[0].columns}",
-    )
+    name, split = config.evaluation.dataset_name, config.evaluation.dataset_split
+    _refuse_trained_rows(config)
+    source = open_source(name, config.data.dataset_config_name, split, "evaluation.dataset_name")
+    loaded = read_rows(source, _columns(config.data))
+    return replace(loaded, columns=f"{source.name}: {loaded.columns}")
+
+
+def _refuse_trained_rows(config: RunConfig) -> None:
+    data, name = config.data, config.evaluation.dataset_name
+    trained = client_files(data.client_files) if data.client_files else (data.dataset_name,)
+    same_place = any(os.path.realpath(one) == os.path.realpath(name) for one in trained)
+    if same_place and (os.path.exists(name) or data.split == config.evaluation.dataset_split):
+        raise UserError(
+            f"evaluation.dataset_name = {name!r}: these rows are trained on; name others, or leave it out to "
+            "score the rows that are held out of them"
+        )
+
+
+def held_out_only(config: RunConfig) -> Federation:
+    """Load the rows of `evaluation.dataset_name` alone; see `held_out_rows`."""
+    test = held_out_rows(config)
+    return Federation([], [], "given", test.rows, test.skipped, (test.columns,))
 
 
 def _generated(config: RunConfig) -> _Rows:
@@ -119,7 +143,7 @@ def _generated(config: RunConfig) -> _Rows:
     if config.data.client_field:
         raise UserError(f"data.client_field = {config.data.client_field!r}: generated rows name no client")
     if evaluation.dataset_name:
-        test = held_out_rows(evaluation.dataset_name, config)
+        test = held_out_rows(config)
         return _Rows(training, test.rows, test.skipped, (test.columns,))
     if evaluation.split == "validation":
         return _Rows(training, skills.validation_instructions(count, config.seed), [], ())
@@ -134,7 +158,7 @@ def _only(data: DataConfig) -> GivenRows:
 
 def _loaded(config: RunConfig, given: GivenRows) -> _Rows:
     """Read all sources. Rows are held out of them together, unless rows of their own are scored."""
-    data, test_name = config.data, config.evaluation.dataset_name
+    data = config.data
     loaded = [read_rows(source, _columns(data), may_be_empty=given.per_client) for source in given.sources]
     if given.per_client:
         loaded = [of.owned_by(str(client)) for client, of in enumerate(loaded)]
@@ -143,8 +167,8 @@ def _loaded(config: RunConfig, given: GivenRows) -> _Rows:
         raise UserError(f"{given.sources[0].name} and {len(given.sources) - 1} more: no usable row in any")
     owners, names = _owners(config, given, rows)
     columns = _columns_of(given, loaded)
-    if test_name:
-        test, training = held_out_rows(test_name, config), sample_rows(rows, data.max_rows, config.seed)
+    if config.evaluation.dataset_name:
+        test, training = held_out_rows(config), sample_rows(rows, data.max_rows, config.seed)
         return _Rows(training, test.rows, [*skipped, *test.skipped], (*columns, test.columns), owners, names)
     training, held_out = _held_out(config, rows)
     if owners:
@@ -203,6 +227,11 @@ def _capped(federation: Federation, config: RunConfig) -> Federation:
         sorted(random.Random(derive_seed(config.seed, "cap", client)).sample(part, min(most, len(part))))
         for client, part in enumerate(federation.parts)
     ]
+    return _with_parts(federation, kept)
+
+
+def _with_parts(federation: Federation, kept: Sequence[Sequence[int]]) -> Federation:
+    """Return the federation with these of its training rows, by client."""
     used = sorted(index for part in kept for index in part)
     numbers = {index: number for number, index in enumerate(used)}
     return replace(
@@ -212,9 +241,31 @@ def _capped(federation: Federation, config: RunConfig) -> Federation:
     )
 
 
+def _with_tests(federation: Federation, config: RunConfig) -> Federation:
+    """Give each client the rows of its own file to score, or hold some of its rows out for it."""
+    if config.data.client_test_files:
+        return _with_given_tests(federation, config.data)
+    size, training = config.evaluation.client_test_size, federation.training
+    kept: list[list[int]] = []
+    tests: list[list[Conversation]] = []
+    for part in federation.parts:
+        trained, scored = split_test([training[index] for index in part], size, config.seed)
+        kept.append([part[at] for at in trained])
+        tests.append([training[part[at]] for at in scored])
+    return replace(_with_parts(federation, kept), tests=tuple(tests))
+
+
+def _with_given_tests(federation: Federation, data: DataConfig) -> Federation:
+    sources = rows_of_test_files(data.client_test_files, data.client_files)
+    loaded = [read_rows(source, _columns(data), may_be_empty=True) for source in sources]
+    skipped = [row for of in loaded for row in of.skipped]
+    tests = tuple(of.rows for of in loaded)
+    return replace(federation, tests=tests, skipped=[*federation.skipped, *skipped])
+
+
 def _columns_of(given: GivenRows, loaded: Sequence[LoadedRows]) -> tuple[str, ...]:
     """Return the columns of each client's rows, once if they are all alike."""
-    if len({of.columns for of in loaded}) == 1:
+    if len(loaded) > 1 and len({of.columns for of in loaded}) == 1:
         return (f"data: {loaded[0].columns}",)
     return tuple(f"{source.name}: {of.columns}" for source, of in zip(given.sources, loaded, strict=True))
 
@@ -245,10 +296,14 @@ def _held_out(config: RunConfig, rows: list[Conversation]) -> tuple[list[Convers
 
 
 def describe(federation: Federation, tiers: Sequence[int]) -> list[dict[str, Any]]:
-    """Return for each client its k, its number of rows, its rows per category, and its name if it has one."""
+    """Return for each client its k, its number of rows, its rows per category, and its name if it has one.
+
+    Where clients score rows of their own, it has the number of these, too.
+    """
     labels = [row.category for row in federation.training]
     statistics = partition_statistics(labels, federation.parts)
     names = [{"name": name} for name in federation.names] or [{}] * len(federation.parts)
+    tests = [{"test_rows": len(rows)} for rows in federation.tests] or [{}] * len(federation.parts)
     return [
         {
             "client": client,
@@ -256,6 +311,7 @@ def describe(federation: Federation, tiers: Sequence[int]) -> list[dict[str, Any
             "rows": len(part),
             "per_category": per_category,
             **names[client],
+            **tests[client],
         }
         for client, (k, part, per_category) in enumerate(
             zip(tiers, federation.parts, statistics, strict=True)

@@ -31,7 +31,32 @@ def rows_of_files(patterns: Sequence[str]) -> GivenRows:
     names = [one_line(Path(file).name.split(".")[0]) for file in files]
     if len(set(names)) < len(names):
         names = [one_line(file) for file in files]
-    return GivenRows(tuple(open_source(file, "", "") for file in files), per_client=True, names=tuple(names))
+    return GivenRows(
+        tuple(open_source(file, "", "", "data.client_files") for file in files),
+        per_client=True,
+        names=tuple(names),
+    )
+
+
+def rows_of_test_files(patterns: Sequence[str], training: Sequence[str]) -> tuple[Source, ...]:
+    """Return the rows of `data.client_test_files`, in client order.
+
+    Args:
+        patterns: those of `data.client_test_files`.
+        training: those of `data.client_files`.
+
+    Raises:
+        UserError: see `client_files`; there is not one file for each client, or it is one of the others.
+    """
+    key = "data.client_test_files"
+    files, trained = client_files(patterns, key), client_files(training)
+    if both := sorted(set(files) & set(trained)):
+        raise UserError(f"{key}: {both[0]} is in data.client_files, too; nobody may train on what is scored")
+    if len(files) != len(trained):
+        raise UserError(
+            f"{key}: {len(files)} files for the {len(trained)} of data.client_files; each client needs one"
+        )
+    return tuple(open_source(file, "", "") for file in files)
 
 
 def given_rows(data: Any) -> GivenRows:

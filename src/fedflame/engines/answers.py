@@ -11,6 +11,8 @@ from fedflame.errors import InvalidMessage, one_line
 from fedflame.trainer.header_model import HeaderModel
 from fedflame.wire.envelope import Envelope
 
+_ANSWERS = {"describe": "description", "train": "update", "evaluate": "evaluation"}
+"""Kind of a request -> kind of its answer."""
 MOST_STEPS_SHOWN = 1_000_000
 _Experts = Annotated[int, Field(ge=1, lt=1 << 31)]
 
@@ -24,6 +26,8 @@ class Description(HeaderModel):
     """Experts per token that its machine affords."""
     max_active_experts: _Experts
     """Largest k that it lets a plan ask for."""
+    test_rows: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Rows that it lets the hub have scored; 0: it scores none."""
     held: str
     """Digest of the last plan of the run that it answered; empty if there is none."""
 
@@ -41,7 +45,7 @@ def read_answer(event: Envelope, request: Request, run: str) -> Envelope:
     for name, wanted in (("ticket", request.ticket), ("run", run)):
         if answer.header.get(name) != wanted:
             raise InvalidMessage(f"its {name} is not the one that was asked for")
-    wanted = "description" if request.kind == "describe" else "update"
+    wanted = _ANSWERS[request.kind]
     kind = answer.header.get("kind")
     if kind not in (wanted, "refused", "failed", *(["lacking"] if request.addition else [])):
         raise InvalidMessage(f"it is of kind {kind!r}")

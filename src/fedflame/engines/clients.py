@@ -11,11 +11,12 @@ site says ends a run.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedflame.clients.answers import Answer, OnStep
 from fedflame.engines.answers import Description, progress, read_answer, said
@@ -28,7 +29,7 @@ from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import ClientUpdate
 from fedflame.server.validation import believed, most_rows
 from fedflame.wire.addition import encode_addition, plan_digest
-from fedflame.wire.codec import encoded_plan_work, encoded_update_limit
+from fedflame.wire.codec import EVALUATION_LIMIT, encoded_plan_work, encoded_update_limit
 from fedflame.wire.envelope import LONGEST_BEFORE_BODY, Envelope
 
 BACKOFF_SECONDS = 2.0
@@ -60,7 +61,8 @@ class EngineClients:
     _known: dict[str, Description] = field(default_factory=dict)
     _left_out: dict[str, str] = field(default_factory=dict)
     """Sites that get no plan in this run -> why."""
-    _patience: Patience = field(default_factory=Patience)
+    _patience: dict[str, Patience] = field(default_factory=lambda: defaultdict(Patience))
+    """By kind of request: what it takes to score says nothing of what it takes to train."""
     _late: dict[str, Request] = field(default_factory=dict)
     """Ticket -> a request that was given up; its answer comes too late, but tells how long it took."""
 
@@ -79,10 +81,20 @@ class EngineClients:
         return self.sites[client]
 
     def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
-        requests = [self._request_update(self.sites[client], plan) for client, plan in plans]
+        requests = [self._request(self.sites[client], "train", plan) for client, plan in plans]
         self._exchange(requests, self.quorum)
         for request in requests:
             yield _answer(request, on_step)
+
+    def evaluate(self, plans: Iterable[tuple[int, bytes]]) -> Iterator[Answer]:
+        requests = [self._request(self.sites[client], "evaluate", plan) for client, plan in plans]
+        self._exchange(requests, self.quorum)
+        for request in requests:
+            yield _answer(request, lambda tokens: None)
+
+    def test_rows(self) -> list[int | None]:
+        told = {site: known.test_rows for site, known in self._known.items()}
+        return [0 if site in self._left_out else told.get(site) for site in self.sites]
 
     def describe(self) -> dict[str, Description]:
         """Ask all sites what they have and afford; return the answers by site."""
@@ -103,16 +115,18 @@ class EngineClients:
     def _plan_path(self, site: str) -> Path:
         return self.folder / f"{site}.plan"
 
-    def _request_update(self, site: str, plan: bytes) -> Request:
+    def _request(self, site: str, kind: Literal["train", "evaluate"], plan: bytes) -> Request:
         """Prepare a request with the plan, or with its difference to the plan that the site holds."""
-        request = Request(site, "train", self._plan_path(site), 0, failure=self._left_out.get(site, ""))
+        request = Request(site, kind, self._plan_path(site), 0, failure=self._left_out.get(site, ""))
         if request.failure:
             return request
         store(request.plan_path, plan)
-        request.longest_answer = LONGEST_BEFORE_BODY + encoded_update_limit(mapped(request.plan_path))
+        request.longest_answer = LONGEST_BEFORE_BODY + (
+            encoded_update_limit(mapped(request.plan_path)) if kind == "train" else EVALUATION_LIMIT
+        )
         request.work = encoded_plan_work(mapped(request.plan_path))
         held = request.held_path if request.held_path.exists() else None
-        # In a resumed run, the site may have trained this round before the driver ended.
+        # In a resumed run, the site may have answered this plan before the driver ended.
         if site in self._known and self._known[site].held == plan_digest(plan):
             held, request.answered_before = request.plan_path, True
         addition = encode_addition(mapped(request.plan_path), mapped(held)) if held else None
@@ -189,13 +203,14 @@ class EngineClients:
     def _learned_wait(self, request: Request, reached: float | None) -> float | None:
         if request.kind == "describe":  # takes no training
             return learned_wait((), request.work)
-        return None if reached is None else self._patience.wait(request.site, request.work)
+        return None if reached is None else self._patience[request.kind].wait(request.site, request.work)
 
     def _give_up(self, request: Request, reason: str) -> None:
         request.fail(reason)
-        if request.kind == "train" and not request.gone:
-            self._patience.missed(request.site)
-            self._late = {t: late for t, late in self._late.items() if late.site != request.site}
+        if request.kind != "describe" and not request.gone:
+            self._patience[request.kind].missed(request.site)
+            asked = request.site, request.kind
+            self._late = {t: late for t, late in self._late.items() if (late.site, late.kind) != asked}
             self._late[request.ticket] = request
 
     def _start_job(self, open_requests: Iterable[Request]) -> None:
@@ -244,8 +259,12 @@ class EngineClients:
         """Note how long an answer took that came after its round, so that the next is waited for."""
         request = self._late.pop(str(event.header.get("ticket")), None)
         with suppress(InvalidMessage):
-            if request and read_answer(event, request, self.run).header["kind"] == "update":
-                self._patience.heard(request.site, request.work, time.monotonic() - request.start)
+            if request and read_answer(event, request, self.run).header["kind"] in ("update", "evaluation"):
+                self._heard(request)
+
+    def _heard(self, request: Request) -> None:
+        seconds = time.monotonic() - request.start
+        self._patience[request.kind].heard(request.site, request.work, seconds)
 
     def _reaches(self, sites: Any) -> None:
         """Note which sites the job reaches."""
@@ -266,14 +285,14 @@ class EngineClients:
         elif kind == "description":
             self._known[request.site] = Description.read(answer.header, "description")
             request.answered = True
-        elif kind == "update":
+        elif kind in ("update", "evaluation"):
             if waiting + len(answer.body) <= ANSWER_MEMORY:
                 request.body = answer.body
             else:
                 store(request.answer_path, answer.body)
             request.steps, request.answered = progress(answer), True
             if not request.answered_before:
-                self._patience.heard(request.site, request.work, time.monotonic() - request.start)
+                self._heard(request)
         else:
             prefix = "the site refuses: " if kind == "refused" else ""
             request.fail(f"{prefix}{said(answer, 'reason')}")

@@ -23,13 +23,13 @@ class Request:
     """A request to one site. Its plan is on disk, so that memory does not grow with the number of sites."""
 
     site: str
-    kind: Literal["describe", "train"]
+    kind: Literal["describe", "train", "evaluate"]
     plan_path: Path
     """File of the whole plan; unused if the request asks for a description."""
     longest_answer: int
     """Most bytes of an answer, with its envelope; a longer one is not read."""
     work: float = 1.0
-    """Steps times experts per token that the plan asks for."""
+    """Steps, or passes over the rows to score, times experts per token that the plan asks for."""
     ticket: str = field(default_factory=new_ticket)
     addition: bool = False
     """Whether to send only the difference between the plan and the plan that the site holds."""
@@ -37,7 +37,7 @@ class Request:
     asked: float = field(default_factory=time.monotonic)
     """When it was last sent."""
     answered_before: bool = False
-    """Whether the site has trained this plan before, so that its answer takes no training."""
+    """Whether the site has answered this plan before, so that its answer takes no work."""
     gone: str = ""
     """Why the engine does not reach the site; empty while it does."""
     returns: int = 0

@@ -14,6 +14,7 @@ from fedflame.data.encoder import PLAIN_FORM, PromptForm
 from fedflame.data.sources import hub_id
 from fedflame.errors import UserError
 from fedflame.experiment.run_folder import saved_prompt_form
+from fedflame.experiment.used_model import used_state
 from fedflame.exports import (
     CardFacts,
     Layout,
@@ -113,25 +114,30 @@ def write_run_adapter(
     checkpoint: Checkpoint, config: RunConfig, model: PreTrainedModel, run: Path
 ) -> Written:
     """The adapter folder in a finished run's folder, or the reason why the run can only be merged."""
+    state = used_state(run) if config.server.load_best_model_at_end else checkpoint.state
     try:
         card = card_facts(run, config, checkpoint.round)
         trained = trained_run(config, checkpoint.round, saved_prompt_form(run), card)
-        note = write_adapter(checkpoint.state, trained, model, run / "adapter", None, True)
+        note = write_adapter(state, trained, model, run / "adapter", None, True)
     except NoPeftLayoutError as error:
         return Written(run, None, f"no adapter folder: {error}")
     return Written(run, run / "adapter", note)
 
 
 def card_facts(run: Path, config: RunConfig, round_number: int) -> CardFacts:
-    """What a model card says of a run's data, and of its scores after this round."""
+    """What a model card says of a run's data, and of its scores after this round, the last.
+
+    Where each k has its best round, its scores are of that.
+    """
     recorded = read_run(run)
+    used = recorded.used_rounds
     held_out = {
         one.active_experts: {name: value for name in MEASURES if (value := one.value(name)) is not None}
         for one in recorded.evaluations
-        if (one.round, one.category) == (round_number, None)
+        if (one.round, one.category) == (used.get(one.active_experts, round_number), None)
     }
     tasks = recorded.tasks if recorded.tasks and recorded.tasks.round == round_number else None
-    return CardFacts(hub_id(config.data.dataset_name), held_out, tasks)
+    return CardFacts(hub_id(config.data.dataset_name), held_out, tasks, best_rounds=used)
 
 
 def trained_run(

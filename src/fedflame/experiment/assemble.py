@@ -21,6 +21,7 @@ from fedflame.experiment.placement import place
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ClientProfile
 from fedflame.training.evaluation import HeldOut
+from fedflame.training.score_tests import rows_to_score
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Experiment:
             self.encoder,
             config.evaluation.max_new_tokens,
         )
+
+    @property
+    def tests(self) -> list[HeldOut]:
+        """The rows that each client is scored on; none if no client is asked to score."""
+        return [rows_to_score(tests, self.encoder) for tests in self.encoded.tests]
 
     @property
     def clients(self) -> list[dict[str, Any]]:

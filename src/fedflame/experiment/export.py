@@ -1,4 +1,4 @@
-"""What a run's last checkpoint holds, as a folder for PEFT, llama.cpp or transformers, and on the hub."""
+"""What a run leaves to be used, as a folder for PEFT, llama.cpp or transformers, and on the hub."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ExportOptions:
 
 
 def export_run(run: Path, to: Path, options: ExportOptions) -> list[str]:
-    """Write what the run's last checkpoint holds into a folder, and push it if that is asked for.
+    """Write what the run leaves to be used into a folder, and push it if that is asked for.
 
     Args:
         run: the run folder.
@@ -81,21 +81,22 @@ def export_run(run: Path, to: Path, options: ExportOptions) -> list[str]:
     options.require_sound()
     config = saved_config(run)
     from fedflame.experiment.adapter_folder import card_facts, trained_run  # from here on with torch
+    from fedflame.experiment.used_model import used_state
     from fedflame.exports import check_export
-    from fedflame.server.checkpoint import read_checkpoint
+    from fedflame.run_files.checkpoints import kept_round
 
-    checkpoint = read_checkpoint(run)
+    state, last = used_state(run), kept_round(run)
     card = replace(
-        card_facts(run, config, checkpoint.round),
+        card_facts(run, config, last),
         hub_model_id=options.hub_model_id,
         license=options.license,
         license_name=options.license_name,
         license_link=options.license_link,
     )
-    trained = trained_run(config, checkpoint.round, saved_prompt_form(run), card)
-    notes = [_write(checkpoint.state, trained, to, options)]
+    trained = trained_run(config, last, saved_prompt_form(run), card)
+    notes = [_write(state, trained, to, options)]
     if options.check:
-        found = check_export(to, checkpoint.state, trained, choose_device(config.model.device).name)
+        found = check_export(to, state, trained, choose_device(config.model.device).name)
         notes += [one.in_words() for one in found]
     if options.push_to_hub:
         notes.append(f"pushed: {push(to, options.hub_model_id, options.hub_private_repo)}")

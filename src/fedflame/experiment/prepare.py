@@ -59,6 +59,11 @@ def prepare(
     refuse_used(run)
     check_run_folder(run, config, existing)
     if sites is not None:
+        if config.data.trained_by != "each":
+            raise UserError(
+                f"data.trained_by = {config.data.trained_by!r}: sites train on the rows that they have; "
+                "leave it at 'each'"
+            )
         check_sites(config.clients.num_clients, sites)
     shape = require_runnable(config)
     return Prepared(config, existing, shape, load_federation(config, given), sites, resume_from)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fedflame.run_files import ADVICE
 from fedflame.run_files.checkpoints import kept_round, kept_rounds, read_sealed, remove_later
 from fedflame.run_files.lines import FILE_NAME, read_lines
 from fedflame.run_files.residuals import read_residual, residual_path
+from fedflame.run_files.standing import Standing, best_rounds, standings, taken
 
 RESIDUALS = "residuals"
 """The folder of what clients owe."""
@@ -24,6 +26,10 @@ class Resumption:
 
     round: int
     metrics_bytes: int
+    standings: Sequence[Standing]
+    """What the evaluations until then add up to."""
+    stopped: bool
+    """Whether the run has stopped there."""
 
 
 def find_resumption(run: Path, config: RunConfig, wanted: int | None = None) -> Resumption | None:
@@ -43,12 +49,17 @@ def find_resumption(run: Path, config: RunConfig, wanted: int | None = None) -> 
         read_checked(run / name, ADVICE)
     number = kept_round(run, wanted)
     _, header = read_sealed(run, number)
-    found = Resumption(number, header["metrics_bytes"])
-    size = found.metrics_bytes
+    size = header["metrics_bytes"]
     events = list(read_lines(run / FILE_NAME, size, size, _advice(run, number)))
     if config.error_feedback():
         _require_residuals(run, events)
-    return found
+    metric, threshold = config.server.metric_for_best_model, config.server.early_stopping_threshold
+    known = standings(taken(events, metric), metric, threshold)
+    if config.server.load_best_model_at_end:
+        for best in {*best_rounds(known, number).values()} - {number}:
+            read_sealed(run, best)
+    stopped = any((event["event"], event["round"]) == ("stopped", number) for event in events)
+    return Resumption(number, size, known, stopped)
 
 
 def go_back(run: Path, to: Resumption) -> None:

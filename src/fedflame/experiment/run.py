@@ -39,11 +39,13 @@ from fedflame.report import write_report
 from fedflame.run_files.checkpoints import kept_rounds
 from fedflame.run_files.lines import FILE_NAME as METRICS_FILE
 from fedflame.server.checkpoint import Checkpoint, read_checkpoint
+from fedflame.server.course import Course
 from fedflame.server.metrics import MetricsFile, OnEvent
 from fedflame.server.parts import Server
 from fedflame.server.progress import Reporter, Silent
-from fedflame.server.rounds import run_rounds, sample_clients
-from fedflame.strategies.base import Strategy
+from fedflame.server.rounds import run_rounds
+from fedflame.server.sampling import sample_clients
+from fedflame.strategies.base import ClientProfile, Strategy
 from fedflame.trackers.process import Look, reporting
 from fedflame.training.error_feedback import Residuals
 
@@ -144,7 +146,10 @@ def _run(
             if moved:
                 reporter.message(moved)
             server = _server(experiment, method, run, clients, metrics, reporter)
-            checkpoint = run_rounds(server, checkpoint)
+            course = Course(to.standings, to.stopped) if to else Course()
+            if course.has_stopped(server):
+                reporter.message(f"the run has ended after round {checkpoint.round}")
+            checkpoint = run_rounds(server, checkpoint, course)
     except KeyboardInterrupt as error:
         hint = f"the same command with --resume goes on after round {_last_kept(run)}"
         raise KeyboardInterrupt(hint) from error
@@ -217,6 +222,7 @@ def _clients(
         pad_token(experiment.encoder.tokenizer),
         residuals,
         experiment.federation.names,
+        experiment.tests,
     )
     if workers == 1:
         yield own
@@ -235,6 +241,7 @@ def _clients(
             own.pad_token_id,
             residuals,
             torch.get_num_threads(),
+            own.tests,
         )
         for device in others
     ]
@@ -258,8 +265,9 @@ def _server(
         profiles=[
             replace(profile, num_examples=rows)
             for profile, rows in zip(experiment.profiles, clients.num_examples(), strict=True)
-            if profile.num_examples  # whoever owns no row takes no part
+            if profile.num_examples  # whoever owns no row trains nothing
         ],
+        scorers=_scorers(experiment),
         tiers=config.evaluated_experts(k),
         deployments=config.cut_deployments(k),
         training_flops=partial(_training_flops, experiment),
@@ -270,6 +278,12 @@ def _server(
         metrics=metrics,
         reporter=reporter,
     )
+
+
+def _scorers(experiment: Experiment) -> list[ClientProfile]:
+    """All clients, or the one that trains alone: the others do not see what it has learned."""
+    alone = experiment.config.data.trained_by
+    return [one for one in experiment.profiles if alone in ("each", "one", str(one.client))]
 
 
 def _training_flops(experiment: Experiment, k: int, rank: int) -> float:

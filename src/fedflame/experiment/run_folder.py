@@ -31,8 +31,10 @@ MAY_CHANGE = BESIDE_RESULTS | {
     "model.device",
     "training.gradient_checkpointing",
     "server.save_total_limit",
+    "server.early_stopping_patience",
+    "server.early_stopping_threshold",
 }
-"""The settings that a resumption may change: where and how a run computes and what it keeps, not what."""
+"""The settings that a resumption may change: where, how and how long a run computes, and what it keeps."""
 _REMOVED = ".removed"
 _CONFIG = "config.json"
 _PROMPT = "prompt.json"

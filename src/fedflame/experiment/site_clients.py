@@ -50,6 +50,8 @@ def site_clients(
         _leave_out_who_affords_less(
             clients, clients.describe(), config, experiment.adapted.num_experts_per_tok
         )
+        if config.evaluating_clients():
+            _say_who_scores_no_rows(clients)
         if config.strategy.counted_rows == "held":
             _say_whose_rows_are_too_many(clients)
         _record(run, clients)
@@ -122,12 +124,24 @@ def _say_whose_rows_are_too_many(clients: EngineClients) -> None:
             )
 
 
+def _say_who_scores_no_rows(clients: EngineClients) -> None:
+    for name, rows in zip(clients.sites, clients.test_rows(), strict=True):
+        if rows == 0:
+            clients.say(
+                f"{name} is not asked to score: its file holds out no rows for it (data.test_size) or fewer "
+                "than limits.min_rows_per_update, or withholds what they tell (limits.disclosure)"
+            )
+
+
 def _record(run: Path, clients: EngineClients) -> None:
     """Into partition.json, which knows the rows of the hub's own file until then."""
     path = run / "partition.json"
     partition = read_checked(path, ADVICE)
-    for entry, name, rows in zip(partition["clients"], clients.sites, clients.num_examples(), strict=True):
+    told = zip(clients.sites, clients.num_examples(), clients.test_rows(), strict=True)
+    for entry, (name, rows, tests) in zip(partition["clients"], told, strict=True):
         entry |= {"site": name, "rows": rows, "per_category": {"all": rows}}
+        if "test_rows" in entry:
+            entry["test_rows"] = tests
     partition |= {
         "rows": sum(clients.num_examples()),
         "categories": ["all"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.errors import UserError
 from fedflame.experiment.run_folder import is_run, saved_config
+from fedflame.experiment.used_model import used_states
 
 if TYPE_CHECKING:
     from fedflame.moe.adapted_model import AdaptedModel
@@ -47,18 +49,19 @@ def _base_of(source: str, base_model: str | None) -> str:
     return base_model
 
 
-def source_state(source: Path, adapted: AdaptedModel, seed: int) -> ServerState:
-    """The adapter, rescalers and merged factors of a source; of a base model, those of a run's start."""
+def source_states(source: Path, adapted: AdaptedModel, seed: int) -> Callable[[int], ServerState]:
+    """What gives adapter, rescalers and merged factors of a source at k; of a base model, a run's start."""
     from fedflame.exports import load_adapter, load_rescalers, load_tier_adapters
-    from fedflame.server.checkpoint import read_checkpoint
     from fedflame.strategies.base import ServerState
 
     if is_run(source):
-        return read_checkpoint(source).state
+        return used_states(source)
     if is_adapter(source):
-        return ServerState(
+        state = ServerState(
             load_adapter(source, adapted, seed),
             load_rescalers(source, adapted),
             tier_adapters=load_tier_adapters(source, adapted, seed),
         )
-    return ServerState(adapted.initial_adapter(seed), {})
+    else:
+        state = ServerState(adapted.initial_adapter(seed), {})
+    return lambda k: state

@@ -21,9 +21,10 @@ from fedflame.errors import UserError, one_line
 from fedflame.experiment.placement import place
 from fedflame.experiment.prepare import require_runnable
 from fedflame.experiment.run_folder import is_run, refuse_used, saved_dtype, saved_prompt_form, writing
-from fedflame.experiment.source import is_adapter, source_config, source_state
+from fedflame.experiment.source import is_adapter, source_config, source_states
 from fedflame.report import write_report
 from fedflame.report.numbers import plural
+from fedflame.run_files.checkpoints import kept_round
 from fedflame.run_files.task_scores import Metric, ScoresAtK, TaskScores, write_task_scores
 
 if TYPE_CHECKING:
@@ -151,7 +152,6 @@ def _scores(
     from fedflame.base.out_of_memory import memory_in_words
     from fedflame.base.peak_memory import forget_peak, peak_memory
     from fedflame.experiment.speed import measure_speed
-    from fedflame.server.checkpoint import read_checkpoint
 
     run = is_run(folder)
     device, dtype = place(config, shape, saved_dtype(folder) if run else None, 0)
@@ -162,9 +162,10 @@ def _scores(
         tokenizer.chat_template = template
     if options.apply_chat_template and not tokenizer.chat_template:
         raise UserError("--apply-chat-template: the tokenizer has no chat template")
-    state = source_state(folder, adapted, config.seed)
+    state_at = source_states(folder, adapted, config.seed)
     by_k = []
     for k in wanted:
+        state = state_at(k)
         adapted.load(state.adapter_at(k), state.rescaler_at(k, len(adapted.layers)), state.merged)
         forget_peak(adapted.devices)
         doing = f"evaluating at k = {k}", "a smaller --batch-size, "
@@ -184,7 +185,7 @@ def _scores(
             )
         )
     return TaskScores(
-        round=read_checkpoint(folder).round if run else 0,
+        round=kept_round(folder) if run else 0,
         lm_eval=lm_eval.__version__,
         num_fewshot=options.num_fewshot,
         limit=options.limit,

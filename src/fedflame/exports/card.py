@@ -15,6 +15,7 @@ from fedflame import __version__
 from fedflame.config.sections import EMBEDDED_MODEL
 from fedflame.data.encoder import PromptForm
 from fedflame.exports.description import TEMPLATE_FILE, CardFacts, TrainedRun
+from fedflame.run_files.standing import in_words
 from fedflame.run_files.task_scores import TaskScores
 from fedflame.strategies.base import ServerState
 
@@ -236,8 +237,16 @@ def _training(run: TrainedRun) -> str:
         f"{'round' if rounds == 1 else 'rounds'} over {run.num_clients} clients that afford "
         f"{','.join(map(str, run.active_experts))} experts per token, {run.local_work} per "
         f"client and round, learning rate {run.learning_rate:g}. "
-        f"LoRA {lora.in_words} on every expert{attention}."
+        f"LoRA {lora.in_words} on every expert{attention}.{_best(run)}"
     )
+
+
+def _best(run: TrainedRun) -> str:
+    """Return a paragraph on the rounds that are exported; empty if it is the last for every k."""
+    rounds = run.card.best_rounds
+    if not rounds:
+        return ""
+    return f"\n\nFor each k, the round that was best on held-out rows: {in_words(rounds, run.rounds)}."
 
 
 def _base_expression(run: TrainedRun) -> tuple[str, str]:

@@ -118,7 +118,7 @@ def _check_merged(folder: Path, k: int, state: ServerState, run: TrainedRun, dev
 
 def _live(state: ServerState, run: TrainedRun, device: str) -> AdaptedModel:
     """The base in float32, with room for the run's ranks and those that its method merged into the base."""
-    r = run.adapter.r + state.merged.rank
+    r = state.adapter.rank + state.merged.rank
     wide = AdapterConfig(
         r=r, lora_alpha=run.adapter.plain_alpha(r), target_modules=run.adapter.target_modules
     )

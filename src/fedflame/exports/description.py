@@ -28,6 +28,8 @@ class CardFacts:
     """k -> measure -> value on the held-out rows, after the round that is exported."""
     tasks: TaskScores | None = None
     """Scores in tasks of lm-evaluation-harness after that round."""
+    best_rounds: Mapping[int, int] = field(default_factory=dict)
+    """k -> the round that is exported, where that is its best; empty where the last is."""
     hub_model_id: str = ""
     """Where the folder is to be on the hub."""
     license: str = ""
@@ -39,7 +41,8 @@ class CardFacts:
         held_out = {one: value for one, value in self.held_out.items() if one == k}
         by_k = [one for one in self.tasks.by_k if one.active_experts == k] if self.tasks else []
         tasks = self.tasks.model_copy(update={"by_k": by_k}) if self.tasks and by_k else None
-        return replace(self, held_out=held_out, tasks=tasks)
+        rounds = {one: value for one, value in self.best_rounds.items() if one == k}
+        return replace(self, held_out=held_out, tasks=tasks, best_rounds=rounds)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class TrainedRun:
 
 def run_facts(state: ServerState, run: TrainedRun, layers: Sequence[MoELayer]) -> dict[str, Any]:
     """Return the content of `fedflame.json`."""
-    return {
+    best = {"best_rounds": dict(run.card.best_rounds)} if run.card.best_rounds else {}
+    return best | {
         "format_version": FORMAT_VERSION,
         "fedflame_version": __version__,
         "base_model": run.base_model,

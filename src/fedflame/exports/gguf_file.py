@@ -77,9 +77,9 @@ def export_gguf(
             the folder cannot be written.
     """
     layers = find_moe_layers(model)
-    r, full = run.adapter.r + state.merged.rank, layers[0].num_experts_per_tok
     names = _Names.of(model)
     total = state.total_at(k)
+    r, full = total.rank, layers[0].num_experts_per_tok
     require_fit(total, model, layers, r)
     require_known_weights(layers)
     _require_no_rescaler(state, k, full)

@@ -46,7 +46,7 @@ def merge_checkpoint(state: ServerState, run: TrainedRun, k: int, to: Path, over
     model, tokenizer = _load_plain_base(run.base_model)
     layers = find_moe_layers(model)
     total = state.total_at(k)
-    require_fit(total, model, layers, run.adapter.r + state.merged.rank)
+    require_fit(total, model, layers, total.rank)
     scalars = _rescaler_of(state, k, layers)
     merge_into(model, layers, total, run.adapter.scale, scalars)
     _set_active_experts(model, layers, k)

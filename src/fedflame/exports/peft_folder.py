@@ -74,9 +74,9 @@ def export_adapter(
             layout for this model family.
     """
     layers = find_moe_layers(model)
-    r = run.adapter.r + state.merged.rank
     full_k = layers[0].num_experts_per_tok
     total = state.total_at(full_k)
+    r = total.rank
     require_fit(total, model, layers, r)
     require_known_weights(layers)
     names = _readable_names(model, total, layout)

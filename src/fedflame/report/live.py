@@ -72,9 +72,13 @@ def _now(run: Run) -> Markup:
     kept, total = kept_rounds(run.folder), int(run.setting("server", "num_server_rounds"))
     by = holder(run.folder / LOCK)
     last = kept[-1] if kept else -1
-    state = f"Running: {by}." if by else "Finished." if last == total else "No process writes this run now."
+    stop = run.stop if run.stop and run.stop.round == last else None
+    ended = last == total or stop
+    state = f"Running: {by}." if by else "Finished." if ended else "No process writes this run now."
     parts = [element("p", state)]
-    if last == total:
+    if stop:
+        return section("Now", *parts, note(f"It stopped after round {last} of {total}: {stop.reason}."))
+    if ended:
         return section("Now", *parts, note(f"All {plural(total, 'round')} are done."))
     parts += _before(run) if last < 0 else _round(run, last + 1, total)
     if not by:

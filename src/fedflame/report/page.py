@@ -8,9 +8,9 @@ from importlib import resources
 from typing import Any
 
 from fedflame.config.methods import METHODS, OF_ALL_METHODS
-from fedflame.config.sections import StrategyConfig
 from fedflame.config.settings import flat
-from fedflame.report import clients, results, tasks, updates
+from fedflame.config.strategy_section import StrategyConfig
+from fedflame.report import at_clients, clients, results, tasks, updates
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
 from fedflame.report.records import Run
@@ -20,6 +20,7 @@ _SECTIONS = (
     results.deployments,
     tasks.tasks,
     results.charts,
+    at_clients.at_clients,
     results.categories,
     clients.activation,
     clients.rescaler,
@@ -96,7 +97,8 @@ def _data(run: Run) -> str:
 
 def _rounds(run: Run) -> str:
     done = len({event.round for event in run.rounds})
-    return f"{done} of {run.setting('server', 'num_server_rounds')} finished"
+    stopped = ", stopped early" if run.stop else ""
+    return f"{done} of {run.setting('server', 'num_server_rounds')} finished{stopped}"
 
 
 def _clients(run: Run) -> str:

@@ -2,147 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fedflame.checked_json import read_checked
 from fedflame.config.methods import METHODS
-from fedflame.config.sections import SKILLS
+from fedflame.config.sections import MOST_ROUNDS, SKILLS
+from fedflame.config.words import BestMetric
 from fedflame.errors import UserError
 from fedflame.reading import read_object
+from fedflame.report.events import (
+    SCORES,
+    ClientRound,
+    Clipping,
+    Deployment,
+    Evaluation,
+    Event,
+    Exclusion,
+    Outlier,
+    RoundEnd,
+    ScoreName,
+    Stop,
+    parse_event,
+)
+from fedflame.report.measured import ClientScore, ScoreExclusion, TierScore
 from fedflame.run_files import ADVICE
-from fedflame.run_files.checkpoints import last_kept
+from fedflame.run_files.checkpoints import Kept, last_kept
 from fedflame.run_files.lines import FILE_NAME, read_lines
+from fedflame.run_files.standing import best_rounds, standings
 from fedflame.run_files.task_scores import TaskScores, read_task_scores
-
-ScoreName = Literal["exact_match", "rouge_l"]
-SCORES: tuple[ScoreName, ...] = ("exact_match", "rouge_l")
-
-
-class Measured:
-    """A record with `loss`, `exact_match` and `rouge_l`."""
-
-    def value(self, name: str) -> float | None:
-        """Return the measure of this name; None if it was not taken."""
-        number: float | None = getattr(self, name)
-        return number
-
-
-@dataclass(frozen=True)
-class Evaluation(Measured):
-    """Held-out loss and scores of one tier after one round. `category` None means all rows."""
-
-    round: int
-    active_experts: int
-    category: str | None
-    loss: float | None
-    """Nats per response token."""
-    exact_match: float | None
-    """Share of rows, between 0 and 1."""
-    rouge_l: float | None
-    """Mean F-measure, between 0 and 1."""
-
-
-@dataclass(frozen=True)
-class Deployment(Measured):
-    """Held-out loss and scores on a device that has only the first `rank` ranks, after one round."""
-
-    round: int
-    active_experts: int
-    rank: int
-    loss: float | None
-    """Nats per response token."""
-    exact_match: float | None
-    rouge_l: float | None
-
-
-@dataclass(frozen=True)
-class ClientRound:
-    """What one client did and sent in one round."""
-
-    round: int
-    client: int
-    active_experts: int
-    loss: float | None
-    """Mean over the steps, in nats per response token; None if the client withholds it."""
-    tokens: int
-    """Non-padding tokens trained on."""
-    steps: int
-    """Optimizer steps."""
-    num_examples: int
-    """Rows the client holds."""
-    trained_examples: int
-    """Rows that it trained on in the round, each counted once."""
-    seconds: float
-    training_flops: float
-    """FLOPs of the whole round, forward and backward."""
-    bytes_up: int
-    bytes_down: int
-    rescaler: list[float]
-    """[L] s per MoE layer after training."""
-    counts: list[list[int]]
-    """[L,E] tokens routed to each expert; empty if the client withholds them."""
-    norms: dict[str, float] = field(default_factory=dict)
-    """L2 norms of the delta by kind of bank and of attention, and of the rescaler's step."""
-    pace: float | None = None
-    """How far the update went; see `strategy.clip`."""
-
-
-@dataclass(frozen=True)
-class Exclusion:
-    """A client whose update was left out of a round."""
-
-    round: int
-    client: int
-    active_experts: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Clipping:
-    """An update that was scaled down."""
-
-    round: int
-    client: int
-    share: float
-    """What was left of it."""
-
-
-@dataclass(frozen=True)
-class Outlier:
-    """An update that went much further than the others of its round."""
-
-    round: int
-    client: int
-    times: float
-    """Its pace over the median of the round."""
-    limit: float
-    """The `times` above which an update is an outlier."""
-
-
-@dataclass(frozen=True)
-class RoundEnd:
-    """A finished round."""
-
-    round: int
-    clients: int
-    """Number of clients whose updates were used."""
-    seconds: float
-
-
-Event = Evaluation | Deployment | ClientRound | Exclusion | Clipping | Outlier | RoundEnd
-_EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
-    "evaluation": (Evaluation, ("round", "active_experts", "category")),
-    "deployment": (Deployment, ("round", "active_experts", "rank")),
-    "client": (ClientRound, ("round", "client")),
-    "excluded": (Exclusion, ("round", "client")),
-    "clipped": (Clipping, ("round", "client")),
-    "outlier": (Outlier, ("round", "client")),
-    "round": (RoundEnd, ("round",)),
-}
 
 
 @dataclass(frozen=True)
@@ -157,6 +48,8 @@ class Run:
     events: list[Event]
     tasks: TaskScores | None = None
     """Scores in tasks of lm-evaluation-harness, if they were asked for."""
+    kept: Kept | None = None
+    """The last checkpoint."""
 
     @property
     def evaluations(self) -> list[Evaluation]:
@@ -167,6 +60,21 @@ class Run:
     def deployments(self) -> list[Deployment]:
         """Measures on devices with a cut adapter, in the order in which they were taken."""
         return [event for event in self.events if isinstance(event, Deployment)]
+
+    @property
+    def client_scores(self) -> list[ClientScore]:
+        """What clients told of rows of their own, in the order in which it came."""
+        return [event for event in self.events if isinstance(event, ClientScore)]
+
+    @property
+    def tier_scores(self) -> list[TierScore]:
+        """The sums of what clients told, by round and tier."""
+        return [event for event in self.events if isinstance(event, TierScore)]
+
+    @property
+    def score_exclusions(self) -> list[ScoreExclusion]:
+        """Clients that were asked to score and are in no sum."""
+        return [event for event in self.events if isinstance(event, ScoreExclusion)]
 
     @property
     def updates(self) -> list[ClientRound]:
@@ -192,6 +100,39 @@ class Run:
     def rounds(self) -> list[RoundEnd]:
         """Finished rounds."""
         return [event for event in self.events if isinstance(event, RoundEnd)]
+
+    def training(self, tier: int) -> dict[int, list[ClientRound]]:
+        """Return round -> the updates that were trained with so many experts per token."""
+        found: dict[int, list[ClientRound]] = {}
+        for update in self.updates:
+            if update.active_experts == tier:
+                found.setdefault(update.round, []).append(update)
+        return dict(sorted(found.items()))
+
+    @property
+    def stop(self) -> Stop | None:
+        """Where and why the run has stopped before its last round; None if it has not, or has gone on."""
+        last = max((end.round for end in self.rounds), default=0)
+        stops = [event for event in self.events if isinstance(event, Stop) and event.round == last]
+        return stops[0] if stops else None
+
+    @property
+    def metric(self) -> BestMetric:
+        """What says which round is best."""
+        metric: BestMetric = self.setting("server", "metric_for_best_model") or "loss"
+        return metric
+
+    @cached_property
+    def best_rounds(self) -> dict[int, int]:
+        """K -> its best round, of those with a checkpoint since; without a k whose metric was not taken."""
+        whole = [e for e in self.evaluations if e.category is None]
+        found = standings([(e.round, e.active_experts, e.value(self.metric)) for e in whole], self.metric)
+        return best_rounds(found, self.kept.round if self.kept else MOST_ROUNDS)
+
+    @property
+    def used_rounds(self) -> dict[int, int]:
+        """K -> the round whose adapter is used, where that is the best one; empty where it is the last."""
+        return self.best_rounds if self.setting("server", "load_best_model_at_end") else {}
 
     def setting(self, section: str, key: str) -> Any:
         """Return a value of the resolved configuration; None if it is absent."""
@@ -250,17 +191,26 @@ class Run:
     def deployed(self, name: str, k: int, rank: int) -> tuple[float | None, float | None]:
         """Return a measure at this k and rank before training and at the end; None if it was not taken."""
         values = {d.round: d.value(name) for d in self.deployments if (d.active_experts, d.rank) == (k, rank)}
-        taken = sorted(at for at, value in values.items() if value is not None)
-        return values.get(0), values[taken[-1]] if taken and taken[-1] > 0 else None
+        return self._before_after(k, sorted((at, value) for at, value in values.items() if value is not None))
 
     def before_after(
         self, name: str, tier: int, category: str | None = None
     ) -> tuple[float | None, float | None]:
-        """Return a measure before training and its last value; None if it was not taken."""
-        history = self.history(name, tier, category)
+        """Return a measure before training and at the end (see `at_the_end`); None if it was not taken."""
+        return self._before_after(tier, self.history(name, tier, category))
+
+    def _before_after(
+        self, k: int, history: Sequence[tuple[int, float]]
+    ) -> tuple[float | None, float | None]:
         before = next((value for at, value in history if at == 0), None)
-        after = history[-1][1] if history and history[-1][0] > 0 else None
-        return before, after
+        trained = bool(history) and history[-1][0] > 0
+        return before, self.at_the_end(k, history) if trained else None
+
+    def at_the_end(self, k: int, history: Sequence[tuple[int, float]]) -> float | None:
+        """Return the last value of a history, or that of the best round of k where that is used."""
+        if k in self.used_rounds:
+            return dict(history).get(self.used_rounds[k])
+        return history[-1][1] if history else None
 
 
 def read_run(folder: Path) -> Run:
@@ -276,7 +226,7 @@ def read_run(folder: Path) -> Run:
     names = ("config.json", "environment.json", "partition.json", "plan.json")
     config, environment, partition, plan = (read_checked(folder / name, ADVICE) for name in names)
     events, tasks = _read_events(folder), read_task_scores(folder)
-    return Run(folder, config, environment, partition, plan, events, tasks)
+    return Run(folder, config, environment, partition, plan, events, tasks, last_kept(folder))
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
@@ -294,30 +244,10 @@ def _read_events(folder: Path) -> list[Event]:
     latest: dict[tuple[object, ...], Event] = {}
     for number, line in enumerate(read_metrics(folder), start=1):
         try:
-            parsed = _parse_event(line)
+            parsed = parse_event(line)
         except (KeyError, TypeError) as error:
             place = f"{folder / FILE_NAME}, line {number}"
             raise UserError(f"{place}: not an event of a run: {error!r}; {ADVICE}") from error
         if parsed is not None:
             latest[parsed[0]] = parsed[1]
     return list(latest.values())
-
-
-def _parse_event(line: dict[str, Any]) -> tuple[tuple[object, ...], Event] | None:
-    kind = line["event"]
-    # Later versions may add kinds of events; they are ignored.
-    if kind not in _EVENTS:
-        return None
-    record, identity = _EVENTS[kind]
-    event = record(**{name: line[name] for name in _fields_in(record, line)})
-    return (kind, *(line[name] for name in identity)), event
-
-
-def _fields_in(record: type[Event], line: dict[str, Any]) -> list[str]:
-    """Return the fields to read: those without a default, and of the others those that are there."""
-    has_default = {
-        one.name
-        for one in dataclasses.fields(record)
-        if (one.default, one.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
-    }
-    return [one.name for one in dataclasses.fields(record) if one.name in line or one.name not in has_default]

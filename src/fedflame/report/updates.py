@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from statistics import median
 
+from fedflame.report.events import ClientRound, Outlier
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import MISSING, decimal
-from fedflame.report.records import ClientRound, Outlier, Run
+from fedflame.report.records import Run
 
 _KINDS = ("A1", "B1", "A2", "B2", "attention", "rescaler")
 

@@ -1,9 +1,14 @@
-"""The checkpoints of a run folder: one sealed file per kept round. What needs their tensors is `server`'s."""
+"""The checkpoints of a run folder: one sealed file per kept round. What needs their tensors is `server`'s.
+
+`round-7.sealed` is of one of the last rounds, from which the run can go on. `best-3.sealed` is of an earlier
+round, kept because a k has its best there. All that were best after the oldest of the last rounds are kept,
+so that a run that goes on from any of the last rounds has them, too.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +24,7 @@ from fedflame.wire.packed_header import SIZE_BYTES, header_size, packed_size, re
 FOLDER = "checkpoint"
 FORMAT_VERSION = 3
 KIND = "checkpoint"
-_NAME = re.compile(r"round-(0|[1-9][0-9]{0,8})\.sealed")
+_NAME = re.compile(r"(round|best)-(0|[1-9][0-9]{0,8})\.sealed")
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,19 @@ class Kept:
 
 
 def checkpoint_path(run: Path, round_number: int) -> Path:
-    """Return the path of the checkpoint after this round."""
-    return run / FOLDER / f"round-{round_number}.sealed"
+    """Return the path of the checkpoint after this round: among the best ones if it is only there."""
+    last, best = _path(run, "round", round_number), _path(run, "best", round_number)
+    return best if best.exists() and not last.exists() else last
 
 
 def kept_rounds(run: Path) -> list[int]:
-    """Return the rounds whose checkpoints are there, in ascending order."""
-    names = (_NAME.fullmatch(path.name) for path in (run / FOLDER).glob("round-*"))
-    return sorted(int(name[1]) for name in names if name)
+    """Return the last rounds whose checkpoints are there, in ascending order."""
+    return _rounds(run, "round")
+
+
+def best_kept(run: Path) -> list[int]:
+    """Return the earlier rounds that are kept because they were best, in ascending order."""
+    return _rounds(run, "best")
 
 
 def kept_round(run: Path, wanted: int | None = None) -> int:
@@ -56,14 +66,37 @@ def kept_round(run: Path, wanted: int | None = None) -> int:
     return rounds[-1] if wanted is None else wanted
 
 
-def write_sealed(run: Path, round_number: int, body: bytes, most: int) -> None:
-    """Write a checkpoint atomically, then remove the oldest ones beyond the last `most`.
+def none_is_best(round_number: int) -> Collection[int]:
+    """Return no round: what `write_sealed` keeps of earlier rounds unless a run is to have its best ones."""
+    return ()
+
+
+def write_sealed(
+    run: Path,
+    round_number: int,
+    body: bytes,
+    most: int,
+    best_after: Callable[[int], Collection[int]] = none_is_best,
+) -> None:
+    """Write a checkpoint atomically, then remove those beyond the last `most` that were not best.
+
+    Args:
+        run: the run folder.
+        round_number: the round of the checkpoint.
+        body: its content.
+        most: how many of the last rounds stay.
+        best_after: gives the rounds that were best after a round. Those of the oldest that stays do, too.
 
     Raises:
         UserError: the disk is full or not writable. The checkpoints before are unchanged.
     """
-    write_atomically(checkpoint_path(run, round_number), seal(body, FORMAT_VERSION))
-    _remove_others(run, kept_rounds(run)[-most:])
+    write_atomically(_path(run, "round", round_number), seal(body, FORMAT_VERSION))
+    last = kept_rounds(run)[-most:]
+    best = {*best_after(last[0])} - {*last}
+    for number in best:
+        with suppress(FileNotFoundError):  # it has its name already
+            _path(run, "round", number).rename(_path(run, "best", number))
+    _remove_others(run, last, best)
 
 
 def read_sealed(run: Path, round_number: int) -> tuple[Bytes, dict[str, Any]]:
@@ -113,7 +146,7 @@ def remove_later(run: Path, round_number: int) -> None:
     Raises:
         UserError: they cannot be removed.
     """
-    _remove_others(run, [kept for kept in kept_rounds(run) if kept <= round_number])
+    _remove_others(run, [kept for kept in kept_rounds(run) if kept <= round_number], best_kept(run))
 
 
 def advice(run: Path, damaged: int) -> str:
@@ -124,15 +157,28 @@ def advice(run: Path, damaged: int) -> str:
     return f"put back a copy of the file, or --resume-from {' or '.join(others)}"
 
 
-def _remove_others(run: Path, rounds: Collection[int]) -> None:
-    """Remove all but these checkpoints, the last first, and what a killed process left of one."""
-    stay = {checkpoint_path(run, kept) for kept in rounds}
-    others = [checkpoint_path(run, kept) for kept in reversed(kept_rounds(run))]
+def _remove_others(run: Path, last: Collection[int], best: Collection[int]) -> None:
+    """Remove all but these checkpoints, and what a killed process left of one.
+
+    The last round goes first, and the best ones after the rounds that need them.
+    """
+    stay = {_path(run, "round", number) for number in last} | {_path(run, "best", number) for number in best}
+    others = [_path(run, "round", number) for number in reversed(kept_rounds(run))]
+    others += [_path(run, "best", number) for number in best_kept(run)]
     others += sorted((run / FOLDER).glob("round-*.partial"))
     for path in others:
         if path not in stay:
             with suppress(FileNotFoundError):
                 _remove(path)
+
+
+def _path(run: Path, kind: str, round_number: int) -> Path:
+    return run / FOLDER / f"{kind}-{round_number}.sealed"
+
+
+def _rounds(run: Path, kind: str) -> list[int]:
+    names = (_NAME.fullmatch(path.name) for path in (run / FOLDER).glob(f"{kind}-*"))
+    return sorted(int(name[2]) for name in names if name)
 
 
 def _remove(path: Path) -> None:

@@ -48,7 +48,7 @@ class TaskScores(_Record):
     """One evaluation in tasks, at one k after another."""
 
     round: Annotated[int, Field(ge=0)]
-    """The round after which the model was scored; 0 for what is no run."""
+    """The last round of the run when it was scored; 0 for what is no run."""
     lm_eval: _Word
     """Version of the harness."""
     num_fewshot: int | None

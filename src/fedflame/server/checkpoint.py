@@ -6,6 +6,7 @@ that of a message: a version and a checksum over all that follows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -18,8 +19,10 @@ from fedflame.messages import MERGED_PREFIX, Adapter
 from fedflame.run_files.checkpoints import (
     KIND,
     advice,
+    best_kept,
     checkpoint_path,
     kept_round,
+    none_is_best,
     read_sealed,
     write_sealed,
 )
@@ -41,8 +44,19 @@ class Checkpoint:
     state: ServerState
 
 
-def write_checkpoint(run: Path, checkpoint: Checkpoint, save_total_limit: int = 1) -> None:
+def write_checkpoint(
+    run: Path,
+    checkpoint: Checkpoint,
+    save_total_limit: int = 1,
+    best_after: Callable[[int], Collection[int]] = none_is_best,
+) -> None:
     """Add a checkpoint to the run's, of which the last `save_total_limit` stay.
+
+    Args:
+        run: the run folder.
+        checkpoint: what to add.
+        save_total_limit: how many of the last rounds stay.
+        best_after: gives the rounds that were best after a round; see `write_sealed`.
 
     Raises:
         UserError: the disk is full or not writable. The checkpoints before are unchanged.
@@ -61,17 +75,18 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, save_total_limit: int = 
         "tier_adapters": list(state.tier_adapters),
         "past": asdict(state.past),
     }
-    write_sealed(run, checkpoint.round, pack(tensors, header), save_total_limit)
+    write_sealed(run, checkpoint.round, pack(tensors, header), save_total_limit, best_after)
 
 
 def read_checkpoint(run: Path, round_number: int | None = None) -> Checkpoint:
-    """Read a checkpoint of the run, bit for bit as it was written: that after a round, or the last.
+    """Read a checkpoint of the run, bit for bit as it was written: that after a kept round, or the last.
 
     Raises:
         UserError: there is no such checkpoint, or the file is truncated, damaged, foreign or of another
             version.
     """
-    number = kept_round(run, round_number)
+    best = round_number is not None and round_number in best_kept(run)
+    number = round_number if round_number is not None and best else kept_round(run, round_number)
     body, header = read_sealed(run, number)
     try:
         tensors, _ = unpack(body)

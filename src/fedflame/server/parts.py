@@ -23,7 +23,9 @@ class Server:
     run: Path
     strategy: Strategy
     profiles: Sequence[ClientProfile]
-    """The clients and what they afford, in client order."""
+    """The clients that train, and what they afford, in client order."""
+    scorers: Sequence[ClientProfile]
+    """The clients that may be asked to score: also those that own no row to train on."""
     tiers: Sequence[int]
     """The values of k to evaluate at, largest first."""
     deployments: Sequence[tuple[int, int]]

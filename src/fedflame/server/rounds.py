@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import math
-import random
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch.linalg import LinAlgError  # type: ignore[attr-defined] # not in its __all__
 
@@ -17,41 +17,55 @@ from fedflame.config.run_config import RunConfig
 from fedflame.cost.run_cost import local_steps, within_budget
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import ClientUpdate, RoundPlan
-from fedflame.seeds import derive_seed
+from fedflame.run_files.spans import in_spans
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
+from fedflame.server.client_scoring import score_at_clients
 from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
+from fedflame.server.course import Course
 from fedflame.server.finite import Diverged, require_finite_state
 from fedflame.server.parts import Server
+from fedflame.server.sampling import sample_clients
 from fedflame.server.scoring import evaluate_tiers, require_finite_losses
 from fedflame.server.validation import validate_update
 from fedflame.strategies.base import ClientProfile, ServerState
 from fedflame.training.reach import require_within_reach, trained_reach
 from fedflame.training.schedule import learning_rates, remaining
+from fedflame.training.scores import Scores
 from fedflame.wire.codec import decode_update, encode_plan
 
+_SPANS = 100
+"""Of a round's steps in metrics.jsonl, so that a line stays short however many steps there are."""
 _SMALLER = "a new run may need a smaller training.learning_rate"
 
 
-def run_rounds(server: Server, checkpoint: Checkpoint) -> Checkpoint:
-    """Run the rounds from `checkpoint` to the last configured one; write a checkpoint after every round.
+def run_rounds(server: Server, checkpoint: Checkpoint, course: Course) -> Checkpoint:
+    """Run the rounds from `checkpoint` to the last one, or until the run stops; keep a checkpoint after each.
 
     Raises:
         UserError: a round has fewer than `server.min_clients` usable updates, or the disk is full.
             `OutOfMemory` is one, too. The last checkpoint stays, and the run can be resumed from it.
     """
     if checkpoint.metrics_bytes == 0:
-        evaluate_tiers(server, checkpoint.state, 0)
-        checkpoint = _keep(server, 0, checkpoint.state)
+        course.add(server, 0, evaluate_tiers(server, checkpoint.state, 0))
+        score_at_clients(server, checkpoint.state, 0)
+        checkpoint = _keep(server, 0, checkpoint.state, course)
     for round_number in range(checkpoint.round + 1, server.config.server.num_server_rounds + 1):
+        if course.has_stopped(server):
+            break
         try:
-            state = _round(server, round_number, _Updates(server, checkpoint.state, round_number))
+            state, scores = _round(server, round_number, _Updates(server, checkpoint.state, round_number))
         except Diverged as error:
-            state = _round_again(server, checkpoint, round_number, error)
-        checkpoint = _keep(server, round_number, state)
+            state, scores = _round_again(server, checkpoint, round_number, error)
+        course.add(server, round_number, scores)
+        checkpoint = _keep(server, round_number, state, course)
     return checkpoint
 
 
-def _round(server: Server, round_number: int, updates: _Updates) -> ServerState:
+_Round = tuple[ServerState, dict[int, Scores]]
+"""The state after a round, and its scores by k; none where it is not evaluated."""
+
+
+def _round(server: Server, round_number: int, updates: _Updates) -> _Round:
     """Aggregate the updates, check what comes of it, and evaluate it.
 
     Raises:
@@ -66,13 +80,14 @@ def _round(server: Server, round_number: int, updates: _Updates) -> ServerState:
         "round", round=round_number, clients=updates.usable, seconds=round(time.monotonic() - start, 3)
     )
     if server.config.is_due(server.config.evaluation.evaluate_every, round_number):
-        evaluate_tiers(server, state, round_number)
-    else:
-        require_finite_losses(server, state, server.held_out.first_rows(1))
-    return state
+        scores = evaluate_tiers(server, state, round_number)
+        score_at_clients(server, state, round_number)
+        return state, scores
+    require_finite_losses(server, state, server.held_out.first_rows(1))
+    return state, {}
 
 
-def _round_again(server: Server, checkpoint: Checkpoint, round_number: int, error: Diverged) -> ServerState:
+def _round_again(server: Server, checkpoint: Checkpoint, round_number: int, error: Diverged) -> _Round:
     """Ask for the round's updates again, and use those that alone leave everything finite.
 
     A client trains the same again, or sends its last answer, so that no update has to be kept.
@@ -90,15 +105,6 @@ def _round_again(server: Server, checkpoint: Checkpoint, round_number: int, erro
             f"round {round_number}: {again}, and no client alone is to blame. The checkpoint of the round "
             f"before is kept; {_SMALLER}"
         ) from again
-
-
-def sample_clients(
-    clients: Sequence[ClientProfile], count: int, seed: int, round_number: int
-) -> list[ClientProfile]:
-    """Draw a seeded sample of `count` clients, in client order. It does not depend on the given order."""
-    ordered = sorted(clients, key=lambda profile: profile.client)
-    chosen = random.Random(derive_seed(seed, "sample", round_number)).sample(ordered, count)
-    return sorted(chosen, key=lambda profile: profile.client)
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ class _Updates:
             return None
         bytes_down = asked.plan_bytes if answer.bytes_down is None else answer.bytes_down
         one = taken(update, plan)
-        self._log(one, plan, bytes_down, len(answer.update), answer.seconds)
+        self._log(one, plan, bytes_down, answer)
         return one
 
     def _exclude(self, client: int, k: int, reason: str) -> None:
@@ -197,8 +203,9 @@ class _Updates:
         server.metrics.log("excluded", round=self._round, client=client, active_experts=k, reason=reason)
         server.reporter.message(f"round {self._round}: {server.clients.name(client)} is left out: {reason}")
 
-    def _log(self, one: Taken, plan: RoundPlan, bytes_down: int, bytes_up: int, seconds: float) -> None:
-        update = one.update
+    def _log(self, one: Taken, plan: RoundPlan, bytes_down: int, answer: Answer) -> None:
+        update, seconds = one.update, answer.seconds
+        rates = list(learning_rates(plan, update.steps))
         server, k, rank = self._server, update.active_experts, update.delta.rank
         server.metrics.log(
             "client",
@@ -207,14 +214,16 @@ class _Updates:
             active_experts=k,
             rank=rank,
             loss=update.loss,
-            learning_rate=sum(learning_rates(plan, update.steps)) / max(1, update.steps),
+            learning_rate=sum(rates) / max(1, len(rates)),
+            step_losses=in_spans(answer.step_losses, _SPANS),
+            step_rates=in_spans(rates, _SPANS) if answer.step_losses else [],
             tokens=update.tokens,
             steps=update.steps,
             num_examples=update.num_examples,
             trained_examples=update.trained_examples,
             seconds=round(seconds, 3),
             training_flops=update.tokens * server.training_flops(k, rank),
-            bytes_up=bytes_up,
+            bytes_up=len(answer.update),
             bytes_down=bytes_down,
             rescaler=update.rescaler_values.tolist(),
             counts=[] if update.loss is None else update.counts.tolist(),
@@ -327,7 +336,8 @@ def _require_quorum(server: Server, round_number: int, updates: _Updates) -> Non
         )
 
 
-def _keep(server: Server, round_number: int, state: ServerState) -> Checkpoint:
+def _keep(server: Server, round_number: int, state: ServerState, course: Course) -> Checkpoint:
     checkpoint = Checkpoint(round_number, server.metrics.sync(), state)
-    write_checkpoint(server.run, checkpoint, server.config.server.save_total_limit)
+    best_after = partial(course.to_keep, server)
+    write_checkpoint(server.run, checkpoint, server.config.server.save_total_limit, best_after)
     return checkpoint

@@ -12,11 +12,19 @@ from fedflame.training.evaluation import HeldOut, evaluate
 from fedflame.training.scores import Scores, total
 
 
-def evaluate_tiers(server: Server, state: ServerState, round_number: int) -> None:
-    """Evaluate the global model at every tier with its rescaler, and at the cut ranks; log the scores."""
+def evaluate_tiers(server: Server, state: ServerState, round_number: int) -> dict[int, Scores]:
+    """Evaluate the global model at every tier with its rescaler, and at the cut ranks; log the scores.
+
+    Returns:
+        k -> scores on all held-out rows.
+
+    Raises:
+        Diverged: a loss is not finite.
+    """
+    of_tier = {}
     for k in server.tiers:
         scores = _evaluate(server, state, state.adapter_at(k), k, round_number)
-        together = total(scores)
+        of_tier[k] = together = total(scores)
         require_finite_loss(together.loss, k)
         _log_scores(
             server.metrics, "evaluation", together, round=round_number, active_experts=k, category=None
@@ -30,14 +38,15 @@ def evaluate_tiers(server: Server, state: ServerState, round_number: int) -> Non
                 active_experts=k,
                 category=category,
             )
-        server.reporter.message(f"round {round_number}: global model at k={k}: {_in_words(together)}")
+        server.reporter.message(f"round {round_number}: global model at k={k}: {scores_in_words(together)}")
     for k, rank in server.deployments:
         together = total(_evaluate(server, state, state.adapter.with_rank(rank), k, round_number))
         require_finite_loss(together.loss, k)
         _log_scores(server.metrics, "deployment", together, round=round_number, active_experts=k, rank=rank)
         server.reporter.message(
-            f"round {round_number}: its first {rank} ranks at k={k}: {_in_words(together)}"
+            f"round {round_number}: its first {rank} ranks at k={k}: {scores_in_words(together)}"
         )
+    return of_tier
 
 
 def _evaluate(
@@ -58,7 +67,8 @@ def require_finite_losses(server: Server, state: ServerState, rows: HeldOut) -> 
         require_finite_loss(total(scores).loss, k)
 
 
-def _in_words(scores: Scores) -> str:
+def scores_in_words(scores: Scores) -> str:
+    """Return the means in words."""
     exact = "" if scores.exact_match is None else f", exact match {scores.exact_match:.1%}"
     rouge = "" if scores.rouge_l is None else f", ROUGE-L {scores.rouge_l:.3f}"
     return f"loss {scores.loss:.3f}{exact}{rouge}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedflame.errors import InvalidMessage
-from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.messages import ClientEvaluation, ClientUpdate, EvaluationPlan, RoundPlan
 
 
 def validate_update(update: ClientUpdate, plan: RoundPlan, max_length: int) -> None:
@@ -56,6 +56,47 @@ def validate_update(update: ClientUpdate, plan: RoundPlan, max_length: int) -> N
         raise InvalidMessage(
             f"update claims to have trained on {update.trained_examples} rows; 1 to {most} are possible"
         )
+
+
+MOST_TEST_ROWS = 1 << 31
+"""A client that did not say how many rows it scores may have so many."""
+MOST_LOSS = 1e6
+"""Nats per token that an evaluation may have: finite sums of many clients stay finite."""
+
+
+def validate_evaluation(
+    evaluation: ClientEvaluation, plan: EvaluationPlan, max_length: int, most_rows: int | None
+) -> None:
+    """Check the sums of a client before they are added to those of others.
+
+    Args:
+        evaluation: the decoded evaluation.
+        plan: the plan that it answers.
+        max_length: the most tokens of a row.
+        most_rows: the rows that the client said that it holds to score; None if it did not say.
+
+    Raises:
+        InvalidMessage: the evaluation is for another round, client or k; or a sum is not finite or impossible
+            for its rows and tokens.
+    """
+    for field in ("round", "client", "active_experts"):
+        got, wanted = getattr(evaluation, field), getattr(plan, field)
+        if got != wanted:
+            raise InvalidMessage(f"evaluation is for {field} {got}; {wanted} was asked for")
+    scores = evaluation.exact_matches, evaluation.rouge_l_sum
+    if [score is None for score in scores] != [plan.max_new_tokens == 0] * 2:
+        raise InvalidMessage("evaluation has other scores than those that were asked for")
+    rows, tokens = evaluation.rows, evaluation.response_tokens
+    for name, least, most in (
+        ("rows", 1, MOST_TEST_ROWS if most_rows is None else most_rows),
+        ("response_tokens", 1, rows * max_length),
+        ("loss_sum", 0, tokens * MOST_LOSS),
+        ("exact_matches", 0, rows),
+        ("rouge_l_sum", 0, rows),
+    ):
+        value = getattr(evaluation, name)
+        if value is not None and not least <= value <= most:  # NaN is in no range
+            raise InvalidMessage(f"evaluation has {name} = {value}; {least} to {most:g} are possible")
 
 
 MOST_TIMES_MEDIAN = 10

@@ -1,4 +1,4 @@
-"""What a site tells of its mean loss and of its activation counts: all, in rough numbers, or nothing.
+"""What a site tells of losses, scores and activation counts: all, in rough numbers, or nothing.
 
 The hub needs counts whose sum is right, and the delta of an expert shows anyway whether it was used. So rough
 counts keep both: in each layer they sum to tokens x k, and an expert that was used has a count.
@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 
 from fedflame.config.words import Disclosure
-from fedflame.messages import ClientUpdate
+from fedflame.messages import ClientEvaluation, ClientUpdate
 
-_LOSS_DIGITS = 1
-"""Decimals of a rounded loss, in nats."""
+_DIGITS = 1
+"""Decimals of a rounded loss, in nats, and of a rounded score."""
 
 
 def disclosed(update: ClientUpdate, disclosure: Disclosure) -> ClientUpdate:
@@ -35,8 +35,25 @@ def disclosed(update: ClientUpdate, disclosure: Disclosure) -> ClientUpdate:
     ]
     loss = None
     if disclosure == "rounded" and update.loss is not None:
-        loss = round(update.loss, _LOSS_DIGITS)
+        loss = round(update.loss, _DIGITS)
     return replace(update, counts=torch.tensor(layers), loss=loss)
+
+
+def disclosed_scores(evaluation: ClientEvaluation, disclosure: Disclosure) -> ClientEvaluation:
+    """Return the evaluation as the site tells it. `rounded`: each mean has one decimal.
+
+    A site that withholds makes no evaluation; see `rows.require_tests`.
+    """
+    if disclosure == "exact":
+        return evaluation
+    rows, tokens = evaluation.rows, evaluation.response_tokens
+    exact, rouge = evaluation.exact_matches, evaluation.rouge_l_sum
+    return replace(
+        evaluation,
+        loss_sum=round(evaluation.loss_sum / tokens, _DIGITS) * tokens,
+        exact_matches=None if exact is None else round(round(exact / rows, _DIGITS) * rows),
+        rouge_l_sum=None if rouge is None else round(rouge / rows, _DIGITS) * rows,
+    )
 
 
 def _first_digit(count: int) -> int:

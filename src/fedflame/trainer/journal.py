@@ -1,4 +1,4 @@
-"""The site's record of its answers, for its administrator to look at: updates, refusals, failures.
+"""The site's record of its answers, for its administrator to look at: updates, scores, refusals, failures.
 
 No limit counts on it, unlike on the ledger: a line that cannot be written is left out, and one that cannot be
 read is passed over. It stays small, since whoever may send requests may cause refusals without end.
@@ -23,6 +23,7 @@ LONGEST = 4 << 20
 """Bytes of the file; beyond them, its older half is removed."""
 _LONGEST_LINE = 64 << 10
 _TYPES = [float, str, str, int, int, int, int, float, str]
+_KINDS = ("update", "evaluation", "refused", "failed")
 _LATEST = 1e11
 """A time that a calendar still has."""
 
@@ -33,19 +34,19 @@ class Answered:
 
     time: float
     """Seconds since 1970, at its end."""
-    kind: Literal["update", "refused", "failed"]
+    kind: Literal["update", "evaluation", "refused", "failed"]
     run: str
     """The run's id; empty where the request had none."""
     round: int = 0
     active_experts: int = 0
     steps: int = 0
-    """Optimizer steps."""
+    """Optimizer steps; 0 of an evaluation."""
     tokens: int = 0
-    """Non-padding tokens trained on."""
+    """Non-padding tokens trained on, or response tokens that were scored."""
     seconds: float = 0.0
-    """From the request to the end of its training."""
+    """From the request to the end of its work."""
     reason: str = ""
-    """Why there is no update."""
+    """Why there is no update and no evaluation."""
 
 
 class Journal:
@@ -60,6 +61,13 @@ class Journal:
         """Note an update that was trained."""
         work = (round_number, active_experts, steps, tokens, round(seconds, 3))
         self._append(Answered(time.time(), "update", run, *work))
+
+    def evaluation(
+        self, run: str, round_number: int, active_experts: int, tokens: int, seconds: float
+    ) -> None:
+        """Note an evaluation that was made."""
+        work = (round_number, active_experts, 0, tokens, round(seconds, 3))
+        self._append(Answered(time.time(), "evaluation", run, *work))
 
     def refusal(self, kind: Literal["refused", "failed"], run: str, reason: str) -> None:
         """Note a request that has no update."""
@@ -96,4 +104,4 @@ def _read(line: bytes) -> Answered | None:
         return None
     if [type(value) for value in asdict(answer).values()] != _TYPES:
         return None
-    return answer if answer.kind in ("update", "refused", "failed") and 0 <= answer.time < _LATEST else None
+    return answer if answer.kind in _KINDS and 0 <= answer.time < _LATEST else None

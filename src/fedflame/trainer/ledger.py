@@ -1,7 +1,7 @@
-"""The site's record of the rounds that it has trained, which its limits on runs and rounds count.
+"""The site's record of the rounds that it has trained or scored, which its limits on runs and rounds count.
 
-Every line is one round that began. It is on the disk before the round's training begins, so that no crash
-makes a round uncounted. The same plan of the same run gives the same bytes again and is counted once.
+Every line is one round or evaluation that began. It is on the disk before the work begins, so that no crash
+leaves one uncounted. The same plan of the same run gives the same bytes again and is counted once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_type_hints
 
 from fedflame.errors import UserError
 from fedflame.trainer.refusal import Refusal
@@ -23,17 +24,20 @@ DAY_SECONDS = 86400.0
 
 @dataclass(frozen=True)
 class Round:
-    """A round that began."""
+    """A round or an evaluation that began."""
 
     run: str
     plan: str
     """Digest of plan and job."""
     time: float
     """Seconds since 1970."""
+    kind: Literal["train", "evaluate"] = "train"
 
 
-def begin_round(folder: Path, run: str, plan: str, limits: SiteLimits) -> None:
-    """Record a round in the ledger of this folder, unless it stands there.
+def begin_round(
+    folder: Path, run: str, plan: str, limits: SiteLimits, kind: Literal["train", "evaluate"] = "train"
+) -> None:
+    """Record a round or an evaluation in the ledger of this folder, unless it stands there.
 
     Raises:
         Refusal: the site's limits on runs or rounds are reached.
@@ -43,20 +47,27 @@ def begin_round(folder: Path, run: str, plan: str, limits: SiteLimits) -> None:
     rounds = read_ledger(path)
     if any((known.run, known.plan) == (run, plan) for known in rounds):
         return
-    require_allowed_number(rounds, run, limits, now)
-    _append(path, Round(run, plan, now))
+    require_allowed_number(rounds, run, limits, now, kind)
+    _append(path, Round(run, plan, now, kind))
 
 
-def require_allowed_number(rounds: Sequence[Round], run: str, limits: SiteLimits, now: float) -> None:
-    """Raise Refusal if another round of this run is one too many."""
+def require_allowed_number(
+    rounds: Sequence[Round],
+    run: str,
+    limits: SiteLimits,
+    now: float,
+    kind: Literal["train", "evaluate"] = "train",
+) -> None:
+    """Raise Refusal if another round of this run, or another evaluation, is one too many."""
     runs = {known.run for known in rounds}
     if limits.max_runs and run not in runs and len(runs) >= limits.max_runs:
         raise Refusal(f"this site has taken part in {len(runs)} runs; it allows at most {limits.max_runs}")
     # A clock that was set back makes no round uncounted.
-    today = sum(known.time > now - DAY_SECONDS for known in rounds)
+    today = sum(known.time > now - DAY_SECONDS for known in rounds if known.kind == kind)
     if limits.max_rounds_per_day and today >= limits.max_rounds_per_day:
+        done = "trained" if kind == "train" else "scored"
         raise Refusal(
-            f"this site has trained {today} rounds in 24 hours; it allows at most {limits.max_rounds_per_day}"
+            f"this site has {done} {today} rounds in 24 hours; it allows at most {limits.max_rounds_per_day}"
         )
 
 
@@ -80,7 +91,9 @@ def read_ledger(path: Path) -> list[Round]:
 def _round(path: Path, number: int, line: bytes) -> Round:
     try:
         found = Round(**json.loads(line))
-        if [type(value) for value in asdict(found).values()] != [str, str, float]:
+        known = get_args(get_type_hints(Round)["kind"])
+        types = [type(value) for value in asdict(found).values()]
+        if types != [str, str, float, str] or found.kind not in known:
             raise TypeError("a value of another type")
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(

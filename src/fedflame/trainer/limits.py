@@ -11,10 +11,16 @@ from fedflame.base.device import DeviceChoice
 from fedflame.base.memory_limit import is_short_of_memory, memory_limit
 from fedflame.config.words import Checkpointed
 from fedflame.cost.adapter_size import adapter_parameters
-from fedflame.cost.memory import base_bytes, least_training_memory, training_memory
+from fedflame.cost.memory import (
+    base_bytes,
+    held_base_bytes,
+    least_evaluation_memory,
+    least_training_memory,
+    training_memory,
+)
 from fedflame.cost.model_shape import ModelShape
 from fedflame.data.encoding import EncodedRow
-from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.messages import ClientUpdate, EvaluationPlan, RoundPlan
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.site import Site, SiteLimits
@@ -22,6 +28,30 @@ from fedflame.trainer.site import Site, SiteLimits
 
 def require_allowed(site: Site, job: TrainingJob, plan: RoundPlan) -> None:
     """Raise Refusal if the site's file does not allow the numbers of a job or of its plan."""
+    limits, tokens = site.limits, plan.most_tokens(plan.max_steps, job.max_length)
+    _require_allowed(site, job, plan, (("steps", plan.max_steps, limits.max_steps),), tokens)
+    rows = plan.most_tokens(plan.max_steps, 1)  # of one token each
+    _require_least("rows", rows, limits.min_rows_per_update)
+
+
+def require_scoring_allowed(site: Site, job: TrainingJob, plan: EvaluationPlan, rows: int) -> None:
+    """Raise Refusal if the site's file does not allow to score so many rows by this job and plan."""
+    _require_allowed(site, job, plan, (), most_scored_tokens(job, plan, rows))
+
+
+def most_scored_tokens(job: TrainingJob, plan: EvaluationPlan, rows: int) -> int:
+    """Return the most tokens that pass through the model: each row, and each prompt with its answer."""
+    passes = 2 if plan.max_new_tokens else 1
+    return rows * (passes * job.max_length + plan.max_new_tokens)
+
+
+def _require_allowed(
+    site: Site,
+    job: TrainingJob,
+    plan: RoundPlan | EvaluationPlan,
+    own: Sequence[tuple[str, int, int]],
+    tokens: int,
+) -> None:
     limits = site.limits
     if job.model_name_or_path not in site.models:
         allowed = ", ".join(site.models)
@@ -33,13 +63,11 @@ def require_allowed(site: Site, job: TrainingJob, plan: RoundPlan) -> None:
         ("rank", job.r, limits.max_rank),
         ("rounds", job.num_server_rounds, limits.max_rounds),
         ("round", plan.round, limits.max_rounds),
-        ("steps", plan.max_steps, limits.max_steps),
-        ("tokens", plan.most_tokens(plan.max_steps, job.max_length), limits.max_tokens),
+        *own,
+        ("tokens", tokens, limits.max_tokens),
     ):
         if asked > most:
             raise Refusal(f"the plan asks for {what} = {asked:,}; this site allows at most {most:,}")
-    rows = plan.most_tokens(plan.max_steps, 1)  # of one token each
-    _require_least("rows", rows, limits.min_rows_per_update)
 
 
 def require_enough(limits: SiteLimits, update: ClientUpdate) -> None:
@@ -48,9 +76,21 @@ def require_enough(limits: SiteLimits, update: ClientUpdate) -> None:
     _require_least("tokens", update.tokens, limits.min_tokens_per_update)
 
 
-def _require_least(what: str, found: int, least: int) -> None:
+def require_enough_scored(limits: SiteLimits, rows: int, response_tokens: int) -> None:
+    """Raise Refusal if a score tells too much of single rows, because it is of few rows or tokens."""
+    _require_least("rows", rows, limits.min_rows_per_update, "score")
+    _require_least("tokens", response_tokens, limits.min_tokens_per_update, "score")
+
+
+def _require_least(what: str, found: int, least: int, of: str = "update") -> None:
     if found < least:
-        raise Refusal(f"the update would be of {found:,} {what}; this site asks for at least {least:,}")
+        raise Refusal(f"the {of} would be of {found:,} {what}; this site asks for at least {least:,}")
+
+
+def require_flops(limits: SiteLimits, flops: Callable[[], float]) -> None:
+    """Raise Refusal if the work of a plan, which is counted only if there is a limit, exceeds it."""
+    if limits.max_flops and (asked := flops()) > limits.max_flops:
+        raise Refusal(f"the plan asks for {asked:.3g} FLOPs; this site allows at most {limits.max_flops:.3g}")
 
 
 def require_memory(limits: SiteLimits, device: DeviceChoice, needed: int) -> None:
@@ -92,6 +132,21 @@ def memory_needed(
     needed = least + estimate.activations + merged
     mapped = not device.cards and is_short_of_memory(base_bytes(shape, job.dtype))
     return needed - estimate.base if mapped else needed
+
+
+def scoring_memory_needed(
+    shape: ModelShape, job: TrainingJob, plan: EvaluationPlan, device: DeviceChoice
+) -> int:
+    """Return the bytes that an evaluation takes at least: base, adapter and merged factors.
+
+    Raises:
+        UserError: a target module is no attention projection of the model.
+    """
+    targets = job.adapter.target_modules
+    merged = 4 * adapter_parameters(shape, plan.merged.rank, targets).total
+    needed = least_evaluation_memory(shape, job.r, targets, job.dtype) + merged
+    mapped = not device.cards and is_short_of_memory(base_bytes(shape, job.dtype))
+    return needed - held_base_bytes(shape, job.r, job.dtype) if mapped else needed
 
 
 def largest_batch(plan: RoundPlan, rows: Sequence[EncodedRow]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
@@ -20,6 +21,7 @@ from fedflame.trainer.ledger import DAY_SECONDS, FILE_NAME, Round, read_ledger
 from fedflame.trainer.site import TRAINER_LOCK, Site, SiteLimits, load_site
 
 _KICKER = "fedflame site"
+_NO_ANSWERS = ("refused", "failed")
 _SHOWN = 20
 """Of the last rounds and refusals."""
 
@@ -58,10 +60,11 @@ def site_page(path: Path) -> str:
         UserError: the file or the ledger cannot be read.
     """
     site = load_site(path)
-    begun, answers = read_ledger(site.state_path / FILE_NAME), read_journal(site.state_path)
+    ledger, answers = read_ledger(site.state_path / FILE_NAME), read_journal(site.state_path)
+    begun = [one for one in ledger if one.kind == "train"]
     by = holder(site.state_path / TRAINER_LOCK)
     parts = [_head(site, by), _now(begun, answers, by), _runs(begun, answers)]
-    parts += [_limits(site.limits, begun, answers, time.time()), _rounds(answers), _refusals(answers)]
+    parts += [_limits(site.limits, ledger, answers, time.time()), _rounds(answers), _refusals(answers)]
     return document(site.name, parts)
 
 
@@ -103,6 +106,7 @@ def _runs(begun: Sequence[Round], answers: Sequence[Answered]) -> Markup:
         "k",
         "Tokens",
         "Time",
+        "Scored",
         "Refused",
         "Last answer",
     ]
@@ -124,7 +128,8 @@ def _run_row(run: str, begun: Sequence[Round], answers: Sequence[Answered]) -> l
         ", ".join(map(str, sorted({answer.active_experts for answer in updates}, reverse=True))) or MISSING,
         si(sum(answer.tokens for answer in updates)),
         duration(sum(answer.seconds for answer in updates)),
-        len(of_run) - len(updates),
+        sum(answer.kind == "evaluation" for answer in of_run),
+        sum(answer.kind in _NO_ANSWERS for answer in of_run),
         _when(of_run[-1].time) if of_run else MISSING,
     ]
 
@@ -132,9 +137,10 @@ def _run_row(run: str, begun: Sequence[Round], answers: Sequence[Answered]) -> l
 def _limits(limits: SiteLimits, begun: Sequence[Round], answers: Sequence[Answered], now: float) -> Markup:
     """Show each limit with what was asked of it so far, and what it leaves."""
     updates = [answer for answer in answers if answer.kind == "update"]
+    today = Counter(one.kind for one in begun if one.time > now - DAY_SECONDS)
     used: dict[str, float] = {
         "max_runs": len({one.run for one in begun}),
-        "max_rounds_per_day": sum(one.time > now - DAY_SECONDS for one in begun),
+        "max_rounds_per_day": max(today.values(), default=0),
     }
     largest: dict[str, float] = {
         "max_rounds": max((answer.round for answer in updates), default=0),
@@ -149,10 +155,8 @@ def _limits(limits: SiteLimits, begun: Sequence[Round], answers: Sequence[Answer
         left = f"{max(0, allowed - used[key]):,}" if key in used and not off else MISSING
         so_far = used.get(key, largest.get(key))
         rows.append([key, shown, MISSING if so_far is None else _value(so_far), left])
-    text = (
-        "So far: of runs, all; of rounds per day, those of the last 24 hours; else the largest of a round, "
-    )
-    text += "tokens without padding."
+    text = "So far: of runs, all; of rounds per day, those trained in the last 24 hours, or those scored if "
+    text += "these are more; else the largest of a round, tokens without padding."
     return section("Limits", table(["Limit", "Allowed", "So far", "Left"], rows), note(text))
 
 
@@ -178,7 +182,7 @@ def _rounds(answers: Sequence[Answered]) -> Markup:
 
 
 def _refusals(answers: Sequence[Answered]) -> Markup:
-    refused = [answer for answer in answers if answer.kind != "update"]
+    refused = [answer for answer in answers if answer.kind in _NO_ANSWERS]
     if not refused:
         return section("Last refusals", note("Nothing has been refused, and nothing has failed."))
     rows = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedflame.config.sections import EMBEDDED_MODEL
 from fedflame.config.settings import Section, SettingsFile, load_file
@@ -19,7 +19,7 @@ SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 class SiteData(Section):
-    """The rows to train on."""
+    """The rows to train on, and those to score."""
 
     dataset_name: str
     """A .jsonl, .json, .jsonl.gz, .parquet or .csv file, relative to the folder of this file, or a hub id."""
@@ -27,6 +27,14 @@ class SiteData(Section):
     """Split of a hub data set."""
     dataset_config_name: str = ""
     """Configuration of a hub data set that has several."""
+    test_dataset_name: str = ""
+    """Rows that the hub may have scored here, as `dataset_name` names those to train on. Sums leave the site,
+    no row does. Empty, with `test_size` 0: this site scores nothing."""
+    test_split: str = "test"
+    """Split of a hub data set named by `test_dataset_name`."""
+    test_size: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """About this share of the rows of `dataset_name`, and at least one of them, is scored instead of trained
+    on. Which ones follows from what they say, so that a row keeps its side when others are added."""
     messages_field: str = ""
     """Column of whole conversations. Empty: `messages` and `conversations` are recognised."""
     instruction_field: str = ""
@@ -40,6 +48,12 @@ class SiteData(Section):
     """The chat template that rows are rendered by: a jinja file or a tokenizer's folder, relative to the
     folder of this file. Empty: the model's own, or the plain form if it has none. `plain`: the plain form. It
     must be the hub's."""
+
+    @model_validator(mode="after")
+    def _one_source_of_tests(self) -> Self:
+        if self.test_dataset_name and self.test_size:
+            raise ValueError("test_dataset_name and test_size exclude each other; leave one out")
+        return self
 
 
 class SiteTrainer(Section):
@@ -85,19 +99,21 @@ class SiteLimits(Section):
     max_seconds_per_round: Annotated[float, Field(ge=0)] = 0.0
     """Largest number of seconds in a round. It is looked at after every optimizer step; 0 means no limit."""
     max_rounds_per_day: Annotated[int, Field(ge=0)] = 0
-    """Largest number of rounds, of all runs, within 24 hours; 0 means no limit."""
+    """Largest number of rounds, of all runs, within 24 hours, and also of evaluations; 0 means no limit."""
     max_runs: Annotated[int, Field(ge=0)] = 0
     """Largest number of runs that the site ever takes part in; 0 means no limit."""
     min_rows_per_update: Annotated[int, Field(ge=1)] = 1
-    """Smallest number of different rows behind an update. Fewer rows show more of each in the update."""
+    """Smallest number of different rows behind an update, and of rows behind a score. Fewer rows show more of
+    each."""
     min_tokens_per_update: Annotated[int, Field(ge=1)] = 1
-    """Smallest number of tokens behind an update."""
+    """Smallest number of tokens behind an update, and of response tokens behind a score."""
     max_update_norm: Annotated[float, Field(ge=0)] = 0.0
     """Largest L2 norm of an update, over all values of the adapter and the rescalers. The trainer scales a
     larger one down, whatever the plan says; 0 means no limit."""
     disclosure: Disclosure = "exact"
-    """What the hub learns of the mean loss and of the activation counts. `rounded`: one decimal of the loss,
-    and rough counts. `withheld`: no loss, and counts that say only which experts were used."""
+    """What the hub learns of the mean loss, of scores and of the activation counts. `rounded`: one decimal of
+    loss and scores, and rough counts. `withheld`: no loss, counts that say only which experts were used, and
+    nothing is scored for the hub."""
 
 
 class SiteNvflare(Section):
@@ -139,7 +155,8 @@ class Site(SettingsFile):
     @property
     def columns(self) -> dict[str, str]:
         """The arguments of `load_rows` beside the place of the rows."""
-        return self.data.model_dump(exclude={"dataset_name", "chat_template_path"})
+        beside = {"dataset_name", "chat_template_path", "test_dataset_name", "test_split", "test_size"}
+        return self.data.model_dump(exclude=beside)
 
     @property
     def chat_template_path(self) -> str:
@@ -165,8 +182,16 @@ class Site(SettingsFile):
     @property
     def dataset(self) -> str:
         """The path of the data file, or the hub id."""
-        local = self.folder / self.data.dataset_name
-        return str(local) if local.exists() or self.data.dataset_name.count(".") else self.data.dataset_name
+        return self._place(self.data.dataset_name)
+
+    @property
+    def test_dataset(self) -> str:
+        """The path of the file with the rows to score, or the hub id; empty if there is none."""
+        return self._place(self.data.test_dataset_name) if self.data.test_dataset_name else ""
+
+    def _place(self, name: str) -> str:
+        local = self.folder / name
+        return str(local) if local.exists() or name.count(".") else name
 
 
 def load_site(path: Path) -> Site:

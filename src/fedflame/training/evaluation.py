@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +60,7 @@ def evaluate(
     rescaler_values: Tensor,
     generate: bool,
     merged: Adapter = NOTHING,
+    on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Scores]:
     """Return category -> scores of an adapter on held-out rows with k active experts.
 
@@ -71,6 +72,7 @@ def evaluate(
         rescaler_values: [L] s per MoE layer of tier k.
         generate: whether to generate answers for exact match and ROUGE-L.
         merged: factors merged into the base; see `ServerState.merged`.
+        on_batch: called after every batch with the number of its tokens, without padding and answers.
 
     Raises:
         UserError: the values do not fit the model, or k is not between 1 and the model's K.
@@ -84,6 +86,7 @@ def evaluate(
             for index, row_scores in zip(batch, _score_rows(adapted, held_out, batch, generate), strict=True):
                 category = held_out.rows[index].category
                 scores[category] = scores[category] + row_scores if category in scores else row_scores
+            on_batch(sum(len(held_out.encoded[index].ids) for index in batch))
     return dict(sorted(scores.items()))
 
 
@@ -138,7 +141,9 @@ def _score_rows(adapted: AdaptedModel, held_out: HeldOut, indices: list[int], ge
     answers = generate_responses(adapted, held_out, indices)
     from rouge_score.rouge_scorer import RougeScorer  # it imports NLTK, which takes half a second
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    from fedflame.training.words import AnyScript
+
+    scorer = RougeScorer(["rougeL"], tokenizer=AnyScript())
     return [
         Scores(
             1,

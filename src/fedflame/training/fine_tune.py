@@ -26,12 +26,17 @@ MASS_BATCHES = 4
 """Batches on which the rescaler `mass` is measured: enough for a mean over about a thousand tokens."""
 
 
+def unread(losses: list[float]) -> None:
+    """What is done with the losses of steps where nobody reads them."""
+
+
 def fine_tune(
     adapted: AdaptedModel,
     examples: Sequence[EncodedRow],
     plan: RoundPlan,
     pad_token_id: int,
     on_step: Callable[[int], None] = unwatched,
+    on_losses: Callable[[list[float]], None] = unread,
 ) -> ClientUpdate:
     """Train one client for one round and return what it learned as a delta.
 
@@ -41,6 +46,7 @@ def fine_tune(
         plan: what to train; the same plan and examples give the same bytes on the same machine.
         pad_token_id: pads batches on the right; padding is left out of attention, loss and counts.
         on_step: called after each batch with the number of its tokens.
+        on_losses: called at the end with the loss of each optimizer step.
 
     Returns:
         The update, on the CPU whatever the device of the model. Between two steps nothing waits for a GPU,
@@ -76,6 +82,7 @@ def fine_tune(
             rows += sum(batch.rows for batch in of_step)
             tokens += sum(batch.tokens for batch in of_step)
     loss_values = torch.stack(losses).tolist()
+    on_losses(loss_values)
     del optimizer, step  # free the moments, twice the adapter's size, before the delta is made
     return ClientUpdate(
         round=plan.round,

@@ -1,4 +1,4 @@
-"""Encode `RoundPlan` and `ClientUpdate` as bytes, and decode them.
+"""Encode plans, updates and evaluations as bytes, and decode them.
 
 An update contains only the experts that the client activated, and only the half that it trained. This is
 lossless: the rest did not change, so its delta is zero. Updates are compressed without loss (`planes`). Plans
@@ -18,7 +18,16 @@ from torch import Tensor
 
 from fedflame.config.words import UpdateDtype
 from fedflame.errors import InvalidMessage
-from fedflame.messages import MERGED_PREFIX, Adapter, ClientUpdate, RoundPlan, is_trained, rank_dim
+from fedflame.messages import (
+    MERGED_PREFIX,
+    Adapter,
+    ClientEvaluation,
+    ClientUpdate,
+    EvaluationPlan,
+    RoundPlan,
+    is_trained,
+    rank_dim,
+)
 from fedflame.wire.buffer import pack, unpack, views
 from fedflame.wire.envelope import Bytes
 from fedflame.wire.frame import opened, seal, unseal
@@ -27,33 +36,83 @@ from fedflame.wire.plan_ranges import require_possible
 from fedflame.wire.planes import compress, decompress
 from fedflame.wire.values import layout, restored, rounded
 
+_Message = RoundPlan | ClientUpdate | EvaluationPlan | ClientEvaluation
 _TYPES: dict[Any, tuple[type, ...]] = {
     int: (int,),
     float: (float, int),
     float | None: (float, int, NoneType),
+    int | None: (int, NoneType),
     bool: (bool,),
     Tensor: (Tensor,),
 }
 """The type of a field -> the types that its value may have; True is no 1."""
+_KINDS: dict[type[_Message], str] = {
+    RoundPlan: "plan",
+    ClientUpdate: "update",
+    EvaluationPlan: "evaluation plan",
+    ClientEvaluation: "evaluation",
+}
 _NAMES_AND_SCALARS = 1 << 20
 """Bytes allowed beyond the values of an update: the names and shapes of thousands of tensors."""
 
 
-def encode_plan(plan: RoundPlan) -> bytes:
+EVALUATION_LIMIT = 1 << 16
+"""Bytes of an evaluation: a few numbers under their names."""
+
+
+def encode_plan(plan: RoundPlan | EvaluationPlan) -> bytes:
     """Encode a plan as one sealed buffer with everything that the client needs."""
     tensors = plan.adapter.tensors() | plan.merged.tensors(MERGED_PREFIX)
-    return seal(_packed("plan", plan, tensors | {"rescaler_values": plan.rescaler_values}))
+    return seal(_packed(_KINDS[type(plan)], plan, tensors | {"rescaler_values": plan.rescaler_values}))
 
 
 def decode_plan(message: bytes) -> RoundPlan:
     """Decode a plan, bit for bit. Raises InvalidMessage if it is damaged, no plan, or asks the impossible."""
-    tensors, header = _unpack("plan", unseal(message))
+    plan: RoundPlan = _decoded_plan(RoundPlan, message)
+    return plan
+
+
+def decode_evaluation_plan(message: bytes) -> EvaluationPlan:
+    """Decode a plan of an evaluation, as `decode_plan` does."""
+    plan: EvaluationPlan = _decoded_plan(EvaluationPlan, message)
+    return plan
+
+
+def asks_for_scores(plan: Bytes) -> bool:
+    """Return whether this is a plan of an evaluation, as far as its header says; it is not checked."""
+    try:
+        return bool(read_packed_header(opened(plan)).get("kind") == _KINDS[EvaluationPlan])
+    except ValueError:
+        return False
+
+
+def _decoded_plan(cls: type[Any], message: bytes) -> Any:
+    tensors, header = _unpack(_KINDS[cls], unseal(message))
     adapter, merged = Adapter.from_tensors(tensors), Adapter.from_tensors(tensors, MERGED_PREFIX)
     known = {*adapter.tensors(), *merged.tensors(MERGED_PREFIX), "rescaler_values"}
     _require_names(tensors.keys(), known)
-    plan: RoundPlan = _build(RoundPlan, header, tensors, adapter=adapter, merged=merged)
+    plan = _build(cls, header, tensors, adapter=adapter, merged=merged)
     require_possible(plan)
     return plan
+
+
+def encode_evaluation(evaluation: ClientEvaluation) -> bytes:
+    """Encode the answer to a plan of an evaluation as one sealed buffer without tensors."""
+    return seal(_packed(_KINDS[ClientEvaluation], evaluation, {}))
+
+
+def decode_evaluation(message: Bytes) -> ClientEvaluation:
+    """Decode an evaluation; `server.validation` checks its numbers.
+
+    Raises:
+        InvalidMessage: the message is longer than any evaluation, is damaged, or has wrong fields or types.
+    """
+    if len(message) > EVALUATION_LIMIT:
+        raise InvalidMessage(f"evaluation of {len(message):,} bytes; it has at most {EVALUATION_LIMIT:,}")
+    tensors, header = _unpack(_KINDS[ClientEvaluation], unseal(message))
+    _require_names(tensors.keys(), ())
+    evaluation: ClientEvaluation = _build(ClientEvaluation, header, {})
+    return evaluation
 
 
 def encode_update(update: ClientUpdate, plan: RoundPlan) -> bytes:
@@ -65,7 +124,7 @@ def encode_update(update: ClientUpdate, plan: RoundPlan) -> bytes:
     experts = {name: delta[_moved_experts(name, update)] for name, delta in update.delta.experts.items()}
     values = rounded(Adapter(experts, attention).tensors(), plan.update_dtype)
     tensors = values | {"rescaler_values": update.rescaler_values, "counts": update.counts}
-    return seal(compress(_packed("update", update, tensors)))
+    return seal(compress(_packed(_KINDS[ClientUpdate], update, tensors)))
 
 
 def decode_update(message: Bytes, plan: RoundPlan) -> ClientUpdate:
@@ -82,7 +141,7 @@ def decode_update(message: Bytes, plan: RoundPlan) -> ClientUpdate:
         body = decompress(unseal(message), limit)
     except ValueError as error:
         raise InvalidMessage(f"not a fedflame update: {error}") from error
-    tensors, header = _unpack("update", body)
+    tensors, header = _unpack(_KINDS[ClientUpdate], body)
     counts = tensors.get("counts", torch.empty(0))
     _require("counts", counts, _counts_shape(plan), torch.int64)
     packed: ClientUpdate = _build(ClientUpdate, header, tensors, delta=Adapter({}, {}))
@@ -109,8 +168,13 @@ def encoded_update_limit(plan: Bytes) -> int:
 
 
 def encoded_plan_work(plan: Bytes) -> float:
-    """Return batches times experts per token of a plan that this process has encoded."""
+    """Return batches times experts per token of a plan that this process has encoded.
+
+    Of an evaluation, the passes over the rows count: one, and one for each token of an answer.
+    """
     header = read_packed_header(opened(plan))
+    if header["kind"] == _KINDS[EvaluationPlan]:
+        return float((1 + header["max_new_tokens"]) * header["active_experts"])
     return float(header["max_steps"] * header["gradient_accumulation_steps"] * header["active_experts"])
 
 
@@ -156,7 +220,7 @@ def _unpacked(travelled: Adapter, update: ClientUpdate, plan: RoundPlan) -> Adap
     return Adapter(experts, attention)
 
 
-def _packed(kind: str, message: RoundPlan | ClientUpdate, tensors: dict[str, Tensor]) -> bytes:
+def _packed(kind: str, message: _Message, tensors: dict[str, Tensor]) -> bytes:
     known = (int, float, str, NoneType)
     scalars = {name: value for name, value in vars(message).items() if isinstance(value, known)}
     return pack(tensors, {"kind": kind, **scalars})

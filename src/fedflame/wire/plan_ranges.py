@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fedflame.errors import InvalidMessage
-from fedflame.messages import Adapter, RoundPlan, half_of
+from fedflame.messages import Adapter, EvaluationPlan, RoundPlan, half_of
 
 MOST_DROPOUT = 0.99
 _LARGE = 1 << 31
@@ -16,19 +16,29 @@ _LARGE_FACTOR = 1e6
 _DIMENSIONS = {"experts": 3, "attention": 2}
 
 
-def require_possible(plan: RoundPlan) -> None:
+def require_possible(plan: RoundPlan | EvaluationPlan) -> None:
     """Check the numbers of a plan, and the shapes of its values as far as no model is needed.
 
     Raises:
         InvalidMessage: a number is out of its range, or a value is no float32 bank or matrix of its rank.
     """
     _require_values(plan)
-    experts, rank = next(iter(plan.adapter.experts.values())).shape[0], plan.adapter.rank
-    for name, least, most in (
+    own = _of_training(plan) if isinstance(plan, RoundPlan) else _OF_EVALUATION
+    experts = next(iter(plan.adapter.experts.values())).shape[0]
+    for name, least, most in (("client", 0, _LARGE), ("active_experts", 1, experts), *own):
+        value = getattr(plan, name)
+        if not least <= value <= most:  # NaN is in no range
+            raise InvalidMessage(f"plan with {name} = {value}; {least} to {most:g} are possible")
+
+
+_OF_EVALUATION = (("round", 0, _LARGE), ("max_new_tokens", 0, _LARGE))
+
+
+def _of_training(plan: RoundPlan) -> tuple[tuple[str, float, float], ...]:
+    """Return the ranges of the numbers that only a plan of training has."""
+    return (
         ("round", 1, _LARGE),
-        ("client", 0, _LARGE),
         ("seed", 0, 2**63 - 1),
-        ("active_experts", 1, experts),
         ("learning_rate", 0, _LARGE_FACTOR),
         ("weight_decay", 0, _LARGE_FACTOR),
         ("batch_size", 1, _LARGE),
@@ -43,14 +53,11 @@ def require_possible(plan: RoundPlan) -> None:
         ("proximal_mu", 0, _LARGE_FACTOR),
         ("router_aux_loss_coef", 0, _LARGE_FACTOR),
         ("rank_penalty", 0, _LARGE_FACTOR),
-        ("kept_rank", 0, rank),
-    ):
-        value = getattr(plan, name)
-        if not least <= value <= most:  # NaN is in no range
-            raise InvalidMessage(f"plan with {name} = {value}; {least} to {most:g} are possible")
+        ("kept_rank", 0, plan.adapter.rank),
+    )
 
 
-def _require_values(plan: RoundPlan) -> None:
+def _require_values(plan: RoundPlan | EvaluationPlan) -> None:
     if plan.rescaler_values.dim() != 1 or plan.rescaler_values.dtype != torch.float32:
         raise InvalidMessage("plan whose rescaler_values are no float32 vector")
     for what, adapter in (("adapter", plan.adapter), ("merged", plan.merged)):
