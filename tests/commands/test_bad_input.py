@@ -160,7 +160,8 @@ def test_a_family_whose_routers_have_no_load_balancing_loss(
         "olmoe cannot be trained with training.router_aux_loss_coef: transformers has no load-balancing loss "
         "for its routers; leave it 0"
     )
-    planned = invoke("plan", "--model", tiny_folder, "--set", "training.router_aux_loss_coef=0.01")
+    run = arguments(tiny_folder, tmp_path / "run", "training.router_aux_loss_coef=0.01")
+    planned = invoke("plan", *run[1:3], *run[5:])
     assert (planned.exit_code, planned.stderr) == (2, f"fedflame: {line}\n")
 
 
