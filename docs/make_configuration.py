@@ -14,9 +14,8 @@ from pydantic.fields import FieldInfo
 
 from fedflame.config.methods import NAMED_METHODS
 from fedflame.config.run_config import RunConfig
-from fedflame.config.sections import Device
 from fedflame.config.settings import SettingsFile
-from fedflame.config.strategy_section import MedianNoneOrNumber, MinFullOrNumber
+from fedflame.config.values import Device, MedianNoneOrNumber, MinFullOrNumber
 from fedflame.engines.hub import Hub, LearnedOrSeconds
 from fedflame.trainer.site import Site
 

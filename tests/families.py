@@ -7,6 +7,7 @@ writes the table; a test keeps it true.
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from transformers.integrations.moe import _default_apply_gate
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fedflame.cost.refused_families import NOT_PACKABLE, REFUSED_FAMILIES
+from fedflame.cost.attention import attention_of_layers
+from fedflame.cost.refused_families import BALANCED, NOT_PACKABLE, REFUSED_FAMILIES
 from fedflame.moe.families import MoELayer, find_moe_layers
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, VOCABULARY = 6, 3, 24, 20, 94
@@ -220,6 +222,26 @@ all but those with transposed weights, interleaved gate and up, or no gate.
 | --- | --- | --- |
 {supported}
 
+## Attention that carries LoRA
+
+With `adapter.target_modules = "auto"` these projections carry LoRA. A list of some of them can be given
+instead, and nothing else: the experts always carry LoRA, and routers, shared experts, embeddings and head
+never do. Where layers differ, each carries LoRA on those of the projections that it has. Layers with Mamba's
+state space (granitemoehybrid, jamba, nemotron_h) or a convolution (lfm2_moe) instead of attention have it on
+their experts alone: fused kernels take the matrices of such layers past any LoRA.
+`tests/cost/test_attention.py` holds the sizes of every family against the model, and that all of it learns.
+
+| families | projections |
+| --- | --- |
+{_projections()}
+
+## With a load-balancing loss: {len(BALANCED)}
+
+`training.router_aux_loss_coef` needs a load-balancing loss of the family in transformers, which these have:
+{_lines(sorted(BALANCED))}.
+The others balance their experts by a bias, or not at all, and are refused.
+`tests/moe/test_load_balancing.py` holds the loss of each against transformers' own.
+
 ## Without packing: {len(NOT_PACKABLE)}
 
 With `training.packing` or `training.padding_free` rows share a sequence. In these families a row would then
@@ -236,6 +258,25 @@ other row changes a bit of it: `tests/moe/test_packed_rows.py` holds every famil
 | --- | --- |
 {refused}
 """
+
+
+def _lines(names: list[str]) -> str:
+    return textwrap.fill(", ".join(names), 110, break_on_hyphens=False)
+
+
+def _projections() -> str:
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for family in FAMILIES:
+        config = tiny(family).config
+        sizes = config.to_dict() | {"num_hidden_layers": config.num_hidden_layers}
+        layers = attention_of_layers(sizes)
+        names = dict.fromkeys(p.name for layer in layers for p in layer if p.name)
+        rows.setdefault(tuple(names), []).append(family)
+    commonest = max(rows.values(), key=len)
+    return "\n".join(
+        f"| {'all others' if families is commonest else ', '.join(families)} | {', '.join(names)} |"
+        for names, families in rows.items()
+    )
 
 
 def _supported_row(family: str) -> str:

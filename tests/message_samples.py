@@ -66,6 +66,8 @@ def a_plan(shape: Shape = SHAPE, seed: int = 0, values: Callable[..., Tensor] = 
         lr_scheduler_type="linear",
         warmup_rounds=0.25,
         max_grad_norm=0.5,
+        lora_dropout=0.25,
+        router_aux_loss_coef=0.01,
     )
 
 

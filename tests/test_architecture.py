@@ -165,6 +165,7 @@ def test_a_method_is_named_in_its_row_only() -> None:
 def test_mechanisms_know_neither_configuration_nor_data_nor_server() -> None:
     known = {
         WORDS,
+        "fedflame.config.lora_scale",
         "fedflame.errors",
         "fedflame.seeds",
         "fedflame.messages",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +21,7 @@ from tests.message_samples import (
 )
 from torch import Tensor
 
+from fedflame.config.load import load_config
 from fedflame.messages import NOTHING, Adapter, half_of
 
 
@@ -152,3 +157,16 @@ def test_experts_without_a_gate_are_cut_as_one_product() -> None:
     adapter = Adapter({"0.A1": bank, "0.B1": up, "0.A2": down, "0.B2": torch.ones(2, 4, 3)}, {})
     cut = adapter.with_rank(2).experts
     assert torch.equal(cut["0.A1"], bank[:, :2]) and torch.equal(cut["0.B1"], up[:, :, :2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [({}, False), ({"gradient_accumulation_steps": 2}, True), ({"max_grad_norm": 0.5}, True)],
+)
+def test_gradients_of_all_layers_exist_where_they_are_added_up_or_clipped(
+    changes: dict[str, Any], held: bool
+) -> None:
+    plain = replace(a_plan(), gradient_accumulation_steps=1, max_grad_norm=0.0)
+    assert replace(plain, **changes).holds_gradients == held
+    training = load_config(None, [f"training.{key}={value}" for key, value in changes.items()]).training
+    assert training.holds_gradients == held

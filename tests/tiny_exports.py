@@ -50,6 +50,7 @@ SIZES = {
 }
 MIXTRAL_NAMES = {"num_experts": "num_local_experts"}
 K, TIERS, R, ALPHA = 3, (3, 2, 1), 4, 6.0
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TOKENS = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(0))
 MODELS = {
     "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(intermediate_size=20, **SIZES)),
@@ -149,9 +150,10 @@ def adapt(
     folder: Path,
     r: int = R,
     alpha: float = ALPHA,
-    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    targets: Sequence[str] = ATTENTION,
+    use_rslora: bool = False,
 ) -> AdaptedModel:
-    return AdaptedModel(load(folder), r, alpha, targets)
+    return AdaptedModel(load(folder), r, alpha, targets, use_rslora=use_rslora)
 
 
 def random_state(adapted: AdaptedModel) -> ServerState:
@@ -185,7 +187,8 @@ def assert_same_logits(got: torch.Tensor, ours: torch.Tensor) -> None:
     torch.testing.assert_close(got, ours, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
 
 
-def run_config(base: Path) -> RunConfig:
+def run_config(base: Path, use_rslora: bool = False) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(model_name_or_path=str(base)), adapter=AdapterConfig(r=R, lora_alpha=ALPHA)
+        model=ModelConfig(model_name_or_path=str(base)),
+        adapter=AdapterConfig(r=R, lora_alpha=ALPHA, use_rslora=use_rslora, target_modules=ATTENTION),
     )

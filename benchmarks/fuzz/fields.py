@@ -123,7 +123,8 @@ class Site:
         self._ledger, self._plan = folder / "state" / "ledger.jsonl", encode_plan(plan)
         self._job = TrainingJob(
             model_name_or_path=EMBEDDED_MODEL, model_digest=model_digest(EMBEDDED_MODEL), dtype="float32",
-            r=plan.adapter.rank, lora_alpha=6.0, target_modules="q_proj", max_length=MAX_LENGTH,
+            r=plan.adapter.rank, lora_alpha=6.0, use_rslora=False, target_modules="q_proj",
+            max_length=MAX_LENGTH,
             template_digest="", assistant_only_loss=True, completion_only_loss="auto", train_on_eos=True,
             num_server_rounds=5,
         ).model_dump()  # fmt: skip

@@ -29,7 +29,7 @@ from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.read_ahead import read_ahead
 from fedflame.training.fine_tune import fine_tune
 
-ADAPTER = AdapterConfig(r=16)
+ADAPTER = AdapterConfig(r=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
 TOKENS = 512
 WEIGHTS, ADAPTER_FILE = "weights", "adapter.safetensors"
 

@@ -186,11 +186,15 @@ class RoundPlan:
     """The rounds at the start of the run in which the learning rate rises."""
     max_grad_norm: float = 0.0
     """If not 0, the largest L2 norm of the gradient of a step."""
+    lora_dropout: float = 0.0
+    """The chance that an input of an A is dropped in training."""
     trainable: Trainable = "both"
     merged: Adapter = NOTHING
     """Factors of any rank, merged into the base with the scale of `adapter`; see `ServerState.merged`."""
     proximal_mu: float = 0.0
     """FedProx: mu/2 ||w - w_0||^2 is added to the objective; w_0 is `adapter`."""
+    router_aux_loss_coef: float = 0.0
+    """This times the load-balancing loss of the routers is added to the objective."""
     rank_penalty: float = 0.0
     """HetLoRA: this times ||B|| ||A|| without the first `kept_rank` ranks is added to the objective."""
     kept_rank: int = 0

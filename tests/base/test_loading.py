@@ -35,10 +35,8 @@ from fedflame.moe.families import find_moe_layers
 SECONDS = 10.0
 """What a refusal may take at most, without the import of the libraries."""
 CPU = DeviceChoice("cpu", "in this test")
-NOT_LOADABLE = (
-    "model '{}': no such folder, and not loadable from the hub (offline, or no such id); "
-    "use 'olmoe-tiny', a folder, or a hub id"
-)
+NOT_LOADABLE = "model '{}': no such folder{}; use 'olmoe-tiny', a folder, or a hub id"
+OFFLINE = ", and not loadable from the hub: HF_HUB_OFFLINE is set, and it is not in the cache"
 
 
 @pytest.fixture
@@ -222,10 +220,18 @@ def test_only_the_name_of_the_embedded_model_is_resolved() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["nope", "./no/such/folder", "/no/such/folder", "nobody/no-such-model", "a/b/c"]
+    ("name", "why"),
+    [
+        ("nope", OFFLINE),
+        ("nobody/no-such-model", OFFLINE),
+        ("./no/such/folder", ""),
+        ("/no/such/folder", ""),
+        ("../no", ""),
+        ("a/b/c", ", and not loadable from the hub: no such id, or a private one that needs HF_TOKEN"),
+    ],
 )
-def test_a_missing_folder_or_an_id_without_the_hub(name: str) -> None:
-    assert refusal(name) == NOT_LOADABLE.format(name)
+def test_a_missing_folder_or_an_id_without_the_hub(name: str, why: str) -> None:
+    assert refusal(name) == NOT_LOADABLE.format(name, why)
 
 
 def test_a_folder_without_a_config(folder: Path) -> None:
@@ -330,7 +336,8 @@ def test_a_hub_that_cannot_be_reached_is_refused_soon_and_in_one_line(tmp_path: 
     )
     seconds, _, message = done.stdout.strip().partition("|")
     assert float(seconds) < SECONDS
-    assert message == NOT_LOADABLE.format("nobody/no-such-model")
+    start = "model 'nobody/no-such-model': no such folder, and not loadable from the hub"
+    assert message.startswith(f"{start}: the hub cannot be reached (")
     assert "Retrying" not in done.stderr
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import time
@@ -148,6 +149,19 @@ def test_a_broken_file_is_named_with_what_to_do(folder: Path, cache: Path) -> No
         map_base(folder, torch.float32)
     shutil.rmtree(made)
     map_base(folder, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "something-new"])
+def test_quantised_weights_are_not_mapped_as_if_they_were_values(
+    method: str, folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": method}})
+    )
+    with pytest.raises(UserError, match=rf"its weights are quantised \({method}\), and cannot be mapped"):
+        map_base(folder, torch.float32)
+    assert not any(cache.rglob("*.safetensors"))
 
 
 def test_a_checkpoint_without_a_weight_is_refused_as_ever(

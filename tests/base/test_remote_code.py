@@ -89,6 +89,8 @@ def test_every_call_that_loads_says_that_no_code_may_run() -> None:
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
                 and node.func.attr in LOADS
+                and ast.unparse(node.func.value)
+                != "PeftModel"  # it puts an adapter into a model that is there
             ):
                 said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 if said.get("trust_remote_code") != "False":

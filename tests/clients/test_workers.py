@@ -112,6 +112,8 @@ def plan(local: LocalClients, client: int, steps: int = 2) -> tuple[int, bytes]:
             weight_decay=0.0,
             batch_size=2,
             max_steps=steps,
+            lora_dropout=0.2,  # masks follow from the plan, not from who draws them
+            router_aux_loss_coef=0.1,
         )
     )
 

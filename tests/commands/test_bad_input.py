@@ -12,6 +12,7 @@ from tests.tiny_models import VOCABULARY, character_tokenizer
 from tests.tiny_runs import SETTINGS, arguments, invoke
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedflame.cost import refused_families
 from fedflame.cost.refused_families import NOT_PACKABLE
 
 
@@ -150,6 +151,35 @@ def test_rows_longer_than_the_models_context(tiny_folder: Path, tmp_path: Path) 
     assert line.startswith("data.max_length = 513: the model's context is 512 tokens")
 
 
+def test_a_family_whose_routers_have_no_load_balancing_loss(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refused_families, "BALANCED", frozenset())
+    line = refuse(tiny_folder, tmp_path / "run", "training.router_aux_loss_coef=0.01")
+    assert line == (
+        "olmoe cannot be trained with training.router_aux_loss_coef: transformers has no load-balancing loss "
+        "for its routers; leave it 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ("adapter.lora_dropout=1", "less than or equal to 0.99"),
+        ("adapter.lora_dropout=-0.1", "greater than or equal to 0"),
+        ("adapter.lora_dropout=nan", "finite number"),
+        ("training.router_aux_loss_coef=-1", "greater than or equal to 0"),
+        ("adapter.use_rslora=3", "valid boolean"),
+    ],
+)
+def test_a_training_habit_out_of_its_range(
+    setting: str, allowed: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    line = refuse(tiny_folder, tmp_path / "run", setting)
+    assert line.startswith(f"config: {setting.partition('=')[0]} = ")
+    assert allowed in line
+
+
 def test_rank_zero(tiny_folder: Path, tmp_path: Path) -> None:
     assert refuse(tiny_folder, tmp_path / "run", "adapter.r=0").startswith("config: adapter.r = '0': ")
 
@@ -215,6 +245,6 @@ def test_settings_of_the_tests_are_valid_keys() -> None:
     result = invoke(
         "plan", *(part for setting in SETTINGS for part in ("--set", setting)), "--model", "/none"
     )
-    assert result.stderr == "fedflame: model '/none': no such folder, and not loadable from the hub " + (
-        "(offline, or no such id); use 'olmoe-tiny', a folder, or a hub id\n"
+    assert result.stderr == (
+        "fedflame: model '/none': no such folder; use 'olmoe-tiny', a folder, or a hub id\n"
     )

@@ -53,6 +53,54 @@ def test_evaluating_the_base_model_gives_the_losses_before_round_1(finished: Pat
     )
 
 
+def rows_file(path: Path, texts: list[str]) -> Path:
+    rows = [{"instruction": text, "output": text[::-1]} for text in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_all_rows_of_a_file_of_the_users_own_are_scored(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Of a run, of its adapter and of a base; the rows that they were trained on need not be there."""
+    file = rows_file(tmp_path / "test.jsonl", [f"row {number}" for number in range(23)])
+    for source in (finished, finished / "adapter", tiny_folder):
+        found = scores(
+            source, "--data", file, "--active-experts", "2", "--set", "evaluation.rows_per_category=1"
+        )
+        assert found["2"]["all"]["rows"] == 23
+
+
+def test_rows_that_a_run_was_trained_on_are_not_scored_as_if_they_were_not(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    file = rows_file(tmp_path / "rows.jsonl", [f"row {number}" for number in range(40)])
+    settings = [part for setting in (*SETTINGS, "server.num_server_rounds=1") for part in ("--set", setting)]
+    run = invoke(
+        "run", *settings, "--model", tiny_folder, "--data", file, "--output-dir", tmp_path / "run",
+        "--set", "evaluation.split=test",
+    )  # fmt: skip
+    assert run.exit_code == 0, run.stderr
+    (tmp_path / "link.jsonl").symlink_to(file)
+    for name in (file, tmp_path / "link.jsonl"):
+        refused = invoke("evaluate", tmp_path / "run", "--data", name)
+        assert refused.exit_code == 2
+        assert refused.stderr == (
+            f"fedflame: evaluation.dataset_name = {str(name)!r}: these rows are trained on; name others, or "
+            "leave it out to score the rows that are held out of them\n"
+        )
+    adapter = invoke("evaluate", tmp_path / "run" / "adapter", "--set", f"data.dataset_name={file}", "--json")
+    assert adapter.exit_code == 0
+    assert adapter.stderr.startswith("warning: the adapter does not say which rows it was trained on; ")
+    assert scores(tmp_path / "run", "--active-experts", "2")["2"]["all"]["rows"] == 1
+
+
+def test_a_run_chosen_by_validation_rows_is_scored_on_a_test_file(finished: Path, tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "test.jsonl", ["a", "b", "c"])
+    given = ("--set", "evaluation.split=validation", "--active-experts", "1")
+    assert scores(finished, "--data", file, *given)["1"]["all"]["rows"] == 3
+
+
 def test_evaluate_at_a_k_that_no_client_had(finished: Path) -> None:
     assert list(scores(finished, "--active-experts", "3")) == ["3"]
 

@@ -159,10 +159,10 @@ def killed_and_resumed(
 ) -> None:
     """The run, killed in this round and taken up again."""
 
-    def killed(adapted, examples, plan, pad_token_id, on_step):  # type: ignore[no-untyped-def]
+    def killed(adapted, examples, plan, *more):  # type: ignore[no-untyped-def]
         if plan.round == round_number and plan.client == 1:
             raise KeyboardInterrupt
-        return fine_tune(adapted, examples, plan, pad_token_id, on_step)
+        return fine_tune(adapted, examples, plan, *more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("fedflame.clients.local.fine_tune", killed)

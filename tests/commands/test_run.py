@@ -63,8 +63,8 @@ def misbehave(monkeypatch: pytest.MonkeyPatch) -> Callable[[Misbehave], None]:
     """Let clients' updates pass through a function before they are sent."""
 
     def install(change: Misbehave) -> None:
-        def changed(adapted, examples, plan, pad_token_id, on_step):  # type: ignore[no-untyped-def]
-            return change(plan, fine_tune(adapted, examples, plan, pad_token_id, on_step))
+        def changed(adapted, examples, plan, *more):  # type: ignore[no-untyped-def]
+            return change(plan, fine_tune(adapted, examples, plan, *more))
 
         monkeypatch.setattr("fedflame.clients.local.fine_tune", changed)
 

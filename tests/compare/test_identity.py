@@ -111,7 +111,7 @@ DEFAULTS = {
     "model.dtype": "auto",
     "adapter.r": 8,
     "adapter.lora_alpha": 16.0,
-    "adapter.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "adapter.target_modules": ["auto"],  # the four of before, for models that have these alone
     "data.dataset_name": "skills",
     "data.split": "train",
     "data.dataset_config_name": "",

@@ -171,7 +171,7 @@ def test_forward_of_olmoe_equals_torchs_counter(k: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("attention", ["none", "all", "first", "second", "third", "output"])
 def test_lora_flops_equal_torchs_counter(family: str, backward: bool, attention: str, tmp_path: Path) -> None:
     shape = shape_of(family, tmp_path)
-    names = tuple(p.name for p in shape.attention)
+    names = tuple(p.name for p in shape.attention[0])
     single = {"first": names[:1], "second": names[1:2], "third": names[2:3], "output": names[-1:]}
     targets = {"none": (), "all": names, **single}[attention]
     model = attach(tiny_model(family), targets)
@@ -297,7 +297,7 @@ def test_halves_of_an_adapter_are_those_of_the_banks_and_together_the_whole(mode
     h, inner = shape.hidden_size, shape.expert_size
     assert a.experts == shape.moe_layers * shape.num_experts * 5 * (2 * h + inner)
     assert b.experts == shape.moe_layers * shape.num_experts * 5 * (2 * inner + h)
-    heads = [p.fan_out for p in shape.attention if p.name in ("q_proj", "k_proj")]
+    heads = [p.fan_out for p in shape.attention[0] if p.name in ("q_proj", "k_proj")]
     ranks = 5 * len(shape.sparse_layers)
     assert (a.attention, b.attention) == (ranks * 2 * h, ranks * sum(heads))
 

@@ -186,7 +186,7 @@ def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, kind: type[Exc
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert refusal("owner/name") == (
-        "data.dataset_name = 'owner/name', data.split = 'train': "
+        "data.dataset_name = 'owner/name', split 'train': "
         "cannot be loaded from the Hugging Face hub: Couldn't reach it"
     )
     assert not datasets.are_progress_bars_disabled()

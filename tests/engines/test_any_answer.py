@@ -105,7 +105,7 @@ def test_whatever_one_site_says_the_other_is_used_and_every_line_can_be_shown(
 
 JOB = {
     "model_name_or_path": "m", "model_digest": "d", "dtype": "float32", "r": 3, "lora_alpha": 6.0,
-    "target_modules": "q_proj", "max_length": 32, "num_server_rounds": 5,
+    "use_rslora": False, "target_modules": "q_proj", "max_length": 32, "num_server_rounds": 5,
     "template_digest": "ab", "assistant_only_loss": True, "completion_only_loss": "auto",
     "train_on_eos": True,
 }  # fmt: skip

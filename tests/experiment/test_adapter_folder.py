@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausal
 
 from fedflame.base.adapted import load_adapted_model
 from fedflame.errors import UserError
+from fedflame.experiment.prepare import with_target_modules
 from fedflame.exports import load_rescalers
 from fedflame.server.checkpoint import read_checkpoint
 from fedflame.training.fine_tune import fine_tune
@@ -96,10 +97,10 @@ def test_resumption_needs_no_adapter_folder(
     shutil.copytree(first / "adapter", folder)
     tiny_run(tiny_folder, tmp_path / "whole", going_on_from(folder))
 
-    def killed_in_round_2(adapted, examples, plan, pad_token_id, on_step):  # type: ignore[no-untyped-def]
+    def killed_in_round_2(adapted, examples, plan, *more):  # type: ignore[no-untyped-def]
         if plan.round == 2:
             raise KeyboardInterrupt
-        return fine_tune(adapted, examples, plan, pad_token_id, on_step)
+        return fine_tune(adapted, examples, plan, *more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("fedflame.clients.local.fine_tune", killed_in_round_2)
@@ -228,7 +229,7 @@ def test_a_broken_adapter_leaves_the_run_that_would_be_replaced(
 def test_more_attention_projections_than_the_adapters(qwen_folder: Path, tmp_path: Path) -> None:
     peft_adapter(qwen_folder, tmp_path / "a")
     config = tiny_config(qwen_folder, tmp_path / "run")
-    assert config.adapter.target_modules == tuple(ATTENTION)
+    assert with_target_modules(config).adapter.target_modules == tuple(ATTENTION)
     tiny_run(qwen_folder, tmp_path / "run", going_on_from(tmp_path / "a"), ONE_ROUND)
     adapted, _ = load_adapted_model(str(qwen_folder), "float32", config.adapter)
     assert load_rescalers(tmp_path / "a", adapted) == {}

@@ -1,8 +1,10 @@
 """Exported adapters and merged checkpoints, held against our own forward and against numpy."""
 
 import json
+import os
 import resource
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +134,22 @@ def test_what_the_folder_says(base: Path, exported: Path) -> None:
     assert card.startswith("---\nlibrary_name: peft\n")
     assert "4 federated rounds" in card
     assert "| 1 | 1.8750 | 1.5000 to 2.2500 |" in card
+
+
+def test_whoever_can_read_other_new_files_can_read_the_weights(
+    base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Path
+) -> None:
+    """safetensors writes files for their owner alone; a server often runs as another user."""
+    before = os.umask(0o027)
+    try:
+        export_adapter(
+            with_tiers(state), trained_run(run_config(base), 4), adapted.model, tmp_path / "adapter"
+        )
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "adapter").rglob("*") if path.is_file()]
+    assert len({path for path in files if path.suffix == ".safetensors"}) > 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
 def test_the_card_names_a_base_of_the_hub(adapted: AdaptedModel, state: ServerState, tmp_path: Path) -> None:
@@ -388,7 +406,7 @@ BROKEN = {
     "target_modules = '.*proj' in adapter_config.json: Input should be a valid list": lambda folder: (
         edit_config(folder, target_modules=".*proj")
     ),
-    "LoRA with use_rslora is not supported": lambda folder: edit_config(folder, use_rslora=True),
+    "its scale is 3; the model has 1.5": lambda folder: edit_config(folder, use_rslora=True),
     "LoRA with init_lora_weights = 'pissa' is not": lambda folder: edit_config(
         folder, init_lora_weights="pissa"
     ),
@@ -399,7 +417,7 @@ BROKEN = {
         folder, r="four"
     ),
     "r = 8; the model is prepared for r = 4": lambda folder: edit_config(folder, r=8),
-    "lora_alpha / r = 4.0; the model has 1.5": lambda folder: edit_config(folder, lora_alpha=16),
+    "its scale is 4; the model has 1.5": lambda folder: edit_config(folder, lora_alpha=16),
     "adapter_model.safetensors: No such file": lambda folder: (folder / "adapter_model.safetensors").unlink(),
     "truncated or no safetensors": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12"),
     "lacks .*experts.5.up_proj.lora_A": lambda folder: edit_tensors(folder, up_proj=None),

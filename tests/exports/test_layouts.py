@@ -227,7 +227,8 @@ def train_in_peft(base: Path, folder: Path, seed: int = 0, **settings: object) -
 def in_ours(base: Path, folder: Path) -> tuple[AdaptedModel, Tensor]:
     settings = read_settings(folder)
     assert settings.base_model == str(base)
-    adapted = adapt(base, settings.adapter.r, settings.adapter.lora_alpha, settings.adapter.target_modules)
+    lora = settings.adapter
+    adapted = adapt(base, lora.r, lora.lora_alpha, lora.target_modules, lora.use_rslora)
     state = ServerState(load_adapter(folder, adapted, seed=3), {K: torch.ones(2)})
     return adapted, our_logits(adapted, state, K)
 
@@ -240,6 +241,12 @@ FOREIGN: dict[str, tuple[int, dict[str, object]]] = {
     "down in one layer": (5, {"target_parameters": ["gate_up_proj", "layers.1.mlp.experts.down_proj"]}),
     "experts only": (5, {"target_modules": [], "target_parameters": FUSED}),
     "attention only": (5, {}),
+    "rsLoRA": (5, {"target_parameters": FUSED, "use_rslora": True}),
+    "rsLoRA of attention": (5, {"use_rslora": True}),
+    "rsLoRA with more rank for down": (
+        7,
+        {"target_parameters": FUSED, "rank_pattern": {r".*\.down_proj": 7}, "use_rslora": True},
+    ),
     "alpha of one": (5, {"target_parameters": FUSED, "alpha_pattern": {r".*\.down_proj": 20, "q_proj": 3}}),
     "more rank for down": (7, {"target_parameters": FUSED, "rank_pattern": {r".*\.down_proj": 7}}),
     "less rank for queries": (5, {"target_parameters": FUSED, "rank_pattern": {"q_proj": 2}}),

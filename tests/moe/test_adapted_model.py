@@ -336,10 +336,13 @@ def test_without_target_modules_only_the_experts_carry_lora() -> None:
     assert adapted.initial_adapter(0).attention == {}
 
 
-def test_target_modules_that_the_model_lacks_are_refused() -> None:
+@pytest.mark.parametrize("name", ["nope", "embed_tokens", "proj", "self_attn"])
+def test_target_modules_that_the_model_lacks_are_refused(name: str) -> None:
     with pytest.raises(UserError) as caught:
-        tiny_adapted(target_modules=("nope", "nix"))
-    assert str(caught.value) == "adapter.target_modules 'nope,nix': OlmoeForCausalLM has no such module"
+        tiny_adapted(target_modules=("q_proj", name))
+    assert str(caught.value) == (
+        f"adapter.target_modules {name!r}: OlmoeForCausalLM has no linear map of this name"
+    )
 
 
 # Ranks below the model's

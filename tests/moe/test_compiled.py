@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -52,7 +52,9 @@ def _front_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dynamo.reset()
 
 
-def trained() -> tuple[list[float], list[Tensor]]:
+def trained(
+    coef: float = 0.0, p: float = 0.0, batches: Sequence[tuple[int, tuple[int, ...]]] = BATCHES
+) -> tuple[list[float], list[Tensor]]:
     """The losses of a few steps, and the adapter after them."""
     model = tiny_olmoe(num_hidden_layers=LAYERS)
     adapted = AdaptedModel(model, RANK, ALPHA, ATTENTION)
@@ -60,10 +62,11 @@ def trained() -> tuple[list[float], list[Tensor]]:
     scalars = [lora.s for lora in adapted.loras]
     optimizer = ExpertAdamW(adapted.loras, adapted.attention.values(), 0.01, 0.1, scalars)
     losses = []
-    for seed, (k, lengths) in enumerate(BATCHES):
+    for seed, (k, lengths) in enumerate(batches):
         batch = random_batch(seed, lengths)
-        with adapted.training(k):
-            loss = training_steps(adapted, optimizer)(batch)
+        with adapted.training(k, p), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            loss = training_steps(adapted, optimizer, router_aux_loss_coef=coef)(batch)
         losses.append(loss.item())
     return losses, list(adapted.adapter().tensors().values())
 
@@ -79,6 +82,24 @@ def test_compiled_steps_compute_what_eager_steps_do(request: pytest.FixtureReque
     (reason,) = counters["graph_break"]
     assert "experts_forward" in reason, "the experts are the only break in a layer"
     assert counters["stats"]["unique_graphs"] < 5 * len(BATCHES), "not one for every layer"
+
+
+@pytest.mark.slow
+def test_compiled_steps_balance_routers_and_drop_inputs(request: pytest.FixtureRequest) -> None:
+    """Also where layers have been compiled without that; compiled dropout has masks of its own."""
+    few = BATCHES[:2]
+    losses, adapter = trained(0.5, batches=few)
+    plain, _ = trained(batches=few)
+    assert losses[0] == plain[0] and losses[1] != plain[1]
+    request.getfixturevalue("_front_end")
+    trained(batches=few)
+    found, trained_adapter = trained(0.5, batches=few)
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=0)
+    for one, other in zip(trained_adapter, adapter, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    dropped = [trained(p=0.2, batches=few)[0] for _ in range(2)]
+    assert dropped[0] == dropped[1]
+    assert dropped[0] != pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("tools", [("triton", "cc"), ("triton",), ("cc",), ()])

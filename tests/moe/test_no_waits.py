@@ -43,11 +43,11 @@ READ_THE_MASK = {
 step."""
 
 
-def train_step(adapted: AdaptedModel, batch: Batch, k: int) -> None:
+def train_step(adapted: AdaptedModel, batch: Batch, k: int, coef: float = 0.0, p: float = 0.0) -> None:
     scalars = [lora.s for lora in adapted.loras]
     optimizer = ExpertAdamW(adapted.loras, adapted.attention.values(), 0.01, 0.1, scalars)
-    with adapted.training(k):
-        loss = training_steps(adapted, optimizer)(batch)
+    with adapted.training(k, p):
+        loss = training_steps(adapted, optimizer, router_aux_loss_coef=coef)(batch)
     assert loss.device.type == adapted.counts.total.device.type == "meta"
 
 
@@ -59,6 +59,13 @@ def test_a_step_waits_for_nothing(k: int, checkpointing: Checkpointed) -> None:
     train_step(adapted, random_batch(), k)
     assert len(adapted.attention) == 2 * len(ATTENTION) * LAYERS
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "experts", "layers"])
+def test_a_step_with_dropout_and_balanced_routers_waits_for_nothing(checkpointing: Checkpointed) -> None:
+    model = tiny_olmoe(intermediate_size=40).bfloat16().to("meta")
+    adapted = AdaptedModel(model, RANK, ALPHA, ATTENTION, checkpointing)
+    train_step(adapted, random_batch(), 2, coef=0.5, p=0.1)
 
 
 @pytest.fixture

@@ -63,6 +63,8 @@ def test_the_habits_of_a_configuration_are_in_every_plan(
         "training.num_train_epochs=0.5",
         "training.gradient_accumulation_steps=2",
         "training.max_grad_norm=0.75",
+        "adapter.lora_dropout=0.1",
+        "training.router_aux_loss_coef=0.02",
         "training.warmup_ratio=0.25",
         "training.lr_scheduler_type=linear",
         "training.local_lr_scheduler_type=cosine",
@@ -75,6 +77,7 @@ def test_the_habits_of_a_configuration_are_in_every_plan(
     assert [(plan.round, plan.client) for plan in plans] == asked
     for plan, told in zip(plans, clients, strict=True):
         assert (plan.num_train_epochs, plan.gradient_accumulation_steps) == (0.5, 2)
+        assert (plan.lora_dropout, plan.router_aux_loss_coef) == (0.1, 0.02)
         assert (plan.max_grad_norm, plan.warmup_rounds, plan.lr_scheduler_type) == (0.75, 0.5, "cosine")
         batches = math.ceil(0.5 * math.ceil(told["num_examples"] / 4))
         assert told["steps"] == plan.max_steps == math.ceil(batches / 2)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedflame.trackers.metrics import round_metrics
+import pytest
+
+from fedflame.trackers.metrics import round_metrics, step_metrics
 
 
 def client(k: int, loss: float | None, tokens: int, seconds: float, rate: float) -> dict[str, Any]:
@@ -61,6 +63,36 @@ def test_a_round_by_hand() -> None:
         "clients/clipped": 1,
         "clients/outliers": 0,
     }
+
+
+def test_the_steps_of_a_round_by_hand() -> None:
+    """Round 3 of four steps each is steps 9 to 12; a client with two steps is drawn over the whole round."""
+
+    def stepped(k: int, losses: list[float], rates: list[float]) -> dict[str, Any]:
+        return client(k, 1.0, 10, 1.0, 0.5) | {"step_losses": losses, "step_rates": rates}
+
+    events = [
+        stepped(8, [4.0, 3.0, 2.0, 1.0], [0.4, 0.3, 0.2, 0.1]),
+        stepped(8, [2.0, 2.0, 2.0, 2.0], [0.4, 0.3, 0.2, 0.1]),
+        stepped(2, [6.0, 5.0], [0.4, 0.2]),
+        stepped(1, [], []),
+        {"event": "round", "round": 3, "clients": 3, "seconds": 21.5},
+    ]
+    found = step_metrics(events, 3, 4)
+    assert list(found) == [9, 10, 11, 12]
+    assert found[9] == pytest.approx({"train/step_loss/k8": 3.0, "train/step_learning_rate/k8": 0.4})
+    assert found[10] == pytest.approx(
+        {
+            "train/step_loss/k8": 2.5,
+            "train/step_learning_rate/k8": 0.3,
+            "train/step_loss/k2": 6.0,
+            "train/step_learning_rate/k2": 0.4,
+        }
+    )
+    assert found[12]["train/step_loss/k2"] == 5.0
+    unequal = [stepped(8, [4.0, 3.0, 2.0, 1.0], [1.0] * 4), stepped(8, [8.0, 6.0], [1.0] * 2)]
+    mixed = {step: values["train/step_loss/k8"] for step, values in step_metrics(unequal, 1, 4).items()}
+    assert mixed == {2: (3.5 + 8.0) / 2, 4: (1.5 + 6.0) / 2}
 
 
 def test_a_run_of_before_has_no_learning_rates_and_round_0_no_clients() -> None:

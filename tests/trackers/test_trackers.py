@@ -30,7 +30,9 @@ from fedflame.trackers import process
 from fedflame.trackers.process import reporting, require_installed
 
 Curves = dict[str, list[tuple[int, float]]]
-"""Name -> round and value, in the order in which they are kept, duplicates too."""
+"""Name -> step and value, in the order in which they are kept, duplicates too."""
+STEPS = 2
+"""Of a round: round n is step 2 n."""
 
 
 def tensorboard_curves(run: Path) -> Curves:
@@ -152,12 +154,22 @@ def test_a_run_that_was_interrupted_and_resumed_is_one_run_with_each_round_once(
     curves = READERS[tracker](run)
     for k in (4, 2, 1):
         told = [
-            (event["round"], pytest.approx(event["loss"], rel=1e-6))
+            (event["round"] * STEPS, pytest.approx(event["loss"], rel=1e-6))
             for event in events(run, "evaluation")
             if event["active_experts"] == k and event["category"] is None
         ]
         assert curves[f"eval/loss/k{k}"] == told and len(told) == 4
-    assert [number for number, _ in curves["train/learning_rate"]] == [1, 2, 3]
+    assert [step for step, _ in curves["train/learning_rate"]] == [2, 4, 6]
+    losses = [
+        ((event["round"] - 1) * STEPS + at, pytest.approx(loss, rel=1e-6))
+        for event in events(run, "client")
+        if event["client"] == 0
+        for at, loss in enumerate(event["step_losses"], 1)
+    ]
+    k = {event["active_experts"] for event in events(run, "client") if event["client"] == 0}
+    of_client_0 = sorted(point for one in k for point in curves[f"train/step_loss/k{one}"])
+    assert len(losses) == 6 and {step for step, _ in of_client_0} == {1, 2, 3, 4, 5, 6}
+    assert all(any(point == wanted for point in of_client_0) for wanted in losses[:2])
     rates = [5e-3, 3.75e-3, 1.25e-3]  # the default of 5e-3, by a cosine: the shares 1, 3/4 and 1/4
     assert [value for _, value in curves["train/learning_rate"]] == pytest.approx(rates, rel=1e-6)
     assert all(len({number for number, _ in points}) == len(points) for points in curves.values())
@@ -179,7 +191,7 @@ def test_a_tracker_that_is_named_later_gets_the_rounds_before_too_and_going_back
     with reporting([tracker], run, "the-name", lines.append):  # type: ignore[list-item]
         (run / "aside").rename(checkpoint_path(run, 3))
     curves = READERS[tracker](run)
-    assert [number for number, _ in curves["eval/loss/k2"]] == [0, 1, 2, 3]
+    assert [step // STEPS for step, _ in curves["eval/loss/k2"]] == [0, 1, 2, 3]
     assert lines == []
 
 
@@ -197,7 +209,7 @@ def test_a_round_that_was_sent_but_not_noted_before_a_kill_is_there_once(
             pass
         write_checked(state, read_checked(state, "") | {"round": 1})
     curves = READERS[tracker](run)
-    assert [number for number, _ in curves["eval/loss/k2"]] == [0, 1, 2, 3]
+    assert [step // STEPS for step, _ in curves["eval/loss/k2"]] == [0, 1, 2, 3]
     assert lines == []
 
 
@@ -300,7 +312,7 @@ def test_of_a_run_that_was_killed_the_tracker_still_gets_what_is_kept_and_ends(
         patch.setattr(process, "END_SECONDS", 120.0)
         with reporting(["trackio"], run, "the-name", lines.append):  # waits for the one before
             pass
-    assert [number for number, _ in trackio_curves(run)["eval/loss/k1"]] == [0, 1, 2, 3]
+    assert [step for step, _ in trackio_curves(run)["eval/loss/k1"]] == [0, 2, 4, 6]
     assert lines == []
 
 

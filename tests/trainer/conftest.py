@@ -35,6 +35,7 @@ def job(tiny_folder: Path) -> TrainingJob:
         dtype="float32",
         r=3,
         lora_alpha=6.0,
+        use_rslora=False,
         target_modules="q_proj",
         max_length=32,
         template_digest="",

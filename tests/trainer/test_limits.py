@@ -16,6 +16,7 @@ from tests.tiny_models import TOP_K
 from tests.trainer_asked import ROWS, RUN, Told, request
 
 from fedflame.base.files import model_config_path
+from fedflame.cost import refused_families
 from fedflame.cost.memory import least_training_memory, training_memory
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.cost.refused_families import NOT_PACKABLE
@@ -170,6 +171,15 @@ def test_rows_that_cannot_share_a_sequence_are_the_reason_before_anything_is_loa
     answer = make_service().answer(request(job, replace(plan, **changes)))
     assert answer.header["kind"] == "failed" and not told.heard("loading")
     assert "olmoe cannot be trained with training.packing" in answer.header["reason"]
+
+
+def test_routers_without_a_load_balancing_loss_are_the_reason_before_anything_is_loaded(
+    make_service: Make, job: TrainingJob, plan: RoundPlan, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refused_families, "BALANCED", frozenset())
+    answer = make_service().answer(request(job, replace(plan, router_aux_loss_coef=0.1)))
+    assert answer.header["kind"] == "failed" and not told.heard("loading")
+    assert "olmoe cannot be trained with training.router_aux_loss_coef" in answer.header["reason"]
 
 
 def test_merged_factors_count_in_the_memory_of_a_round(

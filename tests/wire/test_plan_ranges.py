@@ -34,6 +34,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_train_epochs": (0, 1e6),
     "warmup_rounds": (0, BILLIONS),
     "max_grad_norm": (0, 1e6),
+    "lora_dropout": (0, 0.99),
+    "router_aux_loss_coef": (0, 1e6),
     "packed_length": (0, BILLIONS),
     "proximal_mu": (0, 1e6),
     "rank_penalty": (0, 1e6),

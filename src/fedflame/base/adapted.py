@@ -10,7 +10,7 @@ from fedflame.base.memory_limit import is_short_of_memory
 from fedflame.config.sections import AdapterConfig
 from fedflame.config.words import Checkpointed, Dtype
 from fedflame.cost.memory import base_bytes
-from fedflame.cost.model_shape import read_model_shape
+from fedflame.cost.model_shape import attention_targets, read_model_shape
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.read_ahead import read_ahead
 
@@ -37,10 +37,17 @@ def load_adapted_model(
         UserError: see `load_base_model` and `AdaptedModel`.
     """
     shape = read_model_shape(model_config_path(name_or_path))
+    targets = attention_targets(shape, adapter.target_modules)
     mapped = device == "cpu" and is_short_of_memory(base_bytes(shape, dtype))
     model, tokenizer = load_base_model(name_or_path, dtype, device, mapped)
     adapted = AdaptedModel(
-        model, adapter.r, adapter.lora_alpha, adapter.target_modules, gradient_checkpointing, mapped
+        model,
+        adapter.r,
+        adapter.lora_alpha,
+        targets,
+        gradient_checkpointing,
+        mapped,
+        use_rslora=adapter.use_rslora,
     )
     if mapped:
         read_ahead(adapted.layers)

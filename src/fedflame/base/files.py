@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from http import HTTPStatus
 from importlib.resources import files
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from fedflame.config.sections import EMBEDDED_MODEL
-from fedflame.errors import UserError
+from fedflame.errors import UserError, one_line
 
 HUB_TIMEOUT_SECONDS = 10.0
-_FILES = ("*.json", "*.safetensors", "*.jinja")
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 """What a model consists of: configuration, tokenizer and weights, and a chat template."""
 
 
@@ -59,18 +66,35 @@ def model_digest(name_or_path: str) -> str:
 
 
 @functools.cache
-def hub_answers(name: str) -> bool:
-    """Return whether the hub has this id. Offline, transformers itself would retry for a minute."""
+def hub_refusal(name: str) -> str:
+    """Return why the hub does not tell of this id, or nothing if it does.
+
+    It is asked once: offline, transformers itself would retry for a minute.
+    """
     try:
         huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
-    except Exception:  # the HTTP library, and so its errors, differ between versions
-        return False
-    return True
+    except Exception as error:  # the HTTP library, and so its errors, differ between versions
+        return hub_reason(error)
+    return ""
+
+
+def hub_reason(error: Exception) -> str:
+    """Return in a line what the hub, or the way to it, had against a request."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return "it is gated; ask for access on its page at the hub, and set HF_TOKEN"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, and it is not in the cache"
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return "no such id, or a private one that needs HF_TOKEN"
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return "the hub answers 429, too many requests; wait, or set HF_TOKEN"
+    return f"the hub cannot be reached ({one_line(first_line(error))})"
 
 
 def is_local(source: str) -> bool:
     """Return whether to use only files on this machine: the model is a folder, or the hub does not answer."""
-    return Path(source).is_dir() or not hub_answers(source)
+    return Path(source).is_dir() or bool(hub_refusal(source))
 
 
 def downloaded(name: str) -> str:
@@ -111,7 +135,18 @@ def load_error(name_or_path: str, error: Exception) -> str:
         )
     if Path(name_or_path).is_dir():
         return f"model {name_or_path}: cannot be loaded: {first_line(error)}"
-    return (
-        f"model {name_or_path!r}: no such folder, and not loadable from the hub (offline, or no such id); "
-        f"use {EMBEDDED_MODEL!r}, a folder, or a hub id"
-    )
+    from_hub = ""
+    if not name_or_path.startswith(("/", "./", "../")):
+        reason = hub_refusal(name_or_path) or hub_reason(error)
+        from_hub = f", and not loadable from the hub: {reason}"
+    return f"model {name_or_path!r}: no such folder{from_hub}; use {EMBEDDED_MODEL!r}, a folder, or a hub id"
+
+
+def tokenizer_error(name_or_path: str, folder: Path, error: Exception) -> str:
+    """Return the message for a tokenizer that could not be loaded from a folder."""
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return (
+            f"model {name_or_path}: its tokenizer.model cannot be read ({first_line(error)}); pip install "
+            "sentencepiece protobuf, or put a tokenizer.json beside it"
+        )
+    return load_error(name_or_path, error)

@@ -17,6 +17,7 @@ from fedflame.base.files import (
     model_config_path,
     require_folder_complete,
     resolve_model,
+    tokenizer_error,
 )
 from fedflame.base.mapped import map_base
 from fedflame.base.out_of_memory import memory_in_words
@@ -50,13 +51,11 @@ def load_base_model(
         require_folder_complete(source)
         with _LOADING, memory_in_words(device, f"loading {name_or_path} in {dtype}", ""):
             model, loading = _from_pretrained(source, getattr(torch, dtype), device, memory_map)
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            source, local_files_only=is_local(source), trust_remote_code=False
-        )
     except UserError:
         raise
     except Exception as error:  # of transformers, tokenizers or safetensors, whatever is in their files
         raise UserError(load_error(name_or_path, error)) from error
+    tokenizer = _tokenizer(name_or_path, source)
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
@@ -64,6 +63,16 @@ def load_base_model(
         )
     _fit_padding(tokenizer, model)
     return model.eval(), tokenizer
+
+
+def _tokenizer(name_or_path: str, source: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, local_files_only=is_local(source), trust_remote_code=False
+        )
+    except Exception as error:  # of transformers or tokenizers, whatever is in their files
+        folder = Path(source) if Path(source).is_dir() else Path(downloaded(source))
+        raise UserError(tokenizer_error(name_or_path, folder, error)) from error
 
 
 def _fit_padding(tokenizer: Any, model: Any) -> None:

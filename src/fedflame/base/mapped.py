@@ -47,9 +47,10 @@ def map_base(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[st
         dtype: dtype of the mapped weights.
 
     Raises:
-        UserError: the disk is full, or a file of the cache is broken.
+        UserError: the checkpoint is quantised, the disk is full, or a file of the cache is broken.
         OSError, ValueError, KeyError, SafetensorError: the checkpoint cannot be read.
     """
+    _refuse_quantised(folder)
     cache = _cache_folder(folder, dtype)
     if not (cache / COMPLETE).exists():
         _build(folder, dtype, cache)
@@ -78,6 +79,18 @@ def load_mapped(
         trust_remote_code=False,
     )
     return loaded[0], loaded[1]
+
+
+def _refuse_quantised(folder: Path) -> None:
+    """Raise UserError if weights need a quantiser: their values are not those of the parameters."""
+    quantised: Any = getattr(_config(folder), "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise UserError(
+            f"model {folder}: its weights are quantised ({getattr(method, 'value', method)}), and cannot be "
+            "mapped, as a base is that takes over a quarter of the memory; take a checkpoint that is not "
+            "quantised, or a machine with more memory"
+        )
 
 
 def _cache_folder(folder: Path, dtype: torch.dtype) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedflame.base.files import load_error
+from fedflame.base.files import tokenizer_error
 from fedflame.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # of transformers or tokenizers, whatever is in the files
-        raise UserError(load_error(str(folder), error)) from error
+        raise UserError(tokenizer_error(str(folder), folder, error)) from error
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
 

@@ -21,7 +21,7 @@ from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.training.steps import training_steps
 
-ADAPTER = AdapterConfig(r=16)
+ADAPTER = AdapterConfig(r=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
 SEED = 0
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 Launched = Literal["eager", "compiled", "captured"]
@@ -106,7 +106,8 @@ def training_step(
 def step_flops(folder: Path, layers: int, k: int, rows: int, length: int) -> float:
     """Return the FLOPs of a `training_step` on a `labelled_batch`, for the config in this folder."""
     shape = read_model_shape(folder)
-    shape = replace(shape, sparse_layers=shape.sparse_layers[:layers])
+    sparse, attention = shape.sparse_layers[:layers], shape.attention[:layers]
+    shape = replace(shape, sparse_layers=sparse, attention=attention)
     labelled = (length - 1) / length
     per_token = training_flops_per_token(shape, k, ADAPTER.r, ADAPTER.target_modules, length, labelled)
     return rows * length * per_token.total

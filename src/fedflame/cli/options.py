@@ -29,6 +29,10 @@ Overrides = Annotated[
 Data = Annotated[
     str | None, typer.Option("--data", help="`skills`, a data file or a hub id (data.dataset_name).")
 ]
+Scored = Annotated[
+    str | None,
+    typer.Option("--data", help="A data file or a hub id, all rows of which are scored; or `skills`."),
+]
 Model = Annotated[
     str | None, typer.Option("--model", help="`olmoe-tiny`, a folder or a hub id (model.model_name_or_path).")
 ]

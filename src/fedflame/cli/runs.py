@@ -17,10 +17,12 @@ from fedflame.cli.options import (
     Device,
     Model,
     Overrides,
+    Scored,
     config_of,
     flags,
     user_errors,
 )
+from fedflame.config.sections import SKILLS
 from fedflame.errors import UserError
 from fedflame.experiment.run_folder import Existing
 
@@ -153,7 +155,7 @@ def evaluate(
     ] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="With --tasks: rows at a time.")] = None,
     overrides: Overrides = None,
-    data: Data = None,
+    data: Scored = None,
     model: Model = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -161,7 +163,9 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a base model on held-out rows or in tasks, by k."""
     with user_errors(debug):
-        given = flags(overrides, data, model, device)
+        given = flags(overrides, data if data == SKILLS else None, model, device)
+        if data not in (None, SKILLS):
+            given += [f"evaluation.dataset_name={data}", "evaluation.split=test"]
         asked = include_path, num_fewshot, limit, apply_chat_template or None, batch_size
         if tasks is None:
             if any(value is not None for value in asked):

@@ -29,6 +29,8 @@ class Answer:
     """Time from the plan to the answer."""
     bytes_down: int | None = None
     """Bytes sent to the client; None means the encoded plan, once."""
+    step_losses: Sequence[float] = ()
+    """Loss of each optimizer step; empty at sites, which do not tell it: a step is a few rows."""
 
 
 class Clients(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedflame.base.out_of_memory import memory_in_words, training_memory_in_words
@@ -65,6 +65,7 @@ class LocalClients:
         """
         start = time.monotonic()
         of_caller: list[Exception] = []
+        losses: list[float] = []
 
         def told(tokens: int) -> None:
             try:
@@ -74,18 +75,21 @@ class LocalClients:
                 raise
 
         try:
-            message = self._scored(plan, told) if asks_for_scores(plan) else self._trained(plan, told)
-            return Answer(message, "", time.monotonic() - start)
+            if asks_for_scores(plan):
+                message = self._scored(plan, told)
+            else:
+                message = self._trained(plan, told, losses.extend)
+            return Answer(message, "", time.monotonic() - start, step_losses=losses)
         except Exception as error:
             if isinstance(error, OutOfMemory) or error in of_caller:
                 raise
             return Answer(b"", reason(error), time.monotonic() - start)
 
-    def _trained(self, plan: bytes, on_step: OnStep) -> bytes:
+    def _trained(self, plan: bytes, on_step: OnStep, on_losses: Callable[[list[float]], None]) -> bytes:
         request = decode_plan(plan)
         rows, adapted = self.rows[request.client], self.adapted
         with training_memory_in_words(adapted.model.device, request, adapted.gradient_checkpointing):
-            update = fine_tune(adapted, rows, request, self.pad_token_id, on_step)
+            update = fine_tune(adapted, rows, request, self.pad_token_id, on_step, on_losses)
         return encode_with_feedback(update, request, self.residuals)
 
     def _scored(self, plan: bytes, on_step: OnStep) -> bytes:

@@ -17,6 +17,7 @@ from fedflame.config.lists import parse_integers
 from fedflame.errors import NotFinite, UserError
 from fedflame.experiment.api import evaluate
 from fedflame.experiment.run_folder import is_run
+from fedflame.experiment.source import is_adapter
 from fedflame.experiment.tasks import TaskOptions, evaluate_tasks, keep_task_scores
 from fedflame.json_text import to_text
 from fedflame.run_files.checkpoints import kept_rounds
@@ -40,6 +41,12 @@ def print_scores(
         NotFinite: the scores are printed, and a loss is not finite.
     """
     wanted = _wanted(active_experts)
+    if is_adapter(Path(source)) and any(one.startswith("data.dataset_name=") for one in overrides):
+        say_line(
+            Console(stderr=True),
+            "warning: the adapter does not say which rows it was trained on; some of those held out here may "
+            "be among them (--data scores all rows of a file of your own)",
+        )
     found = evaluate(source, active_experts=wanted, overrides=overrides)
     scores = {k: {"all": total(of_k).to_json()} | _plain(of_k) for k, of_k in found.items()}
     if as_json:

@@ -6,13 +6,19 @@ docs/configuration.md is made from this file; the section `strategy` is in `stra
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import Field
 
 from fedflame.config.lists import Integers, IntegersOrNone, Names
+from fedflame.config.lora_scale import lora_scale, lora_scale_divisor
 from fedflame.config.settings import Section
+from fedflame.config.values import (
+    CompletionOnly,
+    Device,
+    NothingOrALength,
+    TrainedBy,
+)
 from fedflame.config.words import (
     BestMetric,
     Checkpointed,
@@ -20,34 +26,10 @@ from fedflame.config.words import (
     UpdateDtype,
 )
 
+AUTO = ("auto",)
+"""`adapter.target_modules` before the model is known."""
 EMBEDDED_MODEL = "olmoe-tiny"
 SKILLS = "skills"
-
-
-def _auto_or_truth(value: object) -> str:
-    text = str(value).lower() if isinstance(value, bool | str) else ""
-    if text not in ("auto", "true", "false"):
-        raise ValueError("must be 'auto', true or false")
-    return text
-
-
-def _nothing_or_a_length(value: int) -> int:
-    if 0 < value < 8:
-        raise ValueError("must be 0 or at least 8")
-    return value
-
-
-def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", value):
-        raise ValueError("must be 'auto', 'cpu', 'cuda' or a card such as 'cuda:1'")
-    return value
-
-
-def _each_one_or_a_client(value: object) -> str:
-    text = str(value) if type(value) is int else value
-    if not isinstance(text, str) or not (text in ("each", "one") or re.fullmatch("0|[1-9][0-9]{0,5}", text)):
-        raise ValueError("must be 'each', 'one' or the number of a client, from 0")
-    return text
 
 
 LARGEST_RANK = 65_536
@@ -55,9 +37,6 @@ LARGEST_RANK = 65_536
 MOST_STEPS = MOST_ROUNDS = 1_000_000
 """Steps of a client in a round; rounds of a run."""
 Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
-TrainedBy = Annotated[str, BeforeValidator(_each_one_or_a_client)]
-Device = Annotated[str, AfterValidator(_device)]
-CompletionOnly = Annotated[Literal["auto", "true", "false"], BeforeValidator(_auto_or_truth)]
 
 
 class ModelConfig(Section):
@@ -83,8 +62,29 @@ class AdapterConfig(Section):
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """The low-rank product is multiplied by lora_alpha / r. The factor is the same for a client that trains a
     smaller rank."""
-    target_modules: Names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """The attention projections that carry LoRA. Empty: only the experts carry it."""
+    use_rslora: bool = False
+    """Whether it is multiplied by lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732), so that a large
+    rank learns as fast as a small one."""
+    lora_dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
+    """The chance that an input of an A, in experts and attention, is dropped in a training step."""
+    target_modules: Names = AUTO
+    """The attention projections that carry LoRA, such as `["q_proj", "v_proj"]`. `auto`: all that the
+    model's family has, in softmax, latent and linear attention; docs/families.md lists them. Empty: only the
+    experts carry it."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of every low-rank product."""
+        return lora_scale(self.lora_alpha, self.r, self.use_rslora)
+
+    @property
+    def in_words(self) -> str:
+        """Rank and scale, as PEFT names them."""
+        return f"r = {self.r}, lora_alpha = {self.lora_alpha:g}" + ", use_rslora" * self.use_rslora
+
+    def plain_alpha(self, r: int) -> float:
+        """The lora_alpha of an adapter of rank r that has this scale without rsLoRA."""
+        return self.lora_alpha * (r / lora_scale_divisor(self.r, self.use_rslora))
 
 
 class DataConfig(Section):
@@ -121,7 +121,7 @@ class DataConfig(Section):
     """A seeded sample of at most this many rows is used; 0: all rows. For `skills`: the rows to generate."""
     max_rows_per_client: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """A seeded sample of at most this many rows of each client is used; 0: all of them."""
-    max_length: Annotated[int, Field(ge=0, le=1_048_576), AfterValidator(_nothing_or_a_length)] = 0
+    max_length: NothingOrALength = 0
     """The most tokens in a row, prompt and answer together. Longer rows lose their oldest turns first, and
     are counted. 0: as many as the rows have, at most 1024 and at most the model's context."""
     chat_template_path: str = ""
@@ -205,6 +205,10 @@ class TrainingConfig(Section):
     """`steps`: every client takes `max_steps`, as in the paper. `compute`: every client spends the FLOPs that
     `max_steps`, or its epochs, cost with the experts that it affords and rank adapter.r. A method that runs
     more experts then takes fewer steps, and one that runs fewer takes more."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """This times the load-balancing loss of the routers is added to the objective. It is that of transformers
+    for the family, over the tokens of a batch and the experts that the client runs. Routers are frozen: the
+    loss acts on what they read. Families for which transformers has none are refused."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """FedProx (arXiv 1812.06127), with any method: a client's objective has mu/2 times the squared distance
     from the adapter that it was given added to it. 0: nothing is added."""

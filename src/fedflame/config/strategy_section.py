@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from fedflame.config.lists import is_integer
 from fedflame.config.methods import METHODS, NAMED_METHODS
 from fedflame.config.settings import Section
+from fedflame.config.values import MedianNoneOrNumber, MinFullOrNumber
 from fedflame.config.words import CountedRows, CountNormalization, RescalerRule, RobustRule
-
-
-def _min_full_or_number(value: object) -> str:
-    text = str(value) if type(value) is int else value
-    if not isinstance(text, str) or not (text in ("min", "full") or (is_integer(text) and int(text) >= 1)):
-        raise ValueError("must be 'min', 'full' or an integer of at least 1")
-    return text
-
-
-def _median_none_or_number(value: object) -> str:
-    if value in ("median", "none"):
-        return str(value)
-    try:
-        number = float(str(value))
-    except ValueError:
-        number = math.nan
-    if isinstance(value, bool) or not 0 < number < math.inf:
-        raise ValueError("must be 'median', 'none' or a number above 0")
-    return f"{number:g}"
 
 
 def _known_method(name: str) -> str:
@@ -38,10 +18,6 @@ def _known_method(name: str) -> str:
         *known, last = map(repr, NAMED_METHODS)
         raise PydanticCustomError("literal_error", f"Input should be {', '.join(known)} or {last}")
     return name
-
-
-MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
-MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
 
 
 class StrategyConfig(Section):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from fedflame.config.words import Trainable, UpdateDtype
-from fedflame.cost.model_shape import ModelShape, require_targets
+from fedflame.cost.model_shape import ModelShape, attention_targets
 
 _VALUE_BYTES: dict[UpdateDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -46,17 +46,16 @@ def adapter_parameters(
     Raises:
         UserError: a target module is no attention projection of the model.
     """
-    targets, inner = require_targets(shape, target_modules), shape.expert_matrices - 1
+    targets, inner = attention_targets(shape, target_modules), shape.expert_matrices - 1
     pairs = [(shape.expert_hidden_size, shape.expert_size)] * inner
     expert = _low_rank([*pairs, (shape.expert_size, shape.expert_hidden_size)], r, half)
-    attention = _low_rank([(p.fan_in, p.fan_out) for p in shape.attention if p.name in targets], r, half)
+    attention = [(p.fan_in, p.fan_out) for layer in shape.attention for p in layer if p.name in targets]
     return AdapterSize(
         experts=shape.moe_layers * shape.num_experts * expert,
-        attention=len(shape.sparse_layers) * attention,
+        attention=_low_rank(attention, r, half),
         rescalers=shape.moe_layers,
         counts=shape.moe_layers * shape.num_experts,
-        matrices=(2 if half == "both" else 1)
-        * (2 * shape.moe_layers * shape.num_experts + len(shape.sparse_layers) * len(targets)),
+        matrices=(2 if half == "both" else 1) * (2 * shape.moe_layers * shape.num_experts + len(attention)),
     )
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 
-from fedflame.cost.model_shape import ModelShape, Projection, require_targets
+from fedflame.cost.attention import Projection, Projections
+from fedflame.cost.model_shape import ModelShape, attention_targets
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ def forward_flops_per_token(
     Raises:
         UserError: a target module is no attention projection of the model.
     """
-    targets = require_targets(shape, target_modules)
+    targets = attention_targets(shape, target_modules)
     layers = [
-        _layer_forward(shape, active_experts, r, targets, sequence_length, sparse)
-        for sparse in shape.sparse_layers
+        _layer_forward(shape, attention, active_experts, r, targets, sequence_length, sparse)
+        for attention, sparse in zip(shape.attention, shape.sparse_layers, strict=True)
     ]
     return _sum([*layers, FlopTerms(head=_head(shape, labelled_share) if head else 0.0)])
 
@@ -90,15 +91,15 @@ def training_flops_per_token(
     Raises:
         UserError: a target module is no attention projection of the model.
     """
-    targets = require_targets(shape, target_modules)
+    targets = attention_targets(shape, target_modules)
     terms = [
         forward_flops_per_token(shape, active_experts, r, targets, sequence_length, labelled_share),
         FlopTerms(head=_head(shape, labelled_share)),
     ]
     flows = False
-    for sparse in shape.sparse_layers:
-        terms.append(_attention_backward(shape, r, targets, sequence_length, flows))
-        flows = flows or bool(targets)
+    for attention, sparse in zip(shape.attention, shape.sparse_layers, strict=True):
+        terms.append(_attention_backward(shape, attention, r, targets, sequence_length, flows))
+        flows = flows or any(p.name in targets for p in attention)
         terms.append(_mlp_backward(shape, active_experts, r, sparse, flows))
         flows = flows or sparse
     return _sum(terms)
@@ -121,39 +122,50 @@ def _expert_lora(shape: ModelShape, r: int) -> int:
 
 
 def _layer_forward(
-    shape: ModelShape, k: int, r: int, targets: frozenset[str], sequence_length: int, sparse: bool
+    shape: ModelShape,
+    attention: Projections,
+    k: int,
+    r: int,
+    targets: Sequence[str],
+    sequence_length: int,
+    sparse: bool,
 ) -> FlopTerms:
     h = shape.hidden_size
     expert = shape.expert_matrices * shape.expert_hidden_size * shape.expert_size
-    score_width = shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim)
+    score_width = shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim) * bool(attention)
     return FlopTerms(
-        attention_projections=sum(2 * p.fan_in * p.fan_out for p in shape.attention),
+        attention_projections=sum(2 * p.fan_in * p.fan_out for p in attention),
         attention_scores=2 * sequence_length * score_width,
         router=2 * h * shape.num_experts * sparse,
         experts=2 * k * expert * sparse,
         expert_lora=k * _expert_lora(shape, r) * sparse,
-        attention_lora=sum(_lora(p, r) for p in shape.attention if p.name in targets),
+        attention_lora=sum(_lora(p, r) for p in attention if p.name in targets),
         shared_experts=(6 * h * shape.shared_size + 2 * h * shape.shared_gate) * sparse,
         dense_layers=6 * h * shape.dense_size * (not sparse),
     )
 
 
 def _attention_backward(
-    shape: ModelShape, r: int, targets: frozenset[str], sequence_length: int, flows: bool
+    shape: ModelShape,
+    attention: Projections,
+    r: int,
+    targets: Sequence[str],
+    sequence_length: int,
+    flows: bool,
 ) -> FlopTerms:
     """Count the backward of attention. `flows`: the layer's input needs a gradient, through q, k and v."""
     projections = lora = 0
     live = set("qkv") if flows else set()
-    for p in shape.attention:
+    for p in attention:
         input_needs_gradient = bool(live & set(p.path))
         if input_needs_gradient:
             projections += 2 * p.fan_in * p.fan_out
         if p.name in targets:
             # Two weight gradients, the gradient between B and A, and that of A's input if it is needed.
             lora += _lora(p, r) + 2 * r * p.fan_out + 2 * r * p.fan_in * input_needs_gradient
-            if p is not shape.attention[-1]:
+            if p is not attention[-1]:
                 live |= set(p.path)
-    product = 2 * sequence_length * shape.num_attention_heads
+    product = 2 * sequence_length * shape.num_attention_heads * bool(attention)
     scores = product * shape.qk_head_dim * (("q" in live) + ("k" in live))
     scores += product * shape.v_head_dim * (bool(live & {"q", "k"}) + ("v" in live))
     return FlopTerms(attention_projections=projections, attention_scores=scores, attention_lora=lora)

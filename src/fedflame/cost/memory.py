@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 
 from fedflame.config.words import Checkpointed, Dtype
 from fedflame.cost.adapter_size import adapter_parameters
-from fedflame.cost.model_shape import ModelShape, base_parameters
+from fedflame.cost.model_shape import ModelShape, attention_targets, base_parameters
 
 # Bytes that norms, attention and its LoRA keep for the backward, per token, layer and unit of H. Measured
 # with saved-tensor hooks on OLMoE with sdpa: 40.6 in fp32, 42.6 in bf16 (where norms keep fp32 copies).
@@ -86,6 +86,7 @@ def training_memory(
     labelled_share: float = 1.0,
     gradient_checkpointing: Checkpointed = "none",
     mask_width: int = 0,
+    lora_dropout: bool = False,
 ) -> MemoryEstimate:
     """Estimate the peak memory of a training step: base in `dtype`, adapter, gradients and moments in fp32.
 
@@ -96,6 +97,7 @@ def training_memory(
       rank-R products; shared and dense MLPs alike,
     - temporary rows of one layer,
     - the logits in `dtype`, in fp32, and their fp32 gradient,
+    - with `lora_dropout`, a byte for every input of an A, and what is left of it in attention,
     - the attention mask, where rows share a sequence: a number in `dtype` and two truths for every token and
       each of the `mask_width` tokens of its sequence; all layers share it. 0: there is no mask.
 
@@ -112,14 +114,19 @@ def training_memory(
     pre_activation = (matrices - 1) * inner * (gradient_checkpointing != "experts")
     sparse = size * (active_experts * (pre_activation + matrices * r) + 3 * shape.shared_size)
     dense = size * 3 * shape.dense_size
+    targets = attention_targets(shape, target_modules)
+    dropped = [p.fan_in * (1 + size) for layer in shape.attention for p in layer if p.name in targets]
+    inputs = active_experts * (shape.expert_hidden_size + inner)
+    dropout = float(lora_dropout * (sum(dropped) + shape.moe_layers * inputs))
     transient = size * active_experts * (2 * h + 3 * inner)
     logits = labelled_share * shape.vocab_size * (size + 8)
     norms_and_attention = _SAVED_BYTES_PER_WIDTH * h
     if gradient_checkpointing == "layers":
         kept = layers * size * h + norms_and_attention + max(sparse, dense)
+        dropout /= layers
     else:
         kept = layers * norms_and_attention + shape.moe_layers * sparse + (layers - shape.moe_layers) * dense
-    per_token = kept + transient + logits
+    per_token = kept + dropout + transient + logits
     return MemoryEstimate(
         base=held_base_bytes(shape, r, dtype),
         adapter=adapter,

@@ -10,6 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedflame.config.sections import AUTO
+from fedflame.cost.attention import (
+    ATTENTION_LISTS,
+    ATTENTION_SIZES,
+    DELTA_NET,
+    DELTA_NET_KEYS,
+    HEADS_OF_LAYERS,
+    LARGEST,
+    LATENT_KEYS,
+    Projections,
+    attention_of_layers,
+    full_attention,
+)
 from fedflame.cost.refused_families import refusal
 from fedflame.errors import UserError
 from fedflame.reading import read_object, shown
@@ -20,29 +33,20 @@ _SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_expert
 _REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _UNGATED = ("nemotron_h",)
 _OPTIONAL_SIZES = (
-    "moe_intermediate_size intermediate_size shared_expert_intermediate_size moe_latent_size head_dim "
-    "num_key_value_heads q_lora_rank kv_lora_rank decoder_sparse_step moe_layer_interval "
-    "first_k_dense_replace num_dense_layers moe_layer_start_index expert_layer_period expert_layer_offset"
+    "moe_intermediate_size intermediate_size shared_expert_intermediate_size moe_latent_size "
+    "decoder_sparse_step moe_layer_interval first_k_dense_replace num_dense_layers moe_layer_start_index "
+    "expert_layer_period expert_layer_offset"
 ).split()
-_LISTS = ("layers_block_type", "mlp_layer_types", "mlp_only_layers")
-_LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
-"""Larger sizes than any model has; they bound what a config.json can make us do."""
-_LATENT_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One attention matrix [fan_out, fan_in]. `path` has the letters of q, k and v that pass through it."""
-
-    name: str
-    fan_in: int
-    fan_out: int
-    path: str
+_LISTS = ("mlp_layer_types", "mlp_only_layers")
+_MOST_LAYERS = 10_000
+"""More layers than any model has."""
+_PATTERN = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+"""The letters of Nemotron's hybrid_override_pattern."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model, in values. All layers have the same attention and the same experts."""
+    """The sizes of a model, in values. All layers have the same experts."""
 
     model_type: str
     vocab_size: int
@@ -50,8 +54,8 @@ class ModelShape:
     num_attention_heads: int
     qk_head_dim: int
     v_head_dim: int
-    attention: tuple[Projection, ...]
-    """In forward order, the output projection last."""
+    attention: tuple[Projections, ...]
+    """For each layer its projections, in forward order, the output projection last."""
     attention_vectors: int
     """Number of norm weights and biases in one attention."""
     sparse_layers: tuple[bool, ...]
@@ -108,7 +112,7 @@ def read_model_shape(path: Path) -> ModelShape:
         _require(path, config, ("intermediate_size",))
     expert_size = config.get("moe_intermediate_size") or config["intermediate_size"]
     shared_size = config.get("shared_expert_intermediate_size")
-    projections, qk_head_dim, v_head_dim = _attention(config)
+    projections, qk_head_dim, v_head_dim = full_attention(config)
     return ModelShape(
         model_type=str(config.get("model_type", "")),
         vocab_size=config["vocab_size"],
@@ -116,7 +120,7 @@ def read_model_shape(path: Path) -> ModelShape:
         num_attention_heads=config["num_attention_heads"],
         qk_head_dim=qk_head_dim,
         v_head_dim=v_head_dim,
-        attention=projections,
+        attention=attention_of_layers(config),
         attention_vectors=_attention_vectors(config, projections, qk_head_dim),
         sparse_layers=sparse,
         num_experts=config[_key(config, _EXPERT_KEYS)],
@@ -141,7 +145,8 @@ def base_parameters(shape: ModelShape) -> int:
     exact in all families.
     """
     h = shape.hidden_size
-    attention = sum(p.fan_in * p.fan_out for p in shape.attention) + shape.attention_vectors
+    attention = sum(p.fan_in * p.fan_out for layer in shape.attention for p in layer)
+    vectors = sum(map(bool, shape.attention)) * shape.attention_vectors
     shared = 3 * h * shape.shared_size + h * shape.shared_gate
     expert = shape.expert_matrices * shape.expert_hidden_size * shape.expert_size
     sparse = shape.num_experts * (expert + h) + shared
@@ -149,19 +154,30 @@ def base_parameters(shape: ModelShape) -> int:
     layers = len(shape.sparse_layers)
     embeddings = shape.vocab_size * h * (1 if shape.tie_word_embeddings else 2)
     blocks = shape.moe_layers * sparse + (layers - shape.moe_layers) * dense
-    return layers * (attention + 2 * h) + blocks + h + embeddings
+    return attention + vectors + layers * 2 * h + blocks + h + embeddings
 
 
-def require_targets(shape: ModelShape, target_modules: Collection[str]) -> frozenset[str]:
-    """Return the names as a set. Raises UserError if one is no attention projection of the model."""
-    names = [p.name for p in shape.attention]
+def attention_targets(shape: ModelShape, target_modules: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the attention projections that carry LoRA.
+
+    Args:
+        shape: the sizes of the model.
+        target_modules: some of its attention projections, or `AUTO` alone for all of them.
+
+    Raises:
+        UserError: a name is no attention projection of the model.
+    """
+    names = tuple(dict.fromkeys(p.name for layer in shape.attention for p in layer if p.name))
+    if tuple(target_modules) == AUTO:
+        return names
     for module in target_modules:
         if module not in names:
             raise UserError(
-                f"target_modules {module!r}: must be attention projections of {shape.model_type}: "
-                f"{', '.join(names)}"
+                f"adapter.target_modules {shown(module)}: must be 'auto', or attention projections of "
+                f"{shape.model_type}: {', '.join(names)}. The experts always carry LoRA; router, embeddings "
+                "and head never do"
             )
-    return frozenset(target_modules)
+    return tuple(target_modules)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -179,6 +195,9 @@ def _of_the_text(whole: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of the language model; a model that sees images has them one level down."""
     text = whole.get("text_config")
     config = whole | text if isinstance(text, dict) else dict(whole)
+    pattern = config.get("hybrid_override_pattern")
+    if isinstance(pattern, str) and set(pattern) <= _PATTERN.keys():
+        config.setdefault("layers_block_type", [_PATTERN[letter] for letter in pattern[: _MOST_LAYERS + 1]])
     if isinstance(config.get("layers_block_type"), list):
         config["num_hidden_layers"] = len(config["layers_block_type"])
     return config
@@ -189,7 +208,7 @@ def _require(path: Path, config: dict[str, Any], keys: tuple[str, ...]) -> None:
     if missing:
         raise UserError(f"model {path}: config.json lacks {', '.join(missing)}")
     for key in keys:
-        most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
+        most = _MOST_LAYERS if key == "num_hidden_layers" else LARGEST
         if type(config[key]) is not int or not 1 <= config[key] <= most:
             raise UserError(
                 f"model {path}: config.json: {key} = {shown(config[key])}: must be a positive integer, "
@@ -199,19 +218,19 @@ def _require(path: Path, config: dict[str, Any], keys: tuple[str, ...]) -> None:
 
 def _require_types(path: Path, config: dict[str, Any]) -> None:
     """Refuse what a key that may be missing cannot be."""
-    sizes: dict[str, object] = dict.fromkeys((*_OPTIONAL_SIZES, *_SHARED_KEYS), 0)
-    wanted = sizes | {key: [] for key in _LISTS} | {"model_type": ""}
+    sizes: dict[str, object] = dict.fromkeys((*_OPTIONAL_SIZES, *ATTENTION_SIZES, *_SHARED_KEYS), 0)
+    wanted = sizes | {key: [] for key in (*_LISTS, *ATTENTION_LISTS)} | {"model_type": ""}
     for key, example in wanted.items():
         value = config.get(key)
         fits = value is None or isinstance(value, type(example))
-        if not fits or (isinstance(value, int) and not 0 <= value <= _LARGEST):
+        if not fits or (isinstance(value, int) and not 0 <= value <= LARGEST):
             raise UserError(f"model {path}: config.json: {key} = {shown(value)}: must be {_kind(example)}")
         if isinstance(value, list) and (len(value) > _MOST_LAYERS or not all(map(_is_layer, value))):
             raise UserError(f"model {path}: config.json: {key}: must be {_kind(example)}")
 
 
 def _kind(example: object) -> str:
-    kinds = {int: f"an integer from 0 to {_LARGEST:,}", str: "a name"}
+    kinds = {int: f"an integer from 0 to {LARGEST:,}", str: "a name"}
     return kinds.get(type(example), f"a list of at most {_MOST_LAYERS:,} names or numbers")
 
 
@@ -222,8 +241,20 @@ def _is_layer(value: object) -> bool:
 def _check_sizes(path: Path, config: dict[str, Any]) -> None:
     width = "intermediate_size" if config.get("moe_intermediate_size") is None else "moe_intermediate_size"
     counts = (_key(config, _EXPERT_KEYS), _key(config, _TOP_K_KEYS))
-    latent = _LATENT_KEYS if config.get("kv_lora_rank") else ()
-    _require(path, config, (*_REQUIRED_KEYS, *counts, width, *latent))
+    latent = LATENT_KEYS if config.get("kv_lora_rank") else ()
+    linear = DELTA_NET_KEYS if config.get("model_type") in DELTA_NET else ()
+    _require(path, config, (*_REQUIRED_KEYS, *counts, width, *latent, *linear))
+    heads = config.get(HEADS_OF_LAYERS)
+    if heads is not None and not _are_sizes(heads, config["num_hidden_layers"]):
+        raise UserError(f"model {path}: config.json: {HEADS_OF_LAYERS}: must be a number for each layer")
+
+
+def _are_sizes(values: object, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(value) is int and 0 < value <= LARGEST for value in values)
+    )
 
 
 def _key(config: dict[str, Any], names: tuple[str, ...]) -> str:
@@ -249,41 +280,7 @@ def _sparse_layers(config: dict[str, Any]) -> tuple[bool, ...]:
     )
 
 
-def _attention(config: dict[str, Any]) -> tuple[tuple[Projection, ...], int, int]:
-    """Return the projections, the head width of queries and keys, and that of values."""
-    if config.get("kv_lora_rank"):
-        return _latent_attention(config)
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
-    values = (config.get("num_key_value_heads") or heads) * width
-    projections = (
-        Projection("q_proj", hidden, heads * width, "q"),
-        Projection("k_proj", hidden, values, "k"),
-        Projection("v_proj", hidden, values, "v"),
-        Projection("o_proj", heads * width, hidden, "qkv"),
-    )
-    return projections, width, width
-
-
-def _latent_attention(config: dict[str, Any]) -> tuple[tuple[Projection, ...], int, int]:
-    """Return `_attention` of DeepSeek's multi-head latent attention, with its low-rank projections."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    plain, rotary, values = (config[key] for key in _LATENT_KEYS)
-    q_rank, kv_rank = config.get("q_lora_rank"), config["kv_lora_rank"]
-    queries = heads * (plain + rotary)
-    query = [Projection("q_proj", hidden, queries, "q")]
-    if q_rank:
-        query = [Projection("q_a_proj", hidden, q_rank, "q"), Projection("q_b_proj", q_rank, queries, "q")]
-    projections = (
-        *query,
-        Projection("kv_a_proj_with_mqa", hidden, kv_rank + rotary, "kv"),
-        Projection("kv_b_proj", kv_rank, heads * (plain + values), "kv"),
-        Projection("o_proj", heads * values, hidden, "qkv"),
-    )
-    return projections, plain + rotary, values
-
-
-def _attention_vectors(config: dict[str, Any], projections: tuple[Projection, ...], head_dim: int) -> int:
+def _attention_vectors(config: dict[str, Any], projections: Projections, head_dim: int) -> int:
     family = config.get("model_type")
     outputs = [p.fan_out for p in projections]
     if config.get("kv_lora_rank"):

@@ -1,4 +1,4 @@
-"""The mixtures of experts in transformers that cannot be trained here, or not with packing, by model_type."""
+"""What mixtures of experts in transformers cannot be trained with here, or not at all, by model_type."""
 
 from __future__ import annotations
 
@@ -55,6 +55,13 @@ NOT_PACKABLE = dict.fromkeys(
 ) | {"minimax_m3_vl_text": "its sparse layers choose blocks of keys by their place in the sequence"}
 """model_type -> why rows cannot share a sequence: a row would change what another row computes."""
 
+BALANCED = frozenset(
+    "ernie4_5_moe flex_olmo flint gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared jamba "
+    "laguna lara_mini mellum minimax minimax_m2 minimax_m3_vl_text mixtral olmoe qwen2_moe qwen3_5_moe_text "
+    "qwen3_moe qwen3_next qwen4_exp_text".split()
+)
+"""The families whose model in transformers has a load-balancing loss."""
+
 
 def refusal(model_type: str) -> str | None:
     """Return why a family is refused, in one line; None if it is not in the list."""
@@ -68,4 +75,13 @@ def require_packable(model_type: str) -> None:
         raise UserError(
             f"{model_type} cannot be trained with training.packing or training.padding_free: {reason}; "
             "leave both false"
+        )
+
+
+def require_balanced(model_type: str) -> None:
+    """Raise UserError if transformers has no load-balancing loss for the routers of a family."""
+    if model_type not in BALANCED:
+        raise UserError(
+            f"{model_type} cannot be trained with training.router_aux_loss_coef: transformers has no "
+            "load-balancing loss for its routers; leave it 0"
         )

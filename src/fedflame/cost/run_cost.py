@@ -117,7 +117,8 @@ def run_cost(
             in ((config.afforded_experts()[client.client], r), (client.trained_experts, client.trained_rank))
         )
         masked = (tokens if training.padding_free else packed) if training.packs else 0
-        load = tokens, dtype, labelled_share, training.gradient_checkpointing, masked
+        dropout = config.adapter.lora_dropout > 0
+        load = tokens, dtype, labelled_share, training.gradient_checkpointing, masked, dropout
         memory.append(training_memory(shape, k, rank, targets, *load))
     ranks = sorted(config.trained_ranks(full))
     merged = sum(ranks[-config.clients_per_round() :]) * config.method.merges

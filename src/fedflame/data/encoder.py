@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fedflame.config.sections import CompletionOnly, DataConfig
+from fedflame.config.sections import DataConfig
+from fedflame.config.values import CompletionOnly
 from fedflame.data.conversations import Conversation, Turn
 from fedflame.data.messages import BrokenRowError
 from fedflame.data.speech import find_speech

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedflame.config.client_files import client_files
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import SKILLS, DataConfig
 from fedflame.data import skills
@@ -104,25 +106,34 @@ def load_federation(config: RunConfig, given: GivenRows | None = None) -> Federa
     return _with_parts(federation, parts)
 
 
-def held_out_rows(name: str, config: RunConfig, given: GivenRows | None = None) -> LoadedRows:
-    """Return all rows of a source that is there to be scored, such as `evaluation.dataset_name`.
-
-    Args:
-        name: a file or a hub id.
-        config: names the columns and the hub's split.
-        given: rows that replace those of that name.
+def held_out_rows(config: RunConfig) -> LoadedRows:
+    """Return all rows of `evaluation.dataset_name`.
 
     Raises:
-        UserError: see `read_rows`.
+        UserError: they are the rows that are trained on, or cannot be read; see `read_rows`.
     """
-    split = config.evaluation.dataset_split
-    sources = given.sources if given else (open_source(name, config.data.dataset_config_name, split),)
-    loaded = [read_rows(source, _columns(config.data)) for source in sources]
-    return LoadedRows(
-        [row for of in loaded for row in of.rows],
-        [row for of in loaded for row in of.skipped],
-        f"{sources[0].name}: {loaded[0].columns}",
-    )
+    name, split = config.evaluation.dataset_name, config.evaluation.dataset_split
+    _refuse_trained_rows(config)
+    source = open_source(name, config.data.dataset_config_name, split, "evaluation.dataset_name")
+    loaded = read_rows(source, _columns(config.data))
+    return replace(loaded, columns=f"{source.name}: {loaded.columns}")
+
+
+def _refuse_trained_rows(config: RunConfig) -> None:
+    data, name = config.data, config.evaluation.dataset_name
+    trained = client_files(data.client_files) if data.client_files else (data.dataset_name,)
+    same_place = any(os.path.realpath(one) == os.path.realpath(name) for one in trained)
+    if same_place and (os.path.exists(name) or data.split == config.evaluation.dataset_split):
+        raise UserError(
+            f"evaluation.dataset_name = {name!r}: these rows are trained on; name others, or leave it out to "
+            "score the rows that are held out of them"
+        )
+
+
+def held_out_only(config: RunConfig) -> Federation:
+    """Load the rows of `evaluation.dataset_name` alone; see `held_out_rows`."""
+    test = held_out_rows(config)
+    return Federation([], [], "given", test.rows, test.skipped, (test.columns,))
 
 
 def _generated(config: RunConfig) -> _Rows:
@@ -132,7 +143,7 @@ def _generated(config: RunConfig) -> _Rows:
     if config.data.client_field:
         raise UserError(f"data.client_field = {config.data.client_field!r}: generated rows name no client")
     if evaluation.dataset_name:
-        test = held_out_rows(evaluation.dataset_name, config)
+        test = held_out_rows(config)
         return _Rows(training, test.rows, test.skipped, (test.columns,))
     if evaluation.split == "validation":
         return _Rows(training, skills.validation_instructions(count, config.seed), [], ())
@@ -147,7 +158,7 @@ def _only(data: DataConfig) -> GivenRows:
 
 def _loaded(config: RunConfig, given: GivenRows) -> _Rows:
     """Read all sources. Rows are held out of them together, unless rows of their own are scored."""
-    data, test_name = config.data, config.evaluation.dataset_name
+    data = config.data
     loaded = [read_rows(source, _columns(data), may_be_empty=given.per_client) for source in given.sources]
     if given.per_client:
         loaded = [of.owned_by(str(client)) for client, of in enumerate(loaded)]
@@ -156,8 +167,8 @@ def _loaded(config: RunConfig, given: GivenRows) -> _Rows:
         raise UserError(f"{given.sources[0].name} and {len(given.sources) - 1} more: no usable row in any")
     owners, names = _owners(config, given, rows)
     columns = _columns_of(given, loaded)
-    if test_name:
-        test, training = held_out_rows(test_name, config), sample_rows(rows, data.max_rows, config.seed)
+    if config.evaluation.dataset_name:
+        test, training = held_out_rows(config), sample_rows(rows, data.max_rows, config.seed)
         return _Rows(training, test.rows, [*skipped, *test.skipped], (*columns, test.columns), owners, names)
     training, held_out = _held_out(config, rows)
     if owners:
@@ -254,7 +265,7 @@ def _with_given_tests(federation: Federation, data: DataConfig) -> Federation:
 
 def _columns_of(given: GivenRows, loaded: Sequence[LoadedRows]) -> tuple[str, ...]:
     """Return the columns of each client's rows, once if they are all alike."""
-    if len({of.columns for of in loaded}) == 1:
+    if len(loaded) > 1 and len({of.columns for of in loaded}) == 1:
         return (f"data: {loaded[0].columns}",)
     return tuple(f"{source.name}: {of.columns}" for source, of in zip(given.sources, loaded, strict=True))
 

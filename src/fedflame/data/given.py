@@ -31,7 +31,11 @@ def rows_of_files(patterns: Sequence[str]) -> GivenRows:
     names = [one_line(Path(file).name.split(".")[0]) for file in files]
     if len(set(names)) < len(names):
         names = [one_line(file) for file in files]
-    return GivenRows(tuple(open_source(file, "", "") for file in files), per_client=True, names=tuple(names))
+    return GivenRows(
+        tuple(open_source(file, "", "", "data.client_files") for file in files),
+        per_client=True,
+        names=tuple(names),
+    )
 
 
 def rows_of_test_files(patterns: Sequence[str], training: Sequence[str]) -> tuple[Source, ...]:

@@ -41,7 +41,9 @@ class Source:
     """Yields the rows, with at least the columns asked for."""
 
 
-def open_source(dataset_name: str, dataset_config_name: str, split: str) -> Source:
+def open_source(
+    dataset_name: str, dataset_config_name: str, split: str, key: str = "data.dataset_name"
+) -> Source:
     """Open the source of that name.
 
     Args:
@@ -49,19 +51,21 @@ def open_source(dataset_name: str, dataset_config_name: str, split: str) -> Sour
             or `/`; otherwise a hub id.
         dataset_config_name: configuration of a hub data set that has several; empty for its default.
         split: split of a hub data set.
+        key: the setting that names it, for messages.
 
     Raises:
         UserError: the source cannot be read. For a file, this may show only when its rows are read.
     """
     if dataset_name == IN_MEMORY:
         raise UserError(
-            f"data.dataset_name = {IN_MEMORY!r}: a program passed these rows in; it must do so again, or "
-            "data.dataset_name must name a file or a hub id"
+            f"{key} = {IN_MEMORY!r}: a program passed these rows in; it must do so again, or {key} must "
+            "name a file or a hub id"
         )
-    refuse_missing_file(dataset_name)
+    refuse_missing_file(dataset_name, key)
+    got = f"{key} = {dataset_name!r}"
     if _is_file(dataset_name):
-        return _open_file(dataset_name)
-    return _open_hub(dataset_name, dataset_config_name, split)
+        return _open_file(dataset_name, got)
+    return _open_hub(dataset_name, dataset_config_name, split, got)
 
 
 def hub_id(dataset_name: str) -> str:
@@ -70,53 +74,54 @@ def hub_id(dataset_name: str) -> str:
     return "" if elsewhere or "/" not in dataset_name else dataset_name
 
 
-def refuse_missing_file(dataset_name: str) -> None:
+def refuse_missing_file(dataset_name: str, key: str = "data.dataset_name") -> None:
     """Raise UserError if the name is that of a file (see `open_source`) and there is no such file."""
     if _is_file(dataset_name) and not os.path.exists(dataset_name):
-        raise UserError(f"data.dataset_name = {dataset_name!r}: no such file")
+        raise UserError(f"{key} = {dataset_name!r}: no such file")
 
 
 def _is_file(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) or name.startswith(("./", "../", "/")) or os.path.exists(name)
 
 
-def _open_file(name: str) -> Source:
+def _open_file(name: str, got: str) -> Source:
+    """Open a file; messages begin with what was `got`: the setting and its value."""
     path = Path(name)
     if path.is_dir() or not name.lower().endswith(SUFFIXES):
-        got = "a folder" if path.is_dir() else "not a known kind of file"
-        raise UserError(f"data.dataset_name = {name!r}: {got}; must be a file in {', '.join(SUFFIXES)}")
+        kind = "a folder" if path.is_dir() else "not a known kind of file"
+        raise UserError(f"{got}: {kind}; must be a file in {', '.join(SUFFIXES)}")
     if name.lower().endswith(".csv"):
-        return Source(name, _csv_header(path), lambda _: _csv_rows(path))
+        return Source(name, _csv_header(path, got), lambda _: _csv_rows(path, got))
     if name.lower().endswith(".parquet"):
-        return Source(name, _parquet_columns(path), lambda columns: _parquet_rows(path, columns))
+        return Source(name, _parquet_columns(path, got), lambda columns: _parquet_rows(path, columns, got))
     # The first pass collects only the names of columns: a column may first occur in the last row.
-    keys = {key: None for _, fields in _json_rows(path) if isinstance(fields, dict) for key in fields}
-    return Source(name, list(keys), lambda _: _json_rows(path))
+    keys = {key: None for _, fields in _json_rows(path, got) if isinstance(fields, dict) for key in fields}
+    return Source(name, list(keys), lambda _: _json_rows(path, got))
 
 
 @contextmanager
-def _reading(path: Path, *more: type[Exception]) -> Iterator[None]:
+def _reading(got: str, *more: type[Exception]) -> Iterator[None]:
     """Turn errors of reading a file into a UserError."""
     unreadable: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, csv.Error, *more)
     try:
         yield
     except unreadable as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
-        raise UserError(f"data.dataset_name = {str(path)!r}: cannot be read: {reason}") from error
+        raise UserError(f"{got}: cannot be read: {reason}") from error
 
 
-def _json_rows(path: Path) -> Iterator[RawRow]:
+def _json_rows(path: Path, got: str) -> Iterator[RawRow]:
     """Yield the objects of an array if the file is one, else those of its lines.
 
     Raises:
         UserError: it is an array that is too large, or one object that is no row.
     """
-    with _reading(path), gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+    with _reading(got), gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
         start = file.readline(LONGEST_JSON + 1)
         while start and not start.removeprefix(codecs.BOM_UTF8).strip():
             start = file.readline(LONGEST_JSON + 1)
         file.seek(0)
-        whole = _whole(path, file, start.removeprefix(codecs.BOM_UTF8).lstrip())
+        whole = _whole(path.name, got, file, start.removeprefix(codecs.BOM_UTF8).lstrip())
         if whole is not None:
             for number, value in enumerate(whole, start=1):
                 yield f"{path}:row {number}", value if isinstance(value, dict) else "not a JSON object"
@@ -127,7 +132,7 @@ def _json_rows(path: Path) -> Iterator[RawRow]:
                 yield f"{path}:{number}", _json_object(line)
 
 
-def _whole(path: Path, file: gzip.GzipFile | IO[bytes], start: bytes) -> list[Any] | None:
+def _whole(name: str, got: str, file: gzip.GzipFile | IO[bytes], start: bytes) -> list[Any] | None:
     """Return the items of a file that is one JSON array, or None if its lines are to be read.
 
     `start` is its first line that is not empty.
@@ -142,11 +147,11 @@ def _whole(path: Path, file: gzip.GzipFile | IO[bytes], start: bytes) -> list[An
         if opens == b"{" or not isinstance(_json_value(start), str):
             return None
         too_long = len(content) > LONGEST_JSON
-        advice = f"; write one row on each line (jq -c '.[]' {path.name} > rows.jsonl)" if too_long else ""
-        raise UserError(f"data.dataset_name = {str(path)!r}: a JSON array that is {error}{advice}") from error
+        advice = f"; write one row on each line (jq -c '.[]' {name} > rows.jsonl)" if too_long else ""
+        raise UserError(f"{got}: a JSON array that is {error}{advice}") from error
     if isinstance(value, dict):
         raise UserError(
-            f"data.dataset_name = {str(path)!r}: is one JSON object with {_keys(value)}; it must be an array "
+            f"{got}: is one JSON object with {_keys(value)}; it must be an array "
             "of rows, or have one row on each line"
         )
     return value if isinstance(value, list) else None
@@ -180,14 +185,14 @@ def _json_value(line: bytes) -> dict[str, object] | list[object] | str:
     return value if isinstance(value, dict | list) else "not a JSON object"
 
 
-def _csv_header(path: Path) -> list[str]:
-    with _reading(path), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+def _csv_header(path: Path, got: str) -> list[str]:
+    with _reading(got), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         return next(csv.reader(file), [])
 
 
-def _csv_rows(path: Path) -> Iterator[RawRow]:
+def _csv_rows(path: Path, got: str) -> Iterator[RawRow]:
     # surrogateescape keeps invalid UTF-8 in its field, where `instructions` finds it.
-    with _reading(path), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with _reading(got), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         header = next(reader, [])
         for number, cells in enumerate(filter(None, reader), start=1):
@@ -196,20 +201,20 @@ def _csv_rows(path: Path) -> Iterator[RawRow]:
             yield f"{path}:row {number}", fields if matches else f"has {len(cells)} of {len(header)} fields"
 
 
-def _parquet_columns(path: Path) -> list[str]:
+def _parquet_columns(path: Path, got: str) -> list[str]:
     import pyarrow  # type: ignore[import-untyped, unused-ignore]
     import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
 
-    with _reading(path, pyarrow.ArrowException):
+    with _reading(got, pyarrow.ArrowException):
         return list(pyarrow.parquet.read_schema(path).names)
 
 
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
+def _parquet_rows(path: Path, columns: Sequence[str], got: str) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
-    with _reading(path, pyarrow.ArrowException), pyarrow.parquet.ParquetFile(path) as file:
+    with _reading(got, pyarrow.ArrowException), pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=list(columns)):
             for index in range(batch.num_rows):
                 number += 1
@@ -221,17 +226,16 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[RawRow]:
                     yield f"{path}:row {number}", fields
 
 
-def _open_hub(name: str, config_name: str, split: str) -> Source:
+def _open_hub(name: str, config_name: str, split: str, got: str) -> Source:
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
     with _quiet():
-        _ask_hub(name)
+        _ask_hub(name, got)
         try:
             dataset = datasets.load_dataset(name, config_name or None, split=split)
         except Exception as error:  # of datasets, fsspec, pyarrow or the HTTP library beneath
             raise UserError(
-                f"data.dataset_name = {name!r}, data.split = {split!r}: "
-                f"cannot be loaded from the Hugging Face hub: {_first_line(error)}"
+                f"{got}, split {split!r}: cannot be loaded from the Hugging Face hub: {_first_line(error)}"
             ) from error
 
     def rows(columns: Sequence[str]) -> Iterator[RawRow]:
@@ -241,26 +245,25 @@ def _open_hub(name: str, config_name: str, split: str) -> Source:
     return Source(f"{name}[{split}]", list(dataset.column_names), rows)
 
 
-def _ask_hub(name: str) -> None:
+def _ask_hub(name: str, got: str) -> None:
     """Ask the hub once for the data set, because `datasets` would retry an unreachable hub for 30 seconds."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     if huggingface_hub.is_offline_mode():  # `datasets` then uses only its cache
         return
-    got = f"data.dataset_name = {name!r}: "
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
     except HFValidationError as error:
         allowed = ", ".join(SUFFIXES)
-        raise UserError(f"{got}neither a file ({allowed}) nor a hub id (owner/name)") from error
+        raise UserError(f"{got}: neither a file ({allowed}) nor a hub id (owner/name)") from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{got}no such file, and no such data set on the hub (or it needs HF_TOKEN)"
+            f"{got}: no such file, and no such data set on the hub (or it needs HF_TOKEN)"
         ) from error
     except Exception as error:  # the HTTP library, and so its errors, differ between versions
         raise UserError(
-            f"{got}no such file, and the Hugging Face hub cannot be reached ({_first_line(error)}); "
+            f"{got}: no such file, and the Hugging Face hub cannot be reached ({_first_line(error)}); "
             "HF_HUB_OFFLINE=1 takes a data set that is in the cache"
         ) from error
 

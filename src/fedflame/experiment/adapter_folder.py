@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,10 +57,10 @@ def starting_adapter(config: RunConfig) -> str:
         return ""
     settings = read_settings(Path(name))
     got = settings.adapter
-    if (got.r, got.lora_alpha) != (wanted.r, wanted.lora_alpha):
+    if got.r != wanted.r or not math.isclose(got.scale, wanted.scale, rel_tol=1e-12):
         raise UserError(
-            f"adapter.r = {wanted.r}, adapter.lora_alpha = {wanted.lora_alpha:g}: the adapter in {name} has "
-            f"r = {got.r}, lora_alpha = {got.lora_alpha:g}; a run that goes on from it must have the same"
+            f"adapter.{wanted.in_words.replace(', ', ', adapter.')}: the adapter in {name} has "
+            f"{got.in_words}; a run that goes on from it must have the same"
         )
     if lacking := [module for module in got.target_modules if module not in wanted.target_modules]:
         raise UserError(

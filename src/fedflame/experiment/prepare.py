@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fedflame.base.files import model_config_path, require_folder_complete, resolve_model
 from fedflame.config.run_config import RunConfig
-from fedflame.cost.model_shape import ModelShape, read_model_shape
-from fedflame.cost.refused_families import require_packable
+from fedflame.cost.model_shape import ModelShape, attention_targets, read_model_shape
+from fedflame.cost.refused_families import require_balanced, require_packable
 from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.tiers import require_possible, require_rank
 from fedflame.data.federation import Federation, load_federation
@@ -53,6 +53,7 @@ def prepare(
     Raises:
         UserError: the run cannot start as it is configured; nothing was changed.
     """
+    config = with_target_modules(config)
     run = Path(config.output_dir)
     require_installed(config.report_to)
     refuse_used(run)
@@ -66,6 +67,18 @@ def prepare(
         check_sites(config.clients.num_clients, sites)
     shape = require_runnable(config)
     return Prepared(config, existing, shape, load_federation(config, given), sites, resume_from)
+
+
+def with_target_modules(config: RunConfig) -> RunConfig:
+    """The configuration with the names of the attention projections that carry LoRA, instead of `auto`.
+
+    Raises:
+        UserError: the model's config.json is missing or damaged, or it has no such projection.
+    """
+    shape = read_model_shape(model_config_path(config.model.model_name_or_path))
+    names = attention_targets(shape, config.adapter.target_modules)
+    adapter = config.adapter.model_copy(update={"target_modules": names})
+    return config.model_copy(update={"adapter": adapter})
 
 
 def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
@@ -95,6 +108,8 @@ def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
     require_possible(config.evaluated_experts(full), shape)
     if config.training.packs:
         require_packable(shape.model_type)
+    if config.training.router_aux_loss_coef:
+        require_balanced(shape.model_type)
     row_length(config.data.max_length, shape)
     prompt_length(config.evaluation.max_new_tokens, shape)
     return shape

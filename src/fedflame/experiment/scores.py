@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedflame.cost.tiers import require_possible
-from fedflame.data.federation import load_federation
+from fedflame.data.federation import held_out_only, load_federation
 from fedflame.data.given import GivenRows
 from fedflame.experiment.prepare import require_runnable
 from fedflame.experiment.run_folder import is_run, saved_dtype
@@ -20,7 +20,7 @@ def score_source(
     overrides: Sequence[str] = (),
     given: GivenRows | None = None,
 ) -> dict[int, dict[str, Scores]]:
-    """Scores by k and category.
+    """Scores by k and category, on all rows of `evaluation.dataset_name` or on those held out of the data.
 
     Args:
         source: a run folder, an adapter folder, or a base model by folder or name.
@@ -35,7 +35,7 @@ def score_source(
     config, rank = source_config(source, list(active_experts), list(overrides))
     shape = require_runnable(config, rank)
     require_possible(active_experts, shape)
-    federation = load_federation(config, given)
+    federation = held_out_only(config) if config.evaluation.dataset_name else load_federation(config, given)
     from fedflame.base.out_of_memory import memory_in_words  # from here on with torch
     from fedflame.experiment.assemble import assemble
     from fedflame.training.evaluation import evaluate

@@ -66,6 +66,7 @@ def _training_job(experiment: Experiment) -> TrainingJob:
         dtype=experiment.adapted.dtype,
         r=config.adapter.r,
         lora_alpha=config.adapter.lora_alpha,
+        use_rslora=config.adapter.use_rslora,
         target_modules=",".join(config.adapter.target_modules),
         max_length=encoder.max_length,
         template_digest=encoder.template.digest,

@@ -237,7 +237,7 @@ def _training(run: TrainedRun) -> str:
         f"{'round' if rounds == 1 else 'rounds'} over {run.num_clients} clients that afford "
         f"{','.join(map(str, run.active_experts))} experts per token, {run.local_work} per "
         f"client and round, learning rate {run.learning_rate:g}. "
-        f"LoRA r = {lora.r}, lora_alpha = {lora.lora_alpha:g} on every expert{attention}.{_best(run)}"
+        f"LoRA {lora.in_words} on every expert{attention}.{_best(run)}"
     )
 
 

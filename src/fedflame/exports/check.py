@@ -119,8 +119,9 @@ def _check_merged(folder: Path, k: int, state: ServerState, run: TrainedRun, dev
 def _live(state: ServerState, run: TrainedRun, device: str) -> AdaptedModel:
     """The base in float32, with room for the run's ranks and those that its method merged into the base."""
     r = state.adapter.rank + state.merged.rank
-    alpha = run.adapter.lora_alpha * (r / run.adapter.r)
-    wide = AdapterConfig(r=r, lora_alpha=alpha, target_modules=run.adapter.target_modules)
+    wide = AdapterConfig(
+        r=r, lora_alpha=run.adapter.plain_alpha(r), target_modules=run.adapter.target_modules
+    )
     return load_adapted_model(run.base_model, "float32", wide, device=device)[0]
 
 

@@ -52,7 +52,7 @@ class TrainedRun:
     base_model: str
     """Name, hub id or folder of the base model."""
     adapter: AdapterConfig
-    """r and lora_alpha of the run. Merged factors add ranks in the export."""
+    """Rank and scale of the run. Merged factors add ranks in the export."""
     method: str
     """The method in words, with its paper."""
     strategy: Mapping[str, Any]

@@ -2,7 +2,8 @@
 
 A file has, for each weight NAME of the base that has LoRA, NAME.lora_a and NAME.lora_b. The experts of a
 layer are one weight there, so that theirs are A [E,r,in] and B [E,out,r]. llama.cpp computes
-W x + (alpha/r) B A x. The rescaler s has no place: it multiplies W too, and s W - W has full rank.
+W x + (alpha/r) B A x, without rsLoRA. The rescaler s has no place: it multiplies W too, and s W - W has full
+rank.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def export_gguf(
     advice = serving_advice(names.architecture, k, full)
     tensors = dict(_tensors(total, model, layers, names))
     with new_folder(to, overwrite) as folder:
-        _write(folder / GGUF_FILE, names.architecture, run.adapter.lora_alpha * (r / run.adapter.r), tensors)
+        _write(folder / GGUF_FILE, names.architecture, run.adapter.plain_alpha(r), tensors)
         facts = run_facts(state, run, layers) | {"gguf_at": k, "checksums": checksums(folder)}
         write_checked(folder / RUN_FILE, facts)
         card = gguf_card(run, GGUF_FILE, k, advice)

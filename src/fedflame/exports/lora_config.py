@@ -12,6 +12,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from transformers import PreTrainedModel
 
+from fedflame.config.lora_scale import lora_scale
 from fedflame.config.sections import Rank
 from fedflame.errors import UserError
 from fedflame.exports.description import TrainedRun
@@ -31,14 +32,14 @@ from fedflame.reading import shown
 CONFIG_FILE = "adapter_config.json"
 
 _OTHER_METHODS = (
-    "use_rslora use_dora use_qalora use_bdlora lora_bias modules_to_save trainable_token_indices "
+    "use_dora use_qalora use_bdlora lora_bias modules_to_save trainable_token_indices "
     "layer_replication alora_invocation_tokens arrow_config kasa_config velora_config monteclora_config"
 ).split()
 _INITS_THAT_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
 
 
 class LoraSettings(BaseModel):
-    """The settings of a LoRA adapter W + (alpha/r) B A, with r and alpha per module or parameter."""
+    """The settings of a LoRA adapter W + c B A, with r and alpha, and so c, per module or parameter."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -46,6 +47,7 @@ class LoraSettings(BaseModel):
     base_model_name_or_path: str | None = None
     r: Rank
     lora_alpha: Annotated[float, Field(gt=0)]
+    use_rslora: bool = False
     target_modules: list[str] = []
     target_parameters: list[str] = []
     rank_pattern: dict[str, Rank] = {}
@@ -101,9 +103,10 @@ class LoraSettings(BaseModel):
         return self.rank_pattern.get(first_match(self._rank_patterns, self.parameter(module)), self.r)
 
     def scaling(self, module: str) -> float:
-        """Return alpha / r of one module, the factor on its product B A."""
+        """Return the factor on the product B A of one module."""
         key = first_match(self._alpha_patterns, self.parameter(module))
-        return self.alpha_pattern.get(key, self.lora_alpha) / self.rank(module)
+        alpha = self.alpha_pattern.get(key, self.lora_alpha)
+        return lora_scale(alpha, self.rank(module), self.use_rslora)
 
 
 def is_target(name: str, targets: Iterable[str]) -> bool:
@@ -115,7 +118,7 @@ def parse_lora_config(path: Path, values: dict[str, Any]) -> LoraSettings:
     """Parse the content `values` of the adapter_config.json in `path`.
 
     Raises:
-        UserError: it is no LoRA, a value is not allowed, or it is a variant other than W + (alpha/r) B A.
+        UserError: it is no LoRA, a value is not allowed, or it is a variant other than W + c B A.
     """
     if values.get("peft_type") != "LORA":
         raise UserError(f"{path}: no LoRA adapter: peft_type = {shown(values.get('peft_type'))}")
@@ -151,13 +154,17 @@ def expert_names_of(model: PreTrainedModel) -> ExpertNames | None:
 def lora_config(
     run: TrainedRun, r: int, layers: Sequence[MoELayer], layout: Layout, names: ExpertNames | None
 ) -> dict[str, Any]:
-    """Return the content of `adapter_config.json` for an adapter of rank r with the run's alpha/r.
+    """Return the content of `adapter_config.json` for an adapter of rank r with the run's scale.
 
     We do not use PEFT's own writer, because its order of target_modules differs between processes. In the
     fused layout gate and up have twice the rank and twice the alpha, under the patterns that PEFT itself
     writes when it saves a loaded per-expert adapter.
+
+    The scale is always alpha/r, also if the run's is alpha/sqrt(r). Of a per-expert adapter with use_rslora
+    PEFT would scale gate and up by the root of 2 too much: it fuses them with twice the rank and twice the
+    alpha. llama.cpp's converter does not read use_rslora at all.
     """
-    alpha = run.adapter.lora_alpha * (r / run.adapter.r)
+    alpha = run.adapter.plain_alpha(r)
     targets: dict[str, Any] = {"target_modules": list(run.adapter.target_modules)}
     if layout == "per-expert" and names:
         targets["target_modules"] += names.projections

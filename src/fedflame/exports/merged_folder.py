@@ -25,11 +25,11 @@ from fedflame.strategies.base import ServerState
 def merge_checkpoint(state: ServerState, run: TrainedRun, k: int, to: Path, overwrite: bool = False) -> None:
     """Write a stock checkpoint that needs neither PEFT nor fedflame; its outputs equal ours at this k.
 
-    Every weight with LoRA becomes W + (lora_alpha/r) B A, with the adapter that is used at k. The rescaler s
-    of the tier multiplies the down projections, because they are the last map before the routed sum. For k <
-    K the saved config asks for k experts per token. The base is loaded in its own dtype; each sum is computed
-    in float32 and rounded to that dtype once. The tokenizer is saved too, with the
-    chat template that was trained.
+    Every weight with LoRA becomes W + c B A, with the run's scale and the adapter that is used at k. The
+    rescaler s of the tier multiplies the down projections, because they are the last map before the routed
+    sum. For k < K the saved config asks for k experts per token. The base is loaded in its own dtype; each
+    sum is computed in float32 and rounded to that dtype once. The tokenizer is saved too, with the chat
+    template that was trained.
 
     Args:
         state: adapter, rescalers and merged factors of the run.
@@ -48,7 +48,7 @@ def merge_checkpoint(state: ServerState, run: TrainedRun, k: int, to: Path, over
     total = state.total_at(k)
     require_fit(total, model, layers, total.rank)
     scalars = _rescaler_of(state, k, layers)
-    merge_into(model, layers, total, run.adapter.lora_alpha / run.adapter.r, scalars)
+    merge_into(model, layers, total, run.adapter.scale, scalars)
     _set_active_experts(model, layers, k)
     with new_folder(to, overwrite) as folder:
         model.save_pretrained(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,7 +84,9 @@ def new_folder(to: Path, overwrite: bool) -> Iterator[Path]:
         folder = aside / "new"
         folder.mkdir()
         yield folder
-        _fsync(file for file in folder.rglob("*") if file.is_file())
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        _make_readable(files, aside)
+        _fsync(files)
         _replace(folder, target, aside / "old")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -121,6 +124,15 @@ def _replace(folder: Path, target: Path, old: Path) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         raise
+
+
+def _make_readable(files: Iterable[Path], aside: Path) -> None:
+    """Give files the mode of any new file here; safetensors writes files that only their owner can read."""
+    probe = aside / "mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    for file in files:
+        file.chmod(mode)
 
 
 def _fsync(files: Iterable[Path]) -> None:

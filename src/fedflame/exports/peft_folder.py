@@ -53,7 +53,7 @@ def export_adapter(
 ) -> Layout:
     """Write a folder that `PeftModel.from_pretrained(base, to)` loads; its outputs equal ours at k = K.
 
-    Merged factors become additional ranks of the adapter, at the same lora_alpha / r. Besides PEFT's two
+    Merged factors become additional ranks of the adapter, at the same scale. Besides PEFT's two
     files the folder has `rescalers.safetensors` ("k4": [L] for the tier k = 4), `fedflame.json`, and the
     model card README.md. If the method keeps an adapter for one k, a subfolder such as `k4` has PEFT's two
     files for it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class AdapterSettings:
     base_model: str | None
     """The base model as the folder names it; it may have moved since."""
     adapter: AdapterConfig
-    """r, lora_alpha and the attention projections in target_modules."""
+    """r, lora_alpha, use_rslora and the attention projections in target_modules."""
 
 
 def read_settings(path: Path) -> AdapterSettings:
@@ -55,7 +56,7 @@ def read_settings(path: Path) -> AdapterSettings:
     the fused rank.
 
     Raises:
-        UserError: `path` is no adapter folder, or has a LoRA variant other than W + (alpha/r) B A.
+        UserError: `path` is no adapter folder, or has a LoRA variant other than W + c B A.
     """
     require_intact(path)
     lora, tensors = _read_folder(path)
@@ -87,7 +88,7 @@ def load_adapter(path: Path, adapted: AdaptedModel, seed: int) -> Adapter:
         factors = unpack(packed, slot.experts) if slot.experts else packed
         parts = split(factors, separate) if len(slot.views) == 2 else (factors,)
         for view, part in zip(slot.views, parts, strict=True):
-            view.fill(part, lora.scaling(slot.module) / adapted.loras[0].scaling)
+            view.fill(part, _ratio(lora.scaling(slot.module), adapted.scale))
     return adapter
 
 
@@ -154,10 +155,13 @@ def _adapter_config(lora: LoraSettings, tensors: Mapping[str, Tensor]) -> Adapte
         lora.rank(module) // (2 if separate and lora.parameter(module).endswith(f".{GATE_UP}") else 1)
         for module in _modules(tensors)
     ]
-    r = max(ranks, default=lora.r)
-    return AdapterConfig(
-        r=r, lora_alpha=lora.lora_alpha * (r / lora.r), target_modules=tuple(lora.attention_modules)
+    r, modules = max(ranks, default=lora.r), tuple(lora.attention_modules)
+    own = AdapterConfig(
+        r=lora.r, lora_alpha=lora.lora_alpha, use_rslora=lora.use_rslora, target_modules=modules
     )
+    if r == lora.r:
+        return own
+    return AdapterConfig(r=r, lora_alpha=own.plain_alpha(r), target_modules=modules)
 
 
 def _gate_and_up_are_separate(lora: LoraSettings, tensors: Mapping[str, Tensor]) -> bool:
@@ -214,13 +218,15 @@ def _read_folder(path: Path) -> tuple[LoraSettings, dict[str, Tensor]]:
 
 
 def _require_same_scaling(path: Path, settings: AdapterConfig, adapted: AdaptedModel) -> None:
-    scaling = adapted.loras[0].scaling
     if settings.r != adapted.r:
         raise UserError(f"{path}: r = {settings.r}; the model is prepared for r = {adapted.r}")
-    if settings.lora_alpha / settings.r != scaling:
-        raise UserError(
-            f"{path}: lora_alpha / r = {settings.lora_alpha / settings.r}; the model has {scaling}"
-        )
+    if _ratio(settings.scale, adapted.scale) != 1:
+        raise UserError(f"{path}: its scale is {settings.scale:g}; the model has {adapted.scale:g}")
+
+
+def _ratio(one: float, other: float) -> float:
+    """Return the ratio of two scales; 1 also where only the last bits of their roots differ."""
+    return 1.0 if math.isclose(one, other, rel_tol=1e-12) else one / other
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

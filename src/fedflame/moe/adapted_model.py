@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from fedflame.config.lora_scale import lora_scale
 from fedflame.config.words import Checkpointed, Dtype, Trainable
+from fedflame.cost.refused_families import require_balanced
 from fedflame.errors import UserError
 from fedflame.messages import NOTHING, Adapter, is_trained, rank_dim
 from fedflame.moe.activation_counts import ActivationCounts
@@ -31,6 +34,7 @@ from fedflame.moe.gradient_checkpointing import (
     layers_checkpointed,
     require_checkpointable,
 )
+from fedflame.moe.load_balancing import LoadBalancing
 from fedflame.moe.merged_base import MergedBase
 from fedflame.seeds import generator
 
@@ -41,12 +45,13 @@ class AdaptedModel:
     Args:
         model: the base model; it is frozen and changed in place.
         r: LoRA rank of all modules; `load` may attach fewer ranks for a client.
-        lora_alpha: the low-rank product B A is scaled by lora_alpha / r.
+        lora_alpha: the low-rank product B A is scaled by lora_alpha / r; see `use_rslora`.
         target_modules: attention projections that get LoRA through PEFT; empty for LoRA on experts only.
         gradient_checkpointing: what the backward pass recomputes to save memory; see
             `moe.gradient_checkpointing`.
         mapped: the weights are mapped from files and stay there; otherwise those of the experts move into
             buffers with their LoRA values (`moe.projection`).
+        use_rslora: the scale is lora_alpha / sqrt(r).
 
     The model must lie on its device already; what is attached lies on the device of its layer.
 
@@ -62,6 +67,7 @@ class AdaptedModel:
         target_modules: Iterable[str],
         gradient_checkpointing: Checkpointed = "none",
         mapped: bool = False,
+        use_rslora: bool = False,
     ) -> None:
         if gradient_checkpointing == "layers":
             require_checkpointable(model)
@@ -70,18 +76,24 @@ class AdaptedModel:
         self.layers = find_moe_layers(model)
         require_aligned(self.layers)
         # First, because PEFT freezes every parameter that is not its own.
-        self.attention = _inject_attention_lora(model, r, lora_alpha, list(target_modules))
-        self.r = r
+        of_attention = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,  # type: ignore[arg-type]
+            use_rslora=use_rslora,
+            target_modules=list(target_modules),
+        )
+        self.attention = _inject_attention_lora(model, of_attention)
+        self.r, self.scale = r, lora_scale(lora_alpha, r, use_rslora)
         self.counts = ActivationCounts(len(self.layers), self.layers[0].num_experts, self.device)
         recompute = gradient_checkpointing == "experts"
         self.loras = [
-            ExpertLoRA(layer, index, r, lora_alpha, self.counts, recompute, mapped)
+            ExpertLoRA(layer, index, r, self.scale, self.counts, recompute, mapped)
             for index, layer in enumerate(self.layers)
         ]
         for layer, lora in zip(self.layers, self.loras, strict=True):
             layer.experts.fedflame = lora
         self._compiled = self._compiled_layers()
-        self._base = MergedBase(model, self.layers, self.attention, lora_alpha / r)
+        self._base = MergedBase(model, self.layers, self.attention, self.scale)
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
     @property
@@ -103,6 +115,14 @@ class AdaptedModel:
     def can_capture(self) -> bool:
         """Whether a training step is one GPU's alone and launches the same kernels every time."""
         return self._compiled is not None
+
+    @cached_property
+    def load_balancing(self) -> LoadBalancing:
+        """The load-balancing loss of the routers. Raises UserError for a family without one."""
+        require_balanced(self.model.config.get_text_config().model_type)
+        if self._compiled is not None:
+            torch._dynamo.reset()  # what was compiled already knows nothing of its hooks
+        return LoadBalancing(self.layers)
 
     @property
     def vocabulary(self) -> int:
@@ -137,10 +157,10 @@ class AdaptedModel:
 
         Args:
             adapter: values for this model and its target modules, of the model's rank or a smaller one. The
-                scale is alpha/r with the model's rank r in both cases.
+                scale is that of the model's rank in both cases.
             rescaler_values: [L] s per MoE layer.
             merged: factors with the names of `adapter`, of any rank. The base weights become
-                W + (alpha/r) B A; without factors they are exactly the original weights.
+                W + c B A with the scale c; without factors they are exactly the original weights.
 
         Raises:
             UserError: the values do not fit the model. Nothing was changed.
@@ -194,15 +214,35 @@ class AdaptedModel:
             yield
 
     @contextmanager
-    def training(self, k: int) -> Iterator[None]:
-        """Run k experts per token within the block, as a client trains: checkpointed or compiled."""
+    def training(self, k: int, lora_dropout: float = 0.0) -> Iterator[None]:
+        """Run k experts per token within the block, as a client trains: checkpointed or compiled.
+
+        With `lora_dropout`, torch's generators decide which inputs of every A are dropped.
+        """
         layers = self.gradient_checkpointing == "layers"
         with (
             self.active_experts(k),
+            self._dropping(lora_dropout) if lora_dropout else nullcontext(),
             layers_checkpointed(self.model) if layers else nullcontext(),
             self._compiled.used() if self._compiled else nullcontext(),
         ):
             yield
+
+    @contextmanager
+    def _dropping(self, p: float) -> Iterator[None]:
+        """Drop inputs of A with the chance p within the block: PEFT's own way in attention."""
+        modules = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        try:
+            for lora in self.loras:
+                lora.dropout = p
+            for module in modules:
+                module.lora_dropout["default"] = nn.Dropout(p)
+            yield
+        finally:
+            for lora in self.loras:
+                lora.dropout = 0.0
+            for module in modules:
+                module.lora_dropout["default"] = nn.Identity()
 
     def _compiled_layers(self) -> CompiledLayers | None:
         """Return the decoder layers compiled, on one GPU; torch compiles nothing within its checkpoints."""
@@ -235,20 +275,12 @@ def _require_shapes(kind: str, values: Mapping[str, Tensor], wanted: Mapping[str
             )
 
 
-def _inject_attention_lora(
-    model: PreTrainedModel, r: int, lora_alpha: float, target_modules: list[str]
-) -> dict[str, nn.Parameter]:
-    if not target_modules:
+def _inject_attention_lora(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Parameter]:
+    if not lora.target_modules:
         return {}
-    config = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules)  # type: ignore[arg-type]
-    try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws values that `load` overwrites
-            inject_adapter_in_model(config, model)
-    except ValueError as error:
-        wanted = ",".join(target_modules)
-        raise UserError(
-            f"adapter.target_modules {wanted!r}: {type(model).__name__} has no such module"
-        ) from error
+    _require_projections(model, lora.target_modules)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws values that `load` overwrites
+        inject_adapter_in_model(lora, model)
     parameters = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -257,6 +289,16 @@ def _inject_attention_lora(
                 linears["default"] = master = _MasterLinear(linears["default"].get_parameter("weight"))
                 parameters[f"{name}.{letter}"] = master.weight
     return parameters
+
+
+def _require_projections(model: PreTrainedModel, target_modules: Iterable[str]) -> None:
+    """Raise UserError for a name of no linear map; PEFT says nothing of it where it finds another name."""
+    for target in target_modules:
+        named = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not named or not all(isinstance(module, nn.Linear) for module in named):
+            raise UserError(
+                f"adapter.target_modules {target!r}: {type(model).__name__} has no linear map of this name"
+            )
 
 
 class _MasterLinear(nn.Module):

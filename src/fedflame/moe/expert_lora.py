@@ -1,4 +1,4 @@
-"""Expert LoRA: W x + (alpha/r) B A x for gate, up and down of every expert, in contiguous banks.
+"""Expert LoRA: W x + c B A x for gate, up and down of every expert, in contiguous banks.
 
 transformers 5 calls the experts of every SMoE family through `ALL_EXPERTS_FUNCTIONS`. This module registers
 one function there, so that no Hugging Face model class has to be changed. PEFT's `target_parameters` is not
@@ -33,7 +33,7 @@ class ExpertLoRA(nn.Module):
         layer: the MoE layer that they belong to.
         index: its number among the MoE layers, from 0.
         r: LoRA rank.
-        lora_alpha: the product B A is scaled by lora_alpha / r.
+        scale: c, the factor of every product B A.
         counts: receives the tokens of each expert in training.
         recompute: the backward computes the experts' pre-activation again; see `FusedExperts`.
         mapped: the base weights are mapped from files and stay there. Otherwise they move into one buffer
@@ -45,14 +45,14 @@ class ExpertLoRA(nn.Module):
         layer: MoELayer,
         index: int,
         r: int,
-        lora_alpha: float,
+        scale: float,
         counts: ActivationCounts,
         recompute: bool = False,
         mapped: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.experts = _experts(layer, r, lora_alpha / r, mapped)
+        self.experts = _experts(layer, r, scale, mapped)
         self.index = index
         self.counts = counts
         self.recompute = recompute
@@ -60,11 +60,12 @@ class ExpertLoRA(nn.Module):
         for name, shape in layer.bank_shapes(r).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
         self.s = nn.Parameter(torch.ones((), device=device))
+        self.dropout = 0.0
         self._written: list[tuple[int, int]] = []
 
     @property
     def scaling(self) -> float:
-        """The factor c = alpha/r of every product B A."""
+        """The factor c of every product B A."""
         return self.experts.up.scaling
 
     @property
@@ -134,7 +135,7 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
     banks, experts = lora.banks().values(), lora.written()
     output: Tensor
     output, per_expert = FusedExperts.apply(  # type: ignore[no-untyped-call]
-        x, rescale(top_k_weights, lora.s), *banks, top_k_index, experts, lora.recompute
+        x, rescale(top_k_weights, lora.s), *banks, top_k_index, experts, lora.recompute, lora.dropout
     )
     if (counted := lora.counts.counted) is not None:
         per_expert = tokens_of_experts(top_k_index, counted, lora.layer.num_experts)

@@ -4,7 +4,7 @@ Plain autograd would keep every intermediate value of every layer until the back
 the two rank-R projections and the pre-activation of gate and up; with `recompute` not even the latter. The
 backward recomputes the rest, or does not need it: the base is frozen, and the gradient of a routing weight w
 follows from the expert's activation a instead of its output. With y = W2 (w a) + w b2 + c B2 A2 (w a), g =
-dL/dy, c = alpha/r and b2 the bias, where a family has one: dL/dw = a . (W2' g + c A2' B2' g) + b2 . g.
+dL/dy, c the scale and b2 the bias, where a family has one: dL/dw = a . (W2' g + c A2' B2' g) + b2 . g.
 
 Shapes: N tokens, k active experts, S = N*k routed rows, E experts, H hidden, I expert width, R rank,
 n projections before the activation: 2 (gate and up) or 1 (up).
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedflame.moe.compiled import compiled_on_cuda
+from fedflame.moe.expert_dropout import Dropout, draw_masks
 from fedflame.moe.projection import Projection
 from fedflame.moe.routed_rows import EVERYTHING, Block, RoutedRows
 from fedflame.moe.row_passes import Gate, gate_backward, gathered, sum_per_token, to_gather, weighted_gate
@@ -51,11 +52,12 @@ class Experts:
 
 
 class FusedExperts(torch.autograd.Function):
-    """`apply(x, weights, A1, B1, A2, B2, index, experts, recompute)` -> [N,H], and each expert's rows [E].
+    """`apply(x, weights, A1, B1, A2, B2, index, experts, recompute, p)` -> [N,H], and each expert's rows [E].
 
     x is [N,H], the routing weights and the experts' numbers `index` are [N,k]. The banks A1 [E,nR,H],
     B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] are float32; `experts` holds their values already. With `recompute`
-    the backward computes the pre-activation again, with the same bits, instead of keeping it.
+    the backward computes the pre-activation again, with the same bits, instead of keeping it. p is the chance
+    that an input of an A is dropped; gate and up see the same inputs.
     """
 
     @staticmethod
@@ -70,10 +72,13 @@ class FusedExperts(torch.autograd.Function):
         index: Tensor,
         experts: Experts,
         recompute: bool,
+        p: float,
     ) -> tuple[Tensor, Tensor]:
-        output, rows, kept = _forward(x, weights, index, experts, recompute)
-        ctx.save_for_backward(x, weights, *rows, *kept)
-        ctx.experts, ctx.rank = experts, bank_b2.shape[2]
+        masks = draw_masks(index.numel(), (experts.up.into, experts.down.into), p, x.device)
+        factor = 1 / (1 - p)
+        output, rows, kept = _forward(x, weights, index, masks, experts, factor, recompute)
+        ctx.save_for_backward(x, weights, *rows, *masks, *kept)
+        ctx.experts, ctx.rank, ctx.masks, ctx.factor = experts, bank_b2.shape[2], len(masks), factor
         ctx.mark_non_differentiable(per_expert := rows.per_expert)
         return output, per_expert
 
@@ -81,15 +86,21 @@ class FusedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, *saved = ctx.saved_tensors
-        rows, kept = RoutedRows(*saved[:4]), saved[4:]
+        rows, masks, kept = RoutedRows(*saved[:4]), saved[4 : 4 + ctx.masks], saved[4 + ctx.masks :]
         needs_x, _, *needs_banks = ctx.needs_input_grad[:6]
-        gradients = _backward(d_y, x, weights, rows, kept, ctx.experts, ctx.rank, needs_x, needs_banks)
-        return *gradients, None, None, None
+        constants = ctx.experts, ctx.factor, ctx.rank, needs_x, needs_banks
+        return *_backward(d_y, x, weights, rows, masks, kept, *constants), None, None, None, None
 
 
-@compiled_on_cuda(varying=3)
+@compiled_on_cuda(varying=4)
 def _forward(
-    x: Tensor, weights: Tensor, index: Tensor, experts: Experts, recompute: bool
+    x: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    masks: Sequence[Tensor],
+    experts: Experts,
+    factor: float,
+    recompute: bool,
 ) -> tuple[Tensor, RoutedRows, list[Tensor | None]]:
     """Return the output [N,H], the order of the rows, and for each block what the backward needs."""
     rows = RoutedRows.sort(index, experts.count)
@@ -97,24 +108,27 @@ def _forward(
     kept, outputs = [], _Collected(len(rows.order))
     for block in _blocks(rows, experts.up):
         up, down = (one := experts.of(block.experts)).up, one.down
+        of_up, of_down = _dropouts(masks, factor, block)
         routed = gathered(wide_x, rows.tokens[block.rows], up.constant)
-        low1 = up.project(routed, block.offsets)
+        low1 = up.project(routed, block.offsets, of_up)
         inner = up.times(routed, block.offsets)
         gated = weighted_gate(one.gate, inner, row_weights[block.rows], down.constant)
-        low2 = down.project(gated, block.offsets)
+        low2 = down.project(gated, block.offsets, of_down)
         outputs.put(block.rows, down.times(gated, block.offsets))
         kept += [None if recompute else inner, low1, low2]
     return sum_per_token(outputs.whole, rows.positions), rows, kept
 
 
-@compiled_on_cuda(varying=5)
+@compiled_on_cuda(varying=6)
 def _backward(
     d_y: Tensor,
     x: Tensor,
     weights: Tensor,
     rows: RoutedRows,
+    masks: Sequence[Tensor],
     kept: Sequence[Tensor | None],
     experts: Experts,
+    factor: float,
     rank: int,
     needs_x: bool,
     needs_banks: Sequence[bool],
@@ -129,6 +143,7 @@ def _backward(
         inner, low1, low2 = kept[3 * number : 3 * number + 3]
         assert low1 is not None and low2 is not None
         up, down = (one := experts.of(block.experts)).up, one.down
+        of_up, of_down = _dropouts(masks, factor, block)
         tokens, offsets = rows.tokens[block.rows], block.offsets
         routed, d_out = gathered(wide_x, tokens, up.constant), gathered(wide_d_y, tokens, no_bias)
         if inner is None:
@@ -136,18 +151,22 @@ def _backward(
             inner = up.times(routed, offsets)
         down.project_back(d_out, offsets)
         gated, d_inner, d_row_weights = gate_backward(
-            one.gate, inner, down.times_back(d_out, offsets), row_weights[block.rows], len(up.constant)
+            one.gate,
+            inner,
+            down.times_back(d_out, offsets, of_down),
+            row_weights[block.rows],
+            len(up.constant),
         )
         if down.has_bias:
             d_row_weights += d_out[:, down.out + down.low]
         d_weights.put(block.rows, d_row_weights)
         up.project_back(d_inner, offsets)
         if needs_x:
-            d_rows.put(block.rows, up.times_back(d_inner, offsets))
+            d_rows.put(block.rows, up.times_back(d_inner, offsets, of_up))
         gradients = (
-            partial(up.gradient_of_a, d_inner, routed),
+            partial(up.gradient_of_a, d_inner, routed, dropout=of_up),
             partial(up.gradient_of_b, d_inner, low1),
-            partial(down.gradient_of_a, d_out, gated),
+            partial(down.gradient_of_a, d_out, gated, dropout=of_down),
             partial(down.gradient_of_b, d_out, low2),
         )
         for wanted, d_bank, gradient in zip(needs_banks, d_banks, gradients, strict=True):
@@ -158,6 +177,14 @@ def _backward(
         d_weights.whole[rows.positions].to(weights.dtype),
         *(d_bank.whole if wanted else None for wanted, d_bank in zip(needs_banks, d_banks, strict=True)),
     )
+
+
+def _dropouts(masks: Sequence[Tensor], factor: float, block: Block) -> tuple[Dropout | None, Dropout | None]:
+    """Return the dropout of the block's rows on the inputs of A1 and A2."""
+    if not masks:
+        return None, None
+    of_up, of_down = (Dropout(mask[block.rows], factor) for mask in masks)
+    return of_up, of_down
 
 
 class _Collected:

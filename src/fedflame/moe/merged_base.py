@@ -1,4 +1,4 @@
-"""Merge low-rank factors into the frozen weights, W + (alpha/r) B A, for a run or for an exported model."""
+"""Merge low-rank factors into the frozen weights, W + c B A, for a run or for an exported model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MergedBase:
         model: the base model, its attention projections possibly wrapped by PEFT.
         layers: its MoE layers.
         attention: names of the attention LoRA values, as in `Adapter.attention`.
-        scaling: alpha / r.
+        scaling: c, the factor of every product B A.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 """One projection of all experts, base and LoRA, in the form that rows are multiplied by.
 
 A row x carries A x in its tail, behind the width of x. Then W x + c B A x is one product with [W, c B], and
-the gradient W' g + A' (c B' g) is one product with [W; A], where c = alpha/r: no pass over [S,out] adds the
-low-rank part, and the sum is rounded once. For this, W, c B and A lie in one buffer [E, out+n, in+n]: W upper
-left, c B to its right, A below it. The base's own parameter becomes a view of the buffer, so that its weights
-exist once.
+the gradient W' g + A' (c B' g) is one product with [W; A], where c is the scale: no pass over [S,out] adds
+the low-rank part, and the sum is rounded once. For this, W, c B and A lie in one buffer [E, out+n, in+n]: W
+upper left, c B to its right, A below it. The base's own parameter becomes a view of the buffer, so that its
+weights exist once.
 
 Weights that are mapped from files stay where they are: a buffer would bring them into memory. Base and LoRA
 are then two products.
@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedflame.moe.expert_dropout import Dropout
 from fedflame.moe.expert_products import ALIGNMENT, outer, times
 
 
@@ -47,7 +48,7 @@ class Projection:
     constant: Tensor
     """[n]: one in the column of the bias, otherwise zeros."""
     scaling: float
-    """c = alpha/r."""
+    """c, alpha/r or, with rsLoRA, alpha/sqrt(r)."""
 
     @property
     def out(self) -> int:
@@ -87,9 +88,12 @@ class Projection:
             self.a[:, at].copy_(a_parts[part])
             torch.mul(b_parts[part], self.scaling, out=self.b[:, rows, at])
 
-    def gradient_of_a(self, d_rows: Tensor, rows: Tensor, offsets: Tensor, rank: int) -> Tensor:
+    def gradient_of_a(
+        self, d_rows: Tensor, rows: Tensor, offsets: Tensor, rank: int, dropout: Dropout | None = None
+    ) -> Tensor:
         """Return the gradient of the bank A [E,nR,in] in float32; d_rows [S,out+n] and rows [S,in+n]."""
-        whole = outer(d_rows[:, self.out : self.out + self.low], rows[:, : self.into], offsets)
+        inputs = rows[:, : self.into] if dropout is None else dropout(rows[:, : self.into])
+        whole = outer(d_rows[:, self.out : self.out + self.low], inputs, offsets)
         by_part: Tensor = whole.unflatten(1, (-1, self.filled))
         return by_part[:, :, :rank].flatten(1, 2).float()
 
@@ -102,9 +106,17 @@ class Projection:
     def _columns(self, part: int, rank: int) -> slice:
         return slice(part * self.filled, part * self.filled + rank)
 
-    def project(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Return A x, [S,low], and put it into the tail of rows [S,in+n]; the columns after it stay."""
-        return project_into(rows, self.a[:, : self.low].mT, offsets)
+    def project(self, rows: Tensor, offsets: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """Return A x, [S,low], and put it into the tail of rows [S,in+n]; the columns after it stay.
+
+        With dropout A sees what is left of x, and W the whole of it.
+        """
+        a = self.a[:, : self.low].mT
+        if dropout is None:
+            return project_into(rows, a, offsets)
+        low = times(dropout(rows[:, : self.into]), a, offsets)
+        self.tail(rows).copy_(low)
+        return low
 
     def times(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Compute W x + c B A x + bias, [S,out], from rows [S,in+n] with their tail."""
@@ -117,12 +129,16 @@ class Projection:
         """Return c B' g and g . bias, [S,n], and put it into the tail of d_rows [S,out+n], which hold g."""
         return project_into(d_rows, self.b, offsets)
 
-    def times_back(self, d_rows: Tensor, offsets: Tensor) -> Tensor:
-        """Compute W' g + A' (c B' g), [S,in], from d_rows [S,out+n] with their tail."""
-        if self.buffer is not None:
+    def times_back(self, d_rows: Tensor, offsets: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """Compute W' g + A' (c B' g), [S,in], from d_rows [S,out+n] with their tail.
+
+        Dropout applies to the second part alone, so that the two are no longer one product.
+        """
+        if self.buffer is not None and dropout is None:
             return times(d_rows, self.buffer[:, :, : self.into], offsets)
         base = times(d_rows[:, : self.out], self.weight, offsets)
-        return base.add_(times(d_rows[:, self.out :], self.a, offsets))
+        low_rank = times(d_rows[:, self.out :], self.a, offsets)
+        return base.add_(low_rank if dropout is None else dropout(low_rank))
 
 
 def project_into(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class XAxis:
 
 
 ROUNDS = XAxis()
+MOST_DOTS = 40
+"""A line with more points has no dots."""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -147,6 +149,7 @@ def _band(line: Series, scale: _Scale) -> Markup:
 
 def _line(line: Series, scale: _Scale, y_label: str, x_axis: XAxis) -> Markup:
     places = [scale.place(x, y) for x, y in line.points]
+    shown = zip(line.points, places, strict=True) if len(places) <= MOST_DOTS else ()
     dots = [
         element(
             "circle",
@@ -155,7 +158,7 @@ def _line(line: Series, scale: _Scale, y_label: str, x_axis: XAxis) -> Markup:
             cy=down,
             r=3.5,
         )
-        for (x, y), (across, down) in zip(line.points, places, strict=True)
+        for (x, y), (across, down) in shown
     ]
     path = element("polyline", points=_path(places))
     return element("g", path, *dots, class_=f"t{line.colour} line")

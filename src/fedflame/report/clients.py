@@ -8,7 +8,7 @@ from fedflame.report.charts import CATEGORY_COLOURS, heat_legend, heat_map, lege
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import MISSING, decimal, duration, plural, si
 from fedflame.report.records import Run
-from fedflame.report.results import tier_colours, tier_label
+from fedflame.report.results import tier_colours, tier_label, training_loss
 
 # A page with more cells than this is slow to open.
 _MAX_HEAT_CELLS = 20_000
@@ -204,9 +204,7 @@ def rounds(run: Run) -> Markup:
 def _round_row(run: Run, number: int) -> list[object]:
     end = next((event for event in run.rounds if event.round == number), None)
     updates = [update for update in run.updates if update.round == number]
-    told = [(update.loss, update.tokens) for update in updates if update.loss is not None]
-    tokens = sum(tokens for _, tokens in told)
-    loss = sum(loss * tokens for loss, tokens in told) / tokens if tokens else None
+    loss = training_loss(updates)
     excluded = [
         element("div", f"{run.name(event.client)} ({tier_label(event.active_experts)}): {event.reason}")
         for event in run.exclusions

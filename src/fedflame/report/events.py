@@ -70,6 +70,12 @@ class ClientRound:
     """L2 norms of the delta by kind of bank and of attention, and of the rescaler's step."""
     pace: float | None = None
     """How far the update went; see `strategy.clip`."""
+    learning_rate: float | None = None
+    """Mean over the steps."""
+    step_losses: list[float] = field(default_factory=list)
+    """Loss in each of at most 100 equal spans of the steps; empty where the client does not tell it."""
+    step_rates: list[float] = field(default_factory=list)
+    """Learning rate in each of these spans."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,8 @@ class Stop:
 
 
 Event = (
-    Evaluation
+    Stop
+    | Evaluation
     | Deployment
     | ClientScore
     | TierScore
@@ -133,7 +140,6 @@ Event = (
     | Clipping
     | Outlier
     | RoundEnd
-    | Stop
 )
 _EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
     "evaluation": (Evaluation, ("round", "active_experts", "category")),

@@ -101,6 +101,14 @@ class Run:
         """Finished rounds."""
         return [event for event in self.events if isinstance(event, RoundEnd)]
 
+    def training(self, tier: int) -> dict[int, list[ClientRound]]:
+        """Return round -> the updates that were trained with so many experts per token."""
+        found: dict[int, list[ClientRound]] = {}
+        for update in self.updates:
+            if update.active_experts == tier:
+                found.setdefault(update.round, []).append(update)
+        return dict(sorted(found.items()))
+
     @property
     def stop(self) -> Stop | None:
         """Where and why the run has stopped before its last round; None if it has not, or has gone on."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from fedflame.config.words import BestMetric
 from fedflame.report.charts import LINE_COLOURS, Series, legend, line_chart
-from fedflame.report.events import ScoreName
+from fedflame.report.events import ClientRound, ScoreName
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import MISSING, decimal, percent, si
 from fedflame.report.records import Run
+from fedflame.run_files.spans import in_spans
 
+_MOST_POINTS = 200
+"""Of a line."""
 SCORE_LABELS: dict[ScoreName, str] = {"exact_match": "Exact match", "rouge_l": "ROUGE-L"}
 _BEST: dict[BestMetric, str] = {
     "loss": "least loss",
@@ -141,25 +144,94 @@ def change(
 
 
 def charts(run: Run) -> Markup:
-    """Show loss and score of every tier over the rounds."""
+    """Show loss and score of every tier over the rounds, and how the clients trained."""
     score = run.score_name()
     drawn = [_chart(run, "loss", "Response loss", 1.0)]
     if score == "exact_match":
         drawn.append(_chart(run, score, "Exact match (%)", 100.0))
     elif score == "rouge_l":
         drawn.append(_chart(run, score, "ROUGE-L", 1.0))
+    drawn += [_training_loss(run), _learning_rate(run)]
     figures = [figure for figure in drawn if figure]
     if not figures:
         return section("Over rounds", note("No evaluation is recorded yet."))
     return section("Over rounds", element("div", *figures, class_="columns"))
 
 
+def training_loss(updates: Sequence[ClientRound]) -> float | None:
+    """Return the mean loss of updates by their tokens, in nats per token; None if nobody tells it."""
+    told = [(update.loss, update.tokens) for update in updates if update.loss is not None]
+    tokens = sum(tokens for _, tokens in told)
+    return sum(loss * tokens for loss, tokens in told) / tokens if tokens else None
+
+
+def _rates(updates: Sequence[ClientRound]) -> float | None:
+    rates = [update.learning_rate for update in updates if update.learning_rate is not None]
+    return sum(rates) / len(rates) if rates else None
+
+
 def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
-    colours = tier_colours(run)
-    series = [
-        Series(tier_label(tier), colours[tier], _drawable(run.history(name, tier), factor))
+    histories = {tier: run.history(name, tier) for tier in run.tiers()}
+    return _drawn(_by_tier(run, histories, factor), label, from_zero=name != "loss")
+
+
+def _training_loss(run: Run) -> Markup | None:
+    most = max(1, _MOST_POINTS // max(1, len(run.rounds)))
+    histories = {
+        tier: [p for number, updates in run.training(tier).items() for p in _within(number, updates, most)]
         for tier in run.tiers()
+    }
+    return _drawn(_by_tier(run, histories, 1.0), "Training loss", from_zero=False)
+
+
+def _within(number: int, updates: Sequence[ClientRound], most: int) -> list[tuple[float, float]]:
+    """Return the mean losses in spans of the round's steps, or of the round if a client tells no steps."""
+    count = min(most, *(len(update.step_losses) for update in updates))
+    if not count:
+        loss = training_loss(updates)
+        return [] if loss is None else [(number, loss)]
+    curves = zip(*(in_spans(update.step_losses, count) for update in updates), strict=True)
+    return [(number - 1 + at / count, sum(values) / len(values)) for at, values in enumerate(curves, 1)]
+
+
+def _learning_rate(run: Run) -> Markup | None:
+    """Draw one line where all clients of a round have the same rate."""
+    histories = _history(run, _rates)
+    points = sorted(set().union(*histories.values()))
+    largest = max((rate for _, rate in points), default=0.0)
+    if largest <= 0:
+        return None
+    exponent = math.floor(math.log10(largest))
+    factor = 10.0**-exponent
+    series = _by_tier(run, histories, factor)
+    if len({number for number, _ in points}) == len(points):
+        series = [Series("every k", 0, _drawable(points, factor))]
+    return _drawn(series, f"Learning rate (1e{exponent})", from_zero=True)
+
+
+def _history(
+    run: Run, of: Callable[[Sequence[ClientRound]], float | None]
+) -> dict[int, list[tuple[int, float]]]:
+    """Return tier -> what the updates of each round come to."""
+    found = {
+        tier: [(number, of(updates)) for number, updates in run.training(tier).items()]
+        for tier in run.tiers()
+    }
+    return {
+        tier: [(number, value) for number, value in history if value is not None]
+        for tier, history in found.items()
+    }
+
+
+def _by_tier(run: Run, histories: Mapping[int, Sequence[tuple[float, float]]], factor: float) -> list[Series]:
+    colours = tier_colours(run)
+    return [
+        Series(tier_label(tier), colours[tier], _drawable(history, factor))
+        for tier, history in histories.items()
     ]
+
+
+def _drawn(series: Sequence[Series], label: str, from_zero: bool) -> Markup | None:
     shown = [line for line in series if line.points]
     if not shown:
         return None
@@ -167,11 +239,11 @@ def _chart(run: Run, name: str, label: str, factor: float) -> Markup | None:
         "figure",
         element("figcaption", label),
         legend([(f"t{line.colour}", line.label) for line in shown]),
-        line_chart(shown, label, from_zero=name != "loss"),
+        line_chart(shown, label, from_zero=from_zero),
     )
 
 
-def _drawable(history: list[tuple[int, float]], factor: float) -> list[tuple[float, float]]:
+def _drawable(history: Sequence[tuple[float, float]], factor: float) -> list[tuple[float, float]]:
     """Return the points that a chart can show, which has no place for a value that is not finite."""
     return [(at, factor * value) for at, value in history if math.isfinite(value)]
 

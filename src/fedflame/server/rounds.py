@@ -17,6 +17,7 @@ from fedflame.config.run_config import RunConfig
 from fedflame.cost.run_cost import local_steps, within_budget
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.run_files.spans import in_spans
 from fedflame.server.checkpoint import Checkpoint, write_checkpoint
 from fedflame.server.client_scoring import score_at_clients
 from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
@@ -32,6 +33,8 @@ from fedflame.training.schedule import learning_rates, remaining
 from fedflame.training.scores import Scores
 from fedflame.wire.codec import decode_update, encode_plan
 
+_SPANS = 100
+"""Of a round's steps in metrics.jsonl, so that a line stays short however many steps there are."""
 _SMALLER = "a new run may need a smaller training.learning_rate"
 
 
@@ -192,7 +195,7 @@ class _Updates:
             return None
         bytes_down = asked.plan_bytes if answer.bytes_down is None else answer.bytes_down
         one = taken(update, plan)
-        self._log(one, plan, bytes_down, len(answer.update), answer.seconds)
+        self._log(one, plan, bytes_down, answer)
         return one
 
     def _exclude(self, client: int, k: int, reason: str) -> None:
@@ -200,8 +203,9 @@ class _Updates:
         server.metrics.log("excluded", round=self._round, client=client, active_experts=k, reason=reason)
         server.reporter.message(f"round {self._round}: {server.clients.name(client)} is left out: {reason}")
 
-    def _log(self, one: Taken, plan: RoundPlan, bytes_down: int, bytes_up: int, seconds: float) -> None:
-        update = one.update
+    def _log(self, one: Taken, plan: RoundPlan, bytes_down: int, answer: Answer) -> None:
+        update, seconds = one.update, answer.seconds
+        rates = list(learning_rates(plan, update.steps))
         server, k, rank = self._server, update.active_experts, update.delta.rank
         server.metrics.log(
             "client",
@@ -210,14 +214,16 @@ class _Updates:
             active_experts=k,
             rank=rank,
             loss=update.loss,
-            learning_rate=sum(learning_rates(plan, update.steps)) / max(1, update.steps),
+            learning_rate=sum(rates) / max(1, len(rates)),
+            step_losses=in_spans(answer.step_losses, _SPANS),
+            step_rates=in_spans(rates, _SPANS) if answer.step_losses else [],
             tokens=update.tokens,
             steps=update.steps,
             num_examples=update.num_examples,
             trained_examples=update.trained_examples,
             seconds=round(seconds, 3),
             training_flops=update.tokens * server.training_flops(k, rank),
-            bytes_up=bytes_up,
+            bytes_up=len(answer.update),
             bytes_down=bytes_down,
             rescaler=update.rescaler_values.tolist(),
             counts=[] if update.loss is None else update.counts.tolist(),
@@ -308,9 +314,11 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         lr_scheduler_type=training.local_lr_scheduler_type,
         warmup_rounds=server.config.warmup_rounds(),
         max_grad_norm=training.max_grad_norm,
+        lora_dropout=server.config.adapter.lora_dropout,
         trainable=instructions.trainable,
         merged=state.merged,
         proximal_mu=training.proximal_mu,
+        router_aux_loss_coef=training.router_aux_loss_coef,
         rank_penalty=instructions.rank_penalty,
         kept_rank=instructions.kept_rank,
         update_dtype=server.config.communication.update_dtype,

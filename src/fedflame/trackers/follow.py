@@ -19,13 +19,15 @@ from fedflame.errors import UserError, one_line
 from fedflame.run_files import ADVICE
 from fedflame.run_files.checkpoints import last_kept
 from fedflame.run_files.lines import FILE_NAME, START, Place, read_on
-from fedflame.trackers.metrics import round_metrics
+from fedflame.trackers.metrics import round_metrics, step_metrics
 from fedflame.trackers.sinks import SINKS, TrackedRun
 
 FOLDER = "trackers"
 """The folder of the run folder with what each tracker has."""
 ANSWER_SECONDS = 60
 """A tracker that takes longer to answer has its process ended, by SIGALRM."""
+UNCOUNTED_STEPS = 100
+"""Steps of a round on the axis of a tracker, where epochs decide how many each client takes."""
 _LOOK_SECONDS = 0.5
 
 
@@ -50,8 +52,9 @@ def _report(tracker: str, run: Path, name: str) -> None:
     state = run / FOLDER / f"{tracker}.json"
     known: dict[str, Any] = read_checked(state, ADVICE) if state.exists() else {"id": "", "round": -1}
     config = flat(read_checked(run / "config.json", ADVICE))
+    steps = UNCOUNTED_STEPS if config.get("training.num_train_epochs") else config["training.max_steps"]
     with _in_time():
-        opened = TrackedRun(run, name, config, known["id"], known["round"] + 1)
+        opened = TrackedRun(run, name, config, known["id"], known["round"] + 1, steps)
         sink = SINKS[tracker](opened)  # type: ignore[index] # a name of the configuration
     write_checked(state, {"id": sink.id, "round": sink.first_round - 1})
     place, last = START, sink.first_round - 1
@@ -63,8 +66,11 @@ def _report(tracker: str, run: Path, name: str) -> None:
             lines = list(of_round)
             stopped = any(event["event"] == "stopped" for event in lines)
             if number > last:
+                by_step = step_metrics(lines, number, steps)
+                whole = {**round_metrics(lines), "round": number}
+                by_step[number * steps] = by_step.get(number * steps, {}) | whole
                 with _in_time():
-                    sink.log(number, round_metrics(lines))
+                    sink.log(by_step)
                 last = number
                 write_checked(state, {"id": sink.id, "round": last})
     with _in_time():

@@ -1,12 +1,16 @@
-"""What a tracker is told of a round: numbers by name, from the round's events in metrics.jsonl."""
+"""What a tracker is told of a round and its steps: numbers by name, from the events in metrics.jsonl."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedflame.run_files.spans import in_spans
+
 Event = Mapping[str, Any]
 _SCORES = ("loss", "exact_match", "rouge_l")
+_STEPS = {"loss": "step_losses", "learning_rate": "step_rates"}
 _COUNTS = {"excluded": "excluded", "clipped": "clipped", "outlier": "outliers"}
 
 
@@ -33,6 +37,28 @@ def round_metrics(events: Iterable[Event]) -> dict[str, float]:
         metrics |= {"round/seconds": end["seconds"], "clients/used": end["clients"]}
         metrics |= {f"clients/{name}": len(by_kind.get(kind, [])) for kind, name in _COUNTS.items()}
     return metrics
+
+
+def step_metrics(events: Iterable[Event], round_number: int, steps: int) -> dict[int, dict[str, float]]:
+    """Return the numbers of the steps of one round, by optimizer step of the run.
+
+    `train/step_loss/k8` and `train/step_learning_rate/k8` are means over the clients that trained with 8
+    experts per token. A client with fewer steps than `steps` is drawn over the whole round. Rounds of sites,
+    which do not tell their steps, have none.
+    """
+    found: dict[int, dict[str, float]] = {}
+    by_k: dict[int, list[Event]] = {}
+    for event in events:
+        if event["event"] == "client" and event.get("step_losses"):
+            by_k.setdefault(event["active_experts"], []).append(event)
+    for k, clients in by_k.items():
+        count = min(len(client["step_losses"]) for client in clients)
+        for name, key in _STEPS.items():
+            curves = zip(*(in_spans(client[key], count) for client in clients), strict=True)
+            for at, values in enumerate(curves, 1):
+                step = (round_number - 1) * steps + math.ceil(at * steps / count)
+                found.setdefault(step, {})[f"train/step_{name}/k{k}"] = sum(values) / len(values)
+    return dict(sorted(found.items()))
 
 
 def _evaluation(event: Event, group: str = "eval") -> dict[str, float]:

@@ -6,6 +6,7 @@ its process and not the run; see `process`.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import uuid
@@ -32,6 +33,11 @@ class TrackedRun:
     """The tracker's own name of this run; empty where the tracker has not seen it yet."""
     first_round: int
     """The first round that the tracker was not sent."""
+    steps: int
+    """Optimizer steps of a round: round n ends at step n * `steps` of the trackers' axis."""
+
+
+ByStep = Mapping[int, Mapping[str, float]]
 
 
 class Sink(Protocol):
@@ -42,8 +48,8 @@ class Sink(Protocol):
     first_round: int
     """The first round that the tracker does not have."""
 
-    def log(self, round_number: int, metrics: Mapping[str, float]) -> None:
-        """Send the numbers of a round."""
+    def log(self, by_step: ByStep) -> None:
+        """Send the numbers of a round: step -> name -> value, in the order of the steps."""
 
     def close(self, finished: bool) -> None:
         """Send what is left, and say whether the run reached its last round."""
@@ -61,12 +67,14 @@ class TensorBoard:
         self._writer = EventFileWriter(str(run.folder / "tensorboard"))
         # A reader drops what earlier files have of this round and later ones: a round counts once.
         again = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.add_event(self._event(step=run.first_round, wall_time=time.time(), session_log=again))
+        first = max(0, (run.first_round - 1) * run.steps + 1)
+        self._writer.add_event(self._event(step=first, wall_time=time.time(), session_log=again))
 
-    def log(self, round_number: int, metrics: Mapping[str, float]) -> None:
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        summary = self._summary(value=values)
-        self._writer.add_event(self._event(step=round_number, wall_time=time.time(), summary=summary))
+    def log(self, by_step: ByStep) -> None:
+        for step, metrics in by_step.items():
+            values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+            summary = self._summary(value=values)
+            self._writer.add_event(self._event(step=step, wall_time=time.time(), summary=summary))
         self._writer.flush()
 
     def close(self, finished: bool) -> None:
@@ -94,10 +102,11 @@ class WandB:
             config=dict(run.config),
             settings=settings,
         )
-        self.first_round = max(run.first_round, self._run.step)
+        self.first_round = max(run.first_round, math.ceil(self._run.step / run.steps))
 
-    def log(self, round_number: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=round_number, commit=True)
+    def log(self, by_step: ByStep) -> None:
+        for step, metrics in by_step.items():
+            self._run.log(dict(metrics), step=step, commit=True)
 
     def close(self, finished: bool) -> None:
         self._run.finish(exit_code=0 if finished else 1)
@@ -128,11 +137,15 @@ class MLflow:
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         return str(self._client.create_run(experiment, run_name=run.name).info.run_id)
 
-    def log(self, round_number: int, metrics: Mapping[str, float]) -> None:
+    def log(self, by_step: ByStep) -> None:
         now = int(1000 * time.time())
-        told = {**metrics, "round": round_number}
-        batch = [self._metric(name, value, now, round_number) for name, value in told.items()]
-        self._client.log_batch(self.id, metrics=batch)
+        batch = [
+            self._metric(name, value, now, step)
+            for step, metrics in by_step.items()
+            for name, value in metrics.items()
+        ]
+        for start in range(0, len(batch), 1000):  # the most that a server takes at a time
+            self._client.log_batch(self.id, metrics=batch[start : start + 1000])
 
     def close(self, finished: bool) -> None:
         self._client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
@@ -156,8 +169,9 @@ class Trackio:
             auto_log_cpu=False,
         )
 
-    def log(self, round_number: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=round_number)
+    def log(self, by_step: ByStep) -> None:
+        for step, metrics in by_step.items():
+            self._run.log(dict(metrics), step=step)
 
     def close(self, finished: bool) -> None:
         self._run.finish()

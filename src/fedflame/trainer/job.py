@@ -23,6 +23,7 @@ class TrainingJob(HeaderModel):
     dtype: Dtype
     r: Annotated[int, Field(ge=1)]
     lora_alpha: Annotated[float, Field(gt=0)]
+    use_rslora: bool
     target_modules: str
     """Attention projections, comma-separated."""
     max_length: Annotated[int, Field(ge=8)]
@@ -38,4 +39,6 @@ class TrainingJob(HeaderModel):
     def adapter(self) -> AdapterConfig:
         """Rank, scale and attention projections of the adapter."""
         modules = tuple(name for name in self.target_modules.split(",") if name)
-        return AdapterConfig(r=self.r, lora_alpha=self.lora_alpha, target_modules=modules)
+        return AdapterConfig(
+            r=self.r, lora_alpha=self.lora_alpha, use_rslora=self.use_rslora, target_modules=modules
+        )

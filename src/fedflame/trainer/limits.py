@@ -121,7 +121,12 @@ def memory_needed(
     targets = job.adapter.target_modules
     setting = (shape, plan.active_experts, job.r, targets, batch_tokens, job.dtype)
     masked = min(batch_tokens, plan.longest_sequence(job.max_length)) if plan.packs else 0
-    estimate = training_memory(*setting, gradient_checkpointing=checkpointing, mask_width=masked)
+    estimate = training_memory(
+        *setting,
+        gradient_checkpointing=checkpointing,
+        mask_width=masked,
+        lora_dropout=plan.lora_dropout > 0,
+    )
     merged = 4 * adapter_parameters(shape, plan.merged.rank, targets).total
     least = least_training_memory(shape, job.r, targets, job.dtype, plan.holds_gradients)
     needed = least + estimate.activations + merged

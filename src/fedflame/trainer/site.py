@@ -7,8 +7,9 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fedflame.config.sections import EMBEDDED_MODEL, Device
+from fedflame.config.sections import EMBEDDED_MODEL
 from fedflame.config.settings import Section, SettingsFile, load_file
+from fedflame.config.values import Device
 from fedflame.config.words import Checkpointed, Disclosure
 from fedflame.data.templates import PLAIN
 

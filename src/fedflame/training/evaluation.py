@@ -141,7 +141,9 @@ def _score_rows(adapted: AdaptedModel, held_out: HeldOut, indices: list[int], ge
     answers = generate_responses(adapted, held_out, indices)
     from rouge_score.rouge_scorer import RougeScorer  # it imports NLTK, which takes half a second
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    from fedflame.training.words import AnyScript
+
+    scorer = RougeScorer(["rougeL"], tokenizer=AnyScript())
     return [
         Scores(
             1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,17 @@ MASS_BATCHES = 4
 """Batches on which the rescaler `mass` is measured: enough for a mean over about a thousand tokens."""
 
 
+def unread(losses: list[float]) -> None:
+    """What is done with the losses of steps where nobody reads them."""
+
+
 def fine_tune(
     adapted: AdaptedModel,
     examples: Sequence[EncodedRow],
     plan: RoundPlan,
     pad_token_id: int,
     on_step: Callable[[int], None] = unwatched,
+    on_losses: Callable[[list[float]], None] = unread,
 ) -> ClientUpdate:
     """Train one client for one round and return what it learned as a delta.
 
@@ -40,6 +46,7 @@ def fine_tune(
         plan: what to train; the same plan and examples give the same bytes on the same machine.
         pad_token_id: pads batches on the right; padding is left out of attention, loss and counts.
         on_step: called after each batch with the number of its tokens.
+        on_losses: called at the end with the loss of each optimizer step.
 
     Returns:
         The update, on the CPU whatever the device of the model. Between two steps nothing waits for a GPU,
@@ -57,19 +64,25 @@ def fine_tune(
     optimizer = _optimizer(adapted, plan)
     start = adapted.beside(plan.adapter) if plan.proximal_mu else NOTHING
     step = training_steps(
-        adapted, optimizer, lambda: regularizer(adapted.attached(), plan, start), on_step=on_step
+        adapted,
+        optimizer,
+        lambda: regularizer(adapted.attached(), plan, start),
+        on_step=on_step,
+        router_aux_loss_coef=plan.router_aux_loss_coef,
     )
     rows, tokens = 0, 0
     losses: list[Tensor] = []  # they stay on the device until the round's end
     batches = _batches(examples, plan, pad_token_id)
-    with adapted.training(plan.active_experts):
-        for rate in learning_rates(plan, _steps(examples, plan)):
+    with adapted.training(plan.active_experts, plan.lora_dropout), _draws(adapted, plan) as begin_step:
+        for number, rate in enumerate(learning_rates(plan, _steps(examples, plan))):
+            begin_step(number)
             of_step = list(itertools.islice(batches, plan.gradient_accumulation_steps))
             optimizer.set_learning_rate(rate)
             losses.append(step(*of_step))
             rows += sum(batch.rows for batch in of_step)
             tokens += sum(batch.tokens for batch in of_step)
     loss_values = torch.stack(losses).tolist()
+    on_losses(loss_values)
     del optimizer, step  # free the moments, twice the adapter's size, before the delta is made
     return ClientUpdate(
         round=plan.round,
@@ -132,6 +145,19 @@ def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
         unregularized=scalars if learned else [],
         max_grad_norm=plan.max_grad_norm,
     )
+
+
+@contextmanager
+def _draws(adapted: AdaptedModel, plan: RoundPlan) -> Iterator[Callable[[int], object]]:
+    """Within the block, what is called with a step's number seeds what the step draws, if it draws."""
+    if not plan.lora_dropout:
+        yield lambda number: None
+        return
+    cards = [device for device in adapted.devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cards):
+        yield lambda number: torch.manual_seed(
+            derive_seed(plan.seed, "dropout", plan.round, plan.client, number)
+        )
 
 
 def _steps(examples: Sequence[EncodedRow], plan: RoundPlan) -> int:

@@ -37,12 +37,13 @@ def training_steps(
     regularizer: Callable[[], Tensor | float] = nothing,
     capture: bool = True,
     on_step: Callable[[int], None] = unwatched,
+    router_aux_loss_coef: float = 0.0,
 ) -> Callable[..., Tensor]:
     """Return a function that takes one optimizer step on one or several batches.
 
     Several batches count as one: their gradients are added up, each labelled token alike. The function
-    returns the mean loss of the labelled tokens, without the regularizer, on the device of the model. On one
-    GPU, unless `capture` is false, steps on one batch are captured where its sizes come again; see
+    returns the mean loss of the labelled tokens, without what is added to it, on the device of the model. On
+    one GPU, unless `capture` is false, steps on one batch are captured where its sizes come again; see
     `training.captured`.
 
     Args:
@@ -51,9 +52,10 @@ def training_steps(
         regularizer: a term that is added to the objective of every step.
         capture: whether steps may be captured.
         on_step: called after each batch with the number of its tokens.
+        router_aux_loss_coef: this times the load-balancing loss of each batch is added to its loss.
     """
     scaler = GradScaler(adapted.device.type, LOSS_SCALE, enabled=adapted.dtype == "float16")
-    step = _Step(adapted, optimizer, scaler, regularizer, on_step)
+    step = _Step(adapted, optimizer, scaler, regularizer, on_step, router_aux_loss_coef)
     if not capture or not adapted.can_capture or scaler.is_enabled():  # its scale is read in every step
         return step
     changed = list(adapted.attached().tensors().values())
@@ -76,6 +78,7 @@ class _Step:
     scaler: GradScaler
     regularizer: Callable[[], Tensor | float]
     on_step: Callable[[int], None]
+    router_aux_loss_coef: float
 
     def __call__(self, *batches: Batch) -> Tensor:
         """Run one optimizer step on all of these batches."""
@@ -94,12 +97,12 @@ class _Step:
         try:
             for at, (batch, share) in enumerate(zip(batches, shares, strict=True), 1):
                 counts.begin_step(batch.real_tokens, batch.counted)
-                loss = share * batch.mean(token_losses(self.adapted, batch))
+                loss, objective = self._losses(batch, share)
                 touched = touched | counts.touched()
                 if at < len(batches):
-                    self.scaler.scale(self._checked(loss)).backward()
+                    self.scaler.scale(self._checked(objective)).backward()
                 else:
-                    self._update(loss + self.regularizer(), touched)
+                    self._update(objective + self.regularizer(), touched)
                 counts.end_step()
                 whole = whole + loss.detach()
                 after_each()
@@ -108,6 +111,16 @@ class _Step:
             counts.abandon_step()
             self.adapted.model.zero_grad()
         return whole
+
+    def _losses(self, batch: PlacedBatch, share: float) -> tuple[Tensor, Tensor]:
+        """Return the batch's share of the mean loss, and of the objective without the regularizer."""
+        if not self.router_aux_loss_coef:
+            loss = share * batch.mean(token_losses(self.adapted, batch))
+            return loss, loss
+        with (balancing := self.adapted.load_balancing).recorded():
+            loss = share * batch.mean(token_losses(self.adapted, batch))
+        added = balancing.loss(batch.real_tokens, batch.counted).to(loss.device)
+        return loss, loss + share * self.router_aux_loss_coef * added
 
     def _update(self, objective: Tensor, touched: Tensor) -> None:
         if not self.scaler.is_enabled():

@@ -10,6 +10,7 @@ import torch
 from fedflame.errors import InvalidMessage
 from fedflame.messages import Adapter, EvaluationPlan, RoundPlan, half_of
 
+MOST_DROPOUT = 0.99
 _LARGE = 1 << 31
 _LARGE_FACTOR = 1e6
 _DIMENSIONS = {"experts": 3, "attention": 2}
@@ -48,7 +49,9 @@ def _of_training(plan: RoundPlan) -> tuple[tuple[str, float, float], ...]:
         ("warmup_rounds", 0, _LARGE),
         ("max_grad_norm", 0, _LARGE_FACTOR),
         ("packed_length", 0, _LARGE),
+        ("lora_dropout", 0, MOST_DROPOUT),
         ("proximal_mu", 0, _LARGE_FACTOR),
+        ("router_aux_loss_coef", 0, _LARGE_FACTOR),
         ("rank_penalty", 0, _LARGE_FACTOR),
         ("kept_rank", 0, plan.adapter.rank),
     )
