@@ -386,14 +386,16 @@ def test_overwrite_removes_no_folder_that_is_not_a_run(tiny_folder: Path, tmp_pa
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
-def test_a_run_of_another_version_is_left_with_the_key_that_is_not_known(tmp_path: Path) -> None:
+def test_a_run_of_another_version_is_left_with_the_key_that_is_not_known(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / "config.json"
-    values = json.loads(tiny_config(tmp_path, tmp_path / "run").model_dump_json())
+    values = json.loads(tiny_config(tiny_folder, tmp_path / "run").model_dump_json())
     values["strategy"]["k_rotation"] = "odd"
     write_checked(path, {"schema_version": SCHEMA_VERSION} | values)
     with pytest.raises(UserError) as error:
-        tiny_run(tmp_path, tmp_path / "run", existing="resume")
+        tiny_run(tiny_folder, tmp_path / "run", existing="resume")
     assert str(error.value) == (
         f"{path}, which is left as it is: strategy.k_rotation = 'odd': "
         "Input should be 'auto', 'none', 'smaller' or 'all'"

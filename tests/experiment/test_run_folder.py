@@ -56,9 +56,11 @@ def test_a_run_folder_of_another_version_is_refused_and_may_be_replaced(
 @pytest.mark.parametrize(
     "content", ["[1, 2]", "{}", '{"schema_version": 1}', '{"schema_version": 7}', "null", "not JSON"]
 )
-def test_a_folder_with_another_config_json_is_no_run_and_stays(content: str, tmp_path: Path) -> None:
+def test_a_folder_with_another_config_json_is_no_run_and_stays(
+    content: str, tiny_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text(content)
     with pytest.raises(UserError, match="left as it is"):
-        tiny_run(tmp_path, tmp_path / "mine", existing="overwrite")
+        tiny_run(tiny_folder, tmp_path / "mine", existing="overwrite")
     assert (tmp_path / "mine" / "config.json").read_text() == content

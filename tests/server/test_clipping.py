@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedflame.clients.answers import Answer, OnStep
 from fedflame.clients.local import LocalClients
 from fedflame.config.words import Trainable
 from fedflame.errors import UserError
-from fedflame.messages import ClientUpdate, RoundPlan, half_of
+from fedflame.messages import Adapter, ClientUpdate, RoundPlan, half_of
 from fedflame.server.clipping import (
     FACTOR,
     WINDOW,
@@ -26,6 +27,7 @@ from fedflame.server.clipping import (
     Pace,
     Taken,
     clipped,
+    delta_norms,
     limits,
     outliers,
     remembered,
@@ -334,3 +336,15 @@ def test_an_outlier_is_warned_of_in_metrics_report_and_console(
     assert "Warning: Client 1 went" in (tmp_path / "run" / "report.html").read_text()
     clipped_then = [(event["round"], event["client"]) for event in events(tmp_path / "run", "clipped")]
     assert ((2, 1) in clipped_then) == (rule == "median")
+
+
+@given(st.randoms(use_true_random=False))
+def test_norms_do_not_depend_on_the_order_of_the_values(rng: random.Random) -> None:
+    """A state that comes from a checkpoint names its values in another order than one that was just made."""
+    generator = torch.Generator().manual_seed(3)
+    names = [f"{layer}.{bank}" for layer in range(9) for bank in ("A1", "B1", "A2", "B2")]
+    experts = {name: torch.randn(2, 3, 5, generator=generator) * 0.1 for name in names}
+    attention = {f"q{at}.A": torch.randn(3, 7, generator=generator) for at in range(9)}
+    shuffled = Adapter(*(dict(rng.sample(list(part.items()), len(part))) for part in (experts, attention)))
+    assert delta_norms(shuffled) == delta_norms(Adapter(experts, attention))
+    assert list(delta_norms(shuffled)) == ["A1", "B1", "A2", "B2", "attention"]

@@ -31,6 +31,7 @@ FACTOR = 1.5
 """An update may have this many times the median pace. See benchmarks/attacks for 1, 1.5 and 2."""
 WINDOW = 64
 """Paces that are remembered: several rounds, so that chance in who is sampled does not decide."""
+_BANKS = ("A1", "B1", "A2", "B2")
 OUTLIER = 3.0
 """An update with this many times the median pace of its round is reported. Honest ones had at most 1.4."""
 
@@ -77,7 +78,7 @@ def taken(update: ClientUpdate, plan: RoundPlan) -> Taken:
     norms = {**delta_norms(update.delta), "rescaler": _norm(step)}
     # A method may give a client a rate of zero, at which nothing moves.
     unit = max(math.hypot(*learning_rates(plan, update.steps)), sys.float_info.min)
-    whole = math.hypot(*(norm for kind, norm in norms.items() if kind != "rescaler"))
+    whole = _together(norm for kind, norm in norms.items() if kind != "rescaler")
     pace = Pace(
         whole / math.sqrt(max(1, _movable(update))) / unit,
         norms["rescaler"] / math.sqrt(len(step)) / unit if plan.rescaler == "learned" else None,
@@ -86,12 +87,15 @@ def taken(update: ClientUpdate, plan: RoundPlan) -> Taken:
 
 
 def delta_norms(delta: Adapter) -> dict[str, float]:
-    """Return the L2 norm over all layers by kind of bank, and that of attention."""
-    found: dict[str, float] = {}
+    """Return the L2 norm over all layers by kind of bank, and that of attention.
+
+    They do not depend on the order of the values, which is another one after a resumption.
+    """
+    banks: dict[str, list[float]] = {bank: [] for bank in _BANKS}
     for name, value in delta.experts.items():
-        bank = name.rpartition(".")[2]
-        found[bank] = math.hypot(found.get(bank, 0.0), _norm(value))
-    return found | {"attention": math.hypot(*map(_norm, delta.attention.values()))}
+        banks[name.rpartition(".")[2]].append(_norm(value))
+    found = {bank: _together(norms) for bank, norms in banks.items() if norms}
+    return found | {"attention": _together(map(_norm, delta.attention.values()))}
 
 
 def clipped(stream: Iterable[Taken], past: Past, rule: str, folder: Path) -> Iterator[Taken]:
@@ -164,6 +168,11 @@ def _share(pace: float | None, most: float) -> float:
 
 def _usual_times_factor(paces: Sequence[float]) -> float:
     return FACTOR * median_low(paces) if paces else math.inf
+
+
+def _together(norms: Iterable[float]) -> float:
+    """Return the L2 norm of the parts with these norms; an exact sum has no order."""
+    return math.sqrt(math.fsum(norm * norm for norm in norms))
 
 
 def _norm(value: Tensor) -> float:
