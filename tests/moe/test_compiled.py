@@ -21,7 +21,7 @@ from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION
 from fedflame.training.steps import training_steps
 
-LAYERS = 6
+LAYERS = 3
 BATCHES = [(4, (11, 7, 4)), (2, (9, 8)), (1, (14, 2)), (4, (5, 5, 5)), (4, (6,))]
 """k and the lengths of rows: with and without padding, one row, one expert."""
 
