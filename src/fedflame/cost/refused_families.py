@@ -85,3 +85,11 @@ def require_balanced(model_type: str) -> None:
             f"{model_type} cannot be trained with training.router_aux_loss_coef: transformers has no "
             "load-balancing loss for its routers; leave it 0"
         )
+
+
+def require_trainable(model_type: str, packs: bool, router_aux_loss_coef: float) -> None:
+    """Raise UserError if a family cannot be trained with rows that share a sequence, or balanced routers."""
+    if packs:
+        require_packable(model_type)
+    if router_aux_loss_coef:
+        require_balanced(model_type)

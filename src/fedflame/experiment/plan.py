@@ -12,7 +12,7 @@ from fedflame.base.files import has_tokenizer, model_config_path
 from fedflame.base.tokenizer import read_tokenizer
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import read_model_shape
-from fedflame.cost.refused_families import require_balanced, require_packable
+from fedflame.cost.refused_families import require_trainable
 from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.run_cost import RunCost, run_cost
 from fedflame.cost.tiers import require_possible, require_rank
@@ -82,10 +82,7 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
     shape = read_model_shape(path)
     require_rank(config.adapter.r, shape)
     require_possible(config.evaluated_experts(shape.num_experts_per_tok), shape)
-    if config.training.packs:
-        require_packable(shape.model_type)
-    if config.training.router_aux_loss_coef:
-        require_balanced(shape.model_type)
+    require_trainable(shape.model_type, config.training.packs, config.training.router_aux_loss_coef)
     federation = load_federation(config, given)
     most, answer = row_length(config.data.max_length, shape), config.evaluation.max_new_tokens
     most_prompt = prompt_length(answer, shape)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fedflame.base.files import model_config_path, require_folder_complete, resolve_model
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import ModelShape, attention_targets, read_model_shape
-from fedflame.cost.refused_families import require_balanced, require_packable
+from fedflame.cost.refused_families import require_trainable
 from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.tiers import require_possible, require_rank
 from fedflame.data.federation import Federation, load_federation
@@ -106,10 +106,7 @@ def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
             "(the model's num_experts_per_tok)"
         )
     require_possible(config.evaluated_experts(full), shape)
-    if config.training.packs:
-        require_packable(shape.model_type)
-    if config.training.router_aux_loss_coef:
-        require_balanced(shape.model_type)
+    require_trainable(shape.model_type, config.training.packs, config.training.router_aux_loss_coef)
     row_length(config.data.max_length, shape)
     prompt_length(config.evaluation.max_new_tokens, shape)
     return shape

@@ -8,7 +8,7 @@ from fedflame.base.card_memory import evaluation_need, training_need, training_w
 from fedflame.base.device import DeviceChoice
 from fedflame.base.out_of_memory import memory_in_words, training_memory_in_words
 from fedflame.cost.flops import forward_flops_per_token, training_flops_per_token
-from fedflame.cost.refused_families import require_balanced, require_packable
+from fedflame.cost.refused_families import require_trainable
 from fedflame.data.encoder import pad_token
 from fedflame.messages import EvaluationPlan, RoundPlan
 from fedflame.trainer.disclosure import disclosed, disclosed_scores
@@ -44,10 +44,7 @@ class Work:
         """Raise Refusal if the site's file does not allow the job or the plan, before anything is loaded."""
         require_allowed(self._site, job, plan)
         self._model.require_same(job)
-        if plan.packs:
-            require_packable(self._model.shape(job).model_type)
-        if plan.router_aux_loss_coef:
-            require_balanced(self._model.shape(job).model_type)
+        require_trainable(self._model.shape(job).model_type, plan.packs, plan.router_aux_loss_coef)
         tokens = plan.most_tokens(plan.max_steps, job.max_length)
         require_flops(self._site.limits, lambda: tokens * self.flops_per_token(job, plan))
         self._require_memory(job, plan, 0)
