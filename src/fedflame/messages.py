@@ -202,6 +202,22 @@ class RoundPlan:
     """The dtype in which the client sends its delta."""
     error_feedback: bool = False
     """Whether the client remembers the rounding error of its delta and adds it to its next delta."""
+    clip_norm: float = 0.0
+    """If not 0, the client trains privately: the largest L2 norm of a row's gradient. `batch_size` is then
+    the expected number of rows in a step, and every round has `max_steps`."""
+    noise_multiplier: float = 0.0
+    """Of a private round: the standard deviation of the noise over `clip_norm`. 0: what `epsilon` takes."""
+    epsilon: float = 0.0
+    """Of all rounds of the run together; see `noise_multiplier`."""
+    delta: float = 0.0
+    """Beside `epsilon`."""
+    private_steps: int = 0
+    """The private steps that all rounds of the run will ask of the client."""
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the update tells little of any row; see `privacy`."""
+        return self.clip_norm > 0
 
     @property
     def holds_gradients(self) -> bool:

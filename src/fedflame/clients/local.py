@@ -12,10 +12,13 @@ from fedflame.data.encoding import EncodedRow
 from fedflame.errors import InvalidMessage, OutOfMemory, UserError, one_line
 from fedflame.messages import ClientUpdate
 from fedflame.moe.adapted_model import AdaptedModel
+from fedflame.privacy.noise import Noise, simulated_secret
 from fedflame.training.error_feedback import Residuals, encode_with_feedback
 from fedflame.training.evaluation import HeldOut
 from fedflame.training.fine_tune import fine_tune
+from fedflame.training.private import fine_tune_privately
 from fedflame.training.score_tests import score_tests
+from fedflame.wire.addition import plan_digest
 from fedflame.wire.codec import asks_for_scores, decode_evaluation_plan, decode_plan, encode_evaluation
 
 
@@ -89,7 +92,11 @@ class LocalClients:
         request = decode_plan(plan)
         rows, adapted = self.rows[request.client], self.adapted
         with training_memory_in_words(adapted.model.device, request, adapted.gradient_checkpointing):
-            update = fine_tune(adapted, rows, request, self.pad_token_id, on_step, on_losses)
+            if request.is_private:
+                noise = Noise(simulated_secret(request.seed, request.client), (plan_digest(plan),))
+                update = fine_tune_privately(adapted, rows, request, self.pad_token_id, noise, on_step)
+            else:
+                update = fine_tune(adapted, rows, request, self.pad_token_id, on_step, on_losses)
         return encode_with_feedback(update, request, self.residuals)
 
     def _scored(self, plan: bytes, on_step: OnStep) -> bytes:

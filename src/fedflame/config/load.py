@@ -10,6 +10,7 @@ from typing import Any
 from fedflame.config.client_files import client_files
 from fedflame.config.lists import list_parts
 from fedflame.config.methods import METHODS, OF_ALL_METHODS
+from fedflame.config.private_options import refuse_what_tells_of_rows, set_private_defaults
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import SKILLS, ClientsConfig
 from fedflame.config.settings import refuse_unknown_keys, validated
@@ -36,6 +37,7 @@ def load_config(
     for override in overrides:
         _apply_override(values, override)
     _count_client_files(values)
+    set_private_defaults(values)
     refuse_unknown_keys(values, RunConfig, "config")
     loaded = validated(RunConfig, values, "config")
     _refuse_contradictions(loaded)
@@ -110,6 +112,7 @@ def _refuse_contradictions(config: RunConfig) -> None:
     _refuse_options_of_other_methods(strategy)
     _refuse_a_warmup_without_end(config)
     _refuse_a_metric_that_is_not_taken(config)
+    refuse_what_tells_of_rows(config)
     if config.server.min_clients > config.clients_per_round():
         raise UserError(
             f"config: server.min_clients = {config.server.min_clients}: server.fraction_train = "

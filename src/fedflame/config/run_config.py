@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from fedflame.config.k_rotation import KRotation, experts_of_round
 from fedflame.config.lists import names_but_none
 from fedflame.config.methods import METHODS, Method
+from fedflame.config.privacy_section import PrivacyConfig
 from fedflame.config.sections import (
     AdapterConfig,
     ClientsConfig,
@@ -57,6 +58,7 @@ class RunConfig(Section):
     clients: ClientsConfig = ClientsConfig()
     training: TrainingConfig = TrainingConfig()
     strategy: StrategyConfig = StrategyConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     server: ServerConfig = ServerConfig()
     communication: CommunicationConfig = CommunicationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

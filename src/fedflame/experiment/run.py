@@ -44,7 +44,7 @@ from fedflame.server.metrics import MetricsFile, OnEvent
 from fedflame.server.parts import Server
 from fedflame.server.progress import Reporter, Silent
 from fedflame.server.rounds import run_rounds
-from fedflame.server.sampling import sample_clients
+from fedflame.server.sampling import training_clients
 from fedflame.strategies.base import ClientProfile, Strategy
 from fedflame.trackers.process import Look, reporting
 from fedflame.training.error_feedback import Residuals
@@ -194,11 +194,10 @@ def _remaining_batches(experiment: Experiment, last_round: int) -> int:
     config, k = experiment.config, experiment.adapted.num_experts_per_tok
     steps = {(cost.client, cost.trained_experts): cost.steps for cost in experiment.cost.clients}
     with_rows = [profile for profile in experiment.profiles if profile.num_examples]
-    count = min(config.clients_per_round(), len(with_rows))
     return config.training.gradient_accumulation_steps * sum(
         steps[profile.client, config.trained_experts(k, number)[profile.client]]
         for number in range(last_round + 1, config.server.num_server_rounds + 1)
-        for profile in sample_clients(with_rows, count, config.seed, number)
+        for profile in training_clients(config, with_rows, number)
     )
 
 

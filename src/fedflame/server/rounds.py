@@ -24,7 +24,8 @@ from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remember
 from fedflame.server.course import Course
 from fedflame.server.finite import Diverged, require_finite_state
 from fedflame.server.parts import Server
-from fedflame.server.sampling import sample_clients
+from fedflame.server.private_rounds import log_spent, private_plan
+from fedflame.server.sampling import training_clients
 from fedflame.server.scoring import evaluate_tiers, require_finite_losses
 from fedflame.server.validation import validate_update
 from fedflame.strategies.base import ClientProfile, ServerState
@@ -168,8 +169,7 @@ class _Updates:
     def _plans(self, asked: deque[_Asked]) -> Iterator[tuple[int, bytes]]:
         """Yield clients with their encoded plans, each made when it is needed, and add them to `asked`."""
         server = self._server
-        count = min(server.config.clients_per_round(), len(server.profiles))
-        for profile in sample_clients(server.profiles, count, server.config.seed, self._round):
+        for profile in training_clients(server.config, server.profiles, self._round):
             plan = _round_plan(server, self._state, profile, self._round)
             buffer = encode_plan(plan)
             asked.append(_Asked(profile, plan, len(buffer)))
@@ -196,6 +196,8 @@ class _Updates:
         bytes_down = asked.plan_bytes if answer.bytes_down is None else answer.bytes_down
         one = taken(update, plan)
         self._log(one, plan, bytes_down, answer)
+        if plan.is_private:
+            log_spent(server, plan, update.num_examples)
         return one
 
     def _exclude(self, client: int, k: int, reason: str) -> None:
@@ -294,7 +296,7 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         server.clients.believed_rows(profile.client),
     )
     batches = rows if tokens else math.ceil(rows / training.per_device_train_batch_size)
-    return RoundPlan(
+    plan = RoundPlan(
         round=round_number,
         client=profile.client,
         seed=server.config.seed,
@@ -324,6 +326,10 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         update_dtype=server.config.communication.update_dtype,
         error_feedback=server.config.error_feedback(),
     )
+    if server.config.privacy.unit == "none":
+        return plan
+    # Epochs are steps already: what is sampled has none.
+    return replace(plan, num_train_epochs=0.0, **private_plan(server, plan.client, plan.max_steps))
 
 
 def _require_quorum(server: Server, round_number: int, updates: _Updates) -> None:

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from fedflame.config.run_config import RunConfig
 from fedflame.seeds import derive_seed
-from fedflame.strategies.base import ClientProfile
+
+if TYPE_CHECKING:
+    from fedflame.strategies.base import ClientProfile
+
+
+def training_clients(
+    config: RunConfig, clients: Sequence[ClientProfile], round_number: int
+) -> list[ClientProfile]:
+    """Return those of the clients that train in a round, in client order."""
+    count = min(config.clients_per_round(), len(clients))
+    return sample_clients(clients, count, config.seed, round_number)
 
 
 def sample_clients(

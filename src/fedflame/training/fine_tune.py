@@ -14,9 +14,9 @@ from fedflame.data.batches import Batch, batch_rows, training_batches
 from fedflame.data.encoding import EncodedRow
 from fedflame.messages import NOTHING, ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.moe.rescaler import mass_ratio
 from fedflame.seeds import derive_seed
+from fedflame.training.optimizer import client_optimizer
 from fedflame.training.regularizers import regularizer
 from fedflame.training.schedule import learning_rates
 from fedflame.training.steps import training_steps, unwatched
@@ -61,7 +61,7 @@ def fine_tune(
         measured = measure_mass(adapted, _batches(examples, plan, pad_token_id), plan.active_experts)
         adapted.load(plan.adapter, measured, plan.merged)
     adapted.counts.reset()
-    optimizer = _optimizer(adapted, plan)
+    optimizer = client_optimizer(adapted, plan)
     start = adapted.beside(plan.adapter) if plan.proximal_mu else NOTHING
     step = training_steps(
         adapted,
@@ -129,22 +129,6 @@ def _routing_mass(adapted: AdaptedModel, batches: Sequence[Batch], k: int) -> Te
         for handle in handles:
             handle.remove()
     return torch.stack([mass.cpu() for mass in masses])
-
-
-def _optimizer(adapted: AdaptedModel, plan: RoundPlan) -> ExpertAdamW:
-    learned = plan.rescaler == "learned"
-    scalars = [lora.s for lora in adapted.loras]
-    for s in scalars:
-        s.requires_grad_(learned)
-    adapted.set_trainable(plan.trainable)
-    return ExpertAdamW(
-        adapted.loras,
-        [parameter for parameter in adapted.attention.values() if parameter.requires_grad],
-        plan.learning_rate,
-        plan.weight_decay,
-        unregularized=scalars if learned else [],
-        max_grad_norm=plan.max_grad_norm,
-    )
 
 
 @contextmanager

@@ -54,6 +54,11 @@ def _of_training(plan: RoundPlan) -> tuple[tuple[str, float, float], ...]:
         ("router_aux_loss_coef", 0, _LARGE_FACTOR),
         ("rank_penalty", 0, _LARGE_FACTOR),
         ("kept_rank", 0, plan.adapter.rank),
+        ("clip_norm", 0, _LARGE_FACTOR),
+        ("noise_multiplier", 0, _LARGE_FACTOR),
+        ("epsilon", 0, _LARGE_FACTOR),
+        ("delta", 0, 1),
+        ("private_steps", plan.max_steps if plan.is_private else 0, _LARGE),
     )
 
 

@@ -1,0 +1,30 @@
+"""Every key of the section `privacy`; the docstring of a field is its help."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedflame.config.settings import Section
+
+DELTA = 1e-5
+
+
+class PrivacyConfig(Section):
+
+    unit: Literal["none", "row"] = "none"
+    """What is protected (docs/privacy.md). `none`: nothing is. `row`: each row of a client. In every step the
+    client samples its rows at random, scales the gradient of each down to `clip_norm`, and adds noise that
+    only it knows. Needs `fedflame[privacy]`."""
+    epsilon: Annotated[float, Field(gt=0, le=1000)] = 8.0
+    """The most that all rounds together tell of a row: whoever sees every message of the client believes in
+    the row being there at most exp(epsilon) times as much as before, but for a chance of `delta`. Each client
+    adds the noise that this takes for the number of its rows."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = DELTA
+    """See `epsilon`. It must be below one over the rows of a client."""
+    noise_multiplier: Annotated[float, Field(ge=0, le=1e4)] = 0.0
+    """The standard deviation of the noise over `clip_norm`, the same for every client. 0: what `epsilon`
+    takes; otherwise epsilon follows from it."""
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """The largest L2 norm of the gradient of a row, over all that the client trains."""

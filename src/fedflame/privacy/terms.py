@@ -1,0 +1,72 @@
+"""How a client trains privately: what its plan says, for the number of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedflame.errors import UserError
+from fedflame.messages import RoundPlan
+from fedflame.privacy.accounting import Spending, noise_for
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is the same in all private rounds of a client."""
+
+    sampling_rate: float
+    """The chance of each row to be in a step."""
+    noise_multiplier: float
+    """The standard deviation of the noise over the clip norm."""
+
+    def spending(self, steps: int) -> Spending:
+        """Return what so many steps spend."""
+        return Spending(self.sampling_rate, self.noise_multiplier, steps)
+
+
+def terms_of(plan: RoundPlan, rows: int) -> Terms:
+    """Return the terms of a private plan for a client with so many rows.
+
+    Raises:
+        UserError: the plan asks for what would tell of rows, its delta is too large for so many rows, or no
+            noise is enough for its epsilon.
+    """
+    _require_private(plan)
+    return private_terms(
+        rows, plan.batch_size, plan.noise_multiplier, plan.epsilon, plan.delta, plan.private_steps
+    )
+
+
+def private_terms(
+    rows: int, batch_size: int, noise_multiplier: float, epsilon: float, delta: float, steps: int
+) -> Terms:
+    """Return the terms of a client with so many rows, in a run that takes so many steps there.
+
+    Raises:
+        UserError: see `terms_of`.
+    """
+    if not 0 < delta < 1 / rows:
+        raise UserError(
+            f"privacy.delta = {delta:g} with {rows:,} rows: it must be below {1 / rows:.2g}, one over the "
+            "rows, or whole rows may leave; set a smaller one"
+        )
+    rate = min(1.0, batch_size / rows)
+    return Terms(rate, noise_multiplier or noise_for(epsilon, delta, rate, steps))
+
+
+def _require_private(plan: RoundPlan) -> None:
+    """Raise UserError if a private plan asks for what would tell of rows; config.private_options says why."""
+    for name, nothing in (
+        ("tokens_per_step", 0),
+        ("packed_length", 0),
+        ("padding_free", False),
+        ("gradient_accumulation_steps", 1),
+        ("num_train_epochs", 0),
+        ("lora_dropout", 0),
+        ("router_aux_loss_coef", 0),
+    ):
+        if (got := getattr(plan, name)) != nothing:
+            raise UserError(f"a private plan with {name} = {got}; it must be {nothing}")
+    if plan.rescaler == "mass":
+        raise UserError("a private plan with rescaler = 'mass'; it must be 'learned' or 'fixed'")
+    if not plan.noise_multiplier and not plan.epsilon:
+        raise UserError("a private plan without noise_multiplier and epsilon; one of them must be above 0")
