@@ -24,6 +24,7 @@ FLOORS = (
     ("messages",),
     ("wire",),
     ("run_files",),
+    ("privacy",),
     ("strategies",),
     ("moe",),
     ("base",),
@@ -181,7 +182,7 @@ def test_only_the_moe_package_knows_peft() -> None:
 
 def test_a_clients_round_knows_no_strategy_no_server_and_no_configuration() -> None:
     rooms = {part(module) for module in modules_imported("training") - {WORDS}}
-    assert rooms == {"data", "errors", "messages", "moe", "run_files", "seeds", "wire"}
+    assert rooms == {"data", "errors", "messages", "moe", "privacy", "run_files", "seeds", "wire"}
 
 
 def test_the_library_does_not_print() -> None:

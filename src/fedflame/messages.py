@@ -206,11 +206,12 @@ class RoundPlan:
     """If not 0, the client trains privately: the largest L2 norm of a row's gradient. `batch_size` is then
     the expected number of rows in a step, and every round has `max_steps`."""
     noise_multiplier: float = 0.0
-    """Of a private round: the standard deviation of the noise over `clip_norm`. 0: what `epsilon` takes."""
-    epsilon: float = 0.0
+    """Of a private round: the standard deviation of the noise over `clip_norm`. 0: what `target_epsilon`
+    takes."""
+    target_epsilon: float = 0.0
     """Of all rounds of the run together; see `noise_multiplier`."""
-    delta: float = 0.0
-    """Beside `epsilon`."""
+    target_delta: float = 0.0
+    """Beside `target_epsilon`."""
     private_steps: int = 0
     """The private steps that all rounds of the run will ask of the client."""
 
@@ -271,6 +272,10 @@ class ClientUpdate:
     it, and its counts say only which experts it used."""
     trainable: Trainable = "both"
     """The half that was trained; `delta` is zero in the other half."""
+    sampling_rate: float = 0.0
+    """Of a private round: the chance of a row, or of a person's rows, to be in a step."""
+    noise_multiplier: float = 0.0
+    """Of a private round: the standard deviation of the noise over the plan's `clip_norm`."""
 
 
 @dataclass(frozen=True)

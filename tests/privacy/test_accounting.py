@@ -40,7 +40,9 @@ def gaussian_delta(epsilon: float, noise: float, steps: int) -> float:
     return float(norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu))
 
 
-@pytest.mark.parametrize("spent", [Spending(0.0853, 0.69, 30), Spending(0.01, 0.8, 500), Spending(0.3, 3, 60)])
+@pytest.mark.parametrize(
+    "spent", [Spending(0.0853, 0.69, 30), Spending(0.01, 0.8, 500), Spending(0.3, 3, 60)]
+)
 def test_epsilon_is_below_a_looser_bound_in_closed_form_and_not_far_below(spent: Spending) -> None:
     loose = rdp_epsilon(spent, DELTA)
     assert 0.7 * loose < epsilon_of([spent], DELTA) < loose
@@ -55,7 +57,11 @@ def test_rounds_compose_as_their_steps_in_one_and_kinds_add_up() -> None:
     rounds = [Spending(0.1, 1.0, 10)] * 3
     assert epsilon_of(rounds, DELTA) == epsilon_of([Spending(0.1, 1.0, 30)], DELTA)
     both = epsilon_of([*rounds, Spending(0.2, 2.0, 10)], DELTA)
-    assert epsilon_of(rounds, DELTA) < both < epsilon_of(rounds, DELTA) + epsilon_of([Spending(0.2, 2.0, 10)], DELTA)
+    assert (
+        epsilon_of(rounds, DELTA)
+        < both
+        < epsilon_of(rounds, DELTA) + epsilon_of([Spending(0.2, 2.0, 10)], DELTA)
+    )
 
 
 def test_nothing_spent_is_nothing_and_no_noise_has_no_bound() -> None:

@@ -18,7 +18,11 @@ def test_draws_are_standard_normal_and_independent_of_each_other() -> None:
     flat = draws.flatten().double()
     assert stats.kstest(flat.numpy(), "norm").pvalue > 0.01
     half = len(flat) // 2
-    for one, other in ((flat[:half], flat[half:]), (flat[:-1], flat[1:]), (flat[:half] ** 2, flat[half:] ** 2)):
+    for one, other in (
+        (flat[:half], flat[half:]),
+        (flat[:-1], flat[1:]),
+        (flat[:half] ** 2, flat[half:] ** 2),
+    ):
         assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.01
 
 

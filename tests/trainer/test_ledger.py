@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def test_a_site_trains_as_many_rounds_in_a_day_as_it_allows_and_a_plan_that_come
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     now = [1e9]
-    monkeypatch.setattr("fedflame.trainer.ledger.time.time", lambda: now[0])
+    monkeypatch.setattr("fedflame.trainer.service.time.time", lambda: now[0])
     limits = "[limits]\nmax_rounds_per_day = 2\n"
     service = make_service(limits)
     first, second, third = (request(job, replace(plan, round=number)) for number in (1, 2, 3))
@@ -101,12 +101,12 @@ def test_what_is_refused_is_not_counted(
 def test_a_ledger_that_a_crash_cut_has_the_whole_lines_and_goes_on(tmp_path_factory: Any, cut: int) -> None:
     folder = tmp_path_factory.mktemp("state")
     for number in range(3):
-        begin_round(folder, RUN, f"{number:032x}", SiteLimits())
+        begin_round(folder, Round(RUN, f"{number:032x}", 1e9), SiteLimits())
     content = (folder / FILE_NAME).read_bytes()
     (folder / FILE_NAME).write_bytes(content[:cut])
     whole = content[:cut].count(b"\n")
     assert len(read_ledger(folder / FILE_NAME)) == whole
-    begin_round(folder, RUN, "f" * 32, SiteLimits())
+    begin_round(folder, Round(RUN, "f" * 32, 1e9), SiteLimits())
     plans = [known.plan for known in read_ledger(folder / FILE_NAME)]
     assert plans == [f"{number:032x}" for number in range(whole)] + ["f" * 32]
 
@@ -123,7 +123,7 @@ def test_a_ledger_with_a_line_that_is_none_lets_nothing_be_trained(
     line: str, make_service: Make, job: TrainingJob, plan: RoundPlan, tmp_path: Path, told: Told
 ) -> None:
     service = make_service()
-    begin_round(tmp_path / "state", RUN, "0" * 32, SiteLimits())
+    begin_round(tmp_path / "state", Round(RUN, "0" * 32, 1e9), SiteLimits())
     path = tmp_path / "state" / FILE_NAME
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=r"ledger\.jsonl, line 2: no record of a round"):
@@ -165,6 +165,6 @@ def test_a_clock_that_was_set_back_makes_no_round_uncounted() -> None:
 
 
 def test_lines_are_json_that_others_can_read(tmp_path: Path) -> None:
-    begin_round(tmp_path, RUN, "0" * 32, SiteLimits())
+    begin_round(tmp_path, Round(RUN, "0" * 32, 1e9), SiteLimits())
     (line,) = (tmp_path / FILE_NAME).read_text().splitlines()
-    assert json.loads(line).keys() == {"run", "plan", "time", "kind"}
+    assert json.loads(line).keys() == {field.name for field in fields(Round)}

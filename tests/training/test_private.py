@@ -29,12 +29,12 @@ NOISE = Noise(bytes(32), ("run", "plan"))
 
 
 def private_plan(adapted: AdaptedModel, **changes: Any) -> RoundPlan:
-    terms = {"clip_norm": 0.5, "noise_multiplier": 0.8, "delta": 1e-5, "private_steps": 30}
+    terms = {"clip_norm": 0.5, "noise_multiplier": 0.8, "target_delta": 1e-5, "private_steps": 30}
     return plan_for(adapted, **terms | changes)
 
 
 def train(adapted: AdaptedModel, examples: Sequence[EncodedRow], plan: RoundPlan) -> ClientUpdate:
-    return fine_tune_privately(adapted, examples, plan, PAD, NOISE)
+    return fine_tune_privately(adapted, [[row] for row in examples], plan, PAD, NOISE)
 
 
 def test_a_step_is_adamw_by_hand_on_clipped_gradients_of_a_merged_model_and_noise() -> None:
@@ -101,11 +101,36 @@ def test_a_row_moves_the_sum_before_the_noise_by_no_more_than_the_clip_norm(chan
 
     def sums(of: Sequence[EncodedRow]) -> Tensor:
         with adapted.training(2):
-            found = private._clipped_sums(adapted, trained, of, 0.3, PAD)
+            found = private._clipped_sums(adapted, trained, [[row] for row in of], 0.3, PAD)
         return torch.cat([value.flatten() for value in found.values()])
 
     without, with_row = sums(examples), sums([*examples, changed])
     assert float((with_row - without).norm()) <= 0.3 * (1 + 1e-5)
+
+
+def test_the_rows_of_a_person_are_clipped_together() -> None:
+    adapted = tiny_adapted()
+    plan = private_plan(adapted, clip_norm=1e9, noise_multiplier=1e-15, max_steps=1, batch_size=3)
+    a, b, c = rows(3)
+    update = fine_tune_privately(adapted, [[a, b], [c]], plan, PAD, NOISE)
+    assert (update.sampling_rate, update.num_examples) == (1.0, 3)
+    adapted.load(plan.adapter, plan.rescaler_values)
+    gradient = [gradients_of_a_merged_model(adapted, 2, collate([row], PAD)) for row in (a, b, c)]
+    private.client_optimizer(adapted, plan)
+    trained = private._trained(adapted)
+    with adapted.training(2):
+        sums = private._clipped_sums(adapted, trained, [[a, b], [c]], 0.25, PAD)
+    person = {name: (gradient[0][name] + gradient[1][name]) / 2 for name in gradient[0]}
+    for name, value in sums.items():
+        own = f"s.{name[:-2]}" if name.endswith(".s") else name
+        wanted = person[own] * factor(person, 0.25) + gradient[2][own] * factor(gradient[2], 0.25)
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-3, atol=1e-6)
+
+
+def factor(gradient: dict[str, Tensor], clip_norm: float) -> float:
+    norm = math.sqrt(sum(float(value.square().sum()) for value in gradient.values()))
+    assert norm > clip_norm, "it is clipped"
+    return clip_norm / norm
 
 
 def test_every_value_moves_and_every_expert_travels() -> None:
@@ -189,9 +214,9 @@ def test_the_order_of_the_rows_of_a_step_and_the_target_modules_are_free() -> No
         ({"lora_dropout": 0.1}, "lora_dropout = 0.1"),
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef = 0.1"),
         ({"rescaler": "mass"}, "rescaler = 'mass'"),
-        ({"noise_multiplier": 0.0}, "without noise_multiplier and epsilon"),
-        ({"delta": 0.2}, "privacy.delta = 0.2 with 9 rows: it must be below 0.11"),
-        ({"delta": 0.0}, "privacy.delta = 0"),
+        ({"noise_multiplier": 0.0}, "without noise_multiplier and target_epsilon"),
+        ({"target_delta": 0.2}, "privacy.delta = 0.2 with 9 rows: it must be below 0.11"),
+        ({"target_delta": 0.0}, "privacy.delta = 0"),
     ],
 )
 def test_a_plan_that_would_tell_of_rows_is_refused(changes: dict[str, Any], line: str) -> None:
@@ -202,7 +227,7 @@ def test_a_plan_that_would_tell_of_rows_is_refused(changes: dict[str, Any], line
 
 def test_noise_follows_from_epsilon_where_no_multiplier_is_given() -> None:
     adapted = tiny_adapted()
-    plan = private_plan(adapted, noise_multiplier=0.0, epsilon=4.0)
+    plan = private_plan(adapted, noise_multiplier=0.0, target_epsilon=4.0)
     few, many = terms_of(plan, 20), terms_of(plan, 200)
     assert few.sampling_rate == 0.2 and many.sampling_rate == 0.02
     assert few.noise_multiplier > many.noise_multiplier > 0.3

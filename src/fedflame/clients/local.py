@@ -94,7 +94,9 @@ class LocalClients:
         with training_memory_in_words(adapted.model.device, request, adapted.gradient_checkpointing):
             if request.is_private:
                 noise = Noise(simulated_secret(request.seed, request.client), (plan_digest(plan),))
-                update = fine_tune_privately(adapted, rows, request, self.pad_token_id, noise, on_step)
+                update = fine_tune_privately(
+                    adapted, [[row] for row in rows], request, self.pad_token_id, noise, on_step
+                )
             else:
                 update = fine_tune(adapted, rows, request, self.pad_token_id, on_step, on_losses)
         return encode_with_feedback(update, request, self.residuals)

@@ -12,7 +12,6 @@ DELTA = 1e-5
 
 
 class PrivacyConfig(Section):
-
     unit: Literal["none", "row"] = "none"
     """What is protected (docs/privacy.md). `none`: nothing is. `row`: each row of a client. In every step the
     client samples its rows at random, scales the gradient of each down to `clip_norm`, and adds noise that

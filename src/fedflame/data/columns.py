@@ -42,8 +42,8 @@ def find_columns(source: Source, given: Mapping[str, str]) -> Columns:
 
     Args:
         source: what has the columns.
-        given: role (messages, instruction, context, response, category, client) -> the user's name of its
-            column, or an empty name for a column that is recognised.
+        given: role (messages, instruction, context, response, category, client or person) -> the user's name
+            of its column, or an empty name for a column that is recognised.
 
     Raises:
         UserError: a name that is no column, no column is recognised, or a column occurs more than once.

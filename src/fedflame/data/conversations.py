@@ -34,7 +34,7 @@ class Conversation:
     completion: int = 0
     """The turn at which the completion begins, if the row says what is prompt and what completion; else 0."""
     owner: str = field(default="", compare=False)
-    """The client that the row belongs to, if the data says it."""
+    """The client that the row belongs to, or the person whom it is about, if the data says it."""
     where: str = field(default="", compare=False)
     """The place of the row in its source, such as `rows.jsonl:7`."""
 

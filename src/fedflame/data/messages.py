@@ -24,6 +24,8 @@ ROLES: dict[str, Role] = {
 MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """What else of a message is passed on to a chat template."""
 
+_OWNERS = ("client", "person")
+
 
 class BrokenRowError(Exception):
     """One row cannot be used; the message is the reason."""
@@ -45,7 +47,7 @@ def read_conversation(fields: Mapping[str, object], columns: Mapping[str, str], 
         found,
         category=_filled(fields, columns["category"]) if "category" in columns else "all",
         tools=_tools(fields, columns),
-        owner=_filled(fields, columns["client"]) if "client" in columns else "",
+        owner=next((_filled(fields, columns[role]) for role in _OWNERS if role in columns), ""),
         where=where,
     )
     size = len(row.tools) + sum(len(turn.content) + len(turn.context) + len(turn.more) for turn in row.turns)

@@ -50,6 +50,7 @@ def load_rows(
     context_field: str = "",
     response_field: str = "",
     category_field: str = "",
+    person_field: str = "",
 ) -> LoadedRows:
     """Load the rows of a local file or of a data set on the Hugging Face hub.
 
@@ -63,6 +64,7 @@ def load_rows(
         response_field: column of the response; recognised if empty.
         category_field: column of the category. If empty, the column `category` is used; without one, all rows
             have the category "all".
+        person_field: column of the person whom a row is about; empty if no column says it.
 
     Raises:
         UserError: the source cannot be read, its columns are not known, or no row is usable.
@@ -73,6 +75,7 @@ def load_rows(
         "context": context_field,
         "response": response_field,
         "category": category_field,
+        "person": person_field,
     }
     return read_rows(open_source(dataset_name, dataset_config_name, split), given)
 

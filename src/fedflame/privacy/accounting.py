@@ -18,6 +18,8 @@ from fedflame.errors import UserError
 _DISCRETIZATION = 1e-3
 """Of the privacy loss. A finer one changes epsilon in the fourth digit, and takes ten times as long."""
 _LEAST_NOISE, _MOST_NOISE = 0.1, 1e4
+_MOST_LOSS = 1000.0
+"""Beyond about this, in nats, epsilon says nothing and takes minutes to compute: it is called infinite."""
 _PRECISION = 1e-3
 """Relative, of a noise multiplier that is searched for; it is rounded up."""
 
@@ -52,7 +54,8 @@ def epsilon_of(spent: Iterable[Spending], delta: float) -> float:
 def _epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float:
     if not kinds:
         return 0.0
-    if any(noise < _LEAST_NOISE for _, noise, _ in kinds):
+    loss = sum(steps * (rate / noise) ** 2 / 2 for rate, noise, steps in kinds if noise)
+    if loss > _MOST_LOSS or any(noise < _LEAST_NOISE for _, noise, _ in kinds):
         return math.inf
     require_accounting()
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent

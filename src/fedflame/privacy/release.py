@@ -12,15 +12,22 @@ import torch
 from torch import Tensor
 
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
+from fedflame.privacy.terms import Terms
 
 
 def released(
-    plan: RoundPlan, num_examples: int, delta: Adapter, rescaler_values: Tensor, counted: Sequence[int]
+    plan: RoundPlan,
+    terms: Terms,
+    num_examples: int,
+    delta: Adapter,
+    rescaler_values: Tensor,
+    counted: Sequence[int],
 ) -> ClientUpdate:
     """Return the update of a private round.
 
     Args:
         plan: of the round.
+        terms: of the client.
         num_examples: the rows that the client holds.
         delta: what it learned.
         rescaler_values: [L] after training.
@@ -44,4 +51,6 @@ def released(
         steps=plan.max_steps,
         loss=None,
         trainable=plan.trainable,
+        sampling_rate=terms.sampling_rate,
+        noise_multiplier=terms.noise_multiplier,
     )

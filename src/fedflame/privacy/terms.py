@@ -14,7 +14,7 @@ class Terms:
     """What is the same in all private rounds of a client."""
 
     sampling_rate: float
-    """The chance of each row to be in a step."""
+    """The chance of each row, or of each person's rows, to be in a step."""
     noise_multiplier: float
     """The standard deviation of the noise over the clip norm."""
 
@@ -23,8 +23,8 @@ class Terms:
         return Spending(self.sampling_rate, self.noise_multiplier, steps)
 
 
-def terms_of(plan: RoundPlan, rows: int) -> Terms:
-    """Return the terms of a private plan for a client with so many rows.
+def terms_of(plan: RoundPlan, units: int) -> Terms:
+    """Return the terms of a private plan for a client with so many rows, or persons.
 
     Raises:
         UserError: the plan asks for what would tell of rows, its delta is too large for so many rows, or no
@@ -32,24 +32,29 @@ def terms_of(plan: RoundPlan, rows: int) -> Terms:
     """
     _require_private(plan)
     return private_terms(
-        rows, plan.batch_size, plan.noise_multiplier, plan.epsilon, plan.delta, plan.private_steps
+        units,
+        plan.batch_size,
+        plan.noise_multiplier,
+        plan.target_epsilon,
+        plan.target_delta,
+        plan.private_steps,
     )
 
 
 def private_terms(
-    rows: int, batch_size: int, noise_multiplier: float, epsilon: float, delta: float, steps: int
+    units: int, batch_size: int, noise_multiplier: float, epsilon: float, delta: float, steps: int
 ) -> Terms:
-    """Return the terms of a client with so many rows, in a run that takes so many steps there.
+    """Return the terms of a client with so many rows, or persons, in a run that takes so many steps there.
 
     Raises:
         UserError: see `terms_of`.
     """
-    if not 0 < delta < 1 / rows:
+    if not 0 < delta < 1 / units:
         raise UserError(
-            f"privacy.delta = {delta:g} with {rows:,} rows: it must be below {1 / rows:.2g}, one over the "
+            f"privacy.delta = {delta:g} with {units:,} rows: it must be below {1 / units:.2g}, one over the "
             "rows, or whole rows may leave; set a smaller one"
         )
-    rate = min(1.0, batch_size / rows)
+    rate = min(1.0, batch_size / units)
     return Terms(rate, noise_multiplier or noise_for(epsilon, delta, rate, steps))
 
 
@@ -68,5 +73,7 @@ def _require_private(plan: RoundPlan) -> None:
             raise UserError(f"a private plan with {name} = {got}; it must be {nothing}")
     if plan.rescaler == "mass":
         raise UserError("a private plan with rescaler = 'mass'; it must be 'learned' or 'fixed'")
-    if not plan.noise_multiplier and not plan.epsilon:
-        raise UserError("a private plan without noise_multiplier and epsilon; one of them must be above 0")
+    if not plan.noise_multiplier and not plan.target_epsilon:
+        raise UserError(
+            "a private plan without noise_multiplier and target_epsilon; one of them must be above 0"
+        )

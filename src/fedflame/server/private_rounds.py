@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from fedflame.messages import RoundPlan
-from fedflame.privacy.accounting import epsilon_of
-from fedflame.privacy.terms import terms_of
+from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.privacy.accounting import Spending, epsilon_of
 from fedflame.server.parts import Server
 from fedflame.server.sampling import training_clients
 
@@ -16,8 +15,8 @@ class PrivatePlan(TypedDict):
 
     clip_norm: float
     noise_multiplier: float
-    epsilon: float
-    delta: float
+    target_epsilon: float
+    target_delta: float
     private_steps: int
 
 
@@ -28,27 +27,27 @@ def private_plan(server: Server, client: int, steps: int) -> PrivatePlan:
     return PrivatePlan(
         clip_norm=privacy.clip_norm,
         noise_multiplier=privacy.noise_multiplier,
-        epsilon=privacy.epsilon,
-        delta=privacy.delta,
+        target_epsilon=privacy.epsilon,
+        target_delta=privacy.delta,
         private_steps=rounds * steps,
     )
 
 
-def log_spent(server: Server, plan: RoundPlan, rows: int) -> None:
-    """Log what a client with so many rows has spent after this round.
+def log_spent(server: Server, plan: RoundPlan, update: ClientUpdate) -> None:
+    """Log what the client of this update has spent after this round, by what it says of its noise.
 
     A round in which it was asked counts, also where its answer was not used.
     """
-    terms = terms_of(plan, rows)
-    spent = terms.spending(_rounds_until(server, plan.client, plan.round) * plan.max_steps)
+    steps = _rounds_until(server, plan.client, plan.round) * plan.max_steps
+    spent = Spending(update.sampling_rate, update.noise_multiplier, steps)
     server.metrics.log(
         "privacy",
         round=plan.round,
         client=plan.client,
-        epsilon=epsilon_of([spent], plan.delta),
-        delta=plan.delta,
-        noise_multiplier=terms.noise_multiplier,
-        sampling_rate=terms.sampling_rate,
+        epsilon=epsilon_of([spent], plan.target_delta),
+        delta=plan.target_delta,
+        noise_multiplier=spent.noise_multiplier,
+        sampling_rate=spent.sampling_rate,
         clip_norm=plan.clip_norm,
         steps=spent.steps,
     )

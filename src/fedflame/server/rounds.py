@@ -197,7 +197,7 @@ class _Updates:
         one = taken(update, plan)
         self._log(one, plan, bytes_down, answer)
         if plan.is_private:
-            log_spent(server, plan, update.num_examples)
+            log_spent(server, plan, update)
         return one
 
     def _exclude(self, client: int, k: int, reason: str) -> None:

@@ -48,6 +48,7 @@ def validate_update(update: ClientUpdate, plan: RoundPlan, max_length: int) -> N
             f"update has {update.tokens} tokens; {update.steps} steps of this plan have 1 to {possible}"
         )
     _validate_counts(update, plan)
+    _validate_terms(update, plan)
     # The weight in the mean: a client must not claim more rows than it can have trained on.
     batches = update.steps * plan.gradient_accumulation_steps
     many = plan.tokens_per_step or plan.packed_length  # rows of one token each
@@ -56,6 +57,16 @@ def validate_update(update: ClientUpdate, plan: RoundPlan, max_length: int) -> N
         raise InvalidMessage(
             f"update claims to have trained on {update.trained_examples} rows; 1 to {most} are possible"
         )
+
+
+def _validate_terms(update: ClientUpdate, plan: RoundPlan) -> None:
+    for name, most in (("sampling_rate", 1), ("noise_multiplier", 1e6)):
+        value = getattr(update, name)
+        if not (0 < value <= most if plan.is_private else value == 0):  # NaN is in no range
+            allowed = (
+                f"above 0 and at most {most:g}" if plan.is_private else "0, since the plan is not private"
+            )
+            raise InvalidMessage(f"update has {name} = {value}; it must be {allowed}")
 
 
 MOST_TEST_ROWS = 1 << 31

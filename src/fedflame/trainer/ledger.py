@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 from fedflame.errors import UserError
+from fedflame.privacy.accounting import Spending
 from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.site import SiteLimits
 
@@ -32,23 +32,40 @@ class Round:
     time: float
     """Seconds since 1970."""
     kind: Literal["train", "evaluate"] = "train"
+    data: str = ""
+    """The data set that a private round was trained on; empty for a round that was not private."""
+    sampling_rate: float = 0.0
+    noise_multiplier: float = 0.0
+    steps: int = 0
+    """Of a private round, with the two above; see `privacy.accounting.Spending`."""
+
+
+def anything(rounds: Sequence[Round]) -> None:
+    """What is checked where nothing but the number of rounds counts."""
 
 
 def begin_round(
-    folder: Path, run: str, plan: str, limits: SiteLimits, kind: Literal["train", "evaluate"] = "train"
+    folder: Path, begun: Round, limits: SiteLimits, check: Callable[[Sequence[Round]], None] = anything
 ) -> None:
     """Record a round or an evaluation in the ledger of this folder, unless it stands there.
 
+    Args:
+        folder: the site's state folder.
+        begun: what begins.
+        limits: of the site's file.
+        check: raises Refusal if this cannot begin after the rounds in the ledger.
+
     Raises:
-        Refusal: the site's limits on runs or rounds are reached.
+        Refusal: the site's limits on runs or rounds are reached, or the check fails.
         UserError: the ledger is damaged or cannot be written.
     """
-    path, now = folder / FILE_NAME, time.time()
+    path = folder / FILE_NAME
     rounds = read_ledger(path)
-    if any((known.run, known.plan) == (run, plan) for known in rounds):
+    if any((known.run, known.plan) == (begun.run, begun.plan) for known in rounds):
         return
-    require_allowed_number(rounds, run, limits, now, kind)
-    _append(path, Round(run, plan, now, kind))
+    require_allowed_number(rounds, begun.run, limits, begun.time, begun.kind)
+    check(rounds)
+    _append(path, begun)
 
 
 def require_allowed_number(
@@ -88,13 +105,22 @@ def read_ledger(path: Path) -> list[Round]:
     return [_round(path, number, line) for number, line in enumerate(lines, 1)]
 
 
+def spendings(rounds: Sequence[Round], data: str) -> Iterator[Spending]:
+    """Yield what the private rounds on a data set have spent."""
+    for known in rounds:
+        if known.data == data and known.steps:
+            yield Spending(known.sampling_rate, known.noise_multiplier, known.steps)
+
+
 def _round(path: Path, number: int, line: bytes) -> Round:
     try:
         found = Round(**json.loads(line))
         known = get_args(get_type_hints(Round)["kind"])
         types = [type(value) for value in asdict(found).values()]
-        if types != [str, str, float, str] or found.kind not in known:
+        if types != [str, str, float, str, str, float, float, int] or found.kind not in known:
             raise TypeError("a value of another type")
+        if not 0 <= found.sampling_rate <= 1 or not found.noise_multiplier >= 0 or found.steps < 0:
+            raise ValueError("a number out of its range")
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}, line {number}: no record of a round ({error}); without this file the site counts its "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +37,8 @@ class Ready:
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     rows: list[EncodedRow]
+    by_number: list[EncodedRow | str]
+    """The same for each row of the site's data; in the place of one that cannot be used, the reason."""
     tests: dict[int, HeldOut] = field(default_factory=dict)
     """By the most tokens of an answer: the rows to score."""
 
@@ -80,9 +82,10 @@ class SiteModel:
             checkpointing = self._site.trainer.gradient_checkpointing
             adapted, tokenizer = load_adapted_model(path, job.dtype, job.adapter, checkpointing, device.name)
             encoder = self._encoder(job, tokenizer)
-            rows = self._encoded(encoder)
+            by_number = encode_rows(self._rows.training, encoder)
+            rows = self._usable(by_number)
             require_known_ids(rows, adapted.vocabulary, encoder)
-            self.ready = Ready(job, need.size, adapted, tokenizer, encoder, rows)
+            self.ready = Ready(job, need.size, adapted, tokenizer, encoder, rows, by_number)
         return self.ready
 
     def _is_too_narrow(self, ready: Ready, need: Need) -> bool:
@@ -122,9 +125,8 @@ class SiteModel:
             )
         return encoder
 
-    def _encoded(self, encoder: Encoder) -> list[EncodedRow]:
-        """Return the rows that can be encoded. Raises Refusal if there is none."""
-        encoded = encode_rows(self._rows.training, encoder)
+    def _usable(self, encoded: Sequence[EncodedRow | str]) -> list[EncodedRow]:
+        """Return the rows that could be encoded. Raises Refusal if there is none."""
         rows = [row for row in encoded if not isinstance(row, str)]
         if reasons := [row for row in encoded if isinstance(row, str)]:
             self._say(f"{len(reasons):,} of {len(encoded):,} rows cannot be used; the first: {reasons[0]}")

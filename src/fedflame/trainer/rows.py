@@ -8,7 +8,7 @@ from fedflame.data.client_tests import split_test
 from fedflame.data.conversations import Conversation
 from fedflame.data.rows import SkippedRow, load_rows
 from fedflame.trainer.refusal import Refusal
-from fedflame.trainer.site import Site, SiteLimits
+from fedflame.trainer.site import Site
 
 _SEED = 0
 """Of the rows to score: the same in all runs, or one run would train on what another has scored."""
@@ -29,7 +29,7 @@ def load_site_rows(site: Site) -> SiteRows:
     """Read the rows that the site's file names. Raises UserError as `load_rows` does."""
     loaded = load_rows(dataset_name=site.dataset, **site.columns)
     if site.test_dataset:
-        columns = site.columns | {"split": site.data.test_split}
+        columns = site.columns | {"split": site.data.test_split, "person_field": ""}
         tests = load_rows(dataset_name=site.test_dataset, **columns)
         return SiteRows(loaded.rows, tests.rows, [*loaded.skipped, *tests.skipped], loaded.columns)
     trained, scored = list(range(len(loaded.rows))), list[int]()
@@ -43,8 +43,11 @@ def load_site_rows(site: Site) -> SiteRows:
     )
 
 
-def require_tests(rows: int, limits: SiteLimits) -> None:
+def require_tests(rows: int, site: Site) -> None:
     """Raise Refusal if the site scores nothing for the hub: by its file, or with so few rows to score."""
+    limits = site.limits
+    if site.privacy.require:
+        raise Refusal("this site takes part in private runs only (privacy.require); scores have no noise")
     if limits.disclosure == "withheld":
         raise Refusal("this site withholds what its rows tell (limits.disclosure)")
     if not rows:

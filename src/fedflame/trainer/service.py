@@ -22,14 +22,23 @@ from fedflame.base.device import choose_device
 from fedflame.base.memory_limit import memory_limit
 from fedflame.clients.local import reason
 from fedflame.errors import InvalidMessage
-from fedflame.messages import ClientEvaluation, ClientUpdate
+from fedflame.messages import ClientEvaluation, ClientUpdate, RoundPlan
+from fedflame.privacy.noise import Noise
+from fedflame.privacy.terms import Terms
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.journal import Journal
-from fedflame.trainer.ledger import begin_round
+from fedflame.trainer.ledger import Round, begin_round
 from fedflame.trainer.model import SiteModel
 from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.rows import load_site_rows, require_tests
 from fedflame.trainer.site import Site
+from fedflame.trainer.spending import (
+    release_key,
+    require_within_budget,
+    required_terms,
+    site_noise,
+    units_of,
+)
 from fedflame.trainer.work import Work
 from fedflame.wire.addition import decode_addition, plan_digest
 from fedflame.wire.codec import decode_evaluation, decode_evaluation_plan, decode_plan, decode_update
@@ -59,6 +68,7 @@ class TrainerService:
         self._work = Work(site, SiteModel(site, self._rows, self.device, say), self.device)
         self._working = threading.Lock()
         self._journal = Journal(site.state_path)
+        self._units = units_of(self._rows.training)
 
     @property
     def num_examples(self) -> int:
@@ -69,7 +79,7 @@ class TrainerService:
     def test_rows(self) -> int:
         """The number of rows that the hub may have scored here; 0 if it may have none scored."""
         try:
-            require_tests(len(self._rows.tests), self._site.limits)
+            require_tests(len(self._rows.tests), self._site)
         except Refusal:
             return 0
         return len(self._rows.tests)
@@ -139,16 +149,17 @@ class TrainerService:
     def _train(self, run: str, job: TrainingJob, message: bytes) -> tuple[dict[str, Any], bytes]:
         plan = decode_plan(message)
         self._work.require_training_allowed(job, plan)
+        terms = required_terms(self._site, plan, len(self._units))
         known, digest = self._site.state_path / run / "answer", _digest(message, job)
         at = f"run {run[:8]} round {plan.round}"
         with self._working:
             answer = _remembered(known, digest, lambda update: decode_update(update, plan))
             if answer is None:
                 start = time.monotonic()
-                begin_round(self._site.state_path, run, digest, self._site.limits)
+                noise = self._begin(run, digest, plan, terms)
                 self._make_room(run)
                 self._say(f"{at}: training with k={plan.active_experts}")
-                update = self._work.train(job, plan, known.parent)
+                update = self._work.train(job, plan, known.parent, self._units, noise)
                 write_atomically(known, digest.encode() + update)
                 learned = decode_update(update, plan)
                 answer, seconds = (update, learned), time.monotonic() - start
@@ -161,9 +172,23 @@ class TrainerService:
         update, learned = answer
         return {"kind": "update", "steps": learned.steps, "tokens": learned.tokens}, update
 
+    def _begin(self, run: str, digest: str, plan: RoundPlan, terms: Terms | None) -> Noise | None:
+        """Record a round in the ledger before it is trained; return the draws of a private one."""
+        state, limits = self._site.state_path, self._site.limits
+        begun = Round(run, digest, time.time())
+        if terms is None:
+            begin_round(state, begun, limits)
+            return None
+        key = release_key(digest, self._rows.training, self.device.name)
+        spent = terms.sampling_rate, terms.noise_multiplier, plan.max_steps
+        begun = Round(run, key, begun.time, "train", self._site.dataset, *spent)
+        budget = plan.private_steps, len(self._units), self._site.privacy
+        begin_round(state, begun, limits, lambda rounds: require_within_budget(rounds, begun, *budget))
+        return site_noise(state, run, key)
+
     def _evaluate(self, run: str, job: TrainingJob, message: bytes) -> tuple[dict[str, Any], bytes]:
         plan, rows = decode_evaluation_plan(message), len(self._rows.tests)
-        require_tests(rows, self._site.limits)
+        require_tests(rows, self._site)
         self._work.require_scoring_allowed(job, plan, rows)
         known, digest = self._site.state_path / run / "scores", _digest(message, job)
         at = f"run {run[:8]} round {plan.round}"
@@ -171,7 +196,9 @@ class TrainerService:
             answer = _remembered(known, digest, decode_evaluation)
             if answer is None:
                 start = time.monotonic()
-                begin_round(self._site.state_path, run, digest, self._site.limits, "evaluate")
+                begin_round(
+                    self._site.state_path, Round(run, digest, time.time(), "evaluate"), self._site.limits
+                )
                 self._make_room(run)
                 self._say(f"{at}: scoring {rows:,} rows with k={plan.active_experts}")
                 sums = self._work.score(job, plan)

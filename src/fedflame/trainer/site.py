@@ -7,6 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from fedflame.config.privacy_section import DELTA
 from fedflame.config.sections import EMBEDDED_MODEL
 from fedflame.config.settings import Section, SettingsFile, load_file
 from fedflame.config.values import Device
@@ -44,6 +45,9 @@ class SiteData(Section):
     """Column of the context or input."""
     response_field: str = ""
     """Column of the response."""
+    person_field: str = ""
+    """Column that names the person whom a row is about. In a private run all rows of a person are then
+    protected together. Empty: each row is protected by itself."""
     chat_template_path: str = ""
     """The chat template that rows are rendered by: a jinja file or a tokenizer's folder, relative to the
     folder of this file. Empty: the model's own, or the plain form if it has none. `plain`: the plain form. It
@@ -116,6 +120,22 @@ class SiteLimits(Section):
     nothing is scored for the hub."""
 
 
+class SitePrivacy(Section):
+    """What the rows of the site may tell, over all runs; see docs/privacy.md.
+
+    What was spent stands in the ledger of the trainer's state folder, by the name of the data set.
+    """
+
+    require: bool = False
+    """Whether only private plans are carried out (`privacy.unit = "row"` at the hub), and nothing is scored
+    for the hub."""
+    max_epsilon: Annotated[float, Field(ge=0)] = 0.0
+    """The most that all private rounds on this data set may spend together. A run that would go beyond it is
+    refused before its first round; 0 means no limit."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = DELTA
+    """The delta for which `max_epsilon` is computed, below one over the rows."""
+
+
 class SiteNvflare(Section):
     """How the site takes part over NVIDIA FLARE."""
 
@@ -140,6 +160,7 @@ class Site(SettingsFile):
     data: SiteData
     trainer: SiteTrainer
     limits: SiteLimits = SiteLimits()
+    privacy: SitePrivacy = SitePrivacy()
     nvflare: SiteNvflare = SiteNvflare()
     flower: SiteFlower = SiteFlower()
     models: dict[str, str] = Field(default_factory=lambda: {EMBEDDED_MODEL: EMBEDDED_MODEL})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedflame.base.card_memory import evaluation_need, training_need, training_words
@@ -10,7 +11,9 @@ from fedflame.base.out_of_memory import memory_in_words, training_memory_in_word
 from fedflame.cost.flops import forward_flops_per_token, training_flops_per_token
 from fedflame.cost.refused_families import require_trainable
 from fedflame.data.encoder import pad_token
+from fedflame.data.encoding import EncodedRow
 from fedflame.messages import EvaluationPlan, RoundPlan
+from fedflame.privacy.noise import Noise
 from fedflame.trainer.disclosure import disclosed, disclosed_scores
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.limits import (
@@ -30,6 +33,7 @@ from fedflame.trainer.model import Ready, SiteModel
 from fedflame.trainer.site import Site
 from fedflame.training.error_feedback import Residuals, encode_with_feedback
 from fedflame.training.fine_tune import fine_tune
+from fedflame.training.private import fine_tune_privately
 from fedflame.training.score_tests import score_tests
 from fedflame.wire.codec import encode_evaluation
 
@@ -58,8 +62,22 @@ class Work:
         needed = scoring_memory_needed(self._model.shape(job), job, plan, self._device)
         require_memory(self._site.limits, self._device, needed)
 
-    def train(self, job: TrainingJob, plan: RoundPlan, state: Path) -> bytes:
+    def train(
+        self,
+        job: TrainingJob,
+        plan: RoundPlan,
+        state: Path,
+        units: Sequence[Sequence[int]] = (),
+        noise: Noise | None = None,
+    ) -> bytes:
         """Return the encoded update.
+
+        Args:
+            job: the model and the encoding of rows.
+            plan: what to train.
+            state: the folder of the run.
+            units: of a private round, the numbers of the rows that are protected together.
+            noise: the secret draws of a private round; None for any other.
 
         Raises:
             Refusal: the round takes too much memory or time, or its update would tell too much.
@@ -69,7 +87,12 @@ class Work:
         ready, checkpointing = self._ready_to_train(job, plan), self._site.trainer.gradient_checkpointing
         self._require_memory(job, plan, largest_batch(plan, ready.rows))
         with training_memory_in_words(ready.adapted.model.device, plan, checkpointing):
-            update = fine_tune(ready.adapted, ready.rows, plan, pad_token(ready.tokenizer), on_step)
+            if noise is None:
+                update = fine_tune(ready.adapted, ready.rows, plan, pad_token(ready.tokenizer), on_step)
+            else:
+                rows = _by_unit(ready.by_number, units)
+                setting = rows, plan, pad_token(ready.tokenizer), noise, on_step
+                update = fine_tune_privately(ready.adapted, *setting)
         require_enough(limits, update)
         told, residuals = disclosed(update, limits.disclosure), Residuals(state / "residuals")
         return encode_with_feedback(told, plan, residuals, limits.max_update_norm)
@@ -113,3 +136,8 @@ class Work:
     def _scoring_flops_per_token(self, job: TrainingJob, plan: EvaluationPlan) -> float:
         setting = (plan.adapter.rank, job.adapter.target_modules, job.max_length + plan.max_new_tokens)
         return forward_flops_per_token(self._model.shape(job), plan.active_experts, *setting).total
+
+
+def _by_unit(rows: Sequence[EncodedRow | str], units: Sequence[Sequence[int]]) -> list[list[EncodedRow]]:
+    """Return the rows of each unit. One that cannot be used is sampled like any other, and adds nothing."""
+    return [[row for number in unit if not isinstance(row := rows[number], str)] for unit in units]

@@ -33,7 +33,7 @@ from fedflame.training.token_loss import token_losses
 
 def fine_tune_privately(
     adapted: AdaptedModel,
-    examples: Sequence[EncodedRow],
+    units: Sequence[Sequence[EncodedRow]],
     plan: RoundPlan,
     pad_token_id: int,
     noise: Noise,
@@ -43,7 +43,7 @@ def fine_tune_privately(
 
     Args:
         adapted: the base model; it loads the plan's adapter, rescalers and merged factors.
-        examples: the client's rows.
+        units: the client's rows; those of a unit are sampled and clipped together: one row, or a person's.
         plan: what to train, and the terms of its privacy.
         pad_token_id: of the tokenizer.
         noise: the client's secret draws for this answer.
@@ -53,7 +53,7 @@ def fine_tune_privately(
         UserError: see `training.fine_tune` and `privacy.terms.terms_of`; or the model is in float16, which
             skips steps that overflow.
     """
-    terms = terms_of(plan, len(examples))
+    terms = terms_of(plan, len(units))
     if adapted.dtype == "float16":
         raise UserError("a private round in float16 would skip steps that overflow; set model.dtype=bfloat16")
     adapted.load(plan.adapter, plan.rescaler_values, plan.merged)
@@ -63,7 +63,7 @@ def fine_tune_privately(
     all_experts = ~adapted.counts.untouched()
     with adapted.training(plan.active_experts):
         for step, rate in enumerate(learning_rates(plan, plan.max_steps)):
-            chosen = [examples[row] for row in noise.sample(len(examples), terms.sampling_rate, step)]
+            chosen = [units[number] for number in noise.sample(len(units), terms.sampling_rate, step)]
             sums = _clipped_sums(adapted, trained, chosen, plan.clip_norm, pad_token_id)
             deviation = terms.noise_multiplier * plan.clip_norm
             _add_regularizer(adapted, plan, start)
@@ -73,9 +73,9 @@ def fine_tune_privately(
                 value.grad = of_step if value.grad is None else value.grad + of_step
             optimizer.set_learning_rate(rate)
             optimizer.step(all_experts)
-            on_step(sum(len(row.ids) for row in chosen))
-    delta, s = adapted.learned_since(plan.adapter), adapted.rescaler_values()
-    return released(plan, len(examples), delta, s, all_experts.shape)
+            on_step(sum(len(row.ids) for unit in chosen for row in unit))
+    learned = adapted.learned_since(plan.adapter), adapted.rescaler_values()
+    return released(plan, terms, sum(map(len, units)), *learned, all_experts.shape)
 
 
 def _trained(adapted: AdaptedModel) -> dict[str, nn.Parameter]:
@@ -88,16 +88,20 @@ def _trained(adapted: AdaptedModel) -> dict[str, nn.Parameter]:
 def _clipped_sums(
     adapted: AdaptedModel,
     trained: dict[str, nn.Parameter],
-    rows: Sequence[EncodedRow],
+    units: Sequence[Sequence[EncodedRow]],
     clip_norm: float,
     pad_token_id: int,
 ) -> dict[str, Tensor]:
-    """Return by name the sum of the clipped gradients of these rows, one row at a time."""
+    """Return by name the sum of the units' clipped gradients; one is the mean over its rows."""
     sums = {name: torch.zeros_like(value) for name, value in trained.items()}
-    for row in rows:
-        loss = token_losses(adapted, collate([row], pad_token_id)).mean()
-        gradients = torch.autograd.grad(loss, list(trained.values()))
-        add_clipped(sums, dict(zip(trained, gradients, strict=True)), clip_norm)
+    for unit in units:
+        gradient = {name: torch.zeros_like(value) for name, value in trained.items()}
+        for row in unit:
+            loss = token_losses(adapted, collate([row], pad_token_id)).mean() / len(unit)
+            of_row = torch.autograd.grad(loss, list(trained.values()))
+            for total, value in zip(gradient.values(), of_row, strict=True):
+                total += value
+        add_clipped(sums, gradient, clip_norm)
     return sums
 
 

@@ -56,8 +56,8 @@ def _of_training(plan: RoundPlan) -> tuple[tuple[str, float, float], ...]:
         ("kept_rank", 0, plan.adapter.rank),
         ("clip_norm", 0, _LARGE_FACTOR),
         ("noise_multiplier", 0, _LARGE_FACTOR),
-        ("epsilon", 0, _LARGE_FACTOR),
-        ("delta", 0, 1),
+        ("target_epsilon", 0, _LARGE_FACTOR),
+        ("target_delta", 0, 1),
         ("private_steps", plan.max_steps if plan.is_private else 0, _LARGE),
     )
 
