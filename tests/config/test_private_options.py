@@ -57,5 +57,5 @@ def test_an_option_that_would_break_the_guarantee_is_refused_by_name(setting: st
      PRIVATE | {"strategy": {"name": ["flame"]}}, {"privacy": {"epsilon": 0}}, {"privacy": {"delta": 1}}],
 )  # fmt: skip
 def test_a_section_of_another_form_is_one_line(values: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="^config: "):
+    with pytest.raises(UserError, match=r"^config: "):
         load_config(values)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fedflame.base.device import device_in_words
 from fedflame.commands.progress import say_line
-from fedflame.commands.tables import cost_table, partition_table, print_rows
+from fedflame.commands.tables import cost_table, partition_table, print_privacy, print_rows
 from fedflame.data.encoding import Shown
 from fedflame.experiment.plan import Plan
 from fedflame.json_text import to_text
@@ -24,6 +24,8 @@ def print_plan(plan: Plan, as_json: bool, show_row: bool, console: Console) -> N
     print_rows(plan.columns, plan.cut_prompts, console)
     console.print(partition_table(plan.clients, plan.cost.clients, plan.truncated_rows))
     console.print(cost_table(plan.cost))
+    if plan.privacy:
+        print_privacy(plan.privacy, plan.config.privacy.delta, console)
     console.print(f"memory for the base in {plan.dtype.name} ({plan.dtype.reason})")
     say_line(console, f"device {device_in_words(plan.device)}")
     console.print(_adapter_line(plan))

@@ -20,6 +20,7 @@ from fedflame.run_files.task_scores import TaskScores
 
 if TYPE_CHECKING:
     from fedflame.compare.tables import ResultTable
+    from fedflame.experiment.private_clients import PrivateClient
 
 CATEGORIES_SHOWN = 3
 
@@ -92,6 +93,36 @@ def cost_table(cost: RunCost) -> Table:
             si(memory.total, "B"),
         )
     return table
+
+
+LOUD_NOISE = 10
+"""Times the clip norm, of the noise in the mean of a step; see benchmarks/privacy."""
+
+
+def print_privacy(clients: Sequence[PrivateClient], delta: float, console: Console) -> None:
+    """Per client: rows, sampling, steps of the run, noise and epsilon; whether a run of this size learns."""
+    title = f"Privacy of each row over the whole run, delta = {delta:g} (docs/privacy.md)"
+    columns = ("client", "rows", "sampled per step", "steps", "noise multiplier", "epsilon", "noise / clip")
+    table = _table(title, *columns)
+    for client in clients:
+        table.add_row(
+            str(client.client),
+            f"{client.rows:,}",
+            percent(client.sampling_rate),
+            f"{client.steps:,}",
+            f"{client.noise_multiplier:.3g}",
+            f"{client.epsilon:.3g}",
+            f"{client.noise_over_clip:.3g}",
+        )
+    console.print(table)
+    loudest = max(client.noise_over_clip for client in clients)
+    if loudest > LOUD_NOISE:
+        say_line(
+            console,
+            f"the noise of a step is {loudest:.0f} times as long as the longest gradient of a row: little is "
+            "learned beyond about 10. More rows in a step (training.per_device_train_batch_size), more rows "
+            "at the client or a larger privacy.epsilon help",
+        )
 
 
 def result_table(run: Run) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedflame.data.federation import describe, load_federation
 from fedflame.data.given import GivenRows
 from fedflame.experiment.placement import place
 from fedflame.experiment.prepare import with_target_modules
+from fedflame.experiment.private_clients import PrivateClient, private_clients
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Plan:
     """Rows that cannot be used."""
     columns: tuple[str, ...]
     """For each source of rows, which columns are read as what, and which are ignored."""
+    privacy: tuple[PrivateClient, ...]
+    """By client that has rows, what the run will spend; empty without `privacy.unit = "row"`."""
     first_row: tuple[Shown, ...]
     """The first row of client 0 as it is trained on; empty where the model folder has no tokenizer."""
 
@@ -61,6 +64,7 @@ class Plan:
             "columns": list(self.columns),
             "clients_per_round": self.config.clients_per_round(),
             **costs,
+            **({"privacy": [asdict(client) for client in self.privacy]} if self.privacy else {}),
         }
 
 
@@ -111,5 +115,6 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
         cut,
         len(federation.skipped),
         federation.columns,
+        private_clients(config, cost, rows),
         first,
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fedflame.errors import UserError
-from fedflame.messages import RoundPlan
 from fedflame.privacy.accounting import Spending, noise_for
+
+if TYPE_CHECKING:
+    from fedflame.messages import RoundPlan
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TypedDict
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.privacy.accounting import Spending, epsilon_of
 from fedflame.server.parts import Server
-from fedflame.server.sampling import training_clients
+from fedflame.server.sampling import rounds_of
 
 
 class PrivatePlan(TypedDict):
@@ -54,9 +54,5 @@ def log_spent(server: Server, plan: RoundPlan, update: ClientUpdate) -> None:
 
 
 def _rounds_until(server: Server, client: int, last_round: int) -> int:
-    """Return the number of rounds up to this one that ask a client to train."""
-    if server.config.clients_per_round() >= len(server.profiles):
-        return last_round
-    rounds = range(1, last_round + 1)
-    asked = (training_clients(server.config, server.profiles, number) for number in rounds)
-    return sum(client in [profile.client for profile in clients] for clients in asked)
+    clients = [profile.client for profile in server.profiles]
+    return rounds_of(server.config, clients, client, last_round)

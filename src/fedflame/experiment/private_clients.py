@@ -1,0 +1,69 @@
+"""What a private run will spend at each client, before it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedflame.config.run_config import RunConfig
+from fedflame.cost.run_cost import RunCost
+from fedflame.privacy.accounting import epsilon_of
+from fedflame.privacy.terms import private_terms
+from fedflame.server.sampling import rounds_of
+
+
+@dataclass(frozen=True)
+class PrivateClient:
+    """The privacy of one client over the whole run."""
+
+    client: int
+    rows: int
+    sampling_rate: float
+    """The chance of each row to be in a step."""
+    steps: int
+    """Of all rounds."""
+    noise_multiplier: float
+    """The standard deviation of the noise over the clip norm."""
+    epsilon: float
+    """At `privacy.delta`."""
+    noise_over_clip: float
+    """The norm of the noise in the mean of a step, over the clip norm: what a gradient must be heard against.
+    It is noise_multiplier sqrt(values trained) / rows of a step."""
+
+
+def private_clients(config: RunConfig, cost: RunCost, rows: Sequence[int]) -> tuple[PrivateClient, ...]:
+    """Return the privacy of each client that has rows; nothing without `privacy.unit = "row"`.
+
+    Args:
+        config: the run.
+        cost: of the run, for the steps of a round and the size of the adapter.
+        rows: of each client, in client order.
+
+    Raises:
+        UserError: see `privacy.terms.private_terms`; or `fedflame[privacy]` is not installed.
+    """
+    if config.privacy.unit == "none":
+        return ()
+    steps = {client.client: client.steps for client in cost.clients}  # the same for every k
+    with_rows = [client for client, count in enumerate(rows) if count]
+    return tuple(
+        _private_client(config, cost, client, rows[client], steps[client], with_rows) for client in with_rows
+    )
+
+
+def _private_client(
+    config: RunConfig, cost: RunCost, client: int, rows: int, steps: int, clients: Sequence[int]
+) -> PrivateClient:
+    privacy, batch = config.privacy, config.training.per_device_train_batch_size
+    whole = steps * rounds_of(config, clients, client, config.server.num_server_rounds)
+    terms = private_terms(rows, batch, privacy.noise_multiplier, privacy.epsilon, privacy.delta, whole)
+    return PrivateClient(
+        client=client,
+        rows=rows,
+        sampling_rate=terms.sampling_rate,
+        steps=whole,
+        noise_multiplier=terms.noise_multiplier,
+        epsilon=epsilon_of([terms.spending(whole)], privacy.delta),
+        noise_over_clip=terms.noise_multiplier * math.sqrt(cost.adapter.total) / batch,
+    )
