@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedflame.config.words import LRScheduler, RescalerMode, Trainable, UpdateDtype
+from fedflame.config.words import Clipping, LRScheduler, RescalerMode, Trainable, UpdateDtype
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,8 @@ class RoundPlan:
     clip_norm: float = 0.0
     """If not 0, the client trains privately: the largest L2 norm of a row's gradient. `batch_size` is then
     the expected number of rows in a step, and every round has `max_steps`."""
+    clipping: Clipping = "row"
+    """How a private round clips."""
     noise_multiplier: float = 0.0
     """Of a private round: the standard deviation of the noise over `clip_norm`. 0: what `target_epsilon`
     takes."""

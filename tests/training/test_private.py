@@ -13,6 +13,7 @@ from tests.tiny_models import ATTENTION, EXPERTS, LAYERS, PAD, random_adapter, t
 from tests.training.test_fine_tune import gradients_of_a_merged_model, plan_for, rows
 from torch import Tensor
 
+from fedflame.config.words import Clipping
 from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
@@ -22,6 +23,7 @@ from fedflame.privacy.noise import Noise
 from fedflame.privacy.terms import terms_of
 from fedflame.server.validation import validate_update
 from fedflame.training import private
+from fedflame.training.clipped_sums import clipped_sums, trained_values
 from fedflame.training.private import fine_tune_privately
 from fedflame.wire.codec import encode_update
 
@@ -74,7 +76,9 @@ def test_with_the_noised_sums_fixed_unrelated_rows_give_the_same_bytes(
     """Nothing else of the rows than these sums is in the message: no count, no loss, no length."""
     adapted = tiny_adapted()
     monkeypatch.setattr(
-        private, "_clipped_sums", lambda _, trained, *__: {n: torch.ones_like(v) for n, v in trained.items()}
+        private,
+        "clipped_sums",
+        lambda adapted, *__: {n: torch.ones_like(v) for n, v in trained_values(adapted).items()},
     )
     plan = private_plan(adapted, adapter=random_adapter(adapted))
     one, other = rows(9, seed=1), rows(9, seed=2)
@@ -83,6 +87,7 @@ def test_with_the_noised_sums_fixed_unrelated_rows_give_the_same_bytes(
     assert len(messages) == 1
 
 
+@pytest.mark.parametrize("clipping", ["row", "ghost"])
 @pytest.mark.parametrize(
     "changed",
     [
@@ -92,16 +97,17 @@ def test_with_the_noised_sums_fixed_unrelated_rows_give_the_same_bytes(
     ],
     ids=["another row", "an empty answer", "a truncated row"],
 )
-def test_a_row_moves_the_sum_before_the_noise_by_no_more_than_the_clip_norm(changed: EncodedRow) -> None:
+def test_a_row_moves_the_sum_before_the_noise_by_no_more_than_the_clip_norm(
+    changed: EncodedRow, clipping: Clipping
+) -> None:
     adapted, examples = tiny_adapted(), rows(6)
     plan = private_plan(adapted)
     adapted.load(random_adapter(adapted), plan.rescaler_values)
     private.client_optimizer(adapted, plan)
-    trained = private._trained(adapted)
 
     def sums(of: Sequence[EncodedRow]) -> Tensor:
         with adapted.training(2):
-            found = private._clipped_sums(adapted, trained, [[row] for row in of], 0.3, PAD)
+            found = clipped_sums(adapted, [[row] for row in of], 0.3, clipping, PAD)
         return torch.cat([value.flatten() for value in found.values()])
 
     without, with_row = sums(examples), sums([*examples, changed])
@@ -117,9 +123,8 @@ def test_the_rows_of_a_person_are_clipped_together() -> None:
     adapted.load(plan.adapter, plan.rescaler_values)
     gradient = [gradients_of_a_merged_model(adapted, 2, collate([row], PAD)) for row in (a, b, c)]
     private.client_optimizer(adapted, plan)
-    trained = private._trained(adapted)
     with adapted.training(2):
-        sums = private._clipped_sums(adapted, trained, [[a, b], [c]], 0.25, PAD)
+        sums = clipped_sums(adapted, [[a, b], [c]], 0.25, "ghost", PAD)
     person = {name: (gradient[0][name] + gradient[1][name]) / 2 for name in gradient[0]}
     for name, value in sums.items():
         own = f"s.{name[:-2]}" if name.endswith(".s") else name

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedflame.config.settings import Section
+from fedflame.config.words import Clipping
 
 DELTA = 1e-5
 
@@ -27,3 +28,7 @@ class PrivacyConfig(Section):
     takes; otherwise epsilon follows from it."""
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """The largest L2 norm of the gradient of a row, over all that the client trains."""
+    clipping: Clipping = "row"
+    """How gradients are clipped; the result is the same. `row`: one row at a time. `ghost`: many rows in two
+    backwards, of which the first gives the norms alone, which is faster where rows are short. It needs a base
+    in float32, and `training.gradient_checkpointing` other than `layers`."""

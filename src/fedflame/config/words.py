@@ -24,6 +24,8 @@ CountedRows = Literal["trained", "held"]
 """The rows of a client that count in a mean: those it trained on in the round, each once, or all it holds."""
 RobustRule = Literal["none", "trimmed_mean", "geometric_median"]
 """How clients are averaged: by weight, or so that a few cannot decide; see `strategies.robust`."""
+Clipping = Literal["row", "ghost"]
+"""How a private round bounds each row's gradient; see `training.clipped_sums`."""
 Checkpointed = Literal["none", "experts", "layers"]
 """What is not kept for the backward; see `moe.gradient_checkpointing`."""
 BestMetric = Literal["loss", "exact_match", "rouge_l"]

@@ -21,6 +21,7 @@ from fedflame.moe.fused_experts import Experts, FusedExperts
 from fedflame.moe.projection import apart, joined
 from fedflame.moe.rescaler import rescale
 from fedflame.moe.routed_rows import tokens_of_experts
+from fedflame.moe.row_norms import RowNorms
 
 EXPERTS_IMPLEMENTATION = "fedflame"
 BANKS = ("A1", "B1", "A2", "B2")
@@ -61,6 +62,8 @@ class ExpertLoRA(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
         self.s = nn.Parameter(torch.ones((), device=device))
         self.dropout = 0.0
+        self.row_norms: RowNorms | None = None
+        """Records what the rows of a batch add to gradients; None unless somebody asks."""
         self._written: list[tuple[int, int]] = []
 
     @property
@@ -133,9 +136,13 @@ def experts_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_we
 
 def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     banks, experts = lora.banks().values(), lora.written()
+    weights, norms = rescale(top_k_weights, lora.s), lora.row_norms
+    if norms is not None and lora.s.requires_grad:
+        weights.register_hook(lambda d: norms.add_scalar((d * top_k_weights.detach()).sum(1)))
+    options = lora.recompute, lora.dropout, norms
     output: Tensor
     output, per_expert = FusedExperts.apply(  # type: ignore[no-untyped-call]
-        x, rescale(top_k_weights, lora.s), *banks, top_k_index, experts, lora.recompute, lora.dropout
+        x, weights, *banks, top_k_index, experts, *options
     )
     if (counted := lora.counts.counted) is not None:
         per_expert = tokens_of_experts(top_k_index, counted, lora.layer.num_experts)

@@ -25,6 +25,7 @@ from fedflame.moe.compiled import compiled_on_cuda
 from fedflame.moe.expert_dropout import Dropout, draw_masks
 from fedflame.moe.projection import Projection
 from fedflame.moe.routed_rows import EVERYTHING, Block, RoutedRows
+from fedflame.moe.row_norms import RowNorms
 from fedflame.moe.row_passes import Gate, gate_backward, gathered, sum_per_token, to_gather, weighted_gate
 
 BLOCK_BYTES = 4 * 2**20
@@ -52,12 +53,13 @@ class Experts:
 
 
 class FusedExperts(torch.autograd.Function):
-    """`apply(x, weights, A1, B1, A2, B2, index, experts, recompute, p)` -> [N,H], and each expert's rows [E].
+    """`apply(x, weights, A1, B1, A2, B2, index, experts, recompute, p, norms)` -> [N,H], and rows [E].
 
     x is [N,H], the routing weights and the experts' numbers `index` are [N,k]. The banks A1 [E,nR,H],
     B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] are float32; `experts` holds their values already. With `recompute`
     the backward computes the pre-activation again, with the same bits, instead of keeping it. p is the chance
-    that an input of an A is dropped; gate and up see the same inputs.
+    that an input of an A is dropped; gate and up see the same inputs. While `norms` are recorded, the
+    backward gives no gradient of a bank.
     """
 
     @staticmethod
@@ -73,12 +75,14 @@ class FusedExperts(torch.autograd.Function):
         experts: Experts,
         recompute: bool,
         p: float,
+        norms: RowNorms | None,
     ) -> tuple[Tensor, Tensor]:
         masks = draw_masks(index.numel(), (experts.up.into, experts.down.into), p, x.device)
         factor = 1 / (1 - p)
         output, rows, kept = _forward(x, weights, index, masks, experts, factor, recompute)
         ctx.save_for_backward(x, weights, *rows, *masks, *kept)
         ctx.experts, ctx.rank, ctx.masks, ctx.factor = experts, bank_b2.shape[2], len(masks), factor
+        ctx.norms = norms
         ctx.mark_non_differentiable(per_expert := rows.per_expert)
         return output, per_expert
 
@@ -89,7 +93,11 @@ class FusedExperts(torch.autograd.Function):
         rows, masks, kept = RoutedRows(*saved[:4]), saved[4 : 4 + ctx.masks], saved[4 + ctx.masks :]
         needs_x, _, *needs_banks = ctx.needs_input_grad[:6]
         constants = ctx.experts, ctx.factor, ctx.rank, needs_x, needs_banks
-        return *_backward(d_y, x, weights, rows, masks, kept, *constants), None, None, None, None
+        if ctx.norms is None or not ctx.norms.recording:
+            found = _backward(d_y, x, weights, rows, masks, kept, *constants, None)
+        else:  # how many groups there are is known only then: not compiled
+            found = _uncompiled_backward(d_y, x, weights, rows, masks, kept, *constants, ctx.norms)
+        return *found, None, None, None, None, None
 
 
 @compiled_on_cuda(varying=4)
@@ -119,8 +127,7 @@ def _forward(
     return sum_per_token(outputs.whole, rows.positions), rows, kept
 
 
-@compiled_on_cuda(varying=6)
-def _backward(
+def _uncompiled_backward(
     d_y: Tensor,
     x: Tensor,
     weights: Tensor,
@@ -132,8 +139,12 @@ def _backward(
     rank: int,
     needs_x: bool,
     needs_banks: Sequence[bool],
+    norms: RowNorms | None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, of the routing weights, and of those banks that need one."""
+    """Return the gradients of x, of the routing weights, and of those banks that need one.
+
+    With `norms`, the banks' part in the norms of the batch's rows is added to these instead.
+    """
     wide_x, row_weights = to_gather(x, experts.up.constant), _by_row(weights, rows)
     no_bias = torch.zeros_like(experts.down.constant)
     wide_d_y = to_gather(d_y, no_bias)
@@ -169,14 +180,25 @@ def _backward(
             partial(down.gradient_of_a, d_out, gated, dropout=of_down),
             partial(down.gradient_of_b, d_out, low2),
         )
+        groups = None if norms is None else norms.groups(rows, block)
         for wanted, d_bank, gradient in zip(needs_banks, d_banks, gradients, strict=True):
-            if wanted:
+            if not wanted:
+                continue
+            if norms is None or groups is None:
                 d_bank.put(block.experts, gradient(offsets, rank))
+            else:
+                norms.add(gradient(groups.offsets, rank), groups.rows)
     return (
         sum_per_token(d_rows.whole, rows.positions) if needs_x else None,
         d_weights.whole[rows.positions].to(weights.dtype),
-        *(d_bank.whole if wanted else None for wanted, d_bank in zip(needs_banks, d_banks, strict=True)),
+        *(
+            d_bank.whole if wanted and norms is None else None
+            for wanted, d_bank in zip(needs_banks, d_banks, strict=True)
+        ),
     )
+
+
+_backward = compiled_on_cuda(varying=6)(_uncompiled_backward)
 
 
 def _dropouts(masks: Sequence[Tensor], factor: float, block: Block) -> tuple[Dropout | None, Dropout | None]:

@@ -18,7 +18,12 @@ def add_clipped(sums: Mapping[str, Tensor], gradient: Mapping[str, Tensor], clip
     """
     norms = [torch.linalg.vector_norm(value, dtype=torch.float64) for value in gradient.values()]
     norm = torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms]))
-    factor = (clip_norm / norm).clamp(max=1.0).float()
+    factor = clip_factors(norm, clip_norm).float()
     for name, value in gradient.items():
         here = factor.to(value.device)
-        sums[name].add_(torch.where(norm.to(value.device).isfinite(), value * here, 0))
+        sums[name].add_(torch.where(here > 0, value * here, 0))
+
+
+def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
+    """Return what gradients of these norms are multiplied by; 0 for one that is not finite."""
+    return torch.where(norms.isfinite(), (clip_norm / norms).clamp(max=1.0), 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from fedflame.config.words import Clipping
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.privacy.accounting import Spending, epsilon_of
 from fedflame.server.parts import Server
@@ -14,6 +15,7 @@ class PrivatePlan(TypedDict):
     """The fields of a plan that say how a client trains privately."""
 
     clip_norm: float
+    clipping: Clipping
     noise_multiplier: float
     target_epsilon: float
     target_delta: float
@@ -26,6 +28,7 @@ def private_plan(server: Server, client: int, steps: int) -> PrivatePlan:
     rounds = _rounds_until(server, client, server.config.server.num_server_rounds)
     return PrivatePlan(
         clip_norm=privacy.clip_norm,
+        clipping=privacy.clipping,
         noise_multiplier=privacy.noise_multiplier,
         target_epsilon=privacy.epsilon,
         target_delta=privacy.delta,

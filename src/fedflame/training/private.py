@@ -12,23 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow
-from fedflame.errors import UserError
 from fedflame.messages import NOTHING, Adapter, ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.privacy.clipping import add_clipped
 from fedflame.privacy.noise import Noise
 from fedflame.privacy.release import released
 from fedflame.privacy.terms import terms_of
+from fedflame.training.clipped_sums import clipped_sums, require_clippable, trained_values
 from fedflame.training.optimizer import client_optimizer
 from fedflame.training.regularizers import regularizer
 from fedflame.training.schedule import learning_rates
 from fedflame.training.steps import unwatched
-from fedflame.training.token_loss import token_losses
 
 
 def fine_tune_privately(
@@ -50,21 +46,19 @@ def fine_tune_privately(
         on_step: called after each step with the number of its tokens.
 
     Raises:
-        UserError: see `training.fine_tune` and `privacy.terms.terms_of`; or the model is in float16, which
-            skips steps that overflow.
+        UserError: see `training.fine_tune`, `privacy.terms.terms_of` and `require_clippable`.
     """
     terms = terms_of(plan, len(units))
-    if adapted.dtype == "float16":
-        raise UserError("a private round in float16 would skip steps that overflow; set model.dtype=bfloat16")
+    require_clippable(adapted, plan.clipping)
     adapted.load(plan.adapter, plan.rescaler_values, plan.merged)
     optimizer = client_optimizer(adapted, plan)
-    trained = _trained(adapted)
+    trained = trained_values(adapted)
     start = adapted.beside(plan.adapter) if plan.proximal_mu else NOTHING
     all_experts = ~adapted.counts.untouched()
     with adapted.training(plan.active_experts):
         for step, rate in enumerate(learning_rates(plan, plan.max_steps)):
             chosen = [units[number] for number in noise.sample(len(units), terms.sampling_rate, step)]
-            sums = _clipped_sums(adapted, trained, chosen, plan.clip_norm, pad_token_id)
+            sums = clipped_sums(adapted, chosen, plan.clip_norm, plan.clipping, pad_token_id)
             deviation = terms.noise_multiplier * plan.clip_norm
             _add_regularizer(adapted, plan, start)
             for name, value in trained.items():
@@ -76,33 +70,6 @@ def fine_tune_privately(
             on_step(sum(len(row.ids) for unit in chosen for row in unit))
     learned = adapted.learned_since(plan.adapter), adapted.rescaler_values()
     return released(plan, terms, sum(map(len, units)), *learned, all_experts.shape)
-
-
-def _trained(adapted: AdaptedModel) -> dict[str, nn.Parameter]:
-    """Return what is trained by name: LoRA values and learned rescalers."""
-    values: dict[str, nn.Parameter] = dict(adapted.attached().tensors())  # type: ignore[arg-type]
-    values |= {f"{lora.index}.s": lora.s for lora in adapted.loras}
-    return {name: value for name, value in values.items() if value.requires_grad}
-
-
-def _clipped_sums(
-    adapted: AdaptedModel,
-    trained: dict[str, nn.Parameter],
-    units: Sequence[Sequence[EncodedRow]],
-    clip_norm: float,
-    pad_token_id: int,
-) -> dict[str, Tensor]:
-    """Return by name the sum of the units' clipped gradients; one is the mean over its rows."""
-    sums = {name: torch.zeros_like(value) for name, value in trained.items()}
-    for unit in units:
-        gradient = {name: torch.zeros_like(value) for name, value in trained.items()}
-        for row in unit:
-            loss = token_losses(adapted, collate([row], pad_token_id)).mean() / len(unit)
-            of_row = torch.autograd.grad(loss, list(trained.values()))
-            for total, value in zip(gradient.values(), of_row, strict=True):
-                total += value
-        add_clipped(sums, gradient, clip_norm)
-    return sums
 
 
 def _add_regularizer(adapted: AdaptedModel, plan: RoundPlan, start: Adapter) -> None:
