@@ -160,6 +160,18 @@ def site_check(site: Annotated[Path, typer.Argument(help="The site's file.")], d
             raise typer.Exit(CHECK_FAILED)
 
 
+@site_app.command("privacy")
+def site_privacy(
+    site: Annotated[Path, typer.Argument(help="The site's file.")], debug: Debug = False
+) -> None:
+    """Show what private runs have spent here, and what the site's file leaves."""
+    with user_errors(debug):
+        from fedflame.commands.site_privacy import print_privacy_of
+        from fedflame.trainer.site import load_site
+
+        print_privacy_of(load_site(site), Console())
+
+
 @app.command()
 def trainer(
     site: Annotated[Path, typer.Option(help="TOML file of this site: its data, its k, what it allows.")],

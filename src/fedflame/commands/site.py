@@ -27,6 +27,7 @@ from fedflame.commands.check import (
     print_findings,
 )
 from fedflame.commands.service_units import service_unit
+from fedflame.commands.site_privacy import privacy_finding
 from fedflame.engines.address import host_and_port
 from fedflame.engines.command import installed_command
 from fedflame.engines.flower.key import make_key
@@ -128,7 +129,10 @@ def init_site(folder: Path, new: NewSite, engine: SiteEngine, console: Console) 
 def check_site(site: Site, console: Console) -> bool:
     """Look at everything that taking part needs; whether all is well."""
     return print_findings(
-        after_each_other(_machine(site), _device(site), _own(site), _trainer(site), _hub(site)), console
+        after_each_other(
+            _machine(site), _device(site), _own(site), privacy_finding(site), _trainer(site), _hub(site)
+        ),
+        console,
     )
 
 
@@ -224,6 +228,10 @@ active_experts = {new.active_experts} # k: experts per token that this machine a
 # min_tokens_per_update = 5000
 # max_update_norm = 5.0
 # disclosure = "rounded" # of loss and activation counts: exact, rounded or withheld
+
+[privacy] # of single rows; needs fedflame[privacy]
+# require = true # only runs with privacy.unit = "row"
+# max_epsilon = 8.0 # of all private runs together
 
 [models] # the base models that may be trained: the hub's name, and the folder or hub id here
 {models}

@@ -100,9 +100,12 @@ LOUD_NOISE = 10
 
 
 def print_privacy(clients: Sequence[PrivateClient], delta: float, console: Console) -> None:
-    """Per client: rows, sampling, steps of the run, noise and epsilon; whether a run of this size learns."""
+    """Per client what the run spends, and whether a run of this size learns.
+
+    The noise is that of the sum of a step over the clip norm, and, in the last column, of its mean.
+    """
     title = f"Privacy of each row over the whole run, delta = {delta:g} (docs/privacy.md)"
-    columns = ("client", "rows", "sampled per step", "steps", "noise multiplier", "epsilon", "noise / clip")
+    columns = ("client", "rows", "sampled", "steps", "noise", "epsilon", "of a step")
     table = _table(title, *columns)
     for client in clients:
         table.add_row(

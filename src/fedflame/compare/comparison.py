@@ -151,6 +151,11 @@ class Comparison:
         """Return the cost of a whole run; the mean over seeds."""
         return _mean([r.spent(self.grid.devices)[-1] for r in self.seeds(setting, method).values()])
 
+    def epsilon(self, setting: Setting, method: str) -> float | None:
+        """Return the most that a client has spent in the seeds of a method; None if they are not private."""
+        spent = [result.epsilon for result in self.seeds(setting, method).values()]
+        return max((epsilon for epsilon in spent if epsilon is not None), default=None)
+
     def environment(self) -> dict[str, str]:
         """Return the environment of the finished cells; a key lists several values if the cells differ."""
         return values_by_key(result.environment for result in self.results.values())

@@ -100,6 +100,8 @@ class CellResult:
     """Resolved, without output_dir."""
     own: list[OwnScores] = field(default_factory=list)
     """By client, where clients are asked to score."""
+    epsilon: float | None = None
+    """The most that a client of a private run has spent; None if it was not private."""
 
     @property
     def rounds(self) -> int:
@@ -224,7 +226,8 @@ def write_results(path: Path, results: Iterable[CellResult]) -> None:
 
 
 def _line(result: CellResult) -> bytes:
-    text = _LINE.dump_json(result, exclude=None if result.own else {"own"})  # as before there were any
+    nothing = {name for name in ("own", "epsilon") if getattr(result, name) in ([], None)}
+    text = _LINE.dump_json(result, exclude=nothing)  # as before there were any
     bare = b"NaN" in text or b"Infinity" in text  # as words of pydantic, or within a text
     return to_text(json.loads(text)).encode() if bare else text
 
@@ -287,6 +290,7 @@ def _result(cell: Cell, run: Run, training_flops: Mapping[int, float]) -> CellRe
         list(_deployed(cell, run, max(training_flops))),
         cell.config.model_dump(mode="json", exclude=BESIDE_RESULTS),
         list(_own_scores(run)),
+        run.epsilon,
     )
 
 

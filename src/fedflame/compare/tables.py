@@ -256,6 +256,9 @@ def total_table(comparison: Comparison, setting: Setting) -> ResultTable:
     methods = comparison.methods(setting)
     times = {method: comparison.total(setting, method).simulated_seconds for method in methods}
     whole = times.get(comparison.grid.baseline)
+    epsilons = {method: comparison.epsilon(setting, method) for method in methods}
+    private = any(epsilon is not None for epsilon in epsilons.values())
+    headers += ["epsilon"] * private
     rows = []
     for method in methods:
         devices = comparison.device_costs(setting, method)
@@ -268,6 +271,7 @@ def total_table(comparison: Comparison, setting: Setting) -> ResultTable:
                 Entry(si(sum(device.bytes_down for device in devices), "B")),
                 Entry(duration(times[method])),
                 Entry(percent(times[method] / whole) if whole else MISSING),
+                *[Entry(decimal(epsilons[method], 2))] * private,
             ]
         )
     return ResultTable("Cost of a run, all clients together", headers, rows)

@@ -137,7 +137,14 @@ def card_facts(run: Path, config: RunConfig, round_number: int) -> CardFacts:
         if (one.round, one.category) == (used.get(one.active_experts, round_number), None)
     }
     tasks = recorded.tasks if recorded.tasks and recorded.tasks.round == round_number else None
-    return CardFacts(hub_id(config.data.dataset_name), held_out, tasks, best_rounds=used)
+    return CardFacts(
+        hub_id(config.data.dataset_name),
+        held_out,
+        tasks,
+        best_rounds=used,
+        epsilon=recorded.epsilon,
+        delta=config.privacy.delta,
+    )
 
 
 def trained_run(

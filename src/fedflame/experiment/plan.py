@@ -115,6 +115,6 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
         cut,
         len(federation.skipped),
         federation.columns,
-        private_clients(config, cost, rows),
+        private_clients(config, shape, cost, rows),
         first,
     )

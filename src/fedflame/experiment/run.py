@@ -23,6 +23,7 @@ from fedflame.experiment.assemble import Experiment, assemble
 from fedflame.experiment.environment import environment
 from fedflame.experiment.method import build_strategy
 from fedflame.experiment.prepare import Prepared
+from fedflame.experiment.private_clients import require_private
 from fedflame.experiment.resumption import RESIDUALS, Resumption, find_resumption, go_back
 from fedflame.experiment.run_folder import (
     check_run_folder,
@@ -125,6 +126,8 @@ def _run(
     method = strategy or build_strategy(config, prepared.shape.num_experts_per_tok)
     trained_here = 0 if sites is not None else workers
     experiment = assemble(config, prepared.federation, saved_dtype(run) if to else None, trained_here)
+    if sites is None:
+        require_private(experiment)
     moved = device_change(run, experiment.device) if to else ""
     checkpoint = _starting_point(run, experiment, method, to, sites is not None)
     if to:

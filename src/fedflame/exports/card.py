@@ -95,7 +95,19 @@ def gguf_card(run: TrainedRun, file: str, k: int, advice: str) -> str:
 
 
 def _rest(run: TrainedRun) -> str:
-    return "\n\n".join(part for part in (_scores(run.card), _prompt(run.prompt)) if part)
+    return "\n\n".join(part for part in (_scores(run.card), _privacy(run.card), _prompt(run.prompt)) if part)
+
+
+def _privacy(card: CardFacts) -> str:
+    """Return the section on what the training rows may have told; empty if the run was not private."""
+    if card.epsilon is None:
+        return ""
+    return (
+        "## Privacy of the training rows\n\nThe clients clipped the gradient of each row and added noise "
+        f"(DP-SGD): for each row, epsilon = {card.epsilon:.3g} at most, delta = {card.delta:g}, by what each "
+        "client says of its noise. Rows that the hub holds out to score, and rows outside this run, are not "
+        "covered."
+    )
 
 
 def _name(run: TrainedRun) -> str:

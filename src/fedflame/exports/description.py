@@ -30,6 +30,10 @@ class CardFacts:
     """Scores in tasks of lm-evaluation-harness after that round."""
     best_rounds: Mapping[int, int] = field(default_factory=dict)
     """k -> the round that is exported, where that is its best; empty where the last is."""
+    epsilon: float | None = None
+    """The most that training told of a row of a client; None if the run was not private."""
+    delta: float = 0.0
+    """Beside `epsilon`."""
     hub_model_id: str = ""
     """Where the folder is to be on the hub."""
     license: str = ""

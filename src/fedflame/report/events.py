@@ -111,6 +111,22 @@ class Outlier:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a client's private rounds tell of a row at most, after one of them."""
+
+    round: int
+    client: int
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    """The standard deviation of the noise over the clip norm."""
+    sampling_rate: float
+    """The chance of a row to be in a step."""
+    steps: int
+    """Of all its rounds until now."""
+
+
+@dataclass(frozen=True)
 class RoundEnd:
     """A finished round."""
 
@@ -138,6 +154,7 @@ Event = (
     | Exclusion
     | Clipping
     | Outlier
+    | Spent
     | RoundEnd
     | Stop
 )
@@ -151,6 +168,7 @@ _EVENTS: dict[str, tuple[type[Event], tuple[str, ...]]] = {
     "excluded": (Exclusion, ("round", "client")),
     "clipped": (Clipping, ("round", "client")),
     "outlier": (Outlier, ("round", "client")),
+    "privacy": (Spent, ("round", "client")),
     "round": (RoundEnd, ("round",)),
     "stopped": (Stop, ("round",)),
 }

@@ -10,7 +10,7 @@ from typing import Any
 from fedflame.config.methods import METHODS, OF_ALL_METHODS
 from fedflame.config.settings import flat
 from fedflame.config.strategy_section import StrategyConfig
-from fedflame.report import at_clients, clients, results, tasks, updates
+from fedflame.report import at_clients, clients, privacy, results, tasks, updates
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.numbers import plural, si
 from fedflame.report.records import Run
@@ -21,6 +21,7 @@ _SECTIONS = (
     tasks.tasks,
     results.charts,
     at_clients.at_clients,
+    privacy.privacy,
     results.categories,
     clients.activation,
     clients.rescaler,

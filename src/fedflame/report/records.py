@@ -25,6 +25,7 @@ from fedflame.report.events import (
     Outlier,
     RoundEnd,
     ScoreName,
+    Spent,
     Stop,
     parse_event,
 )
@@ -90,6 +91,16 @@ class Run:
     def clippings(self) -> list[Clipping]:
         """Client updates that were scaled down."""
         return [event for event in self.events if isinstance(event, Clipping)]
+
+    @property
+    def spent(self) -> list[Spent]:
+        """Return what clients of a private run have spent, round by round."""
+        return [event for event in self.events if isinstance(event, Spent)]
+
+    @property
+    def epsilon(self) -> float | None:
+        """Return the largest epsilon that a client has spent; None if the run is not private."""
+        return max((event.epsilon for event in self.spent), default=None)
 
     @property
     def outliers(self) -> list[Outlier]:
