@@ -24,7 +24,7 @@ from fedflame.trainer.ledger import Round, spendings
 from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.site import Site, SitePrivacy
 
-SECRET_FILE = "privacy.key"
+SECRET_FILE = "noise.key"
 
 
 def required_terms(site: Site, plan: RoundPlan, units: int) -> Terms | None:
