@@ -18,7 +18,8 @@ def main() -> None:
     for batch, steps in SETTINGS:
         noise = noise_for(8.0, DELTA, batch / OF_EIGHT, steps)
         spent = [epsilon_of([Spending(min(1.0, batch / rows), noise, steps)], DELTA) for rows in ROWS]
-        print(f"| {batch}, {steps} | {noise:.2f} | " + " | ".join(f"{epsilon:.2g}" for epsilon in spent) + " |")
+        cells = (f"{batch}, {steps}", f"{noise:.2f}", *(f"{epsilon:.2g}" for epsilon in spent))
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
