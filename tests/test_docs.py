@@ -37,7 +37,20 @@ DOCUMENTS = [
 ]
 NEW_METHOD = ROOT / "docs" / "new-method.md"
 ROLE_PAGES = ("hub-administrator.md", "site-administrator.md", "researcher.md")
-FILE_ENDINGS = {"key", "py", "md", "json", "jsonl", "toml", "html", "csv", "parquet", "gz", "css", "safetensors"}
+FILE_ENDINGS = {
+    "key",
+    "py",
+    "md",
+    "json",
+    "jsonl",
+    "toml",
+    "html",
+    "csv",
+    "parquet",
+    "gz",
+    "css",
+    "safetensors",
+}
 
 
 def modules() -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.row_norms import row_norms
 from fedflame.training import clipped_sums as module
 from fedflame.training.clipped_sums import clipped_sums, require_clippable, trained_values
+from fedflame.training.token_loss import row_losses
 
 CLIP = 0.5
 
@@ -67,7 +68,7 @@ def test_norms_are_those_of_each_row_alone() -> None:
             wanted.append(math.sqrt(sum(float(value.double().square().sum()) for value in gradient.values())))
         adapted.counts.begin_step(batch.real_tokens)
         with row_norms(adapted, batch.attention_mask) as norms:
-            losses = module._row_losses(adapted, batch)
+            losses = row_losses(adapted, batch)
             norms.recording = True
             losses.sum().backward()
         adapted.counts.abandon_step()

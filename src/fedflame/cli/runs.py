@@ -105,6 +105,27 @@ def print_plan_of(
 
 
 @app.command()
+def audit(
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    model: Model = None,
+    device: Device = None,
+    canaries: Annotated[
+        int, typer.Option(min=20, max=100_000, help="Random rows; about half are trained on.")
+    ] = 400,
+    client: Annotated[int, typer.Option(min=0, help="The client among whose rows they are.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Train with random rows at a client, and say what the hub could tell of them."""
+    with user_errors(debug):
+        config = config_of(config_file, overrides, data, model, device)
+        from fedflame.commands.audit import print_audit
+
+        print_audit(config, canaries, client, Console())
+
+
+@app.command()
 def compare(
     grid_file: Annotated[Path, typer.Argument(help="TOML grid of methods, seeds and settings.")],
     overrides: Overrides = None,

@@ -8,7 +8,7 @@ shares a draw, which a difference of two updates would remove. The generators of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,13 @@ class Noise:
         radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), 2 * np.pi * uniform[pairs:]
         draws = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
         return torch.from_numpy(draws.astype(np.float32)).reshape(tuple(shape))
+
+    def added_to(self, sums: Mapping[str, Tensor], deviation: float, step: int) -> dict[str, Tensor]:
+        """Return the sums of a step with noise of this standard deviation on every value."""
+        return {
+            name: value + deviation * self.normal(value.shape, step, name).to(value.device)
+            for name, value in sums.items()
+        }
 
     def _uniform(self, count: int, *purpose: int | str) -> np.ndarray:
         """Return draws from the interval (0, 1), without its ends, in float64."""

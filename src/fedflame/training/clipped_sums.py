@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fedflame.config.words import Clipping
-from fedflame.data.batches import IGNORE_INDEX, Batch, collate
+from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.row_norms import row_norms
 from fedflame.privacy.clipping import add_clipped, clip_factors
-from fedflame.training.token_loss import token_losses
+from fedflame.training.token_loss import row_losses, token_losses
 
 GHOST_TOKENS = 2048
 """Of a batch that is clipped by norms, padding included: as many as fill a CPU."""
@@ -109,7 +109,7 @@ def _add_by_norms(
     adapted.counts.begin_step(batch.on(adapted.device).real_tokens)
     try:
         with row_norms(adapted, batch.attention_mask) as norms:
-            losses = _row_losses(adapted, batch)
+            losses = row_losses(adapted, batch)
             norms.recording = True
             torch.autograd.grad(losses.sum(), values, retain_graph=True, allow_unused=True)
             norms.recording = False
@@ -126,12 +126,3 @@ def _add_by_norms(
         return
     for total, gradient in zip(sums.values(), gradients, strict=True):
         total += gradient
-
-
-def _row_losses(adapted: AdaptedModel, batch: Batch) -> Tensor:
-    """Return the mean loss of each row's labelled tokens, [B]; zero for a row that has none."""
-    labelled = (batch.labels[:, 1:] != IGNORE_INDEX).to(adapted.device)
-    row = labelled.nonzero()[:, 0]
-    counts = labelled.sum(1)
-    total = torch.zeros(len(counts), device=adapted.device).index_add(0, row, token_losses(adapted, batch))
-    return total / counts.clamp(min=1)

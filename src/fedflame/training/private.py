@@ -59,12 +59,11 @@ def fine_tune_privately(
         for step, rate in enumerate(learning_rates(plan, plan.max_steps)):
             chosen = [units[number] for number in noise.sample(len(units), terms.sampling_rate, step)]
             sums = clipped_sums(adapted, chosen, plan.clip_norm, plan.clipping, pad_token_id)
-            deviation = terms.noise_multiplier * plan.clip_norm
+            noised = noise.added_to(sums, terms.noise_multiplier * plan.clip_norm, step)
             _add_regularizer(adapted, plan, start)
             for name, value in trained.items():
-                drawn = noise.normal(value.shape, step, name).to(value.device)
-                of_step = (sums[name] + deviation * drawn) / plan.batch_size
-                value.grad = of_step if value.grad is None else value.grad + of_step
+                mean = noised[name] / plan.batch_size
+                value.grad = mean if value.grad is None else value.grad + mean
             optimizer.set_learning_rate(rate)
             optimizer.step(all_experts)
             on_step(sum(len(row.ids) for unit in chosen for row in unit))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from fedflame.data.batches import Batch, PlacedBatch
+from fedflame.data.batches import IGNORE_INDEX, Batch, PlacedBatch
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.causal_attention import packed, right_padded
 from fedflame.moe.compiled import compiled_on_cuda
@@ -50,6 +50,15 @@ def token_losses(adapted: AdaptedModel, batch: Batch | PlacedBatch) -> Tensor:
     vocabulary = adapted.model.config.get_text_config().vocab_size
     chunk = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
     return token_loss(states, targets, logits, max(1, chunk))
+
+
+def row_losses(adapted: AdaptedModel, batch: Batch) -> Tensor:
+    """Return the mean loss of each row's labelled tokens, [B]; zero for a row that has none."""
+    labelled = (batch.labels[:, 1:] != IGNORE_INDEX).to(adapted.device)
+    row = labelled.nonzero()[:, 0]
+    counts = labelled.sum(1)
+    total = torch.zeros(len(counts), device=adapted.device)
+    return total.index_add(0, row, token_losses(adapted, batch)) / counts.clamp(min=1)
 
 
 def decoded(adapted: AdaptedModel, batch: PlacedBatch) -> Any:
