@@ -26,6 +26,10 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     run = tmp_path_factory.mktemp("private") / "run"
     result = invoke(*arguments(tiny_folder, run, *PRIVATE))
     assert result.exit_code == 0, result.stderr
+    shown = " ".join(result.stdout.split())
+    assert "Privacy of each row over the whole run" in shown
+    most = max(event["epsilon"] for event in events(run, "privacy"))
+    assert f"privacy: of each row at most epsilon = {most:.3g} was told, delta = 1e-05" in shown
     return run
 
 

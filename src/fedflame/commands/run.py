@@ -10,8 +10,9 @@ from rich.console import Console
 
 from fedflame.base.device import device_in_words
 from fedflame.commands.progress import reporter, say_line, say_used_rounds
-from fedflame.commands.tables import cost_table, partition_table, print_rows, result_table
+from fedflame.commands.tables import cost_table, partition_table, print_privacy, print_rows, result_table
 from fedflame.experiment.prepare import Prepared
+from fedflame.experiment.private_clients import private_clients
 from fedflame.experiment.run import Begun, run_experiment
 from fedflame.report.records import read_run
 from fedflame.server.progress import Reporter
@@ -43,6 +44,12 @@ def print_run(prepared: Prepared, config_text: str, console: Console, workers: i
         say_line(console, written.note)
     recorded = read_run(written.run)
     console.print(result_table(recorded))
+    if recorded.epsilon is not None:
+        delta = prepared.config.privacy.delta
+        say_line(
+            console,
+            f"privacy: of each row at most epsilon = {recorded.epsilon:.3g} was told, delta = {delta:g}",
+        )
     if recorded.stop:
         say_line(console, f"stopped after round {recorded.stop.round}: {recorded.stop.reason}; {GOES_ON}")
     say_used_rounds(written.run, console)
@@ -67,6 +74,10 @@ def _print_experiment(experiment: Experiment, sites: tuple[str, ...], console: C
     clients = experiment.clients
     console.print(partition_table(clients, cost.clients, experiment.encoded.truncated, sites))
     console.print(cost_table(cost))
+    if config.privacy.unit != "none" and not sites:
+        rows = [len(part) for part in experiment.federation.parts]
+        privacy = private_clients(config, experiment.shape, cost, rows)
+        print_privacy(privacy, config.privacy.delta, console)
 
 
 def _print_skipped(federation: Federation, console: Console) -> None:
