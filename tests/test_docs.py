@@ -37,20 +37,7 @@ DOCUMENTS = [
 ]
 NEW_METHOD = ROOT / "docs" / "new-method.md"
 ROLE_PAGES = ("hub-administrator.md", "site-administrator.md", "researcher.md")
-FILE_ENDINGS = {
-    "key",
-    "py",
-    "md",
-    "json",
-    "jsonl",
-    "toml",
-    "html",
-    "csv",
-    "parquet",
-    "gz",
-    "css",
-    "safetensors",
-}
+FILE_ENDINGS = set("css csv gz html json jsonl key log md parquet py safetensors toml".split())
 
 
 def modules() -> dict[str, list[str]]:
