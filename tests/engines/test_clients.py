@@ -269,6 +269,12 @@ def test_a_site_without_an_answer_in_time_is_left_out_and_refused_when_it_is_lat
         assert hub.heard("refused: a late or repeated answer of south")
 
 
+def test_where_nobody_is_waited_for_any_longer_no_job_is_started(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, round_timeout=1e-9) as hub:
+        assert updates(hub.round()) == [b"", b"", b""]
+        assert not hub.engine.jobs
+
+
 def test_with_a_quorum_the_others_have_the_grace_and_no_longer(tmp_path: Path) -> None:
     end = threading.Event()
 
