@@ -84,8 +84,8 @@ def test_whoever_looks_learns_who_holds_it_from_its_file_alone(tmp_path: Path) -
     for dead in (dead_process, "0", "-1", "true", '"1"', str(2**40), str(2**62)):
         lock.write_text(f'{{"process": {dead}, "host": "{here}", {since}')
         assert named_holder(lock) == "", dead
-    lock.write_text(f'{{"process": 7, "host": "elsewhere", {since}')
-    assert named_holder(lock) == "process 7 on elsewhere since today"
+    lock.write_text(f'{{"process": {dead_process}, "host": "elsewhere", {since}')
+    assert named_holder(lock) == f"process {dead_process} on elsewhere since today"
     lock.write_text(f'{{"process": 1, "host": "{here}", {since}')  # of another user
     assert named_holder(lock) == f"process 1 on {here} since today"
     for damaged in ("", "[1]", '{"process": 7}'):

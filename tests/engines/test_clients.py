@@ -24,7 +24,7 @@ from fedflame.engines.clients import EngineClients
 from fedflame.engines.hub import HubRounds
 from fedflame.engines.jobs import EngineJobs, engine_jobs
 from fedflame.engines.link import HubLink
-from fedflame.engines.requests import Request
+from fedflame.engines.requests import Request, store
 from fedflame.errors import UserError
 from fedflame.wire.addition import decode_addition, encode_addition, plan_digest
 from fedflame.wire.codec import encode_plan, encoded_update_limit, update_limit
@@ -267,6 +267,12 @@ def test_a_site_without_an_answer_in_time_is_left_out_and_refused_when_it_is_lat
         time.sleep(0.1)
         assert updates(hub.round()) == LEARNED
         assert hub.heard("refused: a late or repeated answer of south")
+
+
+def test_where_nobody_is_waited_for_any_longer_no_job_is_started(tmp_path: Path) -> None:
+    with driver(honest, tmp_path, round_timeout=1e-9) as hub:
+        assert updates(hub.round()) == [b"", b"", b""]
+        assert not hub.engine.jobs
 
 
 def test_with_a_quorum_the_others_have_the_grace_and_no_longer(tmp_path: Path) -> None:
@@ -663,19 +669,26 @@ def test_a_disk_of_the_hub_that_is_full_is_said_in_a_line(
 
 
 def test_a_site_that_is_left_out_is_sent_nothing_and_the_reason_stands_in_every_round(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
+    stored: list[str] = []
 
     def note(site: str, request: bytes) -> bytes:
         asked.append(site)
         return answer(request)
 
+    def noted(path: Path, content: bytes) -> None:
+        stored.append(path.name)
+        store(path, content)
+
+    monkeypatch.setattr("fedflame.engines.clients.store", noted)
     with driver(note, tmp_path) as hub:
         hub.clients.leave_out("south", "it affords less")
         for _ in range(2):
             assert [got.failure for got in hub.round()] == ["", "it affords less", ""]
         assert hub.heard("south is left out of all rounds: it affords less") and "south" not in asked
+        assert stored == ["north.plan", "west.plan"] * 2, "nor is its plan written to the disk"
         assert len(hub.engine.jobs) == 1
 
 
@@ -727,6 +740,7 @@ def test_at_the_end_of_a_rounds_time_a_site_that_is_gone_is_said_to_be_gone(tmp_
     with driver(honest, tmp_path, rejoin_timeout=20, round_timeout=0.5) as hub:
         hub.engine.reachable.discard("south")
         assert [got.failure for got in hub.round()] == ["", "not connected", ""]
+        assert hub.clients._patience["train"].wait("south", 1.0) is None, "to be gone is not to be slow"
 
 
 def test_a_site_that_is_back_does_not_interrupt_those_that_work(tmp_path: Path) -> None:

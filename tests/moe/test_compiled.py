@@ -73,33 +73,26 @@ def trained(
 
 @pytest.mark.slow
 def test_compiled_steps_compute_what_eager_steps_do(request: pytest.FixtureRequest) -> None:
-    losses, adapter = trained()
+    """Then with balanced routers, and dropout, whose masks are its own: one test, since compiling is slow."""
+    few = BATCHES[:1]
+    plain, balanced = trained(), trained(0.5, batches=few)
     request.getfixturevalue("_front_end")
-    found, trained_adapter = trained()
-    torch.testing.assert_close(found, losses, rtol=1e-5, atol=0)
-    for one, other in zip(trained_adapter, adapter, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert_close(trained(), plain)
     (reason,) = counters["graph_break"]
     assert "experts_forward" in reason, "the experts are the only break in a layer"
     assert counters["stats"]["unique_graphs"] < 5 * len(BATCHES), "not one for every layer"
-
-
-@pytest.mark.slow
-def test_compiled_steps_balance_routers_and_drop_inputs(request: pytest.FixtureRequest) -> None:
-    """Also where layers have been compiled without that; compiled dropout has masks of its own."""
-    few = BATCHES[:2]
-    losses, adapter = trained(0.5, batches=few)
-    plain, _ = trained(batches=few)
-    assert losses[0] == plain[0] and losses[1] != plain[1]
-    request.getfixturevalue("_front_end")
-    trained(batches=few)
-    found, trained_adapter = trained(0.5, batches=few)
-    torch.testing.assert_close(found, losses, rtol=1e-5, atol=0)
-    for one, other in zip(trained_adapter, adapter, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    found = trained(0.5, batches=few)
+    assert_close(found, balanced)
+    assert bool((found[1][0] != trained(batches=few)[1][0]).any()), "balancing has moved the first layer"
     dropped = [trained(p=0.2, batches=few)[0] for _ in range(2)]
     assert dropped[0] == dropped[1]
-    assert dropped[0] != pytest.approx(plain, rel=1e-3)
+    assert dropped[0] != pytest.approx(plain[0][:1], rel=1e-3)
+
+
+def assert_close(found: tuple[list[float], list[Tensor]], wanted: tuple[list[float], list[Tensor]]) -> None:
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=0)
+    for one, other in zip(found[1], wanted[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tools", [("triton", "cc"), ("triton",), ("cc",), ()])

@@ -10,6 +10,7 @@ import pytest
 
 from fedflame.errors import UserError
 from fedflame.run_files.checkpoints import (
+    FOLDER,
     FORMAT_VERSION,
     Kept,
     checkpoint_path,
@@ -124,6 +125,15 @@ def test_places_that_are_none_are_refused(entries: Any, tmp_path: Path) -> None:
 def test_a_checkpoint_that_says_nothing_of_itself_is_refused(metadata: Any, tmp_path: Path) -> None:
     put(tmp_path, seal(body_of({"__metadata__": metadata, **TENSORS}), FORMAT_VERSION))
     refusal(tmp_path)
+
+
+def test_a_best_round_that_is_among_the_last_is_read_from_there(tmp_path: Path) -> None:
+    for kind in ("round", "best"):
+        (tmp_path / FOLDER).mkdir(exist_ok=True)
+        (tmp_path / FOLDER / f"{kind}-3.sealed").write_bytes(kind.encode())
+    assert checkpoint_path(tmp_path, 3).read_bytes() == b"round"
+    checkpoint_path(tmp_path, 3).unlink()
+    assert checkpoint_path(tmp_path, 3).read_bytes() == b"best"
 
 
 def test_checkpoints_after_a_round_are_removed_and_no_others(tmp_path: Path) -> None:

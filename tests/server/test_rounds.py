@@ -8,14 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.message_samples import an_update
 from tests.tiny_runs import events, state_bytes, tiny_config, tiny_run
 
 from fedflame.clients.answers import Answer, OnStep
 from fedflame.clients.local import LocalClients
+from fedflame.errors import InvalidMessage
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run import run_experiment
 from fedflame.messages import RoundPlan
 from fedflame.server.progress import Reporter
+from fedflame.server.rounds import _validate_rows
 from fedflame.server.sampling import sample_clients
 from fedflame.strategies.base import ClientProfile
 from fedflame.wire.codec import decode_plan
@@ -124,6 +127,14 @@ def test_a_run_that_ended_within_its_first_round_does_not_evaluate_twice_before_
     for kind in ("evaluation", "round"):
         ended, undisturbed = (events(tmp_path / run, kind) for run in ("ended", "undisturbed"))
         assert [without_time(event) for event in ended] == [without_time(event) for event in undisturbed]
+
+
+def test_a_client_says_how_many_rows_it_has_and_then_it_is_as_many() -> None:
+    update = an_update()  # of 40 rows
+    for known in (0, 40):
+        _validate_rows(update, ClientProfile(11, 4, 3, known))
+    with pytest.raises(InvalidMessage, match="update claims 40 rows; the client has 39"):
+        _validate_rows(update, ClientProfile(11, 4, 3, 39))
 
 
 def without_time(event: dict[str, object]) -> dict[str, object]:

@@ -15,14 +15,16 @@ import torch
 from tests.tiny_models import TOP_K
 from tests.trainer_asked import ROWS, RUN, Told, request
 
+from fedflame.base.device import Card, DeviceChoice
 from fedflame.base.files import model_config_path
 from fedflame.cost import refused_families
-from fedflame.cost.memory import least_training_memory, training_memory
+from fedflame.cost.memory import held_base_bytes, least_training_memory, training_memory
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.cost.refused_families import NOT_PACKABLE
 from fedflame.data.templates import Template
-from fedflame.messages import RoundPlan
+from fedflame.messages import EvaluationPlan, RoundPlan
 from fedflame.trainer.job import TrainingJob
+from fedflame.trainer.limits import memory_needed, scoring_memory_needed
 from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import load_site
 from fedflame.training.update_norm import update_norm
@@ -346,6 +348,26 @@ def test_a_base_that_is_mapped_from_files_takes_no_memory(
     assert make_service(limits).answer(request(job, plan)).header["kind"] == "refused"
     monkeypatch.setattr("fedflame.trainer.limits.is_short_of_memory", lambda size: True)
     assert make_service(limits).answer(request(job, plan)).header["kind"] == "update"
+
+
+def test_a_base_takes_memory_unless_it_is_mapped_which_none_on_a_card_is(
+    job: TrainingJob, plan: RoundPlan, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = read_model_shape(model_config_path(str(tiny_folder)))
+    scoring = EvaluationPlan(2, 1, 2, plan.rescaler_values, plan.adapter)
+    cpu = DeviceChoice("cpu", "")
+    card = DeviceChoice("cuda:0", "", (Card("cuda:0", "a card", 10**10, (9, 0)),))
+
+    def more_on_a_card() -> tuple[int, int]:
+        training = [memory_needed(shape, job, plan, 40, "none", device) for device in (cpu, card)]
+        evaluation = [scoring_memory_needed(shape, job, scoring, device) for device in (cpu, card)]
+        return training[1] - training[0], evaluation[1] - evaluation[0]
+
+    base = held_base_bytes(shape, job.r, job.dtype)
+    monkeypatch.setattr("fedflame.trainer.limits.is_short_of_memory", lambda size: False)
+    assert more_on_a_card() == (0, 0)
+    monkeypatch.setattr("fedflame.trainer.limits.is_short_of_memory", lambda size: True)
+    assert more_on_a_card() == (base, base)
 
 
 @pytest.mark.parametrize("value", ["true", 1, None, [True]])

@@ -207,7 +207,7 @@ class EngineClients:
 
     def _give_up(self, request: Request, reason: str) -> None:
         request.fail(reason)
-        if request.kind != "describe" and not request.gone:
+        if not request.gone:
             self._patience[request.kind].missed(request.site)
             asked = request.site, request.kind
             self._late = {t: late for t, late in self._late.items() if (late.site, late.kind) != asked}

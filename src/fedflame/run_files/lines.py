@@ -84,7 +84,7 @@ def _checked(
     for number, line in enumerate(_lines(path, advice, size), start=place.lines + 1):
         if most is not None and size >= most:
             break
-        if not line.endswith(b"\n") and size >= kept and _opened(line[:-1], before) is None:
+        if not line.endswith(b"\n") and _opened(line[:-1], before) is None:
             break
         found = _opened(line.removesuffix(b"\n"), before) if line.endswith(b"\n") else None
         if found is None:

@@ -85,8 +85,7 @@ def read_checkpoint(run: Path, round_number: int | None = None) -> Checkpoint:
         UserError: there is no such checkpoint, or the file is truncated, damaged, foreign or of another
             version.
     """
-    best = round_number is not None and round_number in best_kept(run)
-    number = round_number if round_number is not None and best else kept_round(run, round_number)
+    number = round_number if round_number in best_kept(run) else kept_round(run, round_number)
     body, header = read_sealed(run, number)
     try:
         tensors, _ = unpack(body)
