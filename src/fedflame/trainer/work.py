@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fedflame.base.card_memory import evaluation_need, training_need, training_words
@@ -70,6 +71,7 @@ class Work:
         self._require_memory(job, plan, largest_batch(plan, ready.rows))
         with training_memory_in_words(ready.adapted.model.device, plan, checkpointing):
             update = fine_tune(ready.adapted, ready.rows, plan, pad_token(ready.tokenizer), on_step)
+        update = replace(update, num_examples=self._model.num_examples)  # as the site described itself
         require_enough(limits, update)
         told, residuals = disclosed(update, limits.disclosure), Residuals(state / "residuals")
         return encode_with_feedback(told, plan, residuals, limits.max_update_norm)
