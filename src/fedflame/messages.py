@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedflame.config.privacy_section import GHOST_TOKENS
 from fedflame.config.words import Clipping, LRScheduler, RescalerMode, Trainable, UpdateDtype
 
 
@@ -225,7 +226,7 @@ class RoundPlan:
     @property
     def holds_gradients(self) -> bool:
         """Whether the gradients of all layers exist at once."""
-        return self.gradient_accumulation_steps > 1 or self.max_grad_norm > 0
+        return self.gradient_accumulation_steps > 1 or self.max_grad_norm > 0 or self.is_private
 
     @property
     def packs(self) -> bool:
@@ -233,16 +234,20 @@ class RoundPlan:
         return self.packed_length > 0 or self.padding_free
 
     def largest_batch(self, max_length: int) -> int:
-        """Return the most tokens that a batch can have, with padding, where no row is longer than this.
+        """Return the most tokens that are computed at once, with padding, where no row is longer than this.
 
-        Measured in tokens, a batch holds one sequence at least, also one that is longer than the batch.
+        Measured in tokens, a batch holds one sequence at least, also one that is longer than the batch. A
+        private step goes through its rows one by one, or in batches that are clipped by norms.
         """
         longest = max(self.packed_length, max_length)
+        if self.is_private:
+            return max(longest, GHOST_TOKENS) if self.clipping == "ghost" else longest
         return max(self.tokens_per_step, longest) if self.tokens_per_step else self.batch_size * longest
 
     def most_tokens(self, steps: int, max_length: int) -> int:
         """Return the most tokens that so many steps can have, where no row is longer than this."""
-        return steps * self.gradient_accumulation_steps * self.largest_batch(max_length)
+        at_once = self.batch_size * max_length if self.is_private else self.largest_batch(max_length)
+        return steps * self.gradient_accumulation_steps * at_once
 
     def longest_sequence(self, max_length: int) -> int:
         """Return the most tokens of a sequence, where no row is longer than this."""

@@ -23,7 +23,7 @@ from tests.trainer_asked import MODEL, ROWS, RUN, Told, request
 from fedflame.base.adapted import load_adapted_model
 from fedflame.base.files import model_digest
 from fedflame.data.encoder import new_encoder, pad_token
-from fedflame.data.encoding import encode
+from fedflame.data.encoding import encode, encode_rows
 from fedflame.data.rows import load_rows
 from fedflame.errors import UserError
 from fedflame.messages import RoundPlan
@@ -35,7 +35,7 @@ from fedflame.trainer.site import load_site
 from fedflame.trainer.unix_socket import listening
 from fedflame.training.fine_tune import fine_tune
 from fedflame.wire.addition import encode_addition, plan_digest
-from fedflame.wire.codec import encode_plan, encode_update
+from fedflame.wire.codec import decode_update, encode_plan, encode_update
 from fedflame.wire.envelope import Envelope, receive
 
 
@@ -577,3 +577,23 @@ def test_one_connection_may_ask_again_and_again(door: Path) -> None:
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="longer than the 107 letters"), listening(tmp_path / ("x" * 110)):
         pass
+
+
+def test_a_row_that_cannot_be_encoded_is_still_a_row_of_the_site(
+    make_service: Callable[..., TrainerService],
+    job: TrainingJob,
+    plan: RoundPlan,
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The hub leaves out an update that claims another number of rows than the site has described."""
+    monkeypatch.setattr(
+        "fedflame.trainer.model.encode_rows",
+        lambda rows, encoder: ["row 1: no", *encode_rows(rows[1:], encoder)],
+    )
+    service = make_service()
+    update = decode_update(service.answer(request(job, plan)).body, plan)
+    assert told.heard("1 of 7 rows cannot be used; the first: row 1: no")
+    described = service.answer(Envelope({"kind": "describe", "ticket": "t", "run": RUN, "site": "north"}))
+    assert update.num_examples == described.header["num_examples"] == ROWS
+    assert update.trained_examples == 6

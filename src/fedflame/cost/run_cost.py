@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedflame.config.privacy_section import GHOST_TOKENS
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import MOST_STEPS
 from fedflame.config.words import Dtype
@@ -116,6 +117,8 @@ def run_cost(
             if (k, rank)
             in ((config.afforded_experts()[client.client], r), (client.trained_experts, client.trained_rank))
         )
+        if config.privacy.unit != "none":  # its rows are computed one by one, or in batches of their own
+            tokens = max(packed, GHOST_TOKENS) if config.privacy.clipping == "ghost" else packed
         masked = (tokens if training.padding_free else packed) if training.packs else 0
         dropout = config.adapter.lora_dropout > 0
         load = tokens, dtype, labelled_share, training.gradient_checkpointing, masked, dropout

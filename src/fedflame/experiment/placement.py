@@ -49,5 +49,6 @@ def place(
 def _training_need(config: RunConfig, shape: ModelShape, dtype: Dtype) -> Need:
     k, training = max(config.evaluated_experts(shape.num_experts_per_tok)), config.training
     batch = max(config.tokens_per_step()), training.per_device_train_batch_size, training.packing
+    holds = training.holds_gradients or config.privacy.unit != "none"
     words = training_words(k, *batch, training.gradient_checkpointing)
-    return training_need(shape, config.adapter, dtype, words, training.holds_gradients)
+    return training_need(shape, config.adapter, dtype, words, holds)

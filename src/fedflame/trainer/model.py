@@ -51,6 +51,11 @@ class SiteModel:
         self.ready: Ready | None = None
         self._digests: dict[str, str] = {}
 
+    @property
+    def num_examples(self) -> int:
+        """The rows of the site, also those that a job's tokenizer or template cannot use."""
+        return len(self._rows.training)
+
     def shape(self, job: TrainingJob) -> ModelShape:
         """Return the sizes of the job's model, of its files alone."""
         return read_model_shape(model_config_path(self._site.models[job.model_name_or_path]))

@@ -65,7 +65,8 @@ class TrainerService:
         self.device = choose_device(site.trainer.device, "trainer.device")
         self._rows = load_site_rows(site)
         self.skipped = self._rows.skipped
-        self._work = Work(site, SiteModel(site, self._rows, self.device, say), self.device)
+        self._model = SiteModel(site, self._rows, self.device, say)
+        self._work = Work(site, self._model, self.device)
         self._working = threading.Lock()
         self._journal = Journal(site.state_path)
         self._units = units_of(self._rows.training)
@@ -73,7 +74,7 @@ class TrainerService:
     @property
     def num_examples(self) -> int:
         """The number of rows that the site trains on."""
-        return len(self._rows.training)
+        return self._model.num_examples
 
     @property
     def test_rows(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedflame.base.card_memory import evaluation_need, training_need, training_words
@@ -93,6 +94,7 @@ class Work:
                 rows = _by_unit(ready.by_number, units)
                 setting = rows, plan, pad_token(ready.tokenizer), noise, on_step
                 update = fine_tune_privately(ready.adapted, *setting)
+        update = replace(update, num_examples=self._model.num_examples)  # as the site described itself
         require_enough(limits, update)
         told, residuals = disclosed(update, limits.disclosure), Residuals(state / "residuals")
         return encode_with_feedback(told, plan, residuals, limits.max_update_norm)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedflame.config.privacy_section import GHOST_TOKENS
 from fedflame.config.words import Clipping
 from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow
@@ -19,8 +20,6 @@ from fedflame.moe.row_norms import row_norms
 from fedflame.privacy.clipping import add_clipped, clip_factors
 from fedflame.training.token_loss import row_losses, token_losses
 
-GHOST_TOKENS = 2048
-"""Of a batch that is clipped by norms, padding included: as many as fill a CPU."""
 Unit = Sequence[EncodedRow]
 """The rows that are clipped together: one, or those of a person."""
 
