@@ -22,7 +22,7 @@ from tests.message_samples import (
 from torch import Tensor
 
 from fedflame.config.load import load_config
-from fedflame.messages import NOTHING, Adapter, half_of
+from fedflame.messages import NOTHING, Adapter, RoundPlan, half_of
 
 
 def test_combine_and_tensors_name_every_value() -> None:
@@ -170,3 +170,13 @@ def test_gradients_of_all_layers_exist_where_they_are_added_up_or_clipped(
     assert replace(plain, **changes).holds_gradients == held
     training = load_config(None, [f"training.{key}={value}" for key, value in changes.items()]).training
     assert training.holds_gradients == held
+
+
+def test_a_private_plan_computes_few_tokens_at_once_however_many_rows_a_step_has() -> None:
+    plan = RoundPlan(1, 0, 0, 2, "fixed", torch.ones(1), NOTHING, 0.01, 0.0, batch_size=512, max_steps=3)
+    private = replace(plan, clip_norm=1.0)
+    ghost = replace(private, clipping="ghost")
+    assert [one.largest_batch(100) for one in (plan, private, ghost)] == [51_200, 100, 2048]
+    assert ghost.largest_batch(5000) == 5000
+    assert {one.most_tokens(3, 100) for one in (plan, private, ghost)} == {3 * 51_200}
+    assert private.holds_gradients and not plan.holds_gradients

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedflame.config.privacy_section import GHOST_TOKENS
-from fedflame.config.words import Clipping, LRScheduler, RescalerMode, Trainable, UpdateDtype
+from fedflame.config.words import GHOST_TOKENS, Clipping, LRScheduler, RescalerMode, Trainable, UpdateDtype
 
 
 @dataclass(frozen=True)

@@ -187,3 +187,10 @@ def test_a_compute_budget_is_what_flame_spends_within_a_step(
         assert other.training_flops == other.steps * other.tokens_per_step * per_token
         assert abs(other.training_flops - one.training_flops) < per_token * other.tokens_per_step
         assert (other.steps > 40, other.steps < 40) == (affords > k, affords < k)
+
+
+def test_a_private_run_takes_the_memory_of_what_it_computes_at_once(shape: ModelShape) -> None:
+    rows = "training.per_device_train_batch_size=512"
+    settings = ((rows,), (rows, "privacy.unit=row"), (rows, "privacy.unit=row", "privacy.clipping=ghost"))
+    whole, one, ghost = (cost_of(shape, *more).memory[0].activations for more in settings)
+    assert whole == pytest.approx(512 * one) and ghost == pytest.approx(20.48 * one)

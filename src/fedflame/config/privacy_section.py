@@ -10,8 +10,6 @@ from fedflame.config.settings import Section
 from fedflame.config.words import Clipping
 
 DELTA = 1e-5
-GHOST_TOKENS = 2048
-"""Of a batch that is clipped by norms, padding included: as many as fill a CPU. A longer row is one batch."""
 
 
 class PrivacyConfig(Section):

@@ -26,6 +26,8 @@ RobustRule = Literal["none", "trimmed_mean", "geometric_median"]
 """How clients are averaged: by weight, or so that a few cannot decide; see `strategies.robust`."""
 Clipping = Literal["row", "ghost"]
 """How a private round bounds each row's gradient; see `training.clipped_sums`."""
+GHOST_TOKENS = 2048
+"""Of a batch that is clipped by norms, padding included: as many as fill a CPU. A longer row is one batch."""
 Checkpointed = Literal["none", "experts", "layers"]
 """What is not kept for the backward; see `moe.gradient_checkpointing`."""
 BestMetric = Literal["loss", "exact_match", "rouge_l"]

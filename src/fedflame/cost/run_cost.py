@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedflame.config.privacy_section import GHOST_TOKENS
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import MOST_STEPS
-from fedflame.config.words import Dtype
+from fedflame.config.words import GHOST_TOKENS, Dtype
 from fedflame.cost.adapter_size import AdapterSize, adapter_parameters
 from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.memory import MemoryEstimate, training_memory

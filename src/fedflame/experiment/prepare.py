@@ -16,6 +16,7 @@ from fedflame.data.given import GivenRows
 from fedflame.errors import UserError
 from fedflame.experiment.run_folder import Existing, check_run_folder, refuse_used
 from fedflame.experiment.sites import Sites, check_sites
+from fedflame.privacy.accounting import require_accounting
 from fedflame.trackers.process import require_installed
 
 
@@ -56,6 +57,8 @@ def prepare(
     config = with_target_modules(config)
     run = Path(config.output_dir)
     require_installed(config.report_to)
+    if config.privacy.unit != "none":
+        require_accounting()
     refuse_used(run)
     check_run_folder(run, config, existing)
     if sites is not None:

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedflame.config.privacy_section import GHOST_TOKENS
-from fedflame.config.words import Clipping
+from fedflame.config.words import GHOST_TOKENS, Clipping
 from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
