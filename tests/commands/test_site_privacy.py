@@ -10,6 +10,7 @@ from tests.tiny_runs import invoke
 from fedflame.privacy import accounting
 from fedflame.privacy.accounting import Spending, epsilon_of
 from fedflame.trainer.ledger import FILE_NAME, Round, begin_round
+from fedflame.trainer.page import site_page
 from fedflame.trainer.site import SiteLimits, load_site
 
 
@@ -77,3 +78,15 @@ def test_a_damaged_ledger_is_one_line(site: Path) -> None:
     (site.parent / "state" / FILE_NAME).write_text("{\n")
     result = invoke("site", "privacy", site)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "line 1" in result.stderr
+
+
+def test_the_page_of_the_site_says_it_too(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "<h2>Privacy</h2>" not in site_page(site)
+    begin_round(site.parent / "state", Round("00" * 16, "p", 1.76e9), SiteLimits())
+    trained(site, 30)
+    page = site_page(site)
+    assert "Of each row, epsilon = 4.18 spent (delta = 1e-05); the site sets no limit" in page
+    assert "1 round had no noise" in page
+    monkeypatch.setattr(accounting, "find_spec", lambda name: None)
+    accounting._epsilon.cache_clear()
+    assert "What was spent cannot be computed: " in site_page(site)

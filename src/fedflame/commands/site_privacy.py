@@ -15,7 +15,8 @@ from fedflame.commands.progress import say_line
 from fedflame.errors import UserError
 from fedflame.privacy.accounting import epsilon_of, require_accounting
 from fedflame.report.numbers import plural
-from fedflame.trainer.ledger import FILE_NAME, Round, read_ledger, spendings
+from fedflame.trainer.budget import spendings, spent_in_words
+from fedflame.trainer.ledger import FILE_NAME, Round, read_ledger
 from fedflame.trainer.site import Site
 
 
@@ -26,7 +27,7 @@ def print_privacy_of(site: Site, console: Console) -> None:
     if private:
         console.print(_table(private, site.privacy.delta))
     for data in sorted({site.dataset, *(known.data for known in private)}):
-        say_line(console, f"{data}: {_spent(private, data, site)}")
+        say_line(console, f"{data}: {spent_in_words(private, data, site.privacy)}")
     if others := len(rounds) - len(private):
         say_line(console, f"{plural(others, 'round')} without noise: nothing bounds what was told")
     if not site.privacy.require:
@@ -46,14 +47,9 @@ def privacy_finding(site: Site) -> Iterator[Finding]:
     epsilon = epsilon_of(spendings(rounds, site.dataset), site.privacy.delta)
     good = not site.privacy.max_epsilon or epsilon < site.privacy.max_epsilon
     advice = "no private run is carried out any more: allow more (privacy.max_epsilon), or take other rows"
-    yield Finding(good, f"privacy: {_spent(rounds, site.dataset, site)}", "" if good else advice)
-
-
-def _spent(rounds: Sequence[Round], data: str, site: Site) -> str:
-    epsilon = epsilon_of(spendings(rounds, data), site.privacy.delta)
-    limit = "" if site.privacy.max_epsilon else "; the site sets no limit (privacy.max_epsilon)"
-    most = f" of {site.privacy.max_epsilon:g}" if site.privacy.max_epsilon else ""
-    return f"epsilon = {epsilon:.3g}{most} spent (delta = {site.privacy.delta:g}){limit}"
+    yield Finding(
+        good, f"privacy: {spent_in_words(rounds, site.dataset, site.privacy)}", "" if good else advice
+    )
 
 
 def _table(private: Sequence[Round], delta: float) -> Table:

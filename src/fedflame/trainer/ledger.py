@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 from fedflame.errors import UserError
-from fedflame.privacy.accounting import Spending
 from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.site import SiteLimits
 
@@ -103,13 +102,6 @@ def read_ledger(path: Path) -> list[Round]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     return [_round(path, number, line) for number, line in enumerate(lines, 1)]
-
-
-def spendings(rounds: Sequence[Round], data: str) -> Iterator[Spending]:
-    """Yield what the private rounds on a data set have spent."""
-    for known in rounds:
-        if known.data == data and known.steps:
-            yield Spending(known.sampling_rate, known.noise_multiplier, known.steps)
 
 
 def _round(path: Path, number: int, line: bytes) -> Round:

@@ -15,6 +15,7 @@ from fedflame.page_server import as_it_is, remade
 from fedflame.report.markup import Markup, element, note, section, table
 from fedflame.report.numbers import MISSING, duration, plural, si
 from fedflame.report.page import document, header
+from fedflame.trainer.budget import speaks_of_privacy, spent_in_words
 from fedflame.trainer.journal import FILE_NAME as JOURNAL_FILE
 from fedflame.trainer.journal import Answered, read_journal
 from fedflame.trainer.ledger import DAY_SECONDS, FILE_NAME, Round, read_ledger
@@ -64,6 +65,7 @@ def site_page(path: Path) -> str:
     begun = [one for one in ledger if one.kind == "train"]
     by = holder(site.state_path / TRAINER_LOCK)
     parts = [_head(site, by), _now(begun, answers, by), _runs(begun, answers)]
+    parts += [_privacy(site, begun)] if speaks_of_privacy(site, begun) else []
     parts += [_limits(site.limits, ledger, answers, time.time()), _rounds(answers), _refusals(answers)]
     return document(site.name, parts)
 
@@ -132,6 +134,19 @@ def _run_row(run: str, begun: Sequence[Round], answers: Sequence[Answered]) -> l
         sum(answer.kind in _NO_ANSWERS for answer in of_run),
         _when(of_run[-1].time) if of_run else MISSING,
     ]
+
+
+def _privacy(site: Site, begun: Sequence[Round]) -> Markup:
+    """Show what private rounds have spent on the rows, and how many had no noise."""
+    open_rounds = sum(not one.steps for one in begun)
+    try:
+        text = f"Of each row, {spent_in_words(begun, site.dataset, site.privacy)}."
+    except UserError as error:
+        text = f"What was spent cannot be computed: {error}."
+    more = (
+        f" {plural(open_rounds, 'round')} had no noise: nothing bounds what was told." if open_rounds else ""
+    )
+    return section("Privacy", note(text, more))
 
 
 def _limits(limits: SiteLimits, begun: Sequence[Round], answers: Sequence[Answered], now: float) -> Markup:

@@ -25,20 +25,15 @@ from fedflame.errors import InvalidMessage
 from fedflame.messages import ClientEvaluation, ClientUpdate, RoundPlan
 from fedflame.privacy.noise import Noise
 from fedflame.privacy.terms import Terms
+from fedflame.trainer.budget import require_within_budget
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.journal import Journal
 from fedflame.trainer.ledger import Round, begin_round
 from fedflame.trainer.model import SiteModel
+from fedflame.trainer.private_rounds import release_key, required_terms, site_noise, units_of
 from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.rows import load_site_rows, require_tests
 from fedflame.trainer.site import Site
-from fedflame.trainer.spending import (
-    release_key,
-    require_within_budget,
-    required_terms,
-    site_noise,
-    units_of,
-)
 from fedflame.trainer.work import Work
 from fedflame.wire.addition import decode_addition, plan_digest
 from fedflame.wire.codec import decode_evaluation, decode_evaluation_plan, decode_plan, decode_update

@@ -1,4 +1,4 @@
-"""What private rounds spend at a site, and by which secret they draw their noise."""
+"""How a site carries out a private plan: its terms, the units of its rows, and the secret of its noise."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from fedflame import __version__
 from fedflame.data.conversations import Conversation
 from fedflame.errors import UserError
 from fedflame.messages import RoundPlan
-from fedflame.privacy.accounting import Spending, epsilon_of
 from fedflame.privacy.noise import SECRET_BYTES, Noise
 from fedflame.privacy.terms import Terms, terms_of
-from fedflame.trainer.ledger import Round, spendings
 from fedflame.trainer.refusal import Refusal
-from fedflame.trainer.site import Site, SitePrivacy
+from fedflame.trainer.site import Site
 
 SECRET_FILE = "noise.key"
 
@@ -39,35 +37,6 @@ def required_terms(site: Site, plan: RoundPlan, units: int) -> Terms | None:
     if site.privacy.require:
         raise Refusal('this site takes part in private runs only (privacy.require); set privacy.unit = "row"')
     return None
-
-
-def require_within_budget(
-    rounds: Sequence[Round], begun: Round, run_steps: int, units: int, privacy: SitePrivacy
-) -> None:
-    """Raise Refusal if a run would spend more than the site's file allows, with what was spent before.
-
-    Args:
-        rounds: all that the site has trained.
-        begun: the round that is to begin.
-        run_steps: the private steps that the whole run asks for, by its plan.
-        units: rows or persons of the site.
-        privacy: of the site's file.
-    """
-    if not privacy.max_epsilon:
-        return
-    if privacy.delta >= 1 / units:
-        raise Refusal(f"privacy.delta = {privacy.delta:g} is no smaller than one over {units:,} rows here")
-    before = list(spendings(rounds, begun.data))
-    own = sum(known.steps for known in rounds if (known.run, known.data) == (begun.run, begun.data))
-    still = max(begun.steps, run_steps - own)
-    whole = Spending(begun.sampling_rate, begun.noise_multiplier, still)
-    if (epsilon := epsilon_of([*before, whole], privacy.delta)) > privacy.max_epsilon:
-        spent = epsilon_of(before, privacy.delta)
-        raise Refusal(
-            f"with this run the rows here would have spent epsilon = {epsilon:.3g} (delta = "
-            f"{privacy.delta:g}), {spent:.3g} of it before; this site allows at most {privacy.max_epsilon:g} "
-            "(privacy.max_epsilon)"
-        )
 
 
 def units_of(rows: Sequence[Conversation]) -> list[list[int]]:

@@ -17,13 +17,14 @@ from fedflame.data.conversations import single_turn
 from fedflame.errors import UserError
 from fedflame.messages import RoundPlan
 from fedflame.privacy.accounting import Spending, epsilon_of
-from fedflame.trainer import service, spending
+from fedflame.trainer import private_rounds, service
+from fedflame.trainer.budget import require_within_budget
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.ledger import FILE_NAME, Round, read_ledger
+from fedflame.trainer.private_rounds import SECRET_FILE, release_key, site_noise, units_of
 from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import SitePrivacy
-from fedflame.trainer.spending import SECRET_FILE, release_key, require_within_budget, site_noise, units_of
 from fedflame.wire.codec import decode_update
 from fedflame.wire.envelope import Envelope
 
@@ -82,7 +83,7 @@ def test_all_by_which_sums_could_differ_is_in_the_key(what: str, monkeypatch: py
     rows = [single_turn("a", "", "b", "all")]
     before, plan, device, threads = release_key("p", rows, "cpu"), "p", "cpu", torch.get_num_threads()
     if what == "versions":
-        monkeypatch.setattr(spending, "version", lambda name: f"9 of {name}")
+        monkeypatch.setattr(private_rounds, "version", lambda name: f"9 of {name}")
     if what == "rows":
         rows = [single_turn("a", "", "c", "all")]
     if what == "persons":
@@ -183,9 +184,9 @@ def test_a_site_that_names_persons_samples_them(
         line.replace("{", f'{{"patient": "p{n % 3}", ', 1) for n, line in enumerate(content.splitlines(True))
     ]
     seen: list[int] = []
-    drawn = spending.Noise.sample
+    drawn = private_rounds.Noise.sample
     monkeypatch.setattr(
-        spending.Noise,
+        private_rounds.Noise,
         "sample",
         lambda self, count, *more: (seen.append(count), drawn(self, count, *more))[1],
     )
