@@ -148,6 +148,7 @@ def loopback(folder: Path, config: Path, *overrides: str) -> Iterator[Loopback]:
         data = folder / "silos" / f"client-{client}.jsonl"
         must(fedflame("site", "init", place, "--kit", kit, "--data", data,
                       "--active-experts", str(KS[client]), "--allow-model", "olmoe-tiny"))  # fmt: skip
+        allow_scoring(place, folder / "silos" / "test" / data.name)
         found.start_trainer(site, place)
 
     with federation(folder, SITES, start_trainer) as found:
@@ -188,6 +189,13 @@ def federation(
 def _engine(name: str, kit: Path, environment: dict[str, str]) -> Service:
     search = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return Service(name, ["bash", "startup/sub_start.sh", "--once"], kit, {"PATH": search, **environment})
+
+
+def allow_scoring(place: Path, rows: Path) -> None:
+    """Name rows in a site's file that the hub may have scored there, if `fedflame split` has written any."""
+    if rows.exists():
+        file = place / "site.toml"
+        file.write_text(file.read_text().replace("[data]\n", f'[data]\ntest_dataset_name = "{rows}"\n'))
 
 
 def wait_until_good(checks: Sequence[Sequence[str | Path]]) -> None:

@@ -27,6 +27,7 @@ from loopback import (
     START_SECONDS,
     Loopback,
     Service,
+    allow_scoring,
     compare,
     fedflame,
     free_port,
@@ -60,6 +61,7 @@ def loopback_flower(folder: Path, config: Path, *options: str) -> Iterator[Loopb
         must(fedflame("site", "init", place, "--name", site, "--superlink", found.address,
                       "--root-certificates", found.folder / "hub" / "ca.crt", "--data", data,
                       "--active-experts", str(KS[client]), "--allow-model", "olmoe-tiny"))  # fmt: skip
+        allow_scoring(place, folder / "silos" / "test" / data.name)
         found.start_trainer(site, place)
 
     with flower_federation(folder, SITES, start_trainer, *options) as found:

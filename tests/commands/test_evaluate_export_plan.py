@@ -174,6 +174,19 @@ def test_plan_loads_no_weights(tiny_folder: Path, tmp_path: Path) -> None:
     assert "training" in result.stdout
 
 
+def test_plan_says_what_an_evaluation_at_the_clients_sends(tiny_folder: Path) -> None:
+    settings = [
+        part for setting in (*SETTINGS, "server.fraction_evaluate=0.6") for part in ("--set", setting)
+    ]
+    plan = json.loads(invoke("plan", "--model", tiny_folder, *settings, "--json").stdout)
+    told = " ".join(invoke("plan", "--model", tiny_folder, *settings).stdout.split())
+    assert (
+        "evaluation at 2 clients: 4 times, once before training; each time at most "
+        f"{2 * plan['adapter_bytes']:,} bytes down and 1,000 up"
+    ) in told
+    assert "evaluation at" not in invoke("plan", "--model", tiny_folder, *settings[:-2]).stdout
+
+
 def test_plan_refuses_tiers_that_the_model_cannot_run() -> None:
     result = invoke(
         "plan", "--model", MODELS / "Mixtral-8x7B" / "config.json", "--set", "clients.active_experts=3"

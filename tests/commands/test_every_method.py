@@ -142,6 +142,7 @@ def test_a_cell_says_what_each_device_deploys(
 def test_planned_bytes_are_those_of_whole_runs(tiny_folder: Path, tmp_path: Path) -> None:
     """Up to the headers, and up at most, since experts without a token are not sent."""
     settings = ("adapter.r=16", "clients.ranks=16,7,2", "training.max_steps=1", "evaluation.evaluate_every=0")
+    settings += ("server.fraction_evaluate=1",)
     for name in NAMED_METHODS:
         run = tmp_path / name
         a_run(name, tiny_folder, run, *settings)
@@ -152,6 +153,14 @@ def test_planned_bytes_are_those_of_whole_runs(tiny_folder: Path, tmp_path: Path
             merged = plan["merged_bytes_per_round"] * (event["round"] - 1)
             assert event["bytes_down"] - merged == pytest.approx(tier["bytes_down"], rel=0.02, abs=6000), name
             assert 0.2 * tier["bytes_up"] < event["bytes_up"] < tier["bytes_up"] + 6000, name
+        scoring, told = plan["client_evaluation"], events(run, "client_evaluation")
+        assert scoring["clients"] * scoring["evaluations"] == len(told) == 3 * 2, name
+        for number in (0, 2):
+            of_round = [event for event in told if event["round"] == number]
+            down = sum(event["bytes_down"] for event in of_round)
+            down -= 3 * plan["merged_bytes_per_round"] * number
+            assert down == pytest.approx(scoring["bytes_down"], rel=0.02, abs=18_000), name
+            assert sum(event["bytes_up"] for event in of_round) <= scoring["bytes_up"], name
 
 
 def killed_and_resumed(

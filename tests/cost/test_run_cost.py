@@ -194,3 +194,27 @@ def test_a_private_run_takes_the_memory_of_what_it_computes_at_once(shape: Model
     settings = ((rows,), (rows, "privacy.unit=row"), (rows, "privacy.unit=row", "privacy.clipping=ghost"))
     whole, one, ghost = (cost_of(shape, *more).memory[0].activations for more in settings)
     assert whole == pytest.approx(512 * one) and ghost == pytest.approx(20.48 * one)
+
+
+# Evaluations at the clients
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [
+        (("server.fraction_evaluate=1",), (8, 8, 8, 8, 8)),
+        (("server.fraction_evaluate=0.4", "strategy.name=fedavg", "strategy.rank=2"), (8, 8)),
+        (("server.fraction_evaluate=0.6", "strategy.name=hetlora", "clients.ranks=2,5,3,8,1"), (8, 5, 3)),
+        ((), ()),
+    ],
+)
+def test_an_evaluation_sends_the_ranks_that_are_deployed_and_gets_sums(
+    shape: ModelShape, overrides: tuple[str, ...], ranks: tuple[int, ...]
+) -> None:
+    """Of those that are asked, the clients with the most ranks; before training, after rounds 2, 4 and 5."""
+    rounds = ("server.num_server_rounds=5", "evaluation.evaluate_every=2")
+    scoring = cost_of(shape, *rounds, *overrides).scoring
+    values = 16 * 64 * 3 * (2048 + 1024) + 16 * 4 * (2048 + 2048)  # of one rank: experts and attention
+    assert scoring.bytes_down == sum(4 * (rank * values + 16) for rank in ranks)
+    assert (scoring.clients, scoring.evaluations) == (len(ranks), 4 if ranks else 0)
+    assert scoring.bytes_up == 500 * len(ranks)

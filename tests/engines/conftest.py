@@ -12,17 +12,21 @@ from loopback import fedflame
 
 EXPERIMENT = """\
 [data]
-max_rows = 500 # of which no count is more than eight times the even one, which is all that a hub believes
+max_rows = 500
 [clients]
 num_clients = 3
 active_experts = "8,4,1"
 [training]
 max_steps = 3
+learning_rate = 0.001 # no count becomes more than eight times the even one, which is all that a hub believes
 [server]
-num_server_rounds = 3
+num_server_rounds = 2
+fraction_evaluate = 1
 [evaluation]
 rows_per_category = 1
+client_test_size = 0.03
 max_new_tokens = 1
+evaluate_every = 0
 generate_every = 0
 """
 
@@ -39,6 +43,14 @@ def forked_commands() -> Iterator[None]:
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("experiment") / "experiment.toml"
     path.write_text(EXPERIMENT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unscored(experiment: Path) -> Path:
+    """The experiment of the same sites, which are not asked to score; the bytes are the same."""
+    path = experiment.with_name("unscored.toml")
+    path.write_text(EXPERIMENT.replace("fraction_evaluate = 1\n", ""))
     return path
 
 

@@ -26,6 +26,7 @@ from fedflame.cost.memory import least_evaluation_memory
 from fedflame.cost.model_shape import read_model_shape
 from fedflame.engines.hub import Hub, HubRounds
 from fedflame.engines.link import HubLink
+from fedflame.errors import UserError
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run_folder import Existing
 from fedflame.experiment.sites import Sites
@@ -182,3 +183,61 @@ def test_a_site_that_affords_less_than_it_is_given_is_left_out_and_the_run_is_th
     assert [(event["client"], event["reason"]) for event in excluded] == [(1, reason)] * 3
     assert {event["client"] for event in events(tmp_path / "run", "client")} == {0, 2}
     assert "south train" not in asked, "no plan is sent for nothing"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("method", "given", "advice"),
+    [
+        (
+            ("strategy.name=flora",),
+            "strategy.name = 'flora'",
+            "choose a method that needs fewer, such as 'flame'",
+        ),
+        (
+            ("strategy.name=fedavg", "strategy.active_experts=full"),
+            "strategy.active_experts = 'full'",
+            "choose fewer",
+        ),
+    ],
+)
+def test_sites_that_can_train_in_no_round_are_left_out_before_anything_is_trained(
+    method: tuple[str, ...],
+    given: str,
+    advice: str,
+    site_files: list[Path],
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """Every client trains with K = 4; west's owner allows it, south's does not. Two may be too few."""
+    asked: list[str] = []
+    west = site_files[2]
+    west.write_text(
+        west.read_text().replace("active_experts = 1", "active_experts = 1\nmax_active_experts = 4")
+    )
+    reason = (
+        f"{given} has every client train with k = 4, its trainer allows at most 2; {advice}, "
+        "or let its owner allow more (trainer.max_active_experts = 4)"
+    )
+    with trainers(site_files) as sites:
+
+        def noted(site: str, request: bytes) -> bytes:
+            asked.append(f"{site} {Envelope.from_bytes(request).header['kind']}")
+            return asking(sites)(site, request)
+
+        engine = ThreadEngine(noted, set(NAMES))
+        scored = ("server.fraction_evaluate=1", ONE_ROUND)
+        with pytest.raises(UserError) as refused:
+            three = "server.min_clients=3"
+            run_over(engine, hub(), tiny_folder, tmp_path / "three", *method, *scored, three)
+        assert str(refused.value) == (
+            f"2 of 3 sites can take part; server.min_clients = 3 are needed. south cannot: {reason}"
+        )
+        assert sorted(asked) == [f"{name} describe" for name in sorted(NAMES)]
+        two = "server.min_clients=2"
+        shown = run_over(engine, hub(), tiny_folder, tmp_path / "run", *method, *scored, two)
+    assert (
+        f"south is left out of all rounds: {reason}" in shown and "south is not asked to score" not in shown
+    )
+    assert {event["client"] for event in events(tmp_path / "run", "client")} == {0, 2}
+    assert [event["reason"] for event in events(tmp_path / "run", "excluded")] == [reason]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.same_runs import assert_same
 from tests.tiny_runs import adapter_bytes, events, invoke
 
 from fedflame.engines.flower.job import Assignment, write_job
@@ -66,14 +67,13 @@ def test_three_nodes_with_keys_give_the_bytes_of_one_process_and_carry_without_t
         running = pool.submit(federation.run, experiment, tmp_path / "run")
         while not running.done():
             seen |= set(apps_below(federation))
-            time.sleep(0.1)
+            time.sleep(0.3)
     done = running.result()
     assert done.returncode == 0, done.stdout
-    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
-    for k in (4, 1):
-        name = f"adapter/k{k}/adapter_model.safetensors"
-        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
-    assert not events(tmp_path / "run", "excluded")
+    assert_same(tmp_path / "run", finished)
+    told = events(tmp_path / "run", "client_evaluation")
+    assert [(event["round"], event["client"]) for event in told] == [(n, c) for n in (0, 2) for c in range(3)]
+    assert all(event["bytes_up"] < 1000 for event in told)
     assert seen == {("flwr-serverapp", False), ("flwr-clientapp", False)}
 
 
@@ -95,49 +95,27 @@ def state_of(federation: Loopback, run: str) -> dict[str, Any]:
 
 
 def test_flwr_run_gives_the_same_bytes_although_a_trainer_is_killed_in_a_round(
-    federation: Loopback, experiment: Path, finished: Path, tmp_path: Path
+    federation: Loopback, unscored: Path, finished: Path, tmp_path: Path
 ) -> None:
     trainer = federation.services["site-2 trainer"]
     log = federation.folder / "site-2" / "trainer.log"
     before = log.read_text().count("round 2: training")
-    run = start_app(federation, experiment, tmp_path / "run")
+    run = start_app(federation, unscored, tmp_path / "run")
     deadline = time.monotonic() + 200
     while log.read_text().count("round 2: training") == before:
         assert time.monotonic() < deadline, state_of(federation, run)
         time.sleep(0.01)
     trainer.process.send_signal(signal.SIGKILL)
+    while not (tmp_path / "run" / "report.html").exists():  # looking at it takes less than asking Flower
+        assert time.monotonic() < deadline, state_of(federation, run)
+        time.sleep(0.1)
     while not (state := state_of(federation, run))["status"].startswith("finished"):
         assert time.monotonic() < deadline
-        time.sleep(4)
+        time.sleep(1)
     assert state["status"] == "finished:completed", state
     assert log.read_text().count("round 2: training") == before + 2, "the killed one began the round again"
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
     assert not events(tmp_path / "run", "excluded")
-
-
-def test_a_site_whose_file_allows_it_scores_its_own_rows(
-    federation: Loopback, experiment: Path, tmp_path: Path
-) -> None:
-    """Its trainer is started again with the file, and with the former one at the end."""
-    file, trainer = federation.folder / "site-2" / "site.toml", federation.services["site-2 trainer"]
-    before, test = file.read_text(), tmp_path / "test.jsonl"
-    test.write_text("".join(f'{{"instruction": "say {n}", "response": "{n}"}}\n' for n in range(3)))
-    settings = ("--set", "server.fraction_evaluate=1", "--set", "server.num_server_rounds=1")
-    try:
-        file.write_text(before.replace("[data]\n", f'[data]\ntest_dataset_name = "{test}"\n'))
-        trainer.process.kill()
-        done = federation.run(experiment, tmp_path / "run", *settings)
-    finally:
-        file.write_text(before)
-        trainer.process.kill()
-    assert done.returncode == 0, done.stdout
-    assert "site-1 is not asked to score" in done.stdout and "site-3 is not asked to score" in done.stdout
-    told = events(tmp_path / "run", "client_evaluation")
-    assert [(event["round"], event["client"], event["rows"]) for event in told] == [(0, 1, 3), (1, 1, 3)]
-    assert all(event["bytes_up"] < 1000 for event in told)
-    assert len(events(tmp_path / "run", "client")) == 3 and not events(
-        tmp_path / "run", "evaluation_excluded"
-    )
 
 
 # Who is turned away

@@ -93,7 +93,8 @@ def test_a_job_that_is_submitted_deletes_old_ones_at_the_hub(
     """Whether nvflare does it or not, the job is submitted."""
     asked, done = list[list[str]](), threading.Event()
 
-    def nvflare(command: list[str], **_: Any) -> SimpleNamespace:
+    def nvflare(command: list[str], cwd: Path, **_: Any) -> SimpleNamespace:
+        assert cwd == tmp_path, "in the kit, not in a folder with files without end, all of which it reads"
         words = command[1 : command.index("--startup-kit")]
         asked.append(words)
         data: Any = {"server_start_time": 1.0, "job_id": "new"}

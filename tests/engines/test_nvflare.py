@@ -16,12 +16,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny_runs import adapter_bytes, events
+from tests.same_runs import assert_same
+from tests.tiny_runs import events
 
+import loopback as commands
 from fedflame.commands.check import client_target
 from fedflame.engines.nvflare.provision import CLASSES
 from loopback import SITES, Loopback, Service, descendants, fedflame, loopback
@@ -42,24 +45,56 @@ def federation(
         yield found
 
 
-def test_three_sites_with_mutual_tls_give_the_bytes_of_one_process(
-    federation: Loopback, experiment: Path, finished: Path, tmp_path: Path
-) -> None:
-    done = federation.run(experiment, tmp_path / "run")
-    assert done.returncode == 0, done.stdout
-    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
-    for k in (4, 1):
-        name = f"adapter/k{k}/adapter_model.safetensors"
-        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
-    assert not events(tmp_path / "run", "excluded")
-
-
 def start_run(federation: Loopback, experiment: Path, output: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "fedflame", "run", str(experiment), "--engine", "nvflare",
+        [*commands.FEDFLAME, "run", str(experiment), "--engine", "nvflare",
          "--hub", str(federation.hub_file), "--output-dir", str(output)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended."""
+
+    folder: Path
+    output: str
+    returncode: int
+    knocks: int
+    """How often strangers came to the port meanwhile."""
+
+
+@pytest.fixture(scope="module")
+def ended(
+    federation: Loopback, foreign: Path, experiment: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Ended:
+    """The experiment, while strangers come without a certificate, with another hub's, and without TLS."""
+    folder = tmp_path_factory.mktemp("ended") / "run"
+    run = start_run(federation, experiment, folder)
+    ours, where = federation.folder / "hub" / "kits" / "site-1", address(federation)
+    with_foreign = trusting(ours)
+    with_foreign.load_cert_chain(foreign / "startup" / "client.crt", foreign / "startup" / "client.key")
+    knocks, deadline = 0, time.monotonic() + 250
+    while run.poll() is None:
+        if time.monotonic() > deadline:
+            run.kill()
+        for context in (trusting(ours), with_foreign):
+            with suppress(ssl.SSLError, ConnectionError):
+                assert not bytes_after_handshake(context, where)
+        with socket.create_connection(where, 10) as plain:
+            plain.sendall(b"x" * 100_000)
+        knocks += 1
+        time.sleep(0.2)
+    output, _ = run.communicate()
+    return Ended(folder, output, run.returncode, knocks)
+
+
+def test_three_sites_with_mutual_tls_give_the_bytes_of_one_process(ended: Ended, finished: Path) -> None:
+    assert ended.returncode == 0, ended.output
+    assert_same(ended.folder, finished)
+    told = events(ended.folder, "client_evaluation")
+    assert [(event["round"], event["client"]) for event in told] == [(n, c) for n in (0, 2) for c in range(3)]
+    assert all(event["bytes_up"] < 1000 for event in told)
 
 
 def test_a_trainer_that_is_killed_in_a_round_is_back_in_the_same_round(
@@ -75,8 +110,7 @@ def test_a_trainer_that_is_killed_in_a_round_is_back_in_the_same_round(
     trainer.process.send_signal(signal.SIGKILL)
     output, _ = run.communicate(timeout=200)
     assert run.returncode == 0, output
-    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
-    assert not events(tmp_path / "run", "excluded")
+    assert_same(tmp_path / "run", finished)
 
 
 # Who is turned away
@@ -135,27 +169,9 @@ def test_a_certificate_of_another_authority_is_turned_away(federation: Loopback,
         bytes_after_handshake(trusting(foreign), (host, port))
 
 
-def test_strangers_at_the_port_change_no_run(
-    federation: Loopback, foreign: Path, experiment: Path, finished: Path, tmp_path: Path
-) -> None:
-    """Without a certificate, with another hub's, and with bytes that are no TLS, all the time."""
-    run = start_run(federation, experiment, tmp_path / "run")
-    ours, where = federation.folder / "hub" / "kits" / "site-1", address(federation)
-    with_foreign = trusting(ours)
-    with_foreign.load_cert_chain(foreign / "startup" / "client.crt", foreign / "startup" / "client.key")
-    knocks = 0
-    while run.poll() is None:
-        for context in (trusting(ours), with_foreign):
-            with suppress(ssl.SSLError, ConnectionError):
-                assert not bytes_after_handshake(context, where)
-        with socket.create_connection(where, 10) as plain:
-            plain.sendall(b"x" * 100_000)
-        knocks += 1
-        time.sleep(0.2)
-    output, _ = run.communicate()
-    assert run.returncode == 0 and knocks > 5, output
-    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
-    assert not events(tmp_path / "run", "excluded")
+def test_strangers_at_the_port_change_no_run(ended: Ended, finished: Path) -> None:
+    assert ended.returncode == 0 and ended.knocks > 5, ended.output
+    assert_same(ended.folder, finished)
 
 
 def test_a_site_posing_as_another_is_not_registered(federation: Loopback, tmp_path: Path) -> None:
@@ -235,7 +251,7 @@ def test_a_site_that_was_revoked_is_not_admitted_and_the_others_stay(federation:
     finally:
         nvflare = str(Path(sys.executable).with_name("nvflare"))
         enable = [nvflare, "system", "enable-client", "site-3", "--force", "--startup-kit", str(admin)]
-        subprocess.run(enable, check=True, capture_output=True)
+        subprocess.run(enable, check=True, capture_output=True, cwd=admin)
         federation.services["site-3 engine"].stop()
         restart_site_3(federation)
 
@@ -315,7 +331,9 @@ def in_the_end(federation: Loopback, job: Path) -> dict[str, Any]:
 
 def nvflare_job(kit: str, *words: str) -> dict[str, Any]:
     command = [str(Path(sys.executable).with_name("nvflare")), "job", *words, "--startup-kit", kit]
-    done = subprocess.run([*command, "--format", "json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--format", "json"], capture_output=True, text=True, check=False, cwd=kit
+    )
     data: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["data"]
     return data
 
@@ -325,9 +343,38 @@ def said(kit: Path) -> str:
     return "".join(path.read_text(errors="replace") for path in kit.rglob("*log.txt"))
 
 
+def test_a_job_with_another_class_of_nvflare_runs_at_no_site(federation: Loopback, tmp_path: Path) -> None:
+    write_foreign_job(tmp_path / "job", STRANGER)
+    assert in_the_end(federation, tmp_path / "job")["status"].startswith("FINISHED:")
+    kits = federation.hub_file.parent / "kits"
+    assert all(f"{STRANGER!r} at config path" in said(kits / site) for site in SITES)
+
+
+def test_kits_let_jobs_build_our_two_classes_and_stream_no_log(federation: Loopback) -> None:
+    kits = federation.hub_file.parent / "kits"
+    for name in ("localhost", *SITES):
+        resources = json.loads((kits / name / "local" / "resources.json").read_text())
+        assert resources["class_allow_list"] == list(CLASSES)
+        assert resources["allow_log_streaming"] is False
+        assert not [each for each in resources["components"] if "log" in each["id"]]
+        rights = json.loads((kits / name / "local" / "authorization.json").read_text())
+        assert all(of_role["byoc"] == "none" for of_role in rights["permissions"].values())
+
+
+def test_no_process_of_an_engine_has_loaded_torch(federation: Loopback) -> None:
+    for name, service in federation.services.items():
+        if not name.endswith("trainer"):
+            for pid in (service.process.pid, *descendants(service.process.pid)):
+                with suppress(FileNotFoundError, ProcessLookupError):  # one of the last job, ending
+                    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text(), name
+
+
+# The last of all: the hub's server keeps the rights of its administrator's file until it ends
+
+
 @contextmanager
 def hub_that_permits_code(federation: Loopback) -> Iterator[None]:
-    """Its administrator has changed the server's rights."""
+    """Its administrator has changed the server's rights, until the server ends."""
     path = federation.hub_file.parent / "kits" / "localhost" / "local" / "authorization.json"
     before = path.read_text()
     path.write_text(before.replace('"byoc": "none"', '"byoc": "any"'))
@@ -336,7 +383,6 @@ def hub_that_permits_code(federation: Loopback) -> Iterator[None]:
         yield
     finally:
         path.write_text(before)
-        restart_server(federation)
 
 
 def restart_server(federation: Loopback) -> None:
@@ -372,29 +418,3 @@ def test_a_job_with_code_runs_at_no_site(
     assert found["status"] == "FINISHED:FAILED_TO_RUN"
     assert refusals <= set(found["job_deploy_detail"])
     assert not trace.exists()
-
-
-def test_a_job_with_another_class_of_nvflare_runs_at_no_site(federation: Loopback, tmp_path: Path) -> None:
-    write_foreign_job(tmp_path / "job", STRANGER)
-    assert in_the_end(federation, tmp_path / "job")["status"].startswith("FINISHED:")
-    kits = federation.hub_file.parent / "kits"
-    assert all(f"{STRANGER!r} at config path" in said(kits / site) for site in SITES)
-
-
-def test_kits_let_jobs_build_our_two_classes_and_stream_no_log(federation: Loopback) -> None:
-    kits = federation.hub_file.parent / "kits"
-    for name in ("localhost", *SITES):
-        resources = json.loads((kits / name / "local" / "resources.json").read_text())
-        assert resources["class_allow_list"] == list(CLASSES)
-        assert resources["allow_log_streaming"] is False
-        assert not [each for each in resources["components"] if "log" in each["id"]]
-        rights = json.loads((kits / name / "local" / "authorization.json").read_text())
-        assert all(of_role["byoc"] == "none" for of_role in rights["permissions"].values())
-
-
-def test_no_process_of_an_engine_has_loaded_torch(federation: Loopback) -> None:
-    for name, service in federation.services.items():
-        if not name.endswith("trainer"):
-            for pid in (service.process.pid, *descendants(service.process.pid)):
-                with suppress(FileNotFoundError, ProcessLookupError):  # one of the last job, ending
-                    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text(), name

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.engines.test_engine_run import KS, NAMES, hub, run_over
 from tests.engines_here import Deliver, ThreadEngine, asking, trainers, write_site
+from tests.same_runs import sums, tiers
 from tests.tiny_runs import ANSWERS, SETTINGS, events, invoke, state_bytes, tiny_run
 
 from fedflame.engines.link import HubLink
@@ -21,7 +22,6 @@ from fedflame.wire.codec import EVALUATION_LIMIT, decode_evaluation, encode_eval
 from fedflame.wire.envelope import Envelope
 
 ASKED = ("server.fraction_evaluate=1", "evaluation.client_test_size=0.3", "data.max_rows=60", ANSWERS)
-SUMS = ("round", "client", "active_experts", "rank", "rows", "response_tokens", "loss_sum")
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -46,15 +46,6 @@ def site_files(tiny_folder: Path, tmp_path: Path) -> list[Path]:
         path.write_text(path.read_text().replace("[data]\n", f'[data]\ntest_dataset_name = "{test}"\n'))
         paths.append(path)
     return paths
-
-
-def sums(run: Path) -> list[tuple[Any, ...]]:
-    names = (*SUMS, "exact_matches", "rouge_l_sum")
-    return [tuple(event[name] for name in names) for event in events(run, "client_evaluation")]
-
-
-def tiers(run: Path) -> list[dict[str, Any]]:
-    return events(run, "federated_evaluation")
 
 
 def test_three_sites_tell_the_sums_of_one_process(

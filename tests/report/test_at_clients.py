@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.test_report import part, report, rows, synthetic_events, write_run
+from tests.report.test_report import evaluation, part, report, rows, synthetic_events, write_run
 from tests.tiny_runs import ANSWERS, tiny_run
 
 from fedflame import Run
+from fedflame.checked_json import read_checked, write_checked
 from fedflame.report.numbers import MISSING
+from fedflame.run_files import ADVICE
 from fedflame.trackers.metrics import round_metrics
 
 
@@ -74,6 +76,35 @@ def test_loss_by_tier_beside_the_hubs_and_by_client(run: Path) -> None:
     assert south[:5] == ["Client 1", "8", "1,001", "2", "5.00 → 2.50"]
     assert west[:5] == ["Client 3", "1", "1,003", "1", f"{MISSING} → 6.50"]
     assert excluded_header[0] == "Round" and excluded == ["3", "Client 2", "a &lt;NaN&gt;"]
+
+
+def test_where_the_best_rounds_are_used_the_figures_are_those_of_these_rounds(tmp_path: Path) -> None:
+    """Of k = 8 the second of three, in which client 1 was not asked; of k = 1 the third."""
+    second = [told(2, 0, 8, 1.5, 0.375), summed(2, 8, 1, 1.75, 0.25)]
+    hub = [*synthetic_events(), evaluation(3, 8, None, 9.0, 0.5)]
+    run = write_run(tmp_path / "run", [*hub, *EVENTS[:4], *second, *EVENTS[4:]])
+    section = part(report(run), "At the clients")
+    assert "Before training → after the last round measured." in section
+    assert rows(section)[1][:4] == ["k = 8", "2", "2,001", "4.00 → 2.25"]
+    config = read_checked(run / "config.json", ADVICE)
+    config["server"]["load_best_model_at_end"] = True
+    write_checked(run / "config.json", config)
+    section = part(report(run), "At the clients")
+    _, full, cut, _, north, south, west, *_ = rows(section)
+    assert full == ["k = 8", "1", "2,001", "4.00 → 1.75", "3.25 → 2.25", "12.5 % → 25.0 %"]
+    assert cut[3] == f"{MISSING} → 6.50"
+    assert north == ["Client 0", "8", "1,000", "3", "3.00 → 1.50", "25.0 % → 37.5 %"]
+    assert (
+        south[:5] == ["Client 1", "8", "1,001", "2", f"5.00 → {MISSING}"] and west[4] == f"{MISSING} → 6.50"
+    )
+    assert "Before training → after the best round of each k, whose adapter is used." in section
+
+
+def test_while_clients_score_there_is_no_sum_yet(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [*synthetic_events(), told(0, 0, 8, 3.0)])
+    _, tier, _, client = rows(part(report(run), "At the clients"))
+    assert tier[:4] == ["k = 8", MISSING, MISSING, f"{MISSING} → {MISSING}"]
+    assert client[4] == f"3.00 → {MISSING}"
 
 
 def test_the_curves_are_those_of_the_tiers_that_deploy_all_ranks(run: Path) -> None:

@@ -28,6 +28,7 @@ from fedflame.experiment.run import run_experiment
 from fedflame.run_files.checkpoints import checkpoint_path
 from fedflame.trackers import process
 from fedflame.trackers.process import reporting, require_installed
+from fedflame.trackers.sinks import TensorBoard, TrackedRun
 
 Curves = dict[str, list[tuple[int, float]]]
 """Name -> step and value, in the order in which they are kept, duplicates too."""
@@ -211,6 +212,19 @@ def test_a_round_that_was_sent_but_not_noted_before_a_kill_is_there_once(
     curves = READERS[tracker](run)
     assert [step // STEPS for step, _ in curves["eval/loss/k2"]] == [0, 1, 2, 3]
     assert lines == []
+
+
+def test_a_run_that_is_resumed_within_a_second_by_a_process_of_any_number_is_read_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard reads files in the order of their names, and names have the second and the process."""
+    needs("tensorboard")
+    for first_round, number in ((1, 9_999), (2, 10_000)):
+        monkeypatch.setattr(os, "getpid", lambda number=number: number)
+        sink = TensorBoard(TrackedRun(tmp_path, "the-name", {}, "", first_round, STEPS))
+        sink.log({first_round * STEPS: {"loss": float(first_round)}})
+        sink.close(finished=True)
+    assert tensorboard_curves(tmp_path) == {"loss": [(2, 1.0), (4, 2.0)]}
 
 
 STRANGE = {

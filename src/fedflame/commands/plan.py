@@ -9,10 +9,12 @@ from rich.console import Console
 from fedflame.base.device import device_in_words
 from fedflame.commands.progress import say_line
 from fedflame.commands.tables import cost_table, partition_table, print_privacy, print_rows
+from fedflame.cost.scoring_cost import ScoringCost
 from fedflame.data.encoding import Shown
 from fedflame.experiment.plan import Plan
 from fedflame.json_text import to_text
 from fedflame.reading import escaped
+from fedflame.report.numbers import plural
 
 
 def print_plan(plan: Plan, as_json: bool, show_row: bool, console: Console) -> None:
@@ -29,6 +31,8 @@ def print_plan(plan: Plan, as_json: bool, show_row: bool, console: Console) -> N
     console.print(f"memory for the base in {plan.dtype.name} ({plan.dtype.reason})")
     say_line(console, f"device {device_in_words(plan.device)}")
     console.print(_adapter_line(plan))
+    if plan.cost.scoring.clients:
+        console.print(_scoring_line(plan.cost.scoring))
     if plan.skipped_rows:
         console.print(f"{plan.skipped_rows:,} rows cannot be used")
     if show_row:
@@ -59,3 +63,10 @@ def _adapter_line(plan: Plan) -> str:
     if cost.merged_bytes:
         line += f"; merged factors add up to {cost.merged_bytes:,} bytes down to each client with every round"
     return line
+
+
+def _scoring_line(cost: ScoringCost) -> str:
+    return (
+        f"evaluation at {plural(cost.clients, 'client')}: {cost.evaluations} times, once before training; "
+        f"each time at most {cost.bytes_down:,} bytes down and {cost.bytes_up:,} up"
+    )

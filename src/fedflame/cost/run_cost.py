@@ -16,6 +16,7 @@ from fedflame.cost.flops import training_flops_per_token
 from fedflame.cost.memory import MemoryEstimate, training_memory
 from fedflame.cost.model_shape import ModelShape
 from fedflame.cost.row_length import row_length
+from fedflame.cost.scoring_cost import ScoringCost, scoring_cost
 from fedflame.cost.tiers import Tier, TierCost, tier_costs
 
 
@@ -46,7 +47,9 @@ class RunCost:
     adapter: AdapterSize
     """The size of the adapter at the run's rank."""
     merged_bytes: int
-    """Bytes by which the plan of each client grows with every round, at most."""
+    """Bytes by which the plan of each client grows with every round, at most, also one of an evaluation."""
+    scoring: ScoringCost
+    """What evaluations at the clients send."""
     sequence_length: int
     """Tokens per row."""
     labelled_share: float
@@ -64,6 +67,7 @@ class RunCost:
             "adapter_parameters": self.adapter.total,
             "adapter_bytes": self.adapter.bytes_down,
             "merged_bytes_per_round": self.merged_bytes,
+            "client_evaluation": asdict(self.scoring),
             "tiers": tiers,
             "clients": [asdict(client) for client in self.clients],
         }
@@ -130,6 +134,7 @@ def run_cost(
         memory,
         adapter_parameters(shape, r, targets),
         4 * adapter_parameters(shape, merged, targets).total,
+        scoring_cost(config, shape),
         sequence_length,
         labelled_share,
     )

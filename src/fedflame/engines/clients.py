@@ -55,12 +55,12 @@ class EngineClients:
     folder: Path
     """Folder for plans and answers in transit; answers are deleted once they are used."""
     say: Callable[[str], None]
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Sites that get no plan in this run -> why."""
     _failures: int = 0
     _absent: set[str] = field(default_factory=set)
     """Sites that did not come back in time; the run does not wait for them until they are back."""
     _known: dict[str, Description] = field(default_factory=dict)
-    _left_out: dict[str, str] = field(default_factory=dict)
-    """Sites that get no plan in this run -> why."""
     _patience: dict[str, Patience] = field(default_factory=lambda: defaultdict(Patience))
     """By kind of request: what it takes to score says nothing of what it takes to train."""
     _late: dict[str, Request] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class EngineClients:
 
     def test_rows(self) -> list[int | None]:
         told = {site: known.test_rows for site, known in self._known.items()}
-        return [0 if site in self._left_out else told.get(site) for site in self.sites]
+        return [0 if site in self.left_out else told.get(site) for site in self.sites]
 
     def describe(self) -> dict[str, Description]:
         """Ask all sites what they have and afford; return the answers by site."""
@@ -109,7 +109,7 @@ class EngineClients:
 
     def leave_out(self, site: str, reason: str) -> None:
         """Send this site no plan in this run; the reason stands in every round that it misses."""
-        self._left_out[site] = reason
+        self.left_out[site] = reason
         self.say(f"{site} is left out of all rounds: {reason}")
 
     def _plan_path(self, site: str) -> Path:
@@ -117,7 +117,7 @@ class EngineClients:
 
     def _request(self, site: str, kind: Literal["train", "evaluate"], plan: bytes) -> Request:
         """Prepare a request with the plan, or with its difference to the plan that the site holds."""
-        request = Request(site, kind, self._plan_path(site), 0, failure=self._left_out.get(site, ""))
+        request = Request(site, kind, self._plan_path(site), 0, failure=self.left_out.get(site, ""))
         if request.failure:
             return request
         store(request.plan_path, plan)

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from fedflame.base.files import model_digest
 from fedflame.checked_json import read_checked, write_checked
+from fedflame.config.methods import METHODS
 from fedflame.config.run_config import RunConfig
+from fedflame.config.strategy_section import StrategyConfig
 from fedflame.engines.answers import Description
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.jobs import engine_jobs
+from fedflame.errors import UserError
 from fedflame.experiment.assemble import Experiment
 from fedflame.experiment.sites import Sites
 from fedflame.run_files import ADVICE
@@ -31,7 +34,7 @@ def site_clients(
     """The sites as clients of the run, once they have said what they have.
 
     Raises:
-        UserError: no job of the engine works.
+        UserError: no job of the engine works, or too few sites can take part.
     """
     hub, config = sites.hub, experiment.config
     job = _training_job(experiment)
@@ -50,6 +53,7 @@ def site_clients(
         _leave_out_who_affords_less(
             clients, clients.describe(), config, experiment.adapted.num_experts_per_tok
         )
+        _require_enough(clients, config.server.min_clients)
         if config.evaluating_clients():
             _say_who_scores_no_rows(clients)
         if config.strategy.counted_rows == "held":
@@ -91,14 +95,14 @@ def _leave_out_who_affords_less(
     config: RunConfig,
     num_experts_per_tok: int,
 ) -> None:
-    """Leave out the sites that cannot run what the configuration gives them, and say which these are."""
+    """Leave out the sites that cannot run what the run gives them in any round, and say which these are."""
     rounds = range(1, config.server.num_server_rounds + 1)
     by_round = [config.trained_experts(num_experts_per_tok, number) for number in rounds]
     for client, (name, k) in enumerate(zip(clients.sites, config.afforded_experts(), strict=True)):
         if name not in found:
             continue
         affords, most = found[name].active_experts, found[name].max_active_experts
-        largest = max(in_turn[client] for in_turn in by_round)
+        trained = [in_turn[client] for in_turn in by_round]
         clients.say(f"{name}: {found[name].num_examples} rows, affords k = {affords}")
         if affords < k:
             clients.leave_out(
@@ -106,12 +110,38 @@ def _leave_out_who_affords_less(
                 f"clients.active_experts gives it k = {k}, its trainer affords {affords}; "
                 "give it less, or let its owner allow more",
             )
-        elif most < largest:
+        elif most < min(trained):
+            clients.leave_out(name, _too_many_experts(config.strategy, trained[0], most))
+        elif most < max(trained):
             clients.say(
                 f"{name} refuses the rounds in which it would train with more than k = {most}; ask for less "
                 "(strategy.k_rotation = 'smaller'), or let its owner allow more "
-                f"(trainer.max_active_experts = {largest})"
+                f"(trainer.max_active_experts = {max(trained)})"
             )
+
+
+def _too_many_experts(strategy: StrategyConfig, k: int, most: int) -> str:
+    """Return why a site can train in no round of a method that gives every client the same k."""
+    given = f"strategy.active_experts = {strategy.active_experts!r}"
+    advice = "choose fewer"
+    if METHODS[strategy.name].experts == "full":
+        given = f"strategy.name = {strategy.name!r}"
+        advice = "choose a method that needs fewer, such as 'flame'"
+    return (
+        f"{given} has every client train with k = {k}, its trainer allows at most {most}; {advice}, "
+        f"or let its owner allow more (trainer.max_active_experts = {k})"
+    )
+
+
+def _require_enough(clients: EngineClients, min_clients: int) -> None:
+    """Raise UserError where so many sites are left out that no round could count; absent ones may come."""
+    left = len(clients.sites) - len(clients.left_out)
+    if left < min_clients:
+        site, reason = next(iter(clients.left_out.items()))
+        raise UserError(
+            f"{left} of {len(clients.sites)} sites can take part; server.min_clients = {min_clients} are "
+            f"needed. {site} cannot: {reason}"
+        )
 
 
 def _say_whose_rows_are_too_many(clients: EngineClients) -> None:
@@ -126,7 +156,7 @@ def _say_whose_rows_are_too_many(clients: EngineClients) -> None:
 
 def _say_who_scores_no_rows(clients: EngineClients) -> None:
     for name, rows in zip(clients.sites, clients.test_rows(), strict=True):
-        if rows == 0:
+        if rows == 0 and name not in clients.left_out:
             clients.say(
                 f"{name} is not asked to score: its file holds out no rows for it (data.test_size) or fewer "
                 "than limits.min_rows_per_update, or withholds what they tell (limits.disclosure)"

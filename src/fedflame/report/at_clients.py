@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from fedflame.report.charts import Series, legend, line_chart
 from fedflame.report.markup import Markup, element, join, note, section, table
 from fedflame.report.measured import ClientScore, TierScore
-from fedflame.report.numbers import decimal, plural
+from fedflame.report.numbers import MISSING, decimal, plural
 from fedflame.report.records import Run
-from fedflame.report.results import SCORE_LABELS, change, score_format, tier_colours, tier_label
+from fedflame.report.results import SCORE_LABELS, change, score_format, the_end, tier_colours, tier_label
 
 _SHOWN = 20
 """Of the answers that were left out."""
@@ -23,7 +23,7 @@ def at_clients(run: Run) -> Markup:
     text = (
         "Each client scores the model as it deploys it, on rows that nobody trains on and that do not leave "
     )
-    text += "it. It tells sums, which nobody can check. Before training → after the last round measured."
+    text += f"it. It tells sums, which nobody can check. Before training → after {the_end(run)}."
     parts = [_tiers(run), _chart(run), _clients(run), _excluded(run)]
     return section("At the clients", *parts, note(text))
 
@@ -35,17 +35,18 @@ def _tiers(run: Run) -> Markup:
     rows = []
     for k, rank in sorted({(one.active_experts, one.rank) for one in run.client_scores}, reverse=True):
         told = [one for one in run.tier_scores if (one.active_experts, one.rank) == (k, rank)]
+        shown = run.at_the_end(k, [(one.round, one) for one in told])
         cut = rank < int(run.setting("adapter", "r"))
         hub = run.deployed("loss", k, rank) if cut else run.before_after("loss", k)
         row: list[object] = [
             f"{tier_label(k)}, {rank} ranks" if cut else tier_label(k),
-            told[-1].clients,
-            f"{told[-1].rows:,}",
-            change(_before_after(told, "loss"), decimal, rising=False),
+            shown.clients if shown else MISSING,
+            f"{shown.rows:,}" if shown else MISSING,
+            change(_before_after(run, k, told, "loss"), decimal, rising=False),
             change(hub, decimal, rising=False),
         ]
         if score:
-            row.append(change(_before_after(told, score), score_format(score), rising=True))
+            row.append(change(_before_after(run, k, told, score), score_format(score), rising=True))
         rows.append(row)
     return table(headers, rows, "headline") if rows else join([])
 
@@ -57,19 +58,21 @@ def _clients(run: Run) -> Markup:
     for client in sorted({one.client for one in run.client_scores}):
         told = [one for one in run.client_scores if one.client == client]
         asked = len(told) + sum(one.client == client for one in run.score_exclusions)
-        loss = change(_before_after(told, "loss"), decimal, rising=False)
-        row: list[object] = [run.name(client), told[-1].active_experts, f"{told[-1].rows:,}", asked, loss]
+        k = told[-1].active_experts
+        loss = change(_before_after(run, k, told, "loss"), decimal, rising=False)
+        row: list[object] = [run.name(client), k, f"{told[-1].rows:,}", asked, loss]
         if score:
-            row.append(change(_before_after(told, score), score_format(score), rising=True))
+            row.append(change(_before_after(run, k, told, score), score_format(score), rising=True))
         rows.append(row)
     return table(headers, rows) if rows else join([])
 
 
-def _before_after(told: Sequence[ClientScore | TierScore], name: str) -> tuple[float | None, float | None]:
-    """Return a measure before training and its last value; None if it was not taken."""
-    values = {one.round: value for one in told if (value := one.value(name)) is not None}
-    last = max(values, default=0)
-    return values.get(0), values[last] if last else None
+def _before_after(
+    run: Run, k: int, told: Sequence[ClientScore | TierScore], name: str
+) -> tuple[float | None, float | None]:
+    """Return a measure before training and at the end; None if it was not taken then."""
+    history = [(one.round, value) for one in told if (value := one.value(name)) is not None]
+    return run.start_and_end(k, sorted(history))
 
 
 def _chart(run: Run) -> Markup:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedflame.checked_json import read_checked
 from fedflame.config.methods import METHODS
@@ -35,6 +35,8 @@ from fedflame.run_files.checkpoints import Kept, last_kept
 from fedflame.run_files.lines import FILE_NAME, read_lines
 from fedflame.run_files.standing import best_rounds, standings
 from fedflame.run_files.task_scores import TaskScores, read_task_scores
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -202,22 +204,23 @@ class Run:
     def deployed(self, name: str, k: int, rank: int) -> tuple[float | None, float | None]:
         """Return a measure at this k and rank before training and at the end; None if it was not taken."""
         values = {d.round: d.value(name) for d in self.deployments if (d.active_experts, d.rank) == (k, rank)}
-        return self._before_after(k, sorted((at, value) for at, value in values.items() if value is not None))
+        return self.start_and_end(k, sorted((at, value) for at, value in values.items() if value is not None))
 
     def before_after(
         self, name: str, tier: int, category: str | None = None
     ) -> tuple[float | None, float | None]:
         """Return a measure before training and at the end (see `at_the_end`); None if it was not taken."""
-        return self._before_after(tier, self.history(name, tier, category))
+        return self.start_and_end(tier, self.history(name, tier, category))
 
-    def _before_after(
+    def start_and_end(
         self, k: int, history: Sequence[tuple[int, float]]
     ) -> tuple[float | None, float | None]:
+        """Return the value of a history before training and at the end; None where it has none."""
         before = next((value for at, value in history if at == 0), None)
         trained = bool(history) and history[-1][0] > 0
         return before, self.at_the_end(k, history) if trained else None
 
-    def at_the_end(self, k: int, history: Sequence[tuple[int, float]]) -> float | None:
+    def at_the_end(self, k: int, history: Sequence[tuple[int, _Value]]) -> _Value | None:
         """Return the last value of a history, or that of the best round of k where that is used."""
         if k in self.used_rounds:
             return dict(history).get(self.used_rounds[k])

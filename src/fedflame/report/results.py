@@ -45,7 +45,7 @@ def headline(run: Run) -> Markup:
 
 def _headline_note(run: Run) -> Markup:
     text = "k is the number of experts that run per token. Loss and score are of held-out rows, "
-    text += f"before training → after {_end(run)}. The best round is that of the {_BEST[run.metric]}."
+    text += f"before training → after {the_end(run)}. The best round is that of the {_BEST[run.metric]}."
     if not run.score_name():
         text += " This run has no scores by generation."
     if run.stop:
@@ -53,7 +53,7 @@ def _headline_note(run: Run) -> Markup:
     return note(text)
 
 
-def _end(run: Run) -> str:
+def the_end(run: Run) -> str:
     """Return the round that a result is of, in words."""
     return "the best round of each k, whose adapter is used" if run.used_rounds else "the last round measured"
 
@@ -94,7 +94,7 @@ def deployments(run: Run) -> Markup:
     headers += ["Forward cost / token", f"of k = {full}" if full else "of full k"]
     rows = [_deployment_row(run, k, rank, score) for k, rank in places]
     text = "This method gives these devices only the first ranks of the adapter. They run as many experts as "
-    text += f"all other devices. Before training → after {_end(run)}."
+    text += f"all other devices. Before training → after {the_end(run)}."
     return section("What small devices deploy", table(headers, rows, "headline"), note(text))
 
 
@@ -257,7 +257,7 @@ def categories(run: Run) -> Markup:
     if score := run.score_name():
         parts.append(_category_table(run, names, score, SCORE_LABELS[score], score_format(score)))
     parts.append(_category_table(run, names, "loss", "Response loss", decimal))
-    explained = note(f"At {_end(run)}; the stronger the shade, the better.")
+    explained = note(f"At {the_end(run)}; the stronger the shade, the better.")
     return section("By category", element("div", *parts, class_="columns"), explained)
 
 

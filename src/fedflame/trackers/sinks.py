@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -64,7 +65,9 @@ class TensorBoard:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self.id, self.first_round = "", run.first_round
-        self._writer = EventFileWriter(str(run.folder / "tensorboard"))
+        folder = run.folder / "tensorboard"
+        _wait_for_a_later_name(folder)
+        self._writer = EventFileWriter(str(folder))
         # A reader drops what earlier files have of this round and later ones: a round counts once.
         again = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         first = max(0, (run.first_round - 1) * run.steps + 1)
@@ -79,6 +82,18 @@ class TensorBoard:
 
     def close(self, finished: bool) -> None:
         self._writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until a file that is begun now follows those that are there by its name, as a reader takes them.
+
+    The name begins with the second and, in the same second, goes on with the process id.
+    """
+    names, process = [path.name for path in folder.glob("events.*")], f"{socket.gethostname()}.{os.getpid()}."
+    for _ in range(20):  # not for ever: the clock may have been set back
+        if all(name < f"events.out.tfevents.{int(time.time()):010d}.{process}" for name in names):
+            return
+        time.sleep(0.1)
 
 
 class WandB:

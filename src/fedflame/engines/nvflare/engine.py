@@ -42,7 +42,7 @@ class NvflareEngine:
             UserError: nvflare is not installed, or the file does not name an administrator's kit.
         """
         self._command = nvflare_command()
-        self._kit = hub.folder / hub.nvflare.admin_kit
+        self._kit = (hub.folder / hub.nvflare.admin_kit).absolute()
         if not hub.nvflare.admin_kit or not (self._kit / "startup" / "fed_admin.json").is_file():
             raise UserError(
                 f"hub file: nvflare.admin_kit = {hub.nvflare.admin_kit!r}: no kit of an administrator "
@@ -107,12 +107,15 @@ class NvflareEngine:
         return data
 
     def _answer(self, *arguments: str) -> Any:
-        """Run `nvflare` and return `data` of its answer. Raises OSError with its message if it fails."""
+        """Run `nvflare` and return `data` of its answer. Raises OSError with its message if it fails.
+
+        It runs in the kit: nvflare looks for settings of its own in all that is below the working folder.
+        """
         command = [self._command, *arguments, "--startup-kit", str(self._kit), "--format", "json"]
         said = f"nvflare {' '.join(arguments[:2])}"
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+                command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False, cwd=self._kit
             )
         except subprocess.TimeoutExpired as error:
             raise OSError(f"{said} took more than {COMMAND_SECONDS:.0f} s") from error
