@@ -47,7 +47,9 @@ def test_a_private_run_says_what_each_round_has_spent(finished: Path) -> None:
         assert event["epsilon"] == epsilon_of([Spending(rate, 1.5, event["steps"])], 1e-5) > 0
     updates = events(finished, "client")
     assert {e["loss"] for e in updates} == {None} and {str(e["counts"]) for e in updates} == {"[]"}
-    assert {e["tokens"] for e in updates} == {8} and not events(finished, "excluded")
+    assert not events(finished, "excluded")
+    length = json.loads((finished / "plan.json").read_text())["sequence_length"]
+    assert {e["tokens"] for e in updates} == {2 * 4 * length}, "the expected ones, not those of the rows"
 
 
 def test_report_and_card_say_epsilon(finished: Path) -> None:
@@ -55,6 +57,7 @@ def test_report_and_card_say_epsilon(finished: Path) -> None:
     assert read_run(finished).epsilon == most
     page = (finished / "report.html").read_text()
     assert "<h2>Privacy</h2>" in page and f"{most:.2f}" in page and "Epsilon after each round" in page
+    assert "Tells no counts." in page and "Has not trained." not in page
     card = (finished / "adapter" / "README.md").read_text()
     assert f"epsilon = {most:.3g} at most, delta = 1e-05" in card
 

@@ -277,6 +277,7 @@ def _server(
         adapted=experiment.adapted,
         held_out=experiment.held_out,
         max_length=experiment.encoder.max_length,
+        row_length=experiment.cost.sequence_length,
         metrics=metrics,
         reporter=reporter,
     )

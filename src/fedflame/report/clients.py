@@ -23,7 +23,8 @@ def activation(run: Run) -> Markup:
             left_out += 1
             continue
         cells += sum(map(len, frequencies))
-        maps.append(_client_map(client, run.name(client), k, frequencies, tokens))
+        has_trained = any(update.client == client for update in run.updates)
+        maps.append(_client_map(client, run.name(client), k, frequencies, tokens, has_trained))
     if not maps:
         return section("Expert activation", note("No client is recorded yet."))
     text = "Share of the client's training tokens routed to each expert, over all rounds: "
@@ -34,10 +35,16 @@ def activation(run: Run) -> Markup:
     return section("Expert activation", note(text), heat_legend(), columns)
 
 
-def _client_map(client: int, name: str, k: int, frequencies: list[list[float]], tokens: int) -> Markup:
+def _client_map(
+    client: int, name: str, k: int, frequencies: list[list[float]], tokens: int, has_trained: bool
+) -> Markup:
     title = f"{name} · {tier_label(k)}"
     if not frequencies:
-        return element("figure", element("figcaption", title), note("Has not trained."))
+        return element(
+            "figure",
+            element("figcaption", title),
+            note("Tells no counts." if has_trained else "Has not trained."),
+        )
     never = sum(frequency == 0 for row in frequencies for frequency in row)
     total = sum(map(len, frequencies))
     facts = f" · {si(tokens)} tokens · {never} of {total} never activated"

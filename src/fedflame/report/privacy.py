@@ -16,8 +16,8 @@ _MEANING = (
     "Neighbours are the rows of a client with one row, or all rows of a person where the site names persons, "
     "replaced by nothing: their number is public. Epsilon bounds what all messages of the client together "
     "tell of it, whoever reads them. It is the upper bound of numerical composition (dp-accounting). Noise "
-    "and sampling are as each client says; nobody else can check them. Tokens and counts of private rounds "
-    "are constants that follow from the plan.",
+    "and sampling are as each client says; nobody else can check them. Tokens and the FLOPs of training are "
+    "those to be expected of the plan, with rows as long as those that the hub holds.",
     "Clients that are simulated on this machine draw their noise from the seed, so that whoever knows the "
     "configuration can take it away. Sites draw theirs from a secret of their own.",
 )
@@ -58,4 +58,5 @@ def _chart(run: Run, last: dict[int, Spent]) -> Markup:
         return join([])
     label = "Epsilon after each round"
     names = legend([(f"t{line.colour}", line.label) for line in series])
-    return element("figure", element("figcaption", label), names, line_chart(series, label))
+    figure = element("figure", element("figcaption", label), names, line_chart(series, label))
+    return element("div", figure, class_="columns")

@@ -37,5 +37,7 @@ class Server:
     held_out: HeldOut
     max_length: int
     """The most tokens of a row."""
+    row_length: int
+    """The mean tokens of a row, of those that the hub holds."""
     metrics: MetricsFile
     reporter: Reporter

@@ -36,6 +36,11 @@ def private_plan(server: Server, client: int, steps: int) -> PrivatePlan:
     )
 
 
+def expected_tokens(server: Server, plan: RoundPlan) -> int:
+    """Return the tokens of a private round that are to be expected: what it trained on is not told."""
+    return plan.max_steps * plan.batch_size * server.row_length
+
+
 def log_spent(server: Server, plan: RoundPlan, update: ClientUpdate) -> None:
     """Log what the client of this update has spent after this round, by what it says of its noise.
 

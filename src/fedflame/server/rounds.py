@@ -24,7 +24,7 @@ from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remember
 from fedflame.server.course import Course
 from fedflame.server.finite import Diverged, require_finite_state
 from fedflame.server.parts import Server
-from fedflame.server.private_rounds import log_spent, private_plan
+from fedflame.server.private_rounds import expected_tokens, log_spent, private_plan
 from fedflame.server.sampling import training_clients
 from fedflame.server.scoring import evaluate_tiers, require_finite_losses
 from fedflame.server.validation import validate_update
@@ -209,6 +209,7 @@ class _Updates:
         update, seconds = one.update, answer.seconds
         rates = list(learning_rates(plan, update.steps))
         server, k, rank = self._server, update.active_experts, update.delta.rank
+        tokens = expected_tokens(server, plan) if plan.is_private else update.tokens
         server.metrics.log(
             "client",
             round=update.round,
@@ -219,12 +220,12 @@ class _Updates:
             learning_rate=sum(rates) / max(1, len(rates)),
             step_losses=in_spans(answer.step_losses, _SPANS),
             step_rates=in_spans(rates, _SPANS) if answer.step_losses else [],
-            tokens=update.tokens,
+            tokens=tokens,
             steps=update.steps,
             num_examples=update.num_examples,
             trained_examples=update.trained_examples,
             seconds=round(seconds, 3),
-            training_flops=update.tokens * server.training_flops(k, rank),
+            training_flops=tokens * server.training_flops(k, rank),
             bytes_up=len(answer.update),
             bytes_down=bytes_down,
             rescaler=update.rescaler_values.tolist(),
@@ -235,7 +236,7 @@ class _Updates:
         loss = "withheld" if update.loss is None else f"{update.loss:.3f}"
         server.reporter.message(
             f"round {update.round}: {server.clients.name(update.client)} (k={k}) loss {loss}, "
-            f"{update.tokens:,} tokens, {update.tokens / seconds:,.0f} tokens/s"
+            f"{'about ' * plan.is_private}{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s"
         )
 
     def _log_clipped(self, one: Taken) -> None:
@@ -291,10 +292,8 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
     training, k = server.config.training, instructions.active_experts
     afforded = server.training_flops(profile.active_experts, server.config.adapter.r)
     spent = server.training_flops(k, instructions.adapter.rank)
-    tokens, rows = (
-        server.config.tokens_per_step()[profile.client],
-        server.clients.believed_rows(profile.client),
-    )
+    tokens = server.config.tokens_per_step()[profile.client]
+    rows = server.clients.believed_rows(profile.client)
     batches = rows if tokens else math.ceil(rows / training.per_device_train_batch_size)
     plan = RoundPlan(
         round=round_number,
