@@ -18,6 +18,8 @@ from fedflame.base.files import resolve_model
 from fedflame.clients.answers import Answer, OnStep
 from fedflame.clients.local import LocalClients
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
@@ -93,7 +95,6 @@ def killed_in_round_2(self: LocalClients, plan: bytes, on_step: OnStep) -> Answe
 ANSWER = LocalClients.answer
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("silos")
 def test_a_run_with_the_habits_of_today(instruct: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = invoke("plan", *options(instruct), "--show-row")

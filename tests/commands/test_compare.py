@@ -24,6 +24,8 @@ from fedflame.compare.grid import Cell, read_grid
 from fedflame.compare.results import RESULTS, CellResult, has_left_result, read_results
 from loopback import alive, descendants
 
+pytestmark = pytest.mark.slow
+
 FEDAVG = '[methods.fedavg]\nstrategy.name = "fedavg"\n'
 METHODS = f"[methods.flame]\nstrategy.temperature = 2\n{FEDAVG}"
 
@@ -129,7 +131,6 @@ def test_the_table_holds_what_the_runs_measured(finished: Path) -> None:
         assert record["rounds"][-1]["simulated_seconds"] > 0
 
 
-@pytest.mark.slow
 def test_interrupted_and_killed_and_resumed_it_ends_the_same(
     finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ import fedflame
 from fedflame.run_files.checkpoints import kept_rounds
 from loopback import alive, descendants
 
+pytestmark = pytest.mark.slow
+
 COMMAND = """
 import signal, sys, time
 from pathlib import Path

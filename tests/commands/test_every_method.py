@@ -24,6 +24,8 @@ from fedflame.server.checkpoint import read_checkpoint, write_checkpoint
 from fedflame.strategies.hetlora import HetLoRA
 from fedflame.training.fine_tune import fine_tune
 
+pytestmark = pytest.mark.slow
+
 TWO_ROUNDS = ("server.num_server_rounds=2", "training.learning_rate=0.02")
 
 

@@ -34,6 +34,8 @@ from fedflame.report.records import read_run
 from fedflame.run_files.checkpoints import Kept, best_kept, checkpoint_path, kept_rounds
 from fedflame.server.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 NOISY = (
     "server.num_server_rounds=6",
     "training.learning_rate=0.1",

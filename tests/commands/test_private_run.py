@@ -18,6 +18,8 @@ from fedflame.report.records import read_run
 from fedflame.server.checkpoint import read_checkpoint
 from fedflame.training.private import fine_tune_privately
 
+pytestmark = pytest.mark.slow
+
 PRIVATE = ("privacy.unit=row", "privacy.noise_multiplier=1.5", "server.num_server_rounds=2")
 
 

@@ -331,6 +331,7 @@ def test_worker_processes_change_no_byte(
     assert timeless(tmp_path / "run") == timeless(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, *ENDS])
 def test_no_worker_outlives_a_run_that_is_ended(
     end: signal.Signals, tiny_folder: Path, tmp_path: Path

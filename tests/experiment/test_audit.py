@@ -12,6 +12,8 @@ from fedflame.errors import UserError
 from fedflame.experiment import audit as module
 from fedflame.experiment.audit import audit
 
+pytestmark = pytest.mark.slow
+
 MANY_STEPS = ("training.max_steps=40", "server.num_server_rounds=2", "training.learning_rate=0.02")
 
 

@@ -23,6 +23,8 @@ from fedflame.errors import UserError
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run import run_experiment
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ("communication.update_dtype=int8", "evaluation.generate_every=0", "evaluation.max_new_tokens=0")
 FLIPS = 20
 Reader = Callable[[Path, Path], Any]

@@ -23,6 +23,8 @@ from fedflame.report import write_report
 from fedflame.report.tasks import task_headers, task_rows
 from fedflame.run_files.task_scores import TaskScores, read_task_scores, write_task_scores
 
+pytestmark = pytest.mark.slow
+
 DATA = """\
 dataset_path: json
 dataset_kwargs:
@@ -239,7 +241,6 @@ def test_what_cannot_be_evaluated_is_one_line(
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_a_task_of_the_hub_is_one_line_offline(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)
     result = invoke("evaluate", finished, "--tasks", "hellaswag")

@@ -19,6 +19,8 @@ from fedflame.server.clipping import FACTOR, taken
 from fedflame.training.reach import longest_way, trained_reach
 from fedflame.wire.codec import decode_plan, decode_update, encode_update
 
+pytestmark = pytest.mark.slow
+
 Falsify = Callable[[ClientUpdate, RoundPlan], ClientUpdate]
 HOSTILE = 1
 """The client with k = 2 of K = 4, whose rescaler is learned."""

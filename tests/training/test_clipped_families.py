@@ -15,6 +15,8 @@ from fedflame.cost.model_shape import attention_targets, read_model_shape
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.training.clipped_sums import clipped_sums
 
+pytestmark = pytest.mark.slow
+
 CLIP = 0.05
 
 
