@@ -96,7 +96,7 @@ def cost_table(cost: RunCost) -> Table:
 
 
 LOUD_NOISE = 10
-"""Times the clip norm, of the noise in the mean of a step; see benchmarks/privacy."""
+"""Times the clip norm, of the noise in the mean of a step, from which on a plan warns of it."""
 
 
 def print_privacy(clients: Sequence[PrivateClient], delta: float, console: Console) -> None:
@@ -122,9 +122,9 @@ def print_privacy(clients: Sequence[PrivateClient], delta: float, console: Conso
     if loudest > LOUD_NOISE:
         say_line(
             console,
-            f"the noise of a step is {loudest:.0f} times as long as the longest gradient of a row: little is "
-            "learned beyond about 10. More rows in a step (training.per_device_train_batch_size), more rows "
-            "at the client or a larger privacy.epsilon help",
+            f"the noise of a step is {loudest:.0f} times as long as the longest gradient of a row, so "
+            "that little of it is heard. More rows in a step (training.per_device_train_batch_size), more "
+            "rows at the client or a larger privacy.epsilon help",
         )
 
 
