@@ -31,6 +31,8 @@ from fedflame.training.evaluation import HeldOut
 from fedflame.training.score_tests import rows_to_score
 from fedflame.wire.codec import decode_evaluation, encode_plan
 
+pytestmark = pytest.mark.slow
+
 CLIENTS = 5
 
 

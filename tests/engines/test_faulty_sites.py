@@ -33,6 +33,8 @@ from fedflame.wire.envelope import Envelope
 from fedflame.wire.frame import seal, unseal
 from fedflame.wire.planes import compress, decompress
 
+pytestmark = pytest.mark.slow
+
 Which = tuple[int, int]
 """Round and client."""
 
@@ -154,7 +156,6 @@ def failing_as(kinds: dict[Which, str], deliver: Deliver) -> Deliver:
     return answer
 
 
-@pytest.mark.slow
 def test_with_thirty_percent_failing_at_random_fifty_rounds_equal_those_that_skip_them(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from fedflame.wire.codec import EVALUATION_LIMIT, decode_evaluation, encode_eval
 from fedflame.wire.envelope import Envelope
 
 ASKED = ("server.fraction_evaluate=1", "evaluation.client_test_size=0.3", "data.max_rows=60", ANSWERS)
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from fedflame.strategies.base import ServerState
 from fedflame.training.scores import Scores
 from fedflame.wire.codec import decode_plan, decode_update, encode_update
 
+pytestmark = pytest.mark.slow
+
 UNBOUNDED = ("strategy.clip=none", "server.num_server_rounds=3")
 
 

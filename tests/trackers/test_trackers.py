@@ -30,6 +30,8 @@ from fedflame.trackers import process
 from fedflame.trackers.process import reporting, require_installed
 from fedflame.trackers.sinks import TensorBoard, TrackedRun
 
+pytestmark = pytest.mark.slow
+
 Curves = dict[str, list[tuple[int, float]]]
 """Name -> step and value, in the order in which they are kept, duplicates too."""
 STEPS = 2
