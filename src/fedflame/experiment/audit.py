@@ -52,14 +52,13 @@ class Audited:
     """What the run claims for the client; None if it is not private."""
 
 
-def audit(config: RunConfig, canaries: int, client: int, folder: Path | None = None) -> Audited:
+def audit(config: RunConfig, canaries: int, client: int) -> Audited:
     """Run a configuration with canaries among the rows of a client, and attack it.
 
     Args:
         config: the run; its folder is not touched.
         canaries: how many there are; about half of them are trained on.
         client: whose rows they are among.
-        folder: for the run; None for one that is removed afterwards.
 
     Raises:
         UserError: the client has no rows, or what `prepare` and `run_experiment` refuse.
@@ -67,7 +66,7 @@ def audit(config: RunConfig, canaries: int, client: int, folder: Path | None = N
     if not 0 <= client < config.clients.num_clients:
         raise UserError(f"client {client}: must be from 0 to {config.clients.num_clients - 1}")
     with tempfile.TemporaryDirectory() as temporary:
-        run = (folder or Path(temporary)) / "run"
+        run = Path(temporary) / "run"
         quiet = config.evaluation.model_copy(update=_QUIET)
         changes = {"output_dir": str(run), "report_to": (), "evaluation": quiet}
         prepared = prepare(config.model_copy(update=changes))

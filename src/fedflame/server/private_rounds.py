@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from dataclasses import replace
 
-from fedflame.config.words import Clipping
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.privacy.accounting import Spending, epsilon_of
 from fedflame.server.parts import Server
 from fedflame.server.sampling import rounds_of
 
 
-class PrivatePlan(TypedDict):
-    """The fields of a plan that say how a client trains privately."""
+def private_plan(server: Server, plan: RoundPlan) -> RoundPlan:
+    """Return a plan of a private run with what says how its client trains privately.
 
-    clip_norm: float
-    clipping: Clipping
-    noise_multiplier: float
-    target_epsilon: float
-    target_delta: float
-    private_steps: int
-
-
-def private_plan(server: Server, client: int, steps: int) -> PrivatePlan:
-    """Return them for a client that takes so many steps in each of its rounds."""
+    Every round of a client has as many steps; epochs are steps already, since what is sampled has none.
+    """
     privacy = server.config.privacy
-    rounds = _rounds_until(server, client, server.config.server.num_server_rounds)
-    return PrivatePlan(
+    rounds = _rounds_until(server, plan.client, server.config.server.num_server_rounds)
+    return replace(
+        plan,
+        num_train_epochs=0.0,
         clip_norm=privacy.clip_norm,
         clipping=privacy.clipping,
         noise_multiplier=privacy.noise_multiplier,
         target_epsilon=privacy.epsilon,
         target_delta=privacy.delta,
-        private_steps=rounds * steps,
+        private_steps=rounds * plan.max_steps,
     )
 
 

@@ -325,10 +325,7 @@ def _round_plan(server: Server, state: ServerState, profile: ClientProfile, roun
         update_dtype=server.config.communication.update_dtype,
         error_feedback=server.config.error_feedback(),
     )
-    if server.config.privacy.unit == "none":
-        return plan
-    # Epochs are steps already: what is sampled has none.
-    return replace(plan, num_train_epochs=0.0, **private_plan(server, plan.client, plan.max_steps))
+    return plan if server.config.privacy.unit == "none" else private_plan(server, plan)
 
 
 def _require_quorum(server: Server, round_number: int, updates: _Updates) -> None:
