@@ -24,7 +24,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):  # there may be no such folder, or a folder in its place
             partial.unlink()
@@ -38,7 +38,8 @@ def write_missing(texts: Mapping[Path, str]) -> None:
             write_atomically(path, text.encode())
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -213,6 +213,17 @@ def test_the_secret_is_made_once_for_this_user_alone(tmp_path: Path) -> None:
     assert not bool((other == draws[0]).any())
 
 
+def test_the_name_of_the_secret_is_on_the_disk_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(private_rounds, "fsync_folder", synced.append)
+    site_noise(tmp_path / "state", "run", "key")
+    assert synced == [tmp_path / "state"]
+    site_noise(tmp_path / "state", "run", "key")
+    assert len(synced) == 1, "the secret is there"
+
+
 def test_a_damaged_secret_is_one_line(tmp_path: Path) -> None:
     (tmp_path / SECRET_FILE).write_bytes(b"short")
     with pytest.raises(UserError, match="has 5 bytes; a secret has 32"):

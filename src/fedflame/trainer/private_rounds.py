@@ -7,13 +7,13 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from fedflame import __version__
+from fedflame.atomic_file import fsync_folder
 from fedflame.data.conversations import Conversation
 from fedflame.errors import UserError
 from fedflame.messages import RoundPlan
@@ -72,7 +72,7 @@ def site_noise(folder: Path, run: str, key: str) -> Noise:
     """
     path = folder / SECRET_FILE
     try:
-        with suppress(FileExistsError):
+        if not path.exists():
             _write_secret(path)
         secret = path.read_bytes()
     except OSError as error:
@@ -86,7 +86,7 @@ def site_noise(folder: Path, run: str, key: str) -> Noise:
 
 
 def _write_secret(path: Path) -> None:
-    """Write a new secret for this user alone, whole before it has its name. Raises FileExistsError."""
+    """Write a new secret for this user alone, whole before it has its name. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     new = path.with_name(f"{path.name}.{os.getpid()}")
     new.unlink(missing_ok=True)
@@ -95,6 +95,9 @@ def _write_secret(path: Path) -> None:
         os.write(file, os.urandom(SECRET_BYTES))
         os.fsync(file)
         os.link(new, path)
+        fsync_folder(
+            path.parent
+        )  # a secret that a crash loses would give a plan that came before other noise
     finally:
         os.close(file)
         new.unlink()
