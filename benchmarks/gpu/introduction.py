@@ -2,7 +2,7 @@
 
 INTRODUCTION = """# One card
 
-What training costs on one CUDA card, beside the goals of its design. One command measures all of it, in seven
+What training costs on one CUDA card, beside the goals of its design. One command measures all of it, in ten
 minutes at most, and needs no network:
 
     python benchmarks/gpu/run.py

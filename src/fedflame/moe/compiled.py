@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
 }
 """Rows stay as wide as they are, so that operators can write into them. Indices are not checked. What lies
 side by side is computed into its place, not all of it for every place."""
-BUDGET = 0.8
+BUDGET = 0.3
 """Of the activations that compiled layers would keep, the share that they may keep to save memory; what is
 left out is computed again."""
 VARIANTS = 64

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
 
 from fedflame.cost.refused_families import refusal
 from fedflame.errors import UserError
-from fedflame.moe.row_passes import Gate
+from fedflame.moe.row_passes import Gate, gated
 
 CONFIGURED_ROUTERS = {"Gemma4TextRouter": "top_k_experts"}
 """Router class -> config key, for routers without `top_k`: they read k from this key in every forward."""
@@ -67,11 +70,18 @@ class MoELayer:
 
     def frozen(self) -> FrozenExperts:
         """Return the base weights as views [E,out,in], however the family stores them, and its activation."""
-        gate: Gate = self.experts._apply_gate if self.experts.has_gate else self.experts.act_fn  # type: ignore[assignment]
-        inner = self._inner
+        inner, gate = self._inner, self._gate()
         return FrozenExperts(
             self._weight(inner), self._weight("down_proj"), self._bias(inner), self._bias("down_proj"), gate
         )
+
+    def _gate(self) -> Gate:
+        experts: Any = self.experts
+        if not experts.has_gate:
+            return Gate(experts.act_fn)
+        if type(experts)._apply_gate is _default_apply_gate:
+            return Gate(partial(gated, experts.act_fn), parts=2)
+        return Gate(experts._apply_gate)
 
     def keep_weights_in(self, gate_up: Tensor, down: Tensor) -> None:
         """Make the base weights views of these tensors [E,nI,H] and [E,H,I], which hold the same values."""

@@ -9,13 +9,29 @@ Shapes: S rows sorted by expert, N tokens, k active experts, n projections side 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-Gate = Callable[[Tensor], Tensor]
-"""The activation of the family, row by row: [S,nI], in the order of the weights, to [S,I]."""
+
+@dataclass(frozen=True)
+class Gate:
+    """The activation of a family, row by row: [S,nI], in the order of the weights, to [S,I]."""
+
+    of_parts: Callable[..., Tensor]
+    parts: int = 1
+    """It takes [S,nI] in so many parts of equal width. The gradient of each goes straight to its place; that
+    of a whole, which the activation splits itself, is put together twice."""
+
+    def __call__(self, inner: Tensor) -> Tensor:
+        return self.of_parts(*inner.chunk(self.parts, 1))
+
+
+def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """Return activation(gate) * up, what most families compute."""
+    return activation(gate) * up
 
 
 def with_tail(rows: Tensor, tail: Tensor) -> Tensor:
@@ -62,11 +78,12 @@ def gate_backward(
         The weighted activation [S,I], the gradient of `inner` with its tail [S,nI+room], and the gradient of
         the weights [S] in float32.
     """
-    activation, backward = torch.func.vjp(gate, inner)  # type: ignore[misc]
+    activation, backward = torch.func.vjp(gate.of_parts, *inner.chunk(gate.parts, 1))  # type: ignore[misc]
     d_weights = (d_weighted.float() * activation.float()).sum(1)
-    (d_inner,) = backward((d_weighted * weights).to(activation.dtype))
+    d_parts = backward((d_weighted * weights).to(activation.dtype))
     weighted = (activation * weights).to(activation.dtype)
-    return weighted, with_tail(d_inner, d_inner.new_zeros(room)), d_weights
+    d_inner = torch.cat([*d_parts, inner.new_zeros(room).expand(len(inner), -1)], 1)
+    return weighted, d_inner, d_weights
 
 
 def sum_per_token(rows: Tensor, positions: Tensor) -> Tensor:
