@@ -233,7 +233,8 @@ def test_what_runs_in_a_process_of_flower_loads_no_torch() -> None:
     assert third_party(on_the_hub) <= {"flwr", "pydantic"}, "pydantic reads the hub's file"
     ours = {module for module in on_the_hub if module in PATHS and part(module) not in (None, *carried)}
     readers = {"fedflame.reading", "fedflame.json_text"}
-    assert ours <= readers | {"fedflame.config", "fedflame.config.lists", "fedflame.config.settings"}
+    settings = {"fedflame.config", *(f"fedflame.config.{name}" for name in ("lists", "settings", "values"))}
+    assert ours <= readers | settings
 
 
 def test_only_its_own_adapter_knows_an_engine() -> None:

@@ -216,6 +216,8 @@ class RoundPlan:
     """Beside `target_epsilon`."""
     private_steps: int = 0
     """The private steps that all rounds of the run will ask of the client."""
+    secure_aggregation: bool = False
+    """Whether the hub sees the update only in the sum over a group of clients; see `privacy.sum_request`."""
 
     @property
     def is_private(self) -> bool:

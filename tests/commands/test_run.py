@@ -196,7 +196,7 @@ def test_only_activated_experts_travel_up(
         messages.append(message)
         return decode_update(message, plan)
 
-    monkeypatch.setattr("fedflame.server.rounds.decode_update", noted)
+    monkeypatch.setattr("fedflame.server.updates.decode_update", noted)
     few = ("data.max_length=16", "training.per_device_train_batch_size=1", "training.max_steps=1")
     tiny_run(tiny_folder, tmp_path / "run", *few)
     partial = 0

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tests.preloaded import command_words
 
-from loopback import fedflame
+from fedflame.privacy.identity import identity, public
+from loopback import SITES, Loopback, fedflame, wait_until_good
 
 EXPERIMENT = """\
 [data]
@@ -47,11 +48,36 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unscored(experiment: Path) -> Path:
-    """The experiment of the same sites, which are not asked to score; the bytes are the same."""
-    path = experiment.with_name("unscored.toml")
-    path.write_text(EXPERIMENT.replace("fraction_evaluate = 1\n", ""))
+def masked(experiment: Path) -> Path:
+    """The same sites with equal k, whose updates are summed under masks."""
+    path = experiment.with_name("masked.toml")
+    text = EXPERIMENT.replace("fraction_evaluate = 1\n", "").replace('"8,4,1"', "1")
+    path.write_text(f"{text}[privacy]\nsecure_aggregation = true\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def masked_and_finished(masked: Path, forked_commands: None) -> Path:
+    """The same in one process."""
+    run = masked.parent / "masked-in-one-process"
+    done = fedflame("run", masked, "--output-dir", run)
+    assert done.returncode == 0, done.stdout
+    return run
+
+
+def let_sites_know_each_other(federation: Loopback) -> None:
+    """Write the key of every site into the files of the others, and start their trainers anew.
+
+    From then on they take part in masked sums only.
+    """
+    places = {site: federation.folder / site for site in SITES}
+    keys = {site: public(identity(place / "state")) for site, place in places.items()}
+    for site, place in places.items():
+        lines = "".join(f'{other} = "{key}"\n' for other, key in keys.items() if other != site)
+        with (place / "site.toml").open("a") as file:
+            file.write(f"\n[peers]\n{lines}")
+        federation.services[f"{site} trainer"].process.kill()
+    wait_until_good([("site", "check", place / "site.toml") for place in places.values()])
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engines.conftest import let_sites_know_each_other
 from tests.same_runs import assert_same
 from tests.tiny_runs import adapter_bytes, events, invoke
 
@@ -94,13 +95,14 @@ def state_of(federation: Loopback, run: str) -> dict[str, Any]:
     return found
 
 
-def test_flwr_run_gives_the_same_bytes_although_a_trainer_is_killed_in_a_round(
-    federation: Loopback, unscored: Path, finished: Path, tmp_path: Path
+def test_flwr_run_of_masked_sums_gives_the_same_bytes_although_a_trainer_is_killed_in_a_round(
+    federation: Loopback, masked: Path, masked_and_finished: Path, tmp_path: Path
 ) -> None:
+    let_sites_know_each_other(federation)
     trainer = federation.services["site-2 trainer"]
     log = federation.folder / "site-2" / "trainer.log"
     before = log.read_text().count("round 2: training")
-    run = start_app(federation, unscored, tmp_path / "run")
+    run = start_app(federation, masked, tmp_path / "run")
     deadline = time.monotonic() + 200
     while log.read_text().count("round 2: training") == before:
         assert time.monotonic() < deadline, state_of(federation, run)
@@ -114,7 +116,7 @@ def test_flwr_run_gives_the_same_bytes_although_a_trainer_is_killed_in_a_round(
         time.sleep(1)
     assert state["status"] == "finished:completed", state
     assert log.read_text().count("round 2: training") == before + 2, "the killed one began the round again"
-    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(masked_and_finished)
     assert not events(tmp_path / "run", "excluded")
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engines.conftest import let_sites_know_each_other
 from tests.same_runs import assert_same
-from tests.tiny_runs import events
+from tests.tiny_runs import adapter_bytes, events
 
 import loopback as commands
 from fedflame.commands.check import client_target
@@ -95,22 +96,6 @@ def test_three_sites_with_mutual_tls_give_the_bytes_of_one_process(ended: Ended,
     told = events(ended.folder, "client_evaluation")
     assert [(event["round"], event["client"]) for event in told] == [(n, c) for n in (0, 2) for c in range(3)]
     assert all(event["bytes_up"] < 1000 for event in told)
-
-
-def test_a_trainer_that_is_killed_in_a_round_is_back_in_the_same_round(
-    federation: Loopback, experiment: Path, finished: Path, tmp_path: Path
-) -> None:
-    trainer = federation.services["site-2 trainer"]
-    log = federation.folder / "site-2" / "trainer.log"
-    before = log.read_text().count("round 2: training")
-    run = start_run(federation, experiment, tmp_path / "run")
-    while log.read_text().count("round 2: training") == before:
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.01)
-    trainer.process.send_signal(signal.SIGKILL)
-    output, _ = run.communicate(timeout=200)
-    assert run.returncode == 0, output
-    assert_same(tmp_path / "run", finished)
 
 
 # Who is turned away
@@ -418,3 +403,25 @@ def test_a_job_with_code_runs_at_no_site(
     assert found["status"] == "FINISHED:FAILED_TO_RUN"
     assert refusals <= set(found["job_deploy_detail"])
     assert not trace.exists()
+
+
+# Last, since the sites then refuse runs without masks
+
+
+def test_masked_sums_give_the_bytes_of_one_process_although_a_trainer_is_killed_in_a_round(
+    federation: Loopback, masked: Path, masked_and_finished: Path, tmp_path: Path
+) -> None:
+    let_sites_know_each_other(federation)
+    trainer = federation.services["site-2 trainer"]
+    log = federation.folder / "site-2" / "trainer.log"
+    before = log.read_text().count("round 2: training")
+    run = start_run(federation, masked, tmp_path / "run")
+    while log.read_text().count("round 2: training") == before:
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.01)
+    trainer.process.send_signal(signal.SIGKILL)
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, output
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(masked_and_finished)
+    assert not events(tmp_path / "run", "excluded")
+    assert log.read_text().count("its update is in a masked sum") >= 2

@@ -12,7 +12,7 @@ from tests.engines_here import ThreadEngine, asking, trainers
 from tests.tiny_runs import adapter_bytes, events, tiny_run
 
 from fedflame.messages import ClientUpdate, RoundPlan
-from fedflame.server import rounds
+from fedflame.server import updates
 from fedflame.wire.envelope import Bytes
 
 SHAPE = (
@@ -27,7 +27,7 @@ SHAPE = (
 def test_a_round_over_sites_is_undone_without_the_site_that_caused_it(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, arrived = rounds.decode_update, Counter[tuple[int, int]]()
+    read, arrived = updates.decode_update, Counter[tuple[int, int]]()
 
     def huge_in_round_two(message: Bytes, plan: RoundPlan) -> ClientUpdate:
         arrived[plan.round, plan.client] += 1
@@ -38,8 +38,8 @@ def test_a_round_over_sites_is_undone_without_the_site_that_caused_it(
 
     files = make_sites(tiny_folder, tmp_path, [2, 1], *SHAPE)
     with monkeypatch.context() as patch, trainers(list(files.values())) as sites:
-        patch.setattr(rounds, "decode_update", huge_in_round_two)
-        patch.setattr(rounds, "require_within_reach", lambda *_: None)
+        patch.setattr(updates, "decode_update", huge_in_round_two)
+        patch.setattr(updates, "require_within_reach", lambda *_: None)
         shown = run_over(ThreadEngine(asking(sites), set(files)), tiny_folder, tmp_path / "sites", *SHAPE)
     assert arrived == {(1, 0): 1, (1, 1): 1, (2, 0): 2, (2, 1): 2, (3, 0): 1, (3, 1): 1}
     assert "round 2 is undone" in shown and "site-1 is left out: by its update alone" in shown

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from prv_accountant.dpsgd import DPSGDAccountant
 from scipy.stats import norm
 
 from fedflame.errors import UserError
@@ -51,6 +52,17 @@ def test_epsilon_is_below_a_looser_bound_in_closed_form_and_not_far_below(spent:
 def test_without_sampling_epsilon_is_that_of_the_exact_formula() -> None:
     epsilon = epsilon_of([Spending(1.0, 5.0, 40)], DELTA)
     assert gaussian_delta(epsilon, 5.0, 40) == pytest.approx(DELTA, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "spent",
+    [Spending(0.02, 1.0, 300), Spending(0.1, 1.5, 100), Spending(0.16, 4.0, 60), Spending(1.0, 5.0, 10)],
+)
+def test_epsilon_is_that_of_another_library(spent: Spending) -> None:
+    """prv-accountant, which composes by another method (Gopi et al., arXiv 2106.02848)."""
+    other = DPSGDAccountant(spent.noise_multiplier, spent.sampling_rate, spent.steps, 0.01, 1e-9)
+    _, epsilon, _ = other.compute_epsilon(DELTA, spent.steps)
+    assert epsilon_of([spent], DELTA) == pytest.approx(epsilon, rel=0.01)
 
 
 def test_rounds_compose_as_their_steps_in_one_and_kinds_add_up() -> None:

@@ -317,7 +317,7 @@ def test_a_run_that_goes_on_clips_by_the_same_paces(
 def test_an_outlier_is_warned_of_in_metrics_report_and_console(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
-    monkeypatch.setattr("fedflame.server.rounds.require_within_reach", lambda *_: None)
+    monkeypatch.setattr("fedflame.server.updates.require_within_reach", lambda *_: None)
     answer = LocalClients.answer
 
     def far_in_round_two(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:

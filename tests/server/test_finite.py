@@ -22,8 +22,8 @@ from fedflame.errors import UserError
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
 from fedflame.server.checkpoint import read_checkpoint
 from fedflame.server.finite import Diverged, require_finite_loss, require_finite_state
-from fedflame.server.rounds import _aggregate, _not_finite_alone
 from fedflame.server.scoring import evaluate_tiers
+from fedflame.server.updates import _aggregate, _not_finite_alone
 from fedflame.strategies.base import ServerState
 from fedflame.training.scores import Scores
 from fedflame.wire.codec import decode_plan, decode_update, encode_update
@@ -139,7 +139,7 @@ def falsify(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[ClientUpdate, RoundPlan], ClientUpdate]
 ) -> None:
     """Change what clients answer, where the bound of AdamW would not refuse it."""
-    monkeypatch.setattr("fedflame.server.rounds.require_within_reach", lambda *_: None)
+    monkeypatch.setattr("fedflame.server.updates.require_within_reach", lambda *_: None)
     answer = LocalClients.answer
 
     def falsified(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
@@ -215,7 +215,7 @@ def test_where_no_client_alone_is_to_blame_the_run_ends_in_one_line_with_the_las
 ) -> None:
     falsify(monkeypatch, far)
     with monkeypatch.context() as patch, pytest.raises(UserError) as error:
-        patch.setattr("fedflame.server.rounds._not_finite_alone", lambda *_: "")
+        patch.setattr("fedflame.server.updates._not_finite_alone", lambda *_: "")
         tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED)
     assert str(error.value).startswith("round 2: the adapter has a value in experts.")
     assert str(error.value).endswith(

@@ -18,8 +18,8 @@ from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run import run_experiment
 from fedflame.messages import RoundPlan
 from fedflame.server.progress import Reporter
-from fedflame.server.rounds import _validate_rows
 from fedflame.server.sampling import sample_clients
+from fedflame.server.updates import validate_rows
 from fedflame.strategies.base import ClientProfile
 from fedflame.wire.codec import decode_plan
 
@@ -132,9 +132,9 @@ def test_a_run_that_ended_within_its_first_round_does_not_evaluate_twice_before_
 def test_a_client_says_how_many_rows_it_has_and_then_it_is_as_many() -> None:
     update = an_update()  # of 40 rows
     for known in (0, 40):
-        _validate_rows(update, ClientProfile(11, 4, 3, known))
+        validate_rows(update.num_examples, ClientProfile(11, 4, 3, known))
     with pytest.raises(InvalidMessage, match="update claims 40 rows; the client has 39"):
-        _validate_rows(update, ClientProfile(11, 4, 3, 39))
+        validate_rows(update.num_examples, ClientProfile(11, 4, 3, 39))
 
 
 def without_time(event: dict[str, object]) -> dict[str, object]:

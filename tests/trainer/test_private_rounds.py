@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.trainer_asked import ROWS, RUN, Told, request
 
+from fedflame import atomic_file
 from fedflame.data.conversations import single_turn
 from fedflame.errors import UserError
 from fedflame.messages import RoundPlan
@@ -217,7 +218,7 @@ def test_the_name_of_the_secret_is_on_the_disk_before_anything_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(private_rounds, "fsync_folder", synced.append)
+    monkeypatch.setattr(atomic_file, "fsync_folder", synced.append)
     site_noise(tmp_path / "state", "run", "key")
     assert synced == [tmp_path / "state"]
     site_noise(tmp_path / "state", "run", "key")

@@ -383,7 +383,7 @@ def test_a_model_that_is_not_allowed_or_not_the_same_is_refused(
     [
         ({"site": "south"}, "this is north; the request is for south"),
         ({"run": "../../etc"}, "run is '../../etc'; 32 hexadecimal digits are needed"),
-        ({"kind": "delete"}, "request of kind 'delete'; describe, train and evaluate are known"),
+        ({"kind": "delete"}, "request of kind 'delete'; describe, train, evaluate and sum are known"),
         ({"kind": 3}, "field kind is 3; a string is needed"),
         ({"job": None}, "job = None: Input should be"),
         ({"job": {"r": "8"}}, "job.model_name_or_path is missing"),

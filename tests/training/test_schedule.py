@@ -13,7 +13,7 @@ from tests.message_samples import a_plan
 from transformers import get_scheduler
 
 from fedflame.config.load import load_config
-from fedflame.server.rounds import round_learning_rate
+from fedflame.server.plans import round_learning_rate
 from fedflame.training.schedule import learning_rates
 
 PLAN = replace(a_plan(), round=1, learning_rate=0.02, lr_scheduler_type="constant", warmup_rounds=0.0)

@@ -56,3 +56,13 @@ class Clients(Protocol):
 
     def name(self, client: int) -> str:
         """Return the name of this client in messages."""
+
+
+class SummingClients(Clients, Protocol):
+    """Clients whose updates are told in masked sums alone: `train` yields an encoded `Ready` of each."""
+
+    run: str
+    """32 hexadecimal digits."""
+
+    def sums(self, requests: Iterable[tuple[int, bytes]]) -> Iterator[Answer]:
+        """Yield the masked contribution of each client, for an encoded `SumRequest`, in order."""

@@ -23,6 +23,7 @@ from fedflame.commands.check import (
     read_admin,
 )
 from fedflame.commands.membership import check_members
+from fedflame.commands.peers import keys_of_hub
 from fedflame.commands.service_units import service_unit
 from fedflame.engines.flower.engine import FlowerEngine
 from fedflame.engines.hub import Hub, load_hub
@@ -55,7 +56,8 @@ def init_hub(folder: Path, federation: Federation, console: Console) -> None:
 def check_hub(hub: Hub, model: str | None, console: Console) -> bool:
     """Look at everything that a run over this hub needs; whether all is well."""
     package, server = ("flwr", _superlink(hub)) if hub.flower.address else ("nvflare", _server(hub))
-    return print_findings(after_each_other(_machine(hub, package), server, _model(model)), console)
+    findings = after_each_other(_machine(hub, package), keys_of_hub(hub), server, _model(model))
+    return print_findings(findings, console)
 
 
 def _machine(hub: Hub, package: str) -> Iterator[Finding]:

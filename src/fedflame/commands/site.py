@@ -26,6 +26,7 @@ from fedflame.commands.check import (
     client_target,
     print_findings,
 )
+from fedflame.commands.peers import keys_of_site
 from fedflame.commands.service_units import service_unit
 from fedflame.commands.site_privacy import privacy_finding
 from fedflame.engines.address import host_and_port
@@ -130,7 +131,13 @@ def check_site(site: Site, console: Console) -> bool:
     """Look at everything that taking part needs; whether all is well."""
     return print_findings(
         after_each_other(
-            _machine(site), _device(site), _own(site), privacy_finding(site), _trainer(site), _hub(site)
+            _machine(site),
+            _device(site),
+            _own(site),
+            privacy_finding(site),
+            keys_of_site(site),
+            _trainer(site),
+            _hub(site),
         ),
         console,
     )

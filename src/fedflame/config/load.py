@@ -15,6 +15,7 @@ from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import SKILLS, ClientsConfig
 from fedflame.config.settings import refuse_unknown_keys, validated
 from fedflame.config.strategy_section import StrategyConfig
+from fedflame.config.sum_options import refuse_what_no_sum_tells, set_defaults_of_sums
 from fedflame.errors import UserError
 from fedflame.reading import read_toml
 
@@ -38,6 +39,7 @@ def load_config(
         _apply_override(values, override)
     _count_client_files(values)
     set_private_defaults(values)
+    set_defaults_of_sums(values)
     refuse_unknown_keys(values, RunConfig, "config")
     loaded = validated(RunConfig, values, "config")
     _refuse_contradictions(loaded)
@@ -113,6 +115,7 @@ def _refuse_contradictions(config: RunConfig) -> None:
     _refuse_a_warmup_without_end(config)
     _refuse_a_metric_that_is_not_taken(config)
     refuse_what_tells_of_rows(config)
+    refuse_what_no_sum_tells(config)
     if config.server.min_clients > config.clients_per_round():
         raise UserError(
             f"config: server.min_clients = {config.server.min_clients}: server.fraction_train = "

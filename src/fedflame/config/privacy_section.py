@@ -32,3 +32,8 @@ class PrivacyConfig(Section):
     """How gradients are clipped; the result is the same. `row`: one row at a time. `ghost`: many rows in two
     backwards, of which the first gives the norms alone, which is faster where rows are short. It needs a base
     in float32, and `training.gradient_checkpointing` other than `layers`."""
+    secure_aggregation: bool = False
+    """Whether clients hide their updates from the hub: it sees sums alone, one over all clients that train
+    with equal k (docs/privacy.md)."""
+    min_group: Annotated[int, Field(ge=2)] = 3
+    """With `secure_aggregation`: the fewest clients of a sum. A smaller group is left out of the round."""

@@ -30,6 +30,16 @@ def _median_none_or_number(value: object) -> str:
     return f"{number:g}"
 
 
+def _public_keys(keys: dict[str, str]) -> dict[str, str]:
+    for name, key in keys.items():
+        if not re.fullmatch("[0-9a-f]{64}", key):
+            raise ValueError(
+                f"must be keys of 64 hexadecimal digits, as `fedflame site check` shows them; {name} has "
+                f"{key!r}"
+            )
+    return keys
+
+
 def _auto_or_truth(value: object) -> str:
     text = str(value).lower() if isinstance(value, bool | str) else ""
     if text not in ("auto", "true", "false"):
@@ -59,6 +69,7 @@ def _each_one_or_a_client(value: object) -> str:
 MinFullOrNumber = Annotated[str, BeforeValidator(_min_full_or_number)]
 MedianNoneOrNumber = Annotated[str, BeforeValidator(_median_none_or_number)]
 Device = Annotated[str, AfterValidator(_device)]
+PublicKeys = Annotated[dict[str, str], AfterValidator(_public_keys)]
 CompletionOnly = Annotated[Literal["auto", "true", "false"], BeforeValidator(_auto_or_truth)]
 TrainedBy = Annotated[str, BeforeValidator(_each_one_or_a_client)]
 NothingOrALength = Annotated[int, Field(ge=0, le=1_048_576), AfterValidator(_nothing_or_a_length)]

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from fedflame.engines.requests import Request
 from fedflame.errors import InvalidMessage, one_line
-from fedflame.trainer.header_model import HeaderModel
 from fedflame.wire.envelope import Envelope
+from fedflame.wire.header_model import HeaderModel
 
-_ANSWERS = {"describe": "description", "train": "update", "evaluate": "evaluation"}
+_ANSWERS = {"describe": "description", "train": "update", "evaluate": "evaluation", "sum": "sum"}
 """Kind of a request -> kind of its answer."""
 MOST_STEPS_SHOWN = 1_000_000
 _Experts = Annotated[int, Field(ge=1, lt=1 << 31)]

@@ -24,7 +24,7 @@ from fedflame.engines.engine import Engine
 from fedflame.engines.hub import HubRounds
 from fedflame.engines.jobs import POLL_SECONDS, EngineJobEnded, EngineJobs
 from fedflame.engines.patience import Patience, learned_wait
-from fedflame.engines.requests import Request, mapped, new_ticket, store
+from fedflame.engines.requests import Request, mapped, new_ticket, store, sum_request
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import ClientUpdate
 from fedflame.server.validation import believed, most_rows
@@ -82,15 +82,16 @@ class EngineClients:
 
     def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
         requests = [self._request(self.sites[client], "train", plan) for client, plan in plans]
-        self._exchange(requests, self.quorum)
-        for request in requests:
-            yield _answer(request, on_step)
+        return self._answers(requests, self.quorum, on_step)
 
     def evaluate(self, plans: Iterable[tuple[int, bytes]]) -> Iterator[Answer]:
         requests = [self._request(self.sites[client], "evaluate", plan) for client, plan in plans]
-        self._exchange(requests, self.quorum)
-        for request in requests:
-            yield _answer(request, lambda tokens: None)
+        return self._answers(requests, self.quorum)
+
+    def sums(self, requests: Iterable[tuple[int, bytes]]) -> Iterator[Answer]:
+        plans = [(self._plan_path(self.sites[client]), message) for client, message in requests]
+        asked = [sum_request(plan, message) for plan, message in plans]
+        return self._answers(asked, len(asked))
 
     def test_rows(self) -> list[int | None]:
         told = {site: known.test_rows for site, known in self._known.items()}
@@ -106,6 +107,13 @@ class EngineClients:
             if request.failure:
                 self.say(f"{request.site}: {request.failure}")
         return self._known
+
+    def _answers(
+        self, requests: Sequence[Request], quorum: int, on_step: OnStep = lambda tokens: None
+    ) -> Iterator[Answer]:
+        self._exchange(requests, quorum)
+        for request in requests:
+            yield _answer(request, on_step)
 
     def leave_out(self, site: str, reason: str) -> None:
         """Send this site no plan in this run; the reason stands in every round that it misses."""
@@ -167,7 +175,7 @@ class EngineClients:
                 self._count(str(error))
         for request in requests:
             request.addition_path.unlink(missing_ok=True)
-            if request.answered and request.plan_path.exists():
+            if request.answered and request.has_plan:
                 request.plan_path.replace(request.held_path)
             request.plan_path.unlink(missing_ok=True)
 
@@ -285,7 +293,7 @@ class EngineClients:
         elif kind == "description":
             self._known[request.site] = Description.read(answer.header, "description")
             request.answered = True
-        elif kind in ("update", "evaluation"):
+        elif kind in ("update", "evaluation", "sum"):
             if waiting + len(answer.body) <= ANSWER_MEMORY:
                 request.body = answer.body
             else:

@@ -10,6 +10,7 @@ from pydantic import Field, PlainValidator, field_validator
 
 from fedflame.config.lists import Names
 from fedflame.config.settings import Section, SettingsFile, load_file
+from fedflame.config.values import PublicKeys
 
 
 def _learned_or_seconds(value: Any) -> float | Literal["learned"]:
@@ -71,6 +72,9 @@ class Hub(SettingsFile):
     rounds: HubRounds = HubRounds()
     nvflare: NvflareHub = NvflareHub()
     flower: FlowerHub = FlowerHub()
+    peers: PublicKeys = Field(default_factory=dict)
+    """The key of every site, as its file's `[peers]` names it to the others: `hub check` shows their
+    fingerprints. A run needs none of them."""
 
     @field_validator("sites")
     @classmethod

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from fedflame.errors import UserError
-from fedflame.wire.envelope import Bytes
+from fedflame.wire.envelope import LONGEST_BEFORE_BODY, Bytes
+
+_WEIGHTS = 1 << 20
+"""Bytes of what a sum holds beside the values of a plan: a number for each expert of each layer."""
 
 
 def new_ticket() -> str:
@@ -23,7 +26,7 @@ class Request:
     """A request to one site. Its plan is on disk, so that memory does not grow with the number of sites."""
 
     site: str
-    kind: Literal["describe", "train", "evaluate"]
+    kind: Literal["describe", "train", "evaluate", "sum"]
     plan_path: Path
     """File of the whole plan; unused if the request asks for a description."""
     longest_answer: int
@@ -54,6 +57,11 @@ class Request:
     """Whether it was sent to the current job."""
     bytes_down: int = 0
     """Bytes sent so far, including those to jobs that ended."""
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether its body is a plan, which the site holds once it has answered."""
+        return self.kind in ("train", "evaluate")
 
     @property
     def addition_path(self) -> Path:
@@ -90,6 +98,18 @@ class Request:
             self.answer_path.unlink()
         body, self.body = self.body, None
         return body
+
+
+def sum_request(plan_path: Path, message: bytes) -> Request:
+    """Prepare the request for a site's part of a sum, beside the file of the plan that it has answered.
+
+    A sum has the values of the plan, or fewer.
+    """
+    request = Request(plan_path.stem, "sum", plan_path.with_suffix(".sum"), LONGEST_BEFORE_BODY + _WEIGHTS)
+    if request.held_path.exists():
+        request.longest_answer += request.held_path.stat().st_size
+    store(request.plan_path, message)
+    return request
 
 
 def store(path: Path, content: Bytes) -> None:

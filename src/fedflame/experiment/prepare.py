@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedflame.base.files import model_config_path, require_folder_complete, resolve_model
 from fedflame.config.run_config import RunConfig
+from fedflame.config.sum_options import require_groups
 from fedflame.cost.model_shape import ModelShape, attention_targets, read_model_shape
 from fedflame.cost.refused_families import require_trainable
 from fedflame.cost.row_length import prompt_length, row_length
@@ -109,6 +110,7 @@ def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
             "(the model's num_experts_per_tok)"
         )
     require_possible(config.evaluated_experts(full), shape)
+    require_groups(config, full)
     require_trainable(shape.model_type, config.training.packs, config.training.router_aux_loss_coef)
     row_length(config.data.max_length, shape)
     prompt_length(config.evaluation.max_new_tokens, shape)

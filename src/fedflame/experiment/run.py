@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from fedflame.clients.answers import Clients
 from fedflame.clients.local import LocalClients
+from fedflame.clients.masked import MaskedClients
 from fedflame.clients.workers import WorkerClients, WorkerSetup, worker_devices
 from fedflame.cost.run_cost import training_flops
 from fedflame.data.encoder import pad_token
@@ -212,11 +214,18 @@ def _last_kept(run: Path) -> int:
 def _clients(
     experiment: Experiment, run: Path, workers: int, sites: Sites | None, reporter: Reporter
 ) -> Iterator[Clients]:
-    config, adapted = experiment.config, experiment.adapted
     if sites is not None:
         with site_clients(sites, experiment, run, reporter.message) as at_sites:
             yield at_sites
         return
+    with _clients_here(experiment, run, workers, reporter) as here, TemporaryDirectory() as waiting:
+        masked = experiment.config.privacy.secure_aggregation
+        yield MaskedClients(here, Path(waiting)) if masked else here
+
+
+@contextmanager
+def _clients_here(experiment: Experiment, run: Path, workers: int, reporter: Reporter) -> Iterator[Clients]:
+    config, adapted = experiment.config, experiment.adapted
     residuals = Residuals(run / RESIDUALS, config.server.save_total_limit)
     own = LocalClients(
         adapted,

@@ -21,18 +21,30 @@ _MEANING = (
     "Clients that are simulated on this machine draw their noise from the seed, so that whoever knows the "
     "configuration can take it away. Sites draw theirs from a secret of their own.",
 )
+_SUMS = (
+    "The updates of the clients were seen in sums only: one over all clients of a round that trained with "
+    "equal k, under masks which cancel. So losses, counts and norms of single clients are not known. Tokens "
+    "and the FLOPs of training are those to be expected of the plan."
+)
 
 
 def privacy(run: Run) -> Markup:
-    """Show epsilon by client and round, and what it means; empty for a run that was not private."""
-    if run.config.get("privacy", {}).get("unit", "none") == "none":
-        return join([])
+    """Show what a private run tells; empty for a run that was neither noised nor summed under masks."""
+    config = run.config.get("privacy", {})
+    parts = [note(_SUMS)] if config.get("secure_aggregation") else []
+    if config.get("unit", "none") != "none":
+        parts += _spent(run)
+    return section("Privacy", *parts) if parts else join([])
+
+
+def _spent(run: Run) -> list[Markup]:
+    """Epsilon by client and round, and what it means."""
     if not run.spent:
-        return section("Privacy", note("No private round is finished yet."))
+        return [note("No private round is finished yet.")]
     last = {event.client: event for event in run.spent}
     headers = ["Client", "Epsilon", "Delta", "Noise over clip norm", "Sampled per step", "Steps"]
     rows = [_row(run, event) for _, event in sorted(last.items())]
-    return section("Privacy", table(headers, rows), _chart(run, last), *map(note, _MEANING))
+    return [table(headers, rows), _chart(run, last), *map(note, _MEANING)]
 
 
 def _row(run: Run, spent: Spent) -> list[object]:

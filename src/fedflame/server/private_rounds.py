@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedflame.messages import ClientUpdate, RoundPlan
+from fedflame.messages import RoundPlan
 from fedflame.privacy.accounting import Spending, epsilon_of
 from fedflame.server.parts import Server
 from fedflame.server.sampling import rounds_of
@@ -34,13 +34,13 @@ def expected_tokens(server: Server, plan: RoundPlan) -> int:
     return plan.max_steps * plan.batch_size * server.row_length
 
 
-def log_spent(server: Server, plan: RoundPlan, update: ClientUpdate) -> None:
-    """Log what the client of this update has spent after this round, by what it says of its noise.
+def log_spent(server: Server, plan: RoundPlan, sampling_rate: float, noise_multiplier: float) -> None:
+    """Log what the client of this plan has spent after this round, by what it says of its noise.
 
     A round in which it was asked counts, also where its answer was not used.
     """
     steps = _rounds_until(server, plan.client, plan.round) * plan.max_steps
-    spent = Spending(update.sampling_rate, update.noise_multiplier, steps)
+    spent = Spending(sampling_rate, noise_multiplier, steps)
     server.metrics.log(
         "privacy",
         round=plan.round,

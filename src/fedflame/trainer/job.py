@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from fedflame.config.sections import AdapterConfig
 from fedflame.config.words import Dtype
-from fedflame.trainer.header_model import HeaderModel
+from fedflame.wire.header_model import HeaderModel
 
 
 class TrainingJob(HeaderModel):

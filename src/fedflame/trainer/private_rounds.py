@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,9 +12,8 @@ from pathlib import Path
 import torch
 
 from fedflame import __version__
-from fedflame.atomic_file import fsync_folder
+from fedflame.atomic_file import kept_secret
 from fedflame.data.conversations import Conversation
-from fedflame.errors import UserError
 from fedflame.messages import RoundPlan
 from fedflame.privacy.noise import SECRET_BYTES, Noise
 from fedflame.privacy.terms import Terms, terms_of
@@ -67,37 +65,9 @@ def release_key(plan: str, rows: Sequence[Conversation], device: str) -> str:
 def site_noise(folder: Path, run: str, key: str) -> Noise:
     """Return the draws of an answer, by the secret of this state folder, which is made if there is none.
 
+    Without the secret, what is trained again has other draws, and is charged again.
+
     Raises:
         UserError: the secret cannot be read or written, or is damaged.
     """
-    path = folder / SECRET_FILE
-    try:
-        if not path.exists():
-            _write_secret(path)
-        secret = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read or written: {error.strerror}") from error
-    if len(secret) != SECRET_BYTES:
-        raise UserError(
-            f"{path}: has {len(secret)} bytes; a secret has {SECRET_BYTES}. Remove it: what is trained again "
-            "is then charged again"
-        )
-    return Noise(secret, (run, key))
-
-
-def _write_secret(path: Path) -> None:
-    """Write a new secret for this user alone, whole before it has its name. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    new.unlink(missing_ok=True)
-    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(file, os.urandom(SECRET_BYTES))
-        os.fsync(file)
-        os.link(new, path)
-        fsync_folder(
-            path.parent
-        )  # a secret that a crash loses would give a plan that came before other noise
-    finally:
-        os.close(file)
-        new.unlink()
+    return Noise(kept_secret(folder / SECRET_FILE, SECRET_BYTES), (run, key))

@@ -34,12 +34,15 @@ from fedflame.trainer.private_rounds import release_key, required_terms, site_no
 from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.rows import load_site_rows, require_tests
 from fedflame.trainer.site import Site
+from fedflame.trainer.sums import masked_update, ready, require_summed_with_peers
 from fedflame.trainer.work import Work
 from fedflame.wire.addition import decode_addition, plan_digest
 from fedflame.wire.codec import decode_evaluation, decode_evaluation_plan, decode_plan, decode_update
 from fedflame.wire.envelope import LONGEST_BODY, Envelope
 
 _RUN = re.compile(r"[0-9a-f]{32}")
+_DIGEST_LENGTH = 32
+"""Letters of the digest with which a stored answer begins."""
 _Decoded = TypeVar("_Decoded", ClientUpdate, ClientEvaluation)
 
 
@@ -117,8 +120,10 @@ class TrainerService:
                 "test_rows": self.test_rows,
                 "held": plan_digest(self._held(run)),
             }, b""
+        if kind == "sum":
+            return self._sum(run, bytes(request.body))
         if kind not in ("train", "evaluate"):
-            raise InvalidMessage(f"request of kind {kind!r}; describe, train and evaluate are known")
+            raise InvalidMessage(f"request of kind {kind!r}; describe, train, evaluate and sum are known")
         job, message = TrainingJob.read(request.header.get("job"), "job"), bytes(request.body)
         if request.truth("addition"):
             try:
@@ -144,6 +149,7 @@ class TrainerService:
 
     def _train(self, run: str, job: TrainingJob, message: bytes) -> tuple[dict[str, Any], bytes]:
         plan = decode_plan(message)
+        require_summed_with_peers(self._site, plan)
         self._work.require_training_allowed(job, plan)
         terms = required_terms(self._site, plan, len(self._units))
         known, digest = self._site.state_path / run / "answer", _digest(message, job)
@@ -166,7 +172,19 @@ class TrainerService:
             else:
                 self._say(f"{at}: answered again")
         update, learned = answer
+        if plan.secure_aggregation:
+            return {"kind": "update"}, ready(self._site, run, learned)
         return {"kind": "update", "steps": learned.steps, "tokens": learned.tokens}, update
+
+    def _sum(self, run: str, message: bytes) -> tuple[dict[str, Any], bytes]:
+        with self._working:
+            try:
+                answer = (self._site.state_path / run / "answer").read_bytes()[_DIGEST_LENGTH:]
+            except OSError as error:
+                raise Refusal(f"run {run[:8]}: this site has no update that waits for a sum") from error
+            body = masked_update(self._site, run, message, self._held(run), answer)
+        self._say(f"run {run[:8]}: its update is in a masked sum")
+        return {"kind": "sum"}, body
 
     def _begin(self, run: str, digest: str, plan: RoundPlan, terms: Terms | None) -> Noise | None:
         """Record a round in the ledger before it is trained; return the draws of a private one."""
@@ -218,7 +236,8 @@ class TrainerService:
 
 
 def _digest(message: bytes, job: TrainingJob) -> str:
-    return hashlib.blake2b(message + job.model_dump_json().encode(), digest_size=16).hexdigest()
+    whole = message + job.model_dump_json().encode()
+    return hashlib.blake2b(whole, digest_size=_DIGEST_LENGTH // 2).hexdigest()
 
 
 def _remembered(

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from fedflame.config.privacy_section import DELTA
 from fedflame.config.sections import EMBEDDED_MODEL
 from fedflame.config.settings import Section, SettingsFile, load_file
-from fedflame.config.values import Device
+from fedflame.config.values import Device, PublicKeys
 from fedflame.config.words import Checkpointed, Disclosure
 from fedflame.data.templates import PLAIN
 
@@ -134,6 +134,8 @@ class SitePrivacy(Section):
     refused before its first round; 0 means no limit."""
     delta: Annotated[float, Field(gt=0, lt=1)] = DELTA
     """The delta for which `max_epsilon` is computed, below one over the rows."""
+    min_peers: Annotated[int, Field(ge=2)] = 2
+    """The fewest other sites in a masked sum: with one, that one knows this site's update."""
 
 
 class SiteNvflare(Section):
@@ -163,6 +165,10 @@ class Site(SettingsFile):
     privacy: SitePrivacy = SitePrivacy()
     nvflare: SiteNvflare = SiteNvflare()
     flower: SiteFlower = SiteFlower()
+    peers: PublicKeys = Field(default_factory=dict)
+    """The sites whose updates may be summed with this one's: name -> the key that `site check` shows there,
+    which must come from the site itself and not through the hub. With any, the hub sees updates in sums only
+    (`privacy.secure_aggregation`), and a plan without is refused."""
     models: dict[str, str] = Field(default_factory=lambda: {EMBEDDED_MODEL: EMBEDDED_MODEL})
     """The base models that may be trained: the hub's name -> the folder or hub id at this site."""
 

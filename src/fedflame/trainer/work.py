@@ -96,7 +96,9 @@ class Work:
                 update = fine_tune_privately(ready.adapted, *setting)
         update = replace(update, num_examples=self._model.num_examples)  # as the site described itself
         require_enough(limits, update)
-        told, residuals = disclosed(update, limits.disclosure), Residuals(state / "residuals")
+        # What stays here until it is summed is told to nobody.
+        told = update if plan.secure_aggregation else disclosed(update, limits.disclosure)
+        residuals = Residuals(state / "residuals")
         return encode_with_feedback(told, plan, residuals, limits.max_update_norm)
 
     def score(self, job: TrainingJob, plan: EvaluationPlan) -> bytes:
