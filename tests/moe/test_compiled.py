@@ -60,12 +60,14 @@ def trained(
     """The losses of a few steps, and the adapter after them.
 
     A layer is compiled once for an input that needs no gradient, as that of the first one does not, and once
-    for one that does. Only the steps on `BATCHES` do both: in the others every input needs one.
+    for one that does. Only the steps on `BATCHES` do both, with all of attention adapted: in the others every
+    input needs one, and the queries alone are adapted.
     """
-    model = tiny_olmoe(num_hidden_layers=LAYERS)
+    model, attention = tiny_olmoe(num_hidden_layers=LAYERS), ATTENTION
     if batches is not BATCHES:
         model.enable_input_require_grads()
-    adapted = AdaptedModel(model, RANK, ALPHA, ATTENTION)
+        attention = ATTENTION[:1]
+    adapted = AdaptedModel(model, RANK, ALPHA, attention)
     adapted.load(random_adapter(adapted), torch.ones(LAYERS))
     scalars = [lora.s for lora in adapted.loras]
     optimizer = ExpertAdamW(adapted.loras, adapted.attention.values(), 0.01, 0.1, scalars)
