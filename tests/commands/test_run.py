@@ -325,20 +325,6 @@ def test_worker_processes_change_no_byte(
     assert timeless(tmp_path / "run") == timeless(finished)
 
 
-@pytest.mark.slow
-def test_no_worker_outlives_a_run_that_is_interrupted(tiny_folder: Path, tmp_path: Path) -> None:
-    """The other signals that end a command unwind it in the same way."""
-    process = start(tiny_folder, tmp_path / "run", "--workers", "3", "--set", "training.max_steps=1000")
-    wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 20)
-    children = descendants(process.pid)
-    assert len(children) >= 3, "the fork server and two other workers"
-    process.send_signal(signal.SIGINT)
-    errors = process.stderr(120)
-    assert process.returncode == 128 + signal.SIGINT
-    assert errors.startswith("fedflame: interrupted; "), errors
-    wait_until_gone(children)
-
-
 def test_an_existing_run_is_neither_touched_nor_forgotten(finished: Path, tiny_folder: Path) -> None:
     before = checkpoint_bytes(finished)
     result = invoke(*arguments(tiny_folder, finished))

@@ -22,7 +22,7 @@ from fedflame.moe.expert_lora import EXPERTS_IMPLEMENTATION
 from fedflame.training.steps import training_steps
 
 LAYERS = 6
-BATCHES = [(4, (11, 7, 4)), (2, (9, 8)), (1, (14, 2)), (4, (5, 5, 5))]
+BATCHES = [(4, (11, 7, 4)), (1, (14, 2)), (4, (5, 5, 5))]
 """k and the lengths of rows: with and without padding, one expert."""
 ONE_ROW = [(4, (6,))]
 """One row compiles everything anew, as balanced routers and dropout do."""
