@@ -280,6 +280,7 @@ def test_an_update_that_must_not_be_used_is_left_out_and_said_and_changes_nothin
         "clients.num_clients=2",
         "clients.active_experts=2,1",
         "training.max_steps=1",
+        "evaluation.evaluate_every=0",
         f"server.num_server_rounds={max(LIES)[0] + 1}",
     )
     files = make_sites(tiny_folder, tmp_path, [2, 1], *shape)
