@@ -19,6 +19,7 @@ from tests.cli_process import CliProcess
 from tests.tiny_runs import SETTINGS, adapter_bytes, invoke, start_cli
 
 from fedflame.base.mapped import CACHE_VARIABLE
+from fedflame.clients.fork_server import SIGNALS
 from fedflame.commands.compare import LOG_TAIL_BYTES, _last_line
 from fedflame.compare import cell_processes
 from fedflame.compare.cell_processes import run_cells
@@ -349,8 +350,9 @@ def interrupt_here(grid: Path, out: Path) -> None:
         if not ended.is_set():
             os.kill(here, signal.SIGINT)
 
+    before = {number: signal.getsignal(number) for number in SIGNALS}  # a command that was told leaves others
     # A shell's background jobs ignore SIGINT, and their children inherit it.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=press)
     thread.start()
     try:
@@ -358,7 +360,8 @@ def interrupt_here(grid: Path, out: Path) -> None:
     finally:
         ended.set()
         thread.join()
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert (result.exit_code, result.stderr) == (130, "fedflame: interrupted; the same command goes on\n")
     assert children
     wait_until_gone(children)
