@@ -17,9 +17,7 @@ def kernels(step: Callable[[], object], device: str) -> dict[str, Any]:
     """Return the number of launches and of copies, the seconds in which any runs, and the longest kernels."""
     on_cuda = device == "cuda"
     kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
-    with profile(
-        activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU], acc_events=True
-    ) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiled:
         step()
     results: Any = profiled.profiler.kineto_results  # type: ignore[union-attr]
     ran = [

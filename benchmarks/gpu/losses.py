@@ -39,7 +39,8 @@ def measure(sizes: Sizes, findings: Findings) -> None:
         runs[f"olmoe-small on {sizes.data.name}"] = options
     for name, options in runs.items():
         with findings.attempt(f"run of {name}"):
-            expected, found = run_events(devices, [*options, *settings(sizes)])
+            events = run_events(sorted(set(devices)), [*options, *settings(sizes)])
+            expected, found = (events[device] for device in devices)
             for before, after in zip(expected, found, strict=True):
                 findings.add("runs", run=name, cpu=before, card=after)
 
@@ -61,19 +62,19 @@ def settings(sizes: Sizes) -> list[str]:
     return [part for setting in (*common, *sizes.run) for part in ("--set", setting)]
 
 
-def run_events(devices: tuple[str, str], options: list[str]) -> list[list[dict[str, Any]]]:
-    """What clients and evaluations of the same run have logged on these devices; they run side by side."""
+def run_events(devices: list[str], options: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """What clients and evaluations of the same run have logged on each device; they run side by side."""
     with tempfile.TemporaryDirectory() as temporary:
-        folders = [Path(temporary) / str(number) for number in range(len(devices))]
+        folders = {device: Path(temporary) / device for device in devices}
         running = [
             start_run(["--device", device, "--output-dir", str(folder), *options])
-            for device, folder in zip(devices, folders, strict=True)
+            for device, folder in folders.items()
         ]
         for process in running:
             _, errors = process.communicate()
             if process.returncode:
                 raise RuntimeError(errors[-2000:])
-        return [logged(folder) for folder in folders]
+        return {device: logged(folder) for device, folder in folders.items()}
 
 
 def start_run(options: list[str]) -> subprocess.Popen[str]:

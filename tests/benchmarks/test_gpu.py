@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -101,13 +102,19 @@ def assert_shown(text: str, tables: dict[str, Tables]) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_card_nothing_is_measured(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_modules")
+def test_without_a_card_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a card")
-    done = run("--output", tmp_path, "--stages", "ceilings")
-    assert done.returncode == 1
-    assert "nothing is measured; --small runs on a CPU" in done.stderr
-    assert "has no CUDA" in done.stdout or "finds no" in done.stdout
+    measure, stages = importlib.import_module("run").measure, importlib.import_module("stages")
+    assert pickle.dumps((stages._run, importlib.import_module("sizes").FULL)), "as spawned processes need it"
+    monkeypatch.setitem(stages.START, "cuda", "fork")  # so that nothing is imported again for this refusal
+    with pytest.raises(SystemExit, match="nothing is measured; --small runs on a CPU"):
+        measure("cuda", small=False, data=None, output=tmp_path, names="ceilings")
+    found = capsys.readouterr().out
+    assert "has no CUDA" in found or "finds no" in found
 
 
 @pytest.mark.usefixtures("_modules")

@@ -139,9 +139,9 @@ def test_a_command_that_ends_by_itself_leaves_the_handlers_as_they_were() -> Non
 def test_a_signal_to_all_processes_of_a_run_leaves_none_of_them_and_nothing_temporary(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """As systemd, a terminal and a batch system send it."""
+    """As systemd, a terminal and a batch system send it. Workers leave it to the main process to end them."""
     run, temporary = tmp_path / "run", Path(tempfile.mkdtemp())  # short: a socket lies in it
-    words = [*arguments(tiny_folder, run), "--workers", "2", "--set", "training.max_steps=500"]
+    words = [*arguments(tiny_folder, run), "--workers", "3", "--set", "training.max_steps=500"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fedflame", *words],
         env=environment(TMPDIR=str(temporary)),
@@ -156,7 +156,8 @@ def test_a_signal_to_all_processes_of_a_run_leaves_none_of_them_and_nothing_temp
         assert time.monotonic() < deadline
         time.sleep(0.02)
     children = descendants(process.pid)
-    assert children and list(temporary.iterdir())
+    assert len(children) >= 3, "the fork server and two other workers"
+    assert list(temporary.iterdir())
     for _ in range(2):
         os.killpg(process.pid, signal.SIGTERM)
         time.sleep(0.05)

@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +49,7 @@ from fedflame.wire.frame import unseal
 from fedflame.wire.planes import decompress
 from loopback import alive, descendants
 
+TWO_ROWS = "training.per_device_train_batch_size=2"
 Misbehave = Callable[[RoundPlan, ClientUpdate], ClientUpdate]
 
 
@@ -258,23 +259,34 @@ def test_killed_at_three_instants_and_resumed_it_ends_in_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_with_rounded_updates_bytes_shrink_and_what_clients_owe_survives_a_kill(
-    finished: Path, tiny_folder: Path, tmp_path: Path
+def test_rounded_and_packed_what_clients_owe_survives_a_kill_with_workers_of_which_none_is_left(
+    finished: Path, undisturbed: Callable[..., Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    rounded, killed = tmp_path / "rounded", tmp_path / "killed"
-    tiny_run(tiny_folder, rounded, "communication.update_dtype=int8")
+    packing, rounding = ("training.packing=true", TWO_ROWS), "communication.update_dtype=int8"
+    alone, killed = undisturbed(*packing, rounding), tmp_path / "killed"
     goal = random.Random(time.time_ns()).randrange(
-        10, len((rounded / "metrics.jsonl").read_text().splitlines())
+        10, len((alone / "metrics.jsonl").read_text().splitlines())
     )
-    setting = ("--set", "communication.update_dtype=int8", "--workers", "2")
-    process = start(tiny_folder, killed, *setting)
+    setting = [part for setting in (*packing, rounding) for part in ("--set", setting)]
+    process = start(tiny_folder, killed, *setting, "--workers", "3")
+    wait_for_lines(process, killed / "metrics.jsonl", 1)
+    children = descendants(process.pid)
+    assert len(children) >= 3, "the fork server and two other workers, which are there before the first round"
     wait_for_lines(process, killed / "metrics.jsonl", goal)
     process.kill()
-    process.wait(20)
-    assert start(tiny_folder, killed, *setting, "--resume").wait(90) == 0, f"goal {goal}"
-    assert adapter_bytes(killed) == adapter_bytes(rounded), f"goal {goal}"
-    assert state_bytes(killed) == state_bytes(rounded)
-    before, after = (sum(event["bytes_up"] for event in events(run, "client")) for run in (finished, rounded))
+    assert process.wait(20) == -signal.SIGKILL, f"goal {goal}"
+    wait_until_gone(children)
+    tiny_run(tiny_folder, killed, *packing, rounding, existing="resume")
+    assert adapter_bytes(killed) == adapter_bytes(alone), f"goal {goal}"
+    assert state_bytes(killed) == state_bytes(alone)
+    assert len({adapter_bytes(run) for run in (finished, undisturbed(*packing), alone)}) == 3
+
+
+def test_rounded_updates_take_less_than_half_the_bytes(
+    finished: Path, undisturbed: Callable[..., Path]
+) -> None:
+    runs = finished, undisturbed("communication.update_dtype=int8")
+    before, after = (sum(event["bytes_up"] for event in events(run, "client")) for run in runs)
     assert after < 0.5 * before  # headers are a large part of such small messages
 
 
@@ -302,24 +314,6 @@ def test_a_run_that_is_told_to_end_says_how_to_go_on_and_goes_on_to_the_same_byt
     assert state_bytes(run) == state_bytes(finished)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_packed_rows_end_in_the_same_bytes_killed_and_resumed_and_with_workers(
-    finished: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    packing = ("training.packing=true", "training.per_device_train_batch_size=2")
-    tiny_run(tiny_folder, alone, *packing)
-    setting = [part for setting in packing for part in ("--set", setting)] + ["--workers", "2"]
-    process = start(tiny_folder, killed, *setting)
-    wait_for_lines(process, killed / "metrics.jsonl", 20)
-    process.kill()
-    process.wait(20)
-    assert start(tiny_folder, killed, *setting, "--resume").wait(90) == 0
-    assert adapter_bytes(killed) == adapter_bytes(alone) != adapter_bytes(finished)
-    assert state_bytes(killed) == state_bytes(alone)
-
-
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("workers", [2, 3])
 def test_worker_processes_change_no_byte(
@@ -329,27 +323,6 @@ def test_worker_processes_change_no_byte(
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
     assert state_bytes(tmp_path / "run") == state_bytes(finished)
     assert timeless(tmp_path / "run") == timeless(finished)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("end", [signal.SIGKILL, *ENDS])
-def test_no_worker_outlives_a_run_that_is_ended(
-    end: signal.Signals, tiny_folder: Path, tmp_path: Path
-) -> None:
-    process = start(tiny_folder, tmp_path / "run", "--workers", "3", "--set", "training.max_steps=1000")
-    wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 20)
-    deadline = time.monotonic() + 60
-    while len(children := descendants(process.pid)) < 3:  # the fork server and two other workers
-        assert time.monotonic() < deadline, children
-        time.sleep(0.02)
-    process.send_signal(end)
-    errors = process.stderr(120)
-    assert process.returncode == (-end if end == signal.SIGKILL else 128 + end)
-    assert end == signal.SIGKILL or errors.startswith(f"fedflame: {ENDS[end]}; "), errors
-    deadline = time.monotonic() + 60  # one that is still importing finds out when it is done
-    while left := [child for child in children if alive(child)]:
-        assert time.monotonic() < deadline, f"{left} are still there"
-        time.sleep(0.02)
 
 
 def test_an_existing_run_is_neither_touched_nor_forgotten(finished: Path, tiny_folder: Path) -> None:
@@ -601,6 +574,13 @@ def wait_for_lines(process: CliProcess, metrics: Path, goal: int) -> None:
         assert process.poll() is None, "ended before it could be stopped"
         assert time.monotonic() < deadline, f"{goal} lines in a minute"
         time.sleep(0.002)
+
+
+def wait_until_gone(children: Sequence[int]) -> None:
+    deadline = time.monotonic() + 60  # one that is still importing finds out when it is done
+    while left := [child for child in children if alive(child)]:
+        assert time.monotonic() < deadline, f"{left} are still there"
+        time.sleep(0.02)
 
 
 def timeless(run: Path) -> list[dict[str, object]]:

@@ -110,7 +110,7 @@ def left_out(run: Path) -> dict[Which, str]:
 # At random
 
 
-CLIENTS, ROUNDS, SHARE = 6, 50, 0.3
+CLIENTS, ROUNDS, SHARE = 6, 25, 0.3
 KINDS = {
     "fails": "RuntimeError: out of memory",
     "garbage": "its answer is refused: 7 bytes that are no envelope",
@@ -156,10 +156,10 @@ def failing_as(kinds: dict[Which, str], deliver: Deliver) -> Deliver:
     return answer
 
 
-def test_with_thirty_percent_failing_at_random_fifty_rounds_equal_those_that_skip_them(
+def test_with_thirty_percent_failing_at_random_many_rounds_equal_those_that_skip_them(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng = random.Random(0)
+    rng = random.Random(1)
     every = itertools.product(range(1, ROUNDS + 1), range(CLIENTS))
     kinds = {which: rng.choice(list(KINDS)) for which in every if rng.random() < SHARE}
     assert min(Counter(kinds.values())[kind] for kind in KINDS) > 5, "every kind is tried"
@@ -280,6 +280,7 @@ def test_an_update_that_must_not_be_used_is_left_out_and_said_and_changes_nothin
         "clients.num_clients=2",
         "clients.active_experts=2,1",
         "training.max_steps=1",
+        "evaluation.evaluate_every=0",
         f"server.num_server_rounds={max(LIES)[0] + 1}",
     )
     files = make_sites(tiny_folder, tmp_path, [2, 1], *shape)

@@ -26,7 +26,7 @@ from fedflame.experiment.run import run_experiment
 pytestmark = pytest.mark.slow
 
 SETTINGS = ("communication.update_dtype=int8", "evaluation.generate_every=0", "evaluation.max_new_tokens=0")
-FLIPS = 20
+FLIPS = 10
 Reader = Callable[[Path, Path], Any]
 
 
@@ -157,7 +157,7 @@ def copy(finished: Path, to: Path) -> Path:
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
 @pytest.mark.timeout(600)
-def test_twenty_flipped_bits_in_each_file_are_refused_or_harmless(
+def test_ten_flipped_bits_in_each_file_are_refused_or_harmless(
     reader: Reader, finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     run, rng = tmp_path / "work" / "run", random.Random(20)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -242,7 +243,13 @@ def test_what_cannot_be_evaluated_is_one_line(
 
 
 def test_a_task_of_the_hub_is_one_line_offline(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)
+    def one_of_its_own(include_path: None) -> TaskManager:
+        """The harness' tasks, which it is asked for by leaving out `include_defaults`, but for all others."""
+        return TaskManager(
+            include_path=Path(lm_eval.tasks.__file__).parent / "hellaswag", include_defaults=False
+        )
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", one_of_its_own)
     result = invoke("evaluate", finished, "--tasks", "hellaswag")
     assert (result.exit_code, result.stdout) == (2, "")
     line = "fedflame: --tasks hellaswag: cannot be loaded: Couldn't reach 'Rowan/hellaswag' on the Hub"

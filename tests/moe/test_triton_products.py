@@ -126,9 +126,9 @@ def test_values_by_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-TARGETS = (  # the code for float16 is that for bfloat16 but for the type, so it is not compiled every time
+TARGETS = (  # the code for float16 is that for bfloat16 but for the type: one card shows that it compiles
     *(pytest.param(torch.bfloat16, card, id=f"bfloat16, {card}") for card in SHARED_KB),
-    *(pytest.param(torch.float16, card, id=f"float16, {card}", marks=pytest.mark.slow) for card in SHARED_KB),
+    pytest.param(torch.float16, 90, id="float16, 90", marks=pytest.mark.slow),
     pytest.param(torch.float32, 80, id="float32, 80"),
 )
 
