@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from tests.tiny_runs import adapter_bytes, events
 
 SUMS = ("round", "client", "active_experts", "rank", "rows", "response_tokens", "loss_sum",
@@ -30,3 +31,13 @@ def assert_same(run: Path, finished: Path) -> None:
         assert (run / path.relative_to(finished)).read_bytes() == path.read_bytes(), path
     assert sums(run) == sums(finished) and tiers(run) == tiers(finished)
     assert not events(run, "excluded") and not events(run, "evaluation_excluded")
+
+
+def assert_same_but_for_rounded_sums(run: Path, unmasked: Path) -> None:
+    """The adapter is that of the run without masks, but for the rounding of sums; no client was left out."""
+    found, wanted = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (run, unmasked))
+    assert found.keys() == wanted.keys()
+    assert any(bool((found[name] != wanted[name]).any()) for name in found), "sums are rounded"
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() < 1e-5, name
+    assert not events(run, "excluded")

@@ -47,20 +47,26 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+ONE_ROUND_OF_EQUAL_K = EXPERIMENT.replace('"8,4,1"', "1").replace(
+    "num_server_rounds = 2", "num_server_rounds = 1"
+)
+
+
 @pytest.fixture(scope="module")
 def masked(experiment: Path) -> Path:
-    """The same sites with equal k, whose updates are summed under masks."""
+    """One round of the same sites with equal k, whose updates are summed under masks."""
     path = experiment.with_name("masked.toml")
-    text = EXPERIMENT.replace("fraction_evaluate = 1\n", "").replace('"8,4,1"', "1")
-    path.write_text(f"{text}[privacy]\nsecure_aggregation = true\n")
+    unscored = ONE_ROUND_OF_EQUAL_K.replace("fraction_evaluate = 1\n", "")
+    path.write_text(f"{unscored}[privacy]\nsecure_aggregation = true\n")
     return path
 
 
 @pytest.fixture(scope="module")
-def masked_and_finished(masked: Path, forked_commands: None) -> Path:
-    """The same in one process."""
-    run = masked.parent / "masked-in-one-process"
-    done = fedflame("run", masked, "--output-dir", run)
+def unmasked(experiment: Path, forked_commands: None) -> Path:
+    """The same in one process without masks, on the same rows."""
+    path, run = experiment.with_name("unmasked.toml"), experiment.parent / "unmasked"
+    path.write_text(f'{ONE_ROUND_OF_EQUAL_K}[strategy]\nclip = "none"\nk_rotation = "none"\n')
+    done = fedflame("run", path, "--output-dir", run)
     assert done.returncode == 0, done.stdout
     return run
 
