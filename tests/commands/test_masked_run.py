@@ -106,6 +106,16 @@ def test_private_rows_and_sums_together_equal_private_rows_alone(
     assert events(tmp_path / "alone", "privacy") == events(tmp_path / "both", "privacy") != []
 
 
+def test_clients_of_unequal_rows_go_over_their_own_once_and_are_in_one_sum(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    epoch = ("training.num_train_epochs=1", ONE_ROUND, "privacy.min_group=3")
+    tiny_run(tiny_folder, tmp_path / "run", *MASKED, *epoch)
+    found = events(tmp_path / "run", "client")
+    assert len(found) == 6 and all(one["trained_examples"] == one["num_examples"] for one in found)
+    assert len({one["num_examples"] for one in found}) > 1 < len({one["steps"] for one in found})
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [

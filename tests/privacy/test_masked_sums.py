@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,11 +184,15 @@ def test_members_that_were_told_different_things_add_up_to_no_sum() -> None:
         group_update(np.zeros(3, np.uint32), request, updates[0], plan)
 
 
-def test_the_digest_of_what_is_given_is_equal_for_clients_and_differs_by_value_round_and_k() -> None:
+def test_the_digest_of_what_is_given_is_equal_for_clients_and_differs_by_all_that_is_asked() -> None:
     plan = a_plan(two_groups(3)[0], 8)
     other = replace(plan, adapter=plan.adapter.combine(plan.adapter, torch.add))
-    same = (plan, replace(plan, client=4), replace(plan, max_steps=3))
-    different = (plan, other, replace(plan, round=2), replace(plan, active_experts=4))
+    same = (plan, replace(plan, client=4), replace(plan, private_steps=3))
+    changes: list[dict[str, Any]] = [
+        {"round": 2}, {"active_experts": 4}, {"learning_rate": 0.0}, {"max_steps": 3}, {"batch_size": 1},
+        {"rescaler_values": torch.zeros(LAYERS)}, {"merged": other}, {"clip_norm": 1.0},
+    ]  # fmt: skip
+    different = (plan, other, *(replace(plan, **change) for change in changes))
     assert len({given_digest(one) for one in same}) == 1
     assert len({given_digest(one) for one in different}) == len(different)
 

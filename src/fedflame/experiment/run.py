@@ -218,9 +218,12 @@ def _clients(
         with site_clients(sites, experiment, run, reporter.message) as at_sites:
             yield at_sites
         return
-    with _clients_here(experiment, run, workers, reporter) as here, TemporaryDirectory() as waiting:
-        masked = experiment.config.privacy.secure_aggregation
-        yield MaskedClients(here, Path(waiting)) if masked else here
+    with _clients_here(experiment, run, workers, reporter) as here:
+        if not experiment.config.privacy.secure_aggregation:
+            yield here
+            return
+        with TemporaryDirectory() as waiting:
+            yield MaskedClients(here, Path(waiting))
 
 
 @contextmanager

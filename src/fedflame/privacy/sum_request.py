@@ -7,12 +7,13 @@ different things, or were given different adapters, do not add up to a sum.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, model_validator
 
 from fedflame.errors import InvalidMessage
-from fedflame.messages import EvaluationPlan, RoundPlan
+from fedflame.messages import RoundPlan
 from fedflame.wire.addition import plan_digest
 from fedflame.wire.codec import encode_plan
 from fedflame.wire.envelope import Bytes
@@ -48,7 +49,7 @@ class SumRequest(HeaderModel):
     active_experts: Annotated[int, Field(ge=1)]
     given: Annotated[str, Field(max_length=200)]
     """`given_digest` of the members' plans."""
-    temperature: Annotated[float, Field(ge=0, le=100)]
+    temperature: Annotated[float, Field(ge=0, le=8)]
     """t: an expert's weight is the member's rows times its activation frequency to this power."""
     members: list[Member]
     """At least two, in the order of their names."""
@@ -82,6 +83,9 @@ class SumRequest(HeaderModel):
 
 
 def given_digest(plan: RoundPlan) -> str:
-    """Return the digest of what all members of a group are given alike: adapter, rescalers, round and k."""
-    values = plan.rescaler_values, plan.adapter, plan.merged
-    return plan_digest(encode_plan(EvaluationPlan(plan.round, 0, plan.active_experts, *values)))
+    """Return the digest of what all members of a group are asked alike: the plan, but for whose it is.
+
+    If one trained with another rate or for other steps than the rest, the sum would show its update. Only the
+    steps of the whole run may differ, by which noise is chosen (`RoundPlan.private_steps`).
+    """
+    return plan_digest(encode_plan(replace(plan, client=0, private_steps=0)))

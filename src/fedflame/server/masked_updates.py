@@ -78,18 +78,22 @@ class MaskedUpdates(Updates):
             yield update
 
     def _groups(self) -> list[list[_Trained]]:
-        """Have all clients train; return the groups of those that are ready, in the order of their first."""
-        groups: dict[int, list[_Trained]] = {}
+        """Have all clients train; return the groups of those that are ready, in the order of their first.
+
+        All of a group have trained by the same plan.
+        """
+        groups: dict[str, list[_Trained]] = {}
         asked: deque[Asked] = deque()
         for answer in self._server.clients.train(self._plans(asked), self._server.reporter.step):
             one = self._accepted_ready(asked.popleft(), answer)
             if one is not None:
-                groups.setdefault(one.asked.plan.active_experts, []).append(one)
+                groups.setdefault(given_digest(one.asked.plan), []).append(one)
         least, large = self._server.config.privacy.min_group, []
-        for k, group in groups.items():
+        for group in groups.values():
             if len(group) >= least:
                 large.append(group)
                 continue
+            k = group[0].asked.plan.active_experts
             for one in group:
                 reason = f"{len(group)} clients with k = {k} are ready; privacy.min_group = {least}"
                 self._exclude(one.client, k, reason)
@@ -129,8 +133,7 @@ class MaskedUpdates(Updates):
     def _member(self, one: _Trained) -> Member:
         server, ready = self._server, one.ready
         held = server.config.strategy.counted_rows == "held"
-        believed = server.clients.believed_rows(one.client)
-        rows = min(believed, ready.num_examples if held else ready.trained_examples)
+        rows = ready.num_examples if held else ready.trained_examples
         name = server.clients.name(one.client)
         return Member(name=name, rows=rows, key=ready.key, signature=ready.signature)
 

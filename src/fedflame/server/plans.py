@@ -30,7 +30,7 @@ def round_plan(server: Server, state: ServerState, profile: ClientProfile, round
     afforded = server.training_flops(profile.active_experts, server.config.adapter.r)
     spent = server.training_flops(k, instructions.adapter.rank)
     tokens = server.config.tokens_per_step()[profile.client]
-    rows = server.clients.believed_rows(profile.client)
+    rows = _rows_of_plan(server, profile.client)
     batches = rows if tokens else math.ceil(rows / training.per_device_train_batch_size)
     plan = RoundPlan(
         round=round_number,
@@ -64,3 +64,13 @@ def round_plan(server: Server, state: ServerState, profile: ClientProfile, round
         secure_aggregation=server.config.privacy.secure_aggregation,
     )
     return plan if server.config.privacy.unit == "none" else private_plan(server, plan)
+
+
+def _rows_of_plan(server: Server, client: int) -> int:
+    """Return the rows for which a plan leaves room: those of the client, or the most of any client.
+
+    Members of a masked sum have the same plan; an epoch ends where the client's own rows do.
+    """
+    sums = server.config.privacy.secure_aggregation
+    clients = [profile.client for profile in server.profiles] if sums else [client]
+    return max(map(server.clients.believed_rows, clients))

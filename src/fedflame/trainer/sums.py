@@ -82,7 +82,9 @@ def _checked(site: Site, run: str, request: SumRequest, plan: RoundPlan, update:
     if not plan.secure_aggregation or asked != (run, plan.round, plan.active_experts, given_digest(plan)):
         raise Refusal(f"the sum of round {request.round} is not for what this site was given last")
     me, own_key = request.member(site.name), public(run_key(site.state_path, run))
-    if me is None or me.key != own_key or me.rows > update.num_examples:
+    # With fewer rows than the others really have, they would stand beside its update in the sum by little.
+    own_rows = update.num_examples, update.trained_examples
+    if me is None or me.key != own_key or me.rows not in own_rows:
         raise Refusal("this site is not in the sum as it described itself")
     for member in request.members:
         if member is me:
