@@ -62,8 +62,8 @@ class RowNorms:
 
     def add(self, gradients: Tensor, rows: Tensor) -> None:
         """Add the squares of gradients [G,*], each of the row [G] with this number."""
-        squares = gradients.double().flatten(1).square().sum(1)
-        self.squares.index_add_(0, rows, squares)
+        norms = torch.linalg.vector_norm(gradients.flatten(1), dim=1, dtype=torch.float64)
+        self.squares.index_add_(0, rows, norms.square())
 
     def add_scalar(self, by_token: Tensor) -> None:
         """Add the square of a gradient that is a sum over the tokens [N] of a row."""
@@ -73,7 +73,8 @@ class RowNorms:
     def add_linear(self, d_out: Tensor, x: Tensor) -> None:
         """Add the squares of a weight's gradient, for the input x [B,*,in] and the gradient [B,*,out]."""
         d_out, x = (value.reshape(self._rows, -1, value.shape[-1]) for value in (d_out, x))
-        self.squares += (d_out.mT @ x.to(d_out.dtype)).double().square().sum((1, 2))
+        gradients = d_out.mT @ x.to(d_out.dtype)
+        self.squares += torch.linalg.vector_norm(gradients, dim=(1, 2), dtype=torch.float64).square()
 
 
 @contextmanager
