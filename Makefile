@@ -39,7 +39,7 @@ docs: $(READY) ## Build the documentation site, docs/_build/html/index.html
 # Federations mostly wait, so that they run beside all the rest. What is slow runs with the others: every process
 # that runs tests imports all of them first.
 check: $(READY) ## Everything that CI checks: style, types, the documentation site, all tests
-	$(MAKE) --keep-going --jobs=3 --output-sync=target test-federation test-others lint types docs
+	$(MAKE) --keep-going --jobs=2 --output-sync=target test-federation test-others lint types docs
 
 clean: ## Remove .venv, caches and builds; runs/ stays
 	rm -rf .venv dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

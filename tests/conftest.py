@@ -14,8 +14,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # also where there are cards, the tests compute on the CPU
 
 settings.register_profile("local", max_examples=25, deadline=None)
-if not os.environ.get("CI"):
-    settings.load_profile("local")  # CI draws the 100 examples of hypothesis' own profile
+settings.register_profile("checked", settings.get_profile("ci"), max_examples=50)  # the same ones each time
+settings.load_profile("checked" if os.environ.get("CI") else "local")
 
 CHECKOUT = Path(__file__).parents[1]
 SHARED_DATA = Path(os.environ.get("FEDFLAME_SHARED_DATA", CHECKOUT.parent / "shared" / "data"))
