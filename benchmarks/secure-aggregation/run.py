@@ -1,6 +1,8 @@
 """What masked sums cost: bytes, seconds and memory, with 6 and with 40 clients, of whom one may drop out.
 
-python benchmarks/secure-aggregation/run.py
+    python benchmarks/secure-aggregation/run.py
+
+One run of each case, in a process of its own.
 """
 
 from __future__ import annotations
@@ -94,9 +96,7 @@ def measured(clients: int, case: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    print(
-        "| clients | case | MB up, each | ms to mask, each | CPU s | peak MB | clients used in each round |"
-    )
+    print("| clients | case | MB up, each | ms to mask, each | CPU s | peak MB | clients used by round |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for clients in CLIENTS:
         for case in CASES:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fedflame.clients.answers import Answer, Clients, OnStep
 from fedflame.errors import UserError
 from fedflame.messages import ClientUpdate
-from fedflame.privacy.group_sums import contribution
-from fedflame.privacy.masks import masked
+from fedflame.privacy.group_sums import masked_contribution
+from fedflame.privacy.identity import public
 from fedflame.privacy.ready import Ready
 from fedflame.privacy.sum_request import SumRequest
 from fedflame.wire.codec import decode_plan, decode_update
@@ -35,7 +36,7 @@ class MaskedClients:
     _keys: dict[int, X25519PrivateKey] = field(default_factory=dict)
 
     def train(self, plans: Iterable[tuple[int, bytes]], on_step: OnStep) -> Iterator[Answer]:
-        asked: list[tuple[int, bytes]] = []
+        asked: deque[tuple[int, bytes]] = deque()
 
         def noted() -> Iterator[tuple[int, bytes]]:
             for pair in plans:
@@ -43,7 +44,7 @@ class MaskedClients:
                 yield pair
 
         for answer in self.inner.train(noted(), on_step):
-            client, plan = asked.pop(0)
+            client, plan = asked.popleft()
             yield answer if answer.failure else replace(answer, update=self._ready(client, plan, answer))
 
     def sums(self, requests: Iterable[tuple[int, bytes]]) -> Iterator[Answer]:
@@ -81,17 +82,14 @@ class MaskedClients:
             ) from error
         key = self._keys.setdefault(client, X25519PrivateKey.generate())
         update = decode_update(answer.update, decode_plan(plan))
-        return Ready.of(update, key.public_key().public_bytes_raw().hex()).encoded()
+        return Ready.of(update, public(key)).encoded()
 
     def _masked(self, client: int, request: SumRequest) -> bytes:
         plan = decode_plan(self._path(client, "plan").read_bytes())
         update = decode_update(self._path(client, "update").read_bytes(), plan)
         own = self._keys[client]
-        key = own.public_key().public_bytes_raw().hex()
-        me = next(member for member in request.members if member.key == key)
-        peers = {peer.name: bytes.fromhex(peer.key) for peer in request.members if peer is not me}
-        values = contribution(update, me.rows, request)
-        return masked(values, me.name, own, peers, request.encoded()).tobytes()
+        me = next(member for member in request.members if member.key == public(own))
+        return masked_contribution(update, me, own, request)
 
     def _path(self, client: int, kind: str) -> Path:
         return self.folder / f"{client}.{kind}"

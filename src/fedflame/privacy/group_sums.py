@@ -15,12 +15,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from torch import Tensor
 
 from fedflame.errors import InvalidMessage
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan, is_trained
+from fedflame.privacy.masks import masked
 from fedflame.privacy.ring import from_ring, to_ring
-from fedflame.privacy.sum_request import SumRequest
+from fedflame.privacy.sum_request import Member, SumRequest
 
 _PARTS = 1 << 40
 """Tokens that a group's update claims, so that its counts say any frequency exactly enough."""
@@ -38,6 +40,20 @@ def contribution(update: ClientUpdate, rows: int, request: SumRequest) -> np.nda
     for name, delta in _trained(update.delta, update):
         parts.append(delta * _broadcast(_weight(name, weights, share), delta))
     return to_ring(torch.cat([part.flatten() for part in parts]))
+
+
+def masked_contribution(
+    update: ClientUpdate, me: Member, own: X25519PrivateKey, request: SumRequest
+) -> bytes:
+    """Return the contribution of a member under the masks that it shares with all others, in bytes.
+
+    Raises:
+        UserError: see `to_ring`.
+        ValueError: see `masked`.
+    """
+    peers = {peer.name: bytes.fromhex(peer.key) for peer in request.members if peer is not me}
+    values = contribution(update, me.rows, request)
+    return masked(values, me.name, own, peers, request.encoded()).tobytes()
 
 
 def length_of_sum(plan: RoundPlan, request: SumRequest) -> int:

@@ -8,7 +8,6 @@ which a member gives no answer.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -83,9 +82,8 @@ class MaskedUpdates(Updates):
         All of a group have trained by the same plan.
         """
         groups: dict[str, list[_Trained]] = {}
-        asked: deque[Asked] = deque()
-        for answer in self._server.clients.train(self._plans(asked), self._server.reporter.step):
-            one = self._accepted_ready(asked.popleft(), answer)
+        for asked, answer in self._answers():
+            one = self._accepted_ready(asked, answer)
             if one is not None:
                 groups.setdefault(given_digest(one.asked.plan), []).append(one)
         least, large = self._server.config.privacy.min_group, []
@@ -101,7 +99,6 @@ class MaskedUpdates(Updates):
 
     def _accepted_ready(self, asked: Asked, answer: Answer) -> _Trained | None:
         server, profile, plan = self._server, asked.profile, asked.plan
-        server.reporter.end_client(server.clients.name(profile.client))
         try:
             if answer.failure:
                 raise InvalidMessage(answer.failure)

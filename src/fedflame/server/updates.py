@@ -87,11 +87,19 @@ class Updates:
             yield server.clients.believed(one.update)
 
     def _accepted(self) -> Iterator[Taken]:
-        asked: deque[Asked] = deque()
-        for answer in self._server.clients.train(self._plans(asked), self._server.reporter.step):
-            one = self._accept(asked.popleft(), answer)
+        for asked, answer in self._answers():
+            one = self._accept(asked, answer)
             if one is not None:
                 yield one
+
+    def _answers(self) -> Iterator[tuple[Asked, Answer]]:
+        """Have the round's clients train; yield each plan with its answer."""
+        asked: deque[Asked] = deque()
+        server = self._server
+        for answer in server.clients.train(self._plans(asked), server.reporter.step):
+            one = asked.popleft()
+            server.reporter.end_client(server.clients.name(one.profile.client))
+            yield one, answer
 
     def _plans(self, asked: deque[Asked]) -> Iterator[tuple[int, bytes]]:
         """Yield clients with their encoded plans, each made when it is needed, and add them to `asked`."""
@@ -109,7 +117,6 @@ class Updates:
     def _accept(self, asked: Asked, answer: Answer) -> Taken | None:
         """Return the update in the answer, or None if it cannot be used; the reason is then logged."""
         server, profile, plan = self._server, asked.profile, asked.plan
-        server.reporter.end_client(server.clients.name(profile.client))
         try:
             if answer.failure:
                 raise InvalidMessage(answer.failure)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from fedflame.atomic_file import write_atomically
 from fedflame.messages import ClientUpdate, RoundPlan
-from fedflame.privacy.group_sums import contribution
+from fedflame.privacy.group_sums import masked_contribution
 from fedflame.privacy.identity import identity, is_signed, public, run_key, sign
-from fedflame.privacy.masks import masked
 from fedflame.privacy.ready import Ready
 from fedflame.privacy.sum_request import Member, SumRequest, given_digest
 from fedflame.trainer.refusal import Refusal
@@ -68,10 +67,8 @@ def masked_update(site: Site, run: str, message: bytes, plan: bytes, answer: byt
     update = decode_update(answer, given)
     me = _checked(site, run, request, given, update)
     _write_down(site.state_path / run / LIST_FILE, request.round, hashlib.sha256(message).hexdigest())
-    peers = {peer.name: bytes.fromhex(peer.key) for peer in request.members if peer is not me}
     try:
-        values = contribution(update, me.rows, request)
-        return masked(values, me.name, run_key(site.state_path, run), peers, request.encoded()).tobytes()
+        return masked_contribution(update, me, run_key(site.state_path, run), request)
     except ValueError as error:
         raise Refusal(f"a key of the sum's members is no key: {error}") from error
 
