@@ -27,7 +27,12 @@ from fedflame.privacy.noise import Noise
 from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import read_checkpoint
 
-SIX = ("clients.num_clients=6", "clients.active_experts=4,4,4,2,2,2", "data.max_rows=96")
+SIX = (
+    "clients.num_clients=6",
+    "clients.active_experts=4,4,4,2,2,2",
+    "data.max_rows=96",
+    "training.local_lr_scheduler_type=linear",
+)
 MASKED = (*SIX, "privacy.secure_aggregation=true", "server.num_server_rounds=2")
 PLAIN = (*SIX, "strategy.clip=none", "strategy.k_rotation=none", "server.num_server_rounds=1")
 
@@ -51,6 +56,12 @@ def test_a_round_of_sums_ends_where_one_of_updates_does(
         assert (value - found.adapter.tensors()[name]).abs().max() < 1e-4, name
     for k in (4, 2):
         assert (plain.rescalers[k] - found.rescalers[k]).abs().max() < 1e-6
+    known = ("active_experts", "rank", "learning_rate", "steps", "num_examples", "trained_examples")
+    lines, of_sums = (
+        [[line[name] for name in known] for line in events(run, "client")]
+        for run in (tmp_path / "run", finished)
+    )
+    assert lines == of_sums[: len(lines)] != []
 
 
 def test_workers_change_no_byte(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fedflame.messages import NOTHING, ClientUpdate, RoundPlan
 from fedflame.privacy.group_sums import group_update, length_of_sum
 from fedflame.privacy.ready import Ready
 from fedflame.privacy.sum_request import Member, SumRequest, given_digest
+from fedflame.server.client_lines import log_client
 from fedflame.server.parts import Server
 from fedflame.server.private_rounds import expected_tokens, log_spent
 from fedflame.server.updates import Asked, Updates, validate_rows
@@ -179,32 +180,10 @@ def _without_values(group: Sequence[_Trained], plan: RoundPlan) -> ClientUpdate:
 
 def _log(server: Server, one: _Trained, up: int, down: int) -> None:
     """Log what is known of a client whose update is in a sum, for which so many bytes went up and down."""
-    plan, ready, trained = one.asked.plan, one.ready, one.answer
-    tokens = expected_tokens(server, plan)
+    plan, trained = one.asked.plan, one.answer
+    up += len(trained.update)
     down += one.asked.plan_bytes if trained.bytes_down is None else trained.bytes_down
-    server.metrics.log(
-        "client",
-        round=plan.round,
-        client=one.client,
-        active_experts=plan.active_experts,
-        rank=plan.adapter.rank,
-        loss=None,
-        learning_rate=plan.learning_rate,
-        step_losses=[],
-        step_rates=[],
-        tokens=tokens,
-        steps=ready.steps,
-        num_examples=ready.num_examples,
-        trained_examples=ready.trained_examples,
-        seconds=round(trained.seconds, 3),
-        training_flops=tokens * server.training_flops(plan.active_experts, plan.adapter.rank),
-        bytes_up=len(trained.update) + up,
-        bytes_down=down,
-        rescaler=[],
-        counts=[],
-        norms={},
-        pace=None,
-    )
+    log_client(server, plan, one.ready, expected_tokens(server, plan), trained.seconds, up, down)
     server.reporter.message(
         f"round {plan.round}: {server.clients.name(one.client)} (k={plan.active_experts}) is in a masked sum"
     )

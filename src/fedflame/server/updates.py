@@ -13,6 +13,7 @@ from fedflame.clients.answers import Answer
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.run_files.spans import in_spans
+from fedflame.server.client_lines import log_client
 from fedflame.server.clipping import OUTLIER, Taken, clipped, outliers, remembered, taken
 from fedflame.server.finite import Diverged, require_finite_state
 from fedflame.server.parts import Server
@@ -140,37 +141,22 @@ class Updates:
         server.reporter.message(f"round {self._round}: {server.clients.name(client)} is left out: {reason}")
 
     def _log(self, one: Taken, plan: RoundPlan, bytes_down: int, answer: Answer) -> None:
-        update, seconds = one.update, answer.seconds
-        rates = list(learning_rates(plan, update.steps))
-        server, k, rank = self._server, update.active_experts, update.delta.rank
+        update, server, losses = one.update, self._server, answer.step_losses
         tokens = expected_tokens(server, plan) if plan.is_private else update.tokens
-        server.metrics.log(
-            "client",
-            round=update.round,
-            client=update.client,
-            active_experts=k,
-            rank=rank,
-            loss=update.loss,
-            learning_rate=sum(rates) / max(1, len(rates)),
-            step_losses=in_spans(answer.step_losses, _SPANS),
-            step_rates=in_spans(rates, _SPANS) if answer.step_losses else [],
-            tokens=tokens,
-            steps=update.steps,
-            num_examples=update.num_examples,
-            trained_examples=update.trained_examples,
-            seconds=round(seconds, 3),
-            training_flops=tokens * server.training_flops(k, rank),
-            bytes_up=len(answer.update),
-            bytes_down=bytes_down,
-            rescaler=update.rescaler_values.tolist(),
-            counts=[] if update.loss is None else update.counts.tolist(),
-            norms=dict(one.norms),
-            pace=one.pace.delta,
-        )
+        told = {
+            "loss": update.loss,
+            "step_losses": in_spans(losses, _SPANS),
+            "step_rates": in_spans(list(learning_rates(plan, update.steps)), _SPANS) if losses else [],
+            "rescaler": update.rescaler_values.tolist(),
+            "counts": [] if update.loss is None else update.counts.tolist(),
+            "norms": dict(one.norms),
+            "pace": one.pace.delta,
+        }
+        log_client(server, plan, update, tokens, answer.seconds, len(answer.update), bytes_down, told)
         loss = "withheld" if update.loss is None else f"{update.loss:.3f}"
         server.reporter.message(
-            f"round {update.round}: {server.clients.name(update.client)} (k={k}) loss {loss}, "
-            f"{'about ' * plan.is_private}{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s"
+            f"round {update.round}: {server.clients.name(update.client)} (k={plan.active_experts}) loss "
+            f"{loss}, {'about ' * plan.is_private}{tokens:,} tokens, {tokens / answer.seconds:,.0f} tokens/s"
         )
 
     def _log_clipped(self, one: Taken) -> None:
