@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import socket
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from multiprocessing.connection import arbitrary_address
 from pathlib import Path
 
 import pytest
@@ -40,24 +37,21 @@ def test_what_is_imported_before_the_fork_asks_nothing_of_cuda() -> None:
     assert all(importlib.import_module(name) for name in PRELOADED)
 
 
-@pytest.fixture
-def longest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A temporary folder whose path is as long as is allowed."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
-        folder = Path(parent) / ("a" * (LONGEST_TEMPORARY - len(parent) - 1))
-        folder.mkdir()
-        monkeypatch.setattr(tempfile, "tempdir", str(folder))
-        monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
-        yield folder
+BIND = """
+import socket
+from multiprocessing.connection import arbitrary_address
+socket.socket(socket.AF_UNIX).bind(arbitrary_address("AF_UNIX"))
+"""
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="it spawns processes")
-def test_a_temporary_folder_with_a_longer_path_is_refused(
-    longest: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    process_context()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(arbitrary_address("AF_UNIX"))
+def test_a_temporary_folder_with_a_longer_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        longest = Path(parent) / ("a" * (LONGEST_TEMPORARY - len(parent) - 1))
+        longest.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(longest))
+        process_context()
+        subprocess.run([sys.executable, "-c", BIND], env=os.environ | {"TMPDIR": str(longest)}, check=True)
     monkeypatch.setattr(tempfile, "tempdir", f"{longest}b")
     with pytest.raises(UserError, match=rf"TMPDIR {longest}b is too long .* at most {LONGEST_TEMPORARY}"):
         process_context()
