@@ -20,6 +20,7 @@ _DISCRETIZATION = 1e-3
 _LEAST_NOISE, _MOST_NOISE = 0.1, 1e4
 _MOST_LOSS = 1000.0
 """Beyond about this, in nats, epsilon says nothing and takes minutes to compute: it is called infinite."""
+_LEAST_EPSILON = 1e-6
 _PRECISION = 1e-3
 """Relative, of a noise multiplier that is searched for; it is rounded up."""
 
@@ -74,19 +75,23 @@ def noise_for(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
     Raises:
         UserError: no noise that can be drawn is enough.
     """
+    from scipy.optimize import brentq  # here: it takes long to load, and most commands need none
 
-    def stays(noise: float) -> bool:
-        return epsilon_of([Spending(sampling_rate, noise, steps)], delta) <= epsilon
+    def excess(log_noise: float) -> float:
+        found = epsilon_of([Spending(sampling_rate, math.exp(log_noise), steps)], delta)
+        return math.log(min(max(found, _LEAST_EPSILON), 2 * _MOST_LOSS) / epsilon)
 
-    if not stays(_MOST_NOISE):
+    if excess(math.log(_MOST_NOISE)) > 0:
         raise UserError(
             f"privacy.epsilon = {epsilon:g}: no noise up to {_MOST_NOISE:g} times the clip norm is enough "
             f"for {steps:,} steps with delta = {delta:g}; allow more, or take fewer steps"
         )
-    low, high = _LEAST_NOISE, 1.0
-    while not stays(high):
-        low, high = high, 2 * high
-    while high / low > 1 + _PRECISION:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if stays(middle) else (middle, high)
-    return high
+    low = high = 0.0
+    while excess(high) > 0:
+        low, high = high, high + math.log(2)
+    while excess(low) <= 0:
+        low, high = low - math.log(2), low
+    found: float = brentq(excess, low, high, xtol=_PRECISION)  # in logarithms it is nearly a line
+    while excess(found) > 0:
+        found += _PRECISION
+    return math.exp(found)
