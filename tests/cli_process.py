@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tests.preloaded import Fork, fork_server
+
+from loopback import alive
 
 
 class CliProcess(Fork):
@@ -29,3 +32,11 @@ class CliProcess(Fork):
         """What it has said, once it has ended."""
         self.wait(timeout)
         return self._errors.read_text()
+
+
+def wait_until_gone(children: Sequence[int]) -> None:
+    """Until no process of these is left, after the one that started them was killed."""
+    deadline = time.monotonic() + 60  # one that is still importing finds out when it is done
+    while left := [child for child in children if alive(child)]:
+        assert time.monotonic() < deadline, f"{left} are still there"
+        time.sleep(0.02)

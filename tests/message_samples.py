@@ -101,6 +101,14 @@ def an_update(
     )
 
 
+VALID_COUNTS = torch.tensor([[11, 6, 5, 0, 0], [0, 11, 0, 0, 11]])
+"""Of 11 tokens with k = 2: one expert saw every token, and each layer's sum is just tokens x k."""
+
+
+def valid_update() -> ClientUpdate:
+    return an_update(counts=VALID_COUNTS.clone())
+
+
 def assert_same_bits(got: Tensor, wanted: Tensor, name: str) -> None:
     assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype), name
     as_integers = torch.int32 if wanted.dtype == torch.float32 else wanted.dtype

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -170,6 +171,22 @@ def random_state(adapted: AdaptedModel) -> ServerState:
     return ServerState(
         adapter, {3: torch.ones(2), 2: torch.tensor([1.25, 0.75]), 1: torch.tensor([1.5, 2.25])}
     )
+
+
+def with_merged(state: ServerState, rank: int) -> ServerState:
+    """The state with random factors of this rank in its base."""
+    generator = torch.Generator().manual_seed(rank)
+    values = {}
+    for name, value in state.adapter.tensors().items():
+        shape = [size * rank // R if size in (R, 2 * R) else size for size in value.shape]
+        values[name] = torch.randn(shape, generator=generator) * 0.2
+    return replace(state, merged=Adapter.from_tensors(values))
+
+
+def with_tiers(state: ServerState) -> ServerState:
+    """The state with an adapter of its own at k = 2 and 1."""
+    own = {k: state.adapter.combine(state.adapter, lambda a, _, k=k: a * (1 + k)) for k in (2, 1)}  # type: ignore[misc]
+    return replace(state, tier_adapters=own)
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fedflame.messages import RoundPlan
 from fedflame.trainer.job import TrainingJob
+from fedflame.trainer.service import TrainerService
 from fedflame.wire.codec import encode_plan
 from fedflame.wire.envelope import Envelope
 
 RUN = "ab" * 16
 MODEL = "the-model"
 ROWS = 7
+LIMITS = "[limits]\n"
+"""The section of a site's file; its keys follow."""
+Make = Callable[..., TrainerService]
+"""What the fixture `make_service` is."""
 
 
 class Told(list[str]):

@@ -1,54 +1,26 @@
-"""`fedflame compare` on a grid of two methods and two seeds: whole, killed, failing, and enlarged."""
+"""`fedflame compare` on a grid of two methods and two seeds: whole, interrupted, failing, and enlarged."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.cli_process import CliProcess
-from tests.tiny_runs import SETTINGS, adapter_bytes, invoke, start_cli
+from tests.cli_process import CliProcess, wait_until_gone
+from tests.commands.compared import FEDAVG, METHODS, kept, write_grid
+from tests.tiny_runs import adapter_bytes, invoke, start_cli
 
-from fedflame.base.mapped import CACHE_VARIABLE
 from fedflame.clients.fork_server import SIGNALS
-from fedflame.commands.compare import LOG_TAIL_BYTES, _last_line
-from fedflame.compare import cell_processes
-from fedflame.compare.cell_processes import run_cells
-from fedflame.compare.grid import Cell, read_grid
-from fedflame.compare.results import RESULTS, CellResult, has_left_result, read_results
-from loopback import alive, descendants
+from fedflame.compare.results import RESULTS, CellResult
+from loopback import descendants
 
-pytestmark = pytest.mark.slow
-
-FEDAVG = '[methods.fedavg]\nstrategy.name = "fedavg"\n'
-METHODS = f"[methods.flame]\nstrategy.temperature = 2\n{FEDAVG}"
-
-
-def write_grid(folder: Path, model: Path, methods: str = METHODS, seeds: str = "[0, 1]") -> Path:
-    base = [setting.split("=") for setting in (*SETTINGS, f"model.model_name_or_path={model}")]
-    lines = [f'{key} = "{value}"' for key, value in base]
-    path = folder / "grid.toml"
-    path.write_text(
-        "\n".join(['baseline = "fedavg"', "[base]", *lines, methods, "[grid]", f"seed = {seeds}"])
-    )
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of mapped bases for this module; the processes of cells take it over."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compare_cache")]
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +37,6 @@ def cells(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted((folder / "cells").iterdir()) if path.is_dir()}
 
 
-def kept(folder: Path) -> dict[str, CellResult]:
-    """The results file."""
-    return read_results(folder / RESULTS)
-
-
 def outcomes(folder: Path) -> dict[str, CellResult]:
     """The results file without what a clock wrote."""
     return {
@@ -78,20 +45,6 @@ def outcomes(folder: Path) -> dict[str, CellResult]:
         )
         for name, result in kept(folder).items()
     }
-
-
-class Told:
-    """What the cells came to."""
-
-    def __init__(self) -> None:
-        self.worked: set[str] = set()
-        self.outcomes: list[tuple[str, str | None]] = []
-
-    def working(self, cells: Sequence[Cell]) -> None:
-        self.worked |= {cell.name for cell in cells}
-
-    def ended(self, cell: Cell, failure: str | None) -> None:
-        self.outcomes.append((cell.method, failure))
 
 
 def losses_beyond(folder: Path, method: str) -> list[float]:
@@ -209,42 +162,6 @@ def test_another_baseline_runs_nothing_and_turns_the_differences_round(
     assert "grid: baseline = 'flam': must be one of the methods flame, fedavg" in wrong.stderr
 
 
-def test_a_process_that_dies_loses_its_cell_only(tiny_folder: Path, tmp_path: Path) -> None:
-    grid = read_grid(write_grid(tmp_path, tiny_folder, seeds="[0]"), [], str(tmp_path / "out"))
-
-    class Kill(Told):
-        def working(self, cells: Sequence[Cell]) -> None:
-            if cells[0].method == "flame":
-                for process in multiprocessing.active_children():
-                    process.kill()
-
-    told = Kill()
-    failures = run_cells(grid, 1, told)
-    assert told.outcomes == [("flame", "its process ended with exit code -9"), ("fedavg", None)]
-    assert failures == {grid.cells[0].name: "its process ended with exit code -9"}
-
-
-def test_a_cell_that_was_done_and_not_recorded_is_recorded_and_not_run_again(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
-    grid = read_grid(write_grid(tmp_path, tiny_folder, FEDAVG, "[0]"), [], str(tmp_path / "out"))
-
-    def dies(path: Path, results: Mapping[str, CellResult], of: Iterable[Cell]) -> Mapping[str, CellResult]:
-        if any(map(has_left_result, of)):
-            raise KeyboardInterrupt
-        return results
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cell_processes, "take_over", dies)
-        run_cells(grid, 1, Told())
-    assert has_left_result(grid.cells[0]) and not kept(grid.output_dir)
-    listed = invoke("compare", tmp_path / "grid.toml", "--output-dir", tmp_path / "out", "--dry-run")
-    assert listed.stdout.splitlines()[-1] == "1 cells, 1 finished"
-    told = Told()
-    assert run_cells(grid, 1, told) == {} and not told.worked
-    assert list(kept(grid.output_dir)) == [grid.cells[0].name] and not has_left_result(grid.cells[0])
-
-
 def test_a_grid_that_shrank_and_grew_again_runs_nothing(
     finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -274,63 +191,6 @@ def test_a_damaged_results_file_is_one_line_and_stays_as_it_is(
     )
     assert result.stderr.endswith("; delete the line to make it anew\n") and result.stderr.count("\n") == 1
     assert (out / RESULTS).read_bytes() == damaged
-
-
-def test_a_dry_run_lists_the_cells_and_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    grid = write_grid(tmp_path, tiny_folder)
-    result = invoke("compare", grid, "--output-dir", tmp_path / "out", "--dry-run")
-    lines = result.stdout.splitlines()
-    assert [line.endswith(": to run") for line in lines] == [True] * 4 + [False]
-    assert lines[-1] == "4 cells, 0 finished"
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_mistake_is_found_before_the_first_cell_runs(tiny_folder: Path, tmp_path: Path) -> None:
-    grid = write_grid(tmp_path, tiny_folder, METHODS + "strategy.temprature = 1\n")
-    result = invoke("compare", grid, "--output-dir", tmp_path / "out")
-    assert result.exit_code == 2
-    assert result.stderr.startswith(
-        "fedflame: config: unknown key 'strategy.temprature'; the nearest valid key"
-    )
-    assert not (tmp_path / "out").exists()
-
-
-def test_missing_data_is_one_line_before_the_first_cell_runs(tiny_folder: Path, tmp_path: Path) -> None:
-    grid, absent = write_grid(tmp_path, tiny_folder), tmp_path / "rows.jsonl"
-    result = invoke("compare", grid, "--output-dir", tmp_path / "out", "--data", absent)
-    assert result.exit_code == 2
-    assert result.stderr == f"fedflame: data.dataset_name = '{absent}': no such file\n"
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_is_no_comparison_is_left_alone(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "report.html").write_text("years of work")
-    result = invoke("compare", write_grid(tmp_path, tiny_folder), "--output-dir", tmp_path / "thesis")
-    assert result.exit_code == 2
-    assert (
-        "exists and is no comparison (it has no cells.jsonl and no cells/); it is left as it is"
-        in result.stderr
-    )
-    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["report.html"]
-
-
-def test_a_second_comparison_in_the_same_folder_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "out" / "cells").mkdir(parents=True)
-    with (tmp_path / "out" / "cells" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = invoke("compare", write_grid(tmp_path, tiny_folder), "--output-dir", tmp_path / "out")
-    assert result.exit_code == 2
-    assert result.stderr == (
-        f"fedflame: {tmp_path / 'out'}: another `fedflame compare` is at work there (a process "
-        "that has just begun)\n"
-    )
-
-
-def test_the_last_line_of_a_log(tmp_path: Path) -> None:
-    assert _last_line(tmp_path / "log.txt") == ""
-    (tmp_path / "log.txt").write_text("x" * LOG_TAIL_BYTES + "\nround 1: é\n")
-    assert _last_line(tmp_path / "log.txt") == "round 1: é"
 
 
 def start(grid: Path, out: Path) -> CliProcess:
@@ -385,13 +245,6 @@ def wait_for_cell(process: CliProcess, out: Path, begun: int) -> None:
         assert process.poll() is None, "ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def wait_until_gone(processes: Sequence[int]) -> None:
-    deadline = time.monotonic() + 60
-    while left := [pid for pid in processes if alive(pid)]:
-        assert time.monotonic() < deadline, f"{left} are still there"
-        time.sleep(0.02)
 
 
 def test_with_bounds_the_tables_hold_what_clients_scored_and_nothing_runs_twice(

@@ -1,4 +1,4 @@
-"""Costs against torch's own FLOP counter, real models' parameters, and numbers by hand."""
+"""Costs of real models and by hand: parameters, FLOPs, memory and bytes, and a table of tiers."""
 
 from __future__ import annotations
 
@@ -7,194 +7,19 @@ import subprocess
 import sys
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from tests.cost.shipped_configs import MODELS, OLMOE, QKVO, RANK, ROOT, from_config
 from tests.tiny_models import EXPERTS, HIDDEN, LAYERS, WIDTH, tiny_adapted
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from fedflame.config.words import Dtype
 from fedflame.cost.adapter_size import adapter_parameters
 from fedflame.cost.flops import forward_flops_per_token, training_flops_per_token
 from fedflame.cost.memory import least_evaluation_memory, least_training_memory, training_memory
-from fedflame.cost.model_shape import ModelShape, base_parameters, read_model_shape
-from fedflame.cost.tiers import Tier, require_possible, tier_costs
-from fedflame.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-MODELS = ROOT / "configs" / "models"
-OLMOE = MODELS / "OLMoE-1B-7B-0924"
-QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
-BATCH, LENGTH, RANK = 2, 7, 3
-from_config: Any = AutoModelForCausalLM.from_config
-
-# No two sizes of one family are equal (OLMoE alone ties its query width to the hidden size).
-COMMON: dict[str, Any] = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "vocab_size": 53,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "olmoe": {"intermediate_size": 10, "num_experts": 11, "num_experts_per_tok": 8},
-    "mixtral": {"intermediate_size": 10, "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8},
-    "qwen3_moe": {
-        "moe_intermediate_size": 10,
-        "intermediate_size": 17,
-        "num_experts": 11,
-        "num_experts_per_tok": 4,
-        "head_dim": 8,
-        "num_hidden_layers": 4,
-        "mlp_only_layers": [0],
-    },
-    "qwen2_moe": {
-        "moe_intermediate_size": 10,
-        "intermediate_size": 17,
-        "shared_expert_intermediate_size": 13,
-        "num_experts": 11,
-        "num_experts_per_tok": 4,
-        "num_hidden_layers": 4,
-        "decoder_sparse_step": 2,
-    },
-    "deepseek_v3": {
-        "moe_intermediate_size": 10,
-        "intermediate_size": 17,
-        "n_shared_experts": 2,
-        "n_routed_experts": 12,
-        "num_experts_per_tok": 4,
-        "n_group": 2,
-        "topk_group": 1,
-        "num_key_value_heads": 6,
-        "q_lora_rank": 15,
-        "kv_lora_rank": 14,
-        "qk_nope_head_dim": 5,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-        "num_hidden_layers": 3,
-        "first_k_dense_replace": 1,
-        "num_mtp_layers": 0,
-    },
-}
-
-
-class ExpertsWithLora(nn.Module):
-    """Expert by expert, the plainest form of the method: what the counted FLOPs are held against."""
-
-    def __init__(self, base: Any) -> None:
-        super().__init__()
-        (e, hidden, inner) = base.down_proj.shape
-        self.base = base
-        self.a1 = nn.Parameter(torch.randn(e, 2 * RANK, hidden))
-        self.b1 = nn.Parameter(torch.randn(e, 2 * inner, RANK))
-        self.a2 = nn.Parameter(torch.randn(e, RANK, inner))
-        self.b2 = nn.Parameter(torch.randn(e, hidden, RANK))
-
-    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        rows = []
-        for e in range(self.a1.shape[0]):
-            token, slot = torch.where(index == e)
-            h = x[token]
-            z_gate, z_up = (h @ self.a1[e].T).chunk(2, dim=-1)
-            b_gate, b_up = self.b1[e].chunk(2)
-            gate, up = (h @ self.base.gate_up_proj[e].T).chunk(2, dim=-1)
-            inner = torch.sigmoid(gate + z_gate @ b_gate.T) * (up + z_up @ b_up.T)
-            out = inner @ self.base.down_proj[e].T + inner @ self.a2[e].T @ self.b2[e].T
-            rows.append(torch.zeros_like(x).index_add(0, token, out * weights[token, slot, None]))
-        return torch.stack(rows).sum(0)
-
-
-def tiny_model(family: str, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family] | changes))
-    return from_config(
-        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
-    )
-
-
-def shape_of(family: str, folder: Path) -> ModelShape:
-    tiny_model(family).config.save_pretrained(folder)
-    return read_model_shape(folder)
-
-
-def set_top_k(model: Any, k: int) -> None:
-    for module in model.modules():
-        if hasattr(module, "top_k") and not hasattr(module, "experts"):
-            module.top_k = k
-
-
-def attach(model: Any, targets: tuple[str, ...]) -> Any:
-    """Expert LoRA on every expert, attention LoRA on the targets; everything else frozen."""
-    model.requires_grad_(False)
-    for layer in model.model.layers:
-        if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts = ExpertsWithLora(layer.mlp.experts)
-    if not targets:
-        return model
-    banks = [p for p in model.parameters() if p.requires_grad]
-    wrapped = get_peft_model(model, LoraConfig(r=RANK, target_modules=list(targets)))
-    for bank in banks:
-        bank.requires_grad_(True)
-    return wrapped
-
-
-def counted(model: Any, backward: bool, **arguments: Any) -> int:
-    """FLOPs of torch's counter for one batch, without the rotation angles (a product [d/2,1] x [1,S])."""
-    tokens = torch.randint(0, 53, (BATCH, LENGTH))
-    with FlopCounterMode(display=False) as counter:
-        logits = model(tokens, use_cache=False, **arguments).logits
-        if backward:
-            logits.pow(2).sum().backward()
-    total: int = counter.get_total_flops()
-    by_module = counter.get_flop_counts()
-    return total - sum(sum(ops.values()) for name, ops in by_module.items() if name.endswith("rotary_emb"))
-
-
-@pytest.mark.parametrize("k", [1, 2, 4, 8])
-def test_forward_of_olmoe_equals_torchs_counter(k: int, tmp_path: Path) -> None:
-    shape = shape_of("olmoe", tmp_path)
-    model = tiny_model("olmoe")
-    set_top_k(model, k)
-    expected = forward_flops_per_token(shape, k, 0, (), LENGTH)
-    assert counted(model, backward=False) == BATCH * LENGTH * expected.total
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["none", "all", "first", "second", "third", "output"])
-def test_lora_flops_equal_torchs_counter(family: str, attention: str, tmp_path: Path) -> None:
-    shape = shape_of(family, tmp_path)
-    names = tuple(p.name for p in shape.attention[0])
-    single = {"first": names[:1], "second": names[1:2], "third": names[2:3], "output": names[-1:]}
-    targets = {"none": (), "all": names, **single}[attention]
-    model = attach(tiny_model(family), targets)
-    set_top_k(model, 2)
-    for backward, function in ((False, forward_flops_per_token), (True, training_flops_per_token)):
-        assert counted(model, backward) == BATCH * LENGTH * function(shape, 2, RANK, targets, LENGTH).total
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_head_runs_at_labelled_positions(backward: bool, tmp_path: Path) -> None:
-    shape = shape_of("olmoe", tmp_path)
-    model = attach(tiny_model("olmoe"), QKVO)
-    function = training_flops_per_token if backward else forward_flops_per_token
-    expected = function(shape, 8, RANK, QKVO, LENGTH, labelled_share=3 / LENGTH).total
-    assert counted(model, backward, logits_to_keep=3) == pytest.approx(BATCH * LENGTH * expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [False, True])
-def test_base_parameters_are_those_of_the_model(family: str, tied: bool, tmp_path: Path) -> None:
-    model = tiny_model(family, tie_word_embeddings=tied)
-    model.config.save_pretrained(tmp_path)
-    expected = sum(p.numel() for p in model.parameters())
-    assert base_parameters(read_model_shape(tmp_path)) == expected
+from fedflame.cost.model_shape import base_parameters, read_model_shape
+from fedflame.cost.tiers import Tier, tier_costs
 
 
 @pytest.mark.parametrize(
@@ -327,67 +152,6 @@ def test_tier_costs() -> None:
         assert cost.relative_to_full == forward / costs[0].forward_flops_per_token
         assert cost.training_flops_per_token == training
         assert cost.bytes_up - cost.bytes_down == 8 * 16 * 64
-
-
-@pytest.mark.parametrize("k", [0, 9])
-def test_a_tier_the_model_cannot_run_is_refused(k: int) -> None:
-    shape = read_model_shape(OLMOE)
-    require_possible([1, 8], shape)
-    with pytest.raises(UserError) as caught:
-        require_possible([8, k], shape)
-    expected = f"active_experts {k}: must be between 1 and 8 (the model's num_experts_per_tok)"
-    assert str(caught.value) == expected
-
-
-def test_unknown_target_modules_are_refused() -> None:
-    with pytest.raises(UserError, match=r"'gate_proj': .* of olmoe: q_proj, k_proj, v_proj, o_proj"):
-        adapter_parameters(read_model_shape(OLMOE), 4, ("gate_proj",))
-
-
-BROKEN = [
-    ("{", "config.json: not JSON: "),
-    ("[]", "config.json: holds a list; it must hold a JSON object"),
-    ('{"model_type": "llama"}', "llama is no sparse mixture of experts: it has no num_experts, num_local_"),
-    ('{"num_experts": 0}', "is no sparse mixture of experts"),
-    ('{"num_experts": 4, "model_type": ["olmoe"]}', "model_type = ['olmoe']: must be a name"),
-    ('{"num_experts": 4, "head_dim": "a"}', "head_dim = 'a': must be an integer from 0 to 2,147,483,647"),
-    ('{"num_experts": 4, "decoder_sparse_step": -1}', "decoder_sparse_step = -1: must be an integer"),
-    ('{"num_experts": 4, "mlp_only_layers": 5}', "mlp_only_layers = 5: must be a list of at most 10,000"),
-    ('{"num_experts": 4, "mlp_layer_types": [[]]}', "mlp_layer_types: must be a list of at most 10,000"),
-    ('{"num_experts": 4, "hidden_size": 8, "vocab_size": 9}', "lacks num_hidden_layers, num_attention_heads"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), BROKEN)
-def test_a_config_that_cannot_be_used_is_one_line(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError) as caught:
-        read_model_shape(tmp_path)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_experts_per_tok": "8"}, "num_experts_per_tok = '8': must be a positive integer"),
-        ({"hidden_size": 0}, "hidden_size = 0: must be a positive integer"),
-        ({"intermediate_size": None}, "lacks intermediate_size"),
-        ({"first_k_dense_replace": 16}, "no sparse mixture of experts"),
-    ],
-)
-def test_a_value_that_cannot_be_used_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    config = json.loads((OLMOE / "config.json").read_text()) | changes
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=message):
-        read_model_shape(tmp_path)
-
-
-def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file or folder"):
-        read_model_shape(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"the folder has no config\.json"):
-        read_model_shape(tmp_path)
 
 
 def test_planning_imports_no_torch() -> None:

@@ -1,4 +1,4 @@
-"""The experiment that runs over both engines, and in one process."""
+"""The experiment that runs over both engines and in one process, and a driver that waits for no one long."""
 
 from __future__ import annotations
 
@@ -93,3 +93,20 @@ def finished(experiment: Path, forked_commands: None) -> Path:
     done = fedflame("run", experiment, "--output-dir", run)
     assert done.returncode == 0, done.stdout
     return run
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that asks and looks again after hundredths of a second."""
+    monkeypatch.setattr("fedflame.engines.clients.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("fedflame.engines.clients.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 0.02)
+    monkeypatch.setattr("fedflame.engines.jobs.POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of a few bytes that are no plans: nothing of them is held by a site, and any answer fits."""
+    monkeypatch.setattr("fedflame.engines.clients.encode_addition", lambda plan, held: None)
+    monkeypatch.setattr("fedflame.engines.clients.encoded_update_limit", lambda plan: 10**6)
+    monkeypatch.setattr("fedflame.engines.clients.encoded_plan_work", lambda plan: 1.0)

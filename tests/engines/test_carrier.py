@@ -17,7 +17,7 @@ pytest.importorskip("flwr")
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
-from tests.engines.test_clients import LEARNED, RUN, SITES, answer, updates
+from tests.engines.driver_here import LEARNED, RUN, SITES, answer, updates
 
 from fedflame.engines.clients import EngineClients
 from fedflame.engines.flower import carrier

@@ -6,7 +6,6 @@ The federation is that of examples/loopback.py, set up once for all tests here.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -15,17 +14,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.engines.conftest import let_sites_know_each_other
+from tests.engines.nvflare_jobs import CODE, STRANGER, in_the_end, said, write_foreign_job
+from tests.engines.nvflare_services import (
+    engine_environment,
+    hub_that_permits_code,
+    restart_site_3,
+    start_run,
+    start_site_3,
+)
 from tests.same_runs import assert_same, assert_same_but_for_rounded_sums
 from tests.tiny_runs import events
 
-import loopback as commands
 from fedflame.commands.check import client_target
 from fedflame.engines.nvflare.provision import CLASSES
 from loopback import SITES, Loopback, Service, descendants, fedflame, loopback
@@ -44,14 +49,6 @@ def federation(
 ) -> Iterator[Loopback]:
     with loopback(tmp_path_factory.mktemp("federation"), experiment) as found:
         yield found
-
-
-def start_run(federation: Loopback, experiment: Path, output: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*commands.FEDFLAME, "run", str(experiment), "--engine", "nvflare",
-         "--hub", str(federation.hub_file), "--output-dir", str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,29 +184,6 @@ def test_a_site_posing_as_another_is_not_registered(federation: Loopback, tmp_pa
         restart_site_3(federation)
 
 
-def engine_environment() -> dict[str, str]:
-    return {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-
-def start_site_3(federation: Loopback) -> Service:
-    kit = federation.folder / "hub" / "kits" / "site-3"
-    trainer = {"FEDFLAME_TRAINER": str(federation.folder / "site-3" / "trainer.sock")}
-    command = ["bash", "startup/sub_start.sh", "--once"]
-    return Service("engine", command, kit, engine_environment() | trainer)
-
-
-def restart_site_3(federation: Loopback) -> None:
-    federation.services["site-3 engine"] = start_site_3(federation)
-    wait_until_connected(federation)
-
-
-def wait_until_connected(federation: Loopback) -> None:
-    deadline = time.monotonic() + 120
-    while fedflame("hub", "check", federation.hub_file).returncode:
-        assert time.monotonic() < deadline
-        time.sleep(1)
-
-
 def test_a_site_that_was_revoked_is_not_admitted_and_the_others_stay(federation: Loopback) -> None:
     kits = federation.hub_file.parent / "kits"
     admin = kits / "researcher@hub.example"
@@ -270,64 +244,6 @@ def test_a_site_posing_as_administrator_may_not_start_a_run(
     assert "the engine did not take the job" in done.stdout
 
 
-CODE = """
-from nvflare.apis.executor import Executor
-class Spy(Executor):
-    def execute(self, task_name, shareable, fl_ctx, abort_signal):
-        open({path!r}, "w").write("was here")
-        return shareable
-"""
-STRANGER = "nvflare.app_common.np.np_trainer.NPTrainer"
-"""A class of nvflare's own, which its own kits let every job build."""
-
-
-def write_foreign_job(job: Path, executor: str) -> Path:
-    """A job with this executor; its custom folder."""
-    (job / "app" / "config").mkdir(parents=True)
-    (job / "meta.json").write_text(
-        '{"name": "foreign", "resource_spec": {}, "min_clients": 1, "deploy_map": {"app": ["@ALL"]}}'
-    )
-    flow = {
-        "id": "x",
-        "path": "fedflame.engines.nvflare.relay.FedflameRelay",
-        "args": {"hub_socket": "/x", "segment": "x"},
-    }
-    server = {"format_version": 2, "workflows": [flow], "components": []}
-    client = {
-        "format_version": 2,
-        "executors": [{"tasks": ["*"], "executor": {"path": executor}}],
-        "components": [],
-    }
-    (job / "app" / "config" / "config_fed_server.json").write_text(json.dumps(server))
-    (job / "app" / "config" / "config_fed_client.json").write_text(json.dumps(client))
-    return job / "app" / "custom"
-
-
-def in_the_end(federation: Loopback, job: Path) -> dict[str, Any]:
-    """What nvflare says of a job that the administrator submits, once it is over."""
-    kit = str(federation.hub_file.parent / "kits" / "researcher@hub.example")
-    told = nvflare_job(kit, "submit", "-j", str(job))
-    deadline, found = time.monotonic() + 150, dict[str, Any]()
-    while not found.get("status", "").startswith("FINISHED") and time.monotonic() < deadline:
-        time.sleep(1)
-        found = nvflare_job(kit, "meta", told["job_id"])
-    return found
-
-
-def nvflare_job(kit: str, *words: str) -> dict[str, Any]:
-    command = [str(Path(sys.executable).with_name("nvflare")), "job", *words, "--startup-kit", kit]
-    done = subprocess.run(
-        [*command, "--format", "json"], capture_output=True, text=True, check=False, cwd=kit
-    )
-    data: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["data"]
-    return data
-
-
-def said(kit: Path) -> str:
-    """All that is in the logs of a kit and of its jobs."""
-    return "".join(path.read_text(errors="replace") for path in kit.rglob("*log.txt"))
-
-
 def test_a_job_with_another_class_of_nvflare_runs_at_no_site(federation: Loopback, tmp_path: Path) -> None:
     write_foreign_job(tmp_path / "job", STRANGER)
     assert in_the_end(federation, tmp_path / "job")["status"].startswith("FINISHED:")
@@ -355,29 +271,6 @@ def test_no_process_of_an_engine_has_loaded_torch(federation: Loopback) -> None:
 
 
 # The last of all: the hub's server keeps the rights of its administrator's file until it ends
-
-
-@contextmanager
-def hub_that_permits_code(federation: Loopback) -> Iterator[None]:
-    """Its administrator has changed the server's rights, until the server ends."""
-    path = federation.hub_file.parent / "kits" / "localhost" / "local" / "authorization.json"
-    before = path.read_text()
-    path.write_text(before.replace('"byoc": "none"', '"byoc": "any"'))
-    try:
-        restart_server(federation)
-        yield
-    finally:
-        path.write_text(before)
-
-
-def restart_server(federation: Loopback) -> None:
-    federation.services["server"].stop()
-    kit, command = (
-        federation.hub_file.parent / "kits" / "localhost",
-        ["bash", "startup/sub_start.sh", "--once"],
-    )
-    federation.services["server"] = Service("server", command, kit, engine_environment())
-    wait_until_connected(federation)
 
 
 @pytest.mark.parametrize(

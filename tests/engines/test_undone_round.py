@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.engines.test_faulty_sites import make_sites, run_over, skipping
+from tests.engines.sites_of_a_run import make_sites, run_over, skipping
 from tests.engines_here import ThreadEngine, asking, trainers
 from tests.tiny_runs import adapter_bytes, events, tiny_run
 

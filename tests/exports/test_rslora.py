@@ -24,7 +24,6 @@ from tests.tiny_exports import (
     peft_logits,
     random_state,
     run_config,
-    save_base,
 )
 from transformers import AutoModelForCausalLM
 
@@ -39,11 +38,6 @@ from fedflame.strategies.base import ServerState
 
 SCALE = 3.0
 """Of alpha 6 and rank 4; that of plain LoRA is 1.5."""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base("olmoe", tmp_path_factory.mktemp("base") / "olmoe")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.test_report import evaluation, part, report, rows, synthetic_events, write_run
+from tests.report.synthetic import evaluation, part, report, rows, synthetic_events, write_run
 from tests.tiny_runs import ANSWERS, tiny_run
 
 from fedflame import Run

@@ -18,7 +18,6 @@ from tests.tiny_runs import adapter_bytes, events, state_bytes, tiny_run
 from fedflame.clients.answers import Answer, OnStep
 from fedflame.clients.local import LocalClients
 from fedflame.config.words import Trainable
-from fedflame.errors import UserError
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan, half_of
 from fedflame.server.clipping import (
     FACTOR,
@@ -34,7 +33,6 @@ from fedflame.server.clipping import (
     scaled,
     taken,
 )
-from fedflame.server.spool import Spool
 from fedflame.strategies.base import Past
 from fedflame.wire.codec import decode_plan, decode_update, encode_update
 
@@ -229,41 +227,6 @@ def test_without_clipping_every_bit_and_every_order_of_names_stays(tmp_path: Pat
             assert list(after.update.delta.tensors()) == list(before.update.delta.tensors())
             if rule == "none" or past.paces:
                 assert_same_bits(after.update.delta, before.update.delta)
-
-
-def test_what_waits_comes_back_bit_for_bit_and_twice(tmp_path: Path) -> None:
-    updates = updates_of(1, [3, 2])
-    with Spool(tmp_path) as spool:
-        for update in updates:
-            assert not spool.put(update).delta.tensors()
-        for _ in range(2):
-            for got, wanted in zip(spool, updates, strict=True):
-                assert_same_bits(got.delta, wanted.delta)
-                assert (got.client, got.tokens) == (wanted.client, wanted.tokens)
-
-
-def test_a_folder_that_cannot_hold_updates_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot hold the updates of a round: No such file"):
-        Spool(tmp_path / "none")
-
-
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Spool(tmp_path) as spool, open("/dev/full", "wb") as full:
-        monkeypatch.setattr(spool, "_file", full)
-        with pytest.raises(UserError, match="cannot hold the updates of a round: No space left"):
-            for update in updates_of(1, [3] * 60):
-                spool.put(update)
-            list(spool)
-        monkeypatch.undo()
-
-
-def test_a_disk_that_is_full_when_the_last_bytes_are_written_is_one_line_too(tmp_path: Path) -> None:
-    with Spool(tmp_path) as spool:
-        spool._file.close()
-        spool._file = open("/dev/full", "wb", buffering=1 << 20)  # noqa: SIM115 (the spool closes it)
-        spool.put(updates_of(1, [3])[0])
-        with pytest.raises(UserError, match="cannot hold the updates of a round: No space left"):
-            next(iter(spool))
 
 
 # Outliers

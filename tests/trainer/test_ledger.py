@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.trainer_asked import RUN, Told, request
+from tests.trainer_asked import RUN, Make, Told, request
 
 from fedflame.errors import UserError
 from fedflame.messages import RoundPlan
@@ -20,11 +19,9 @@ from fedflame.trainer import ledger
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.ledger import FILE_NAME, Round, begin_round, read_ledger, require_allowed_number
 from fedflame.trainer.refusal import Refusal
-from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import SiteLimits
 
 DAY = 86400.0
-Make = Callable[..., TrainerService]
 
 
 def test_a_site_takes_part_in_as_many_runs_as_it_allows_also_after_its_own_end(

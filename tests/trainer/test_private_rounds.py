@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.trainer_asked import ROWS, RUN, Told, request
+from tests.trainer_asked import ROWS, RUN, Make, Told, request
 
 from fedflame import atomic_file
 from fedflame.data.conversations import single_turn
@@ -24,12 +23,9 @@ from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.ledger import FILE_NAME, Round, read_ledger
 from fedflame.trainer.private_rounds import SECRET_FILE, release_key, site_noise, units_of
 from fedflame.trainer.refusal import Refusal
-from fedflame.trainer.service import TrainerService
 from fedflame.trainer.site import SitePrivacy
 from fedflame.wire.codec import decode_update
 from fedflame.wire.envelope import Envelope
-
-Make = Callable[..., TrainerService]
 
 
 @pytest.fixture

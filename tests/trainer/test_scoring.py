@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.trainer_asked import MODEL, ROWS, RUN, Told, request
+from tests.trainer_asked import MODEL, ROWS, RUN, Make, Told, request
 
 from fedflame.base.adapted import load_adapted_model
 from fedflame.data.client_tests import encode_tests, split_test
@@ -35,7 +34,6 @@ from fedflame.wire.addition import decode_addition, encode_addition
 from fedflame.wire.codec import decode_evaluation, encode_plan
 from fedflame.wire.envelope import Envelope
 
-Make = Callable[..., TrainerService]
 SHARE = "test_size = 0.4"
 
 

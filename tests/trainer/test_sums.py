@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from tests.trainer_asked import ROWS, RUN, Told, request
+from tests.trainer_asked import ROWS, RUN, Make, Told, request
 
 from fedflame.errors import InvalidMessage
 from fedflame.messages import RoundPlan
@@ -26,7 +25,6 @@ from fedflame.trainer.service import TrainerService
 from fedflame.wire.codec import decode_plan, decode_update, encode_plan
 from fedflame.wire.envelope import Envelope
 
-Make = Callable[..., TrainerService]
 PEERS = {name: Ed25519PrivateKey.generate() for name in ("east", "west")}
 KEYS = {name: X25519PrivateKey.generate() for name in PEERS}
 PINNED = "[peers]\n" + "".join(f'{name} = "{public(key)}"\n' for name, key in PEERS.items())

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.tiny_models import PAD, tiny_adapted
-from tests.training.test_fine_tune import plan_for, rows
+from tests.training.one_client import plan_for, rows
 from torch import Tensor
 
 from fedflame.data.batches import PlacedBatch, collate, round_up

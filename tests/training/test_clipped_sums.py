@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from tests.tiny_models import LAYERS, PAD, VOCABULARY, random_adapter, tiny_adapted
-from tests.training.test_fine_tune import rows
+from tests.training.one_client import rows
 from torch import Tensor
 
 from fedflame.config.words import Clipping, Trainable

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny_models import ATTENTION, EXPERTS, LAYERS, PAD, random_adapter, tiny_adapted
-from tests.training.test_fine_tune import gradients_of_a_merged_model, plan_for, rows
+from tests.training.one_client import plan_for, rows
+from tests.training.rounds_by_hand import gradients_of_a_merged_model
 from torch import Tensor
 
 from fedflame.config.words import Clipping

@@ -1,0 +1,134 @@
+"""The same bytes in the end: of a run that is done again, killed, told to end, or shared by workers."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.cli_process import CliProcess, wait_until_gone
+from tests.tiny_runs import ANSWERS, adapter_bytes, arguments, start_cli, state_bytes, tiny_config, tiny_run
+
+from fedflame.experiment.prepare import prepare
+from fedflame.experiment.run import run_experiment
+from fedflame.run_files.lines import read_lines
+from fedflame.server.checkpoint import read_checkpoint
+from loopback import descendants
+
+TWO_ROWS = "training.per_device_train_batch_size=2"
+
+
+def test_the_same_run_twice_gives_the_same_bytes(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    tiny_run(tiny_folder, tmp_path / "again")
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(finished)
+    assert state_bytes(tmp_path / "again") == state_bytes(finished)
+
+
+def test_another_seed_gives_other_bytes(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    tiny_run(tiny_folder, tmp_path / "other", "seed=1")
+    assert adapter_bytes(tmp_path / "other") != adapter_bytes(finished)
+
+
+@pytest.mark.timeout(240)
+def test_killed_at_three_instants_and_resumed_it_ends_in_the_same_bytes(
+    undisturbed: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    finished = undisturbed(ANSWERS)  # to generate the last of them takes longer than the kill
+    run, rng = tmp_path / "killed", random.Random(time.time_ns())
+    lines = len((finished / "metrics.jsonl").read_text().splitlines())
+    goals = sorted(rng.sample(range(1, lines - 1), 3))
+    for number, goal in enumerate(goals):
+        process = start(tiny_folder, run, "--set", ANSWERS, *(["--resume"] if number else []))
+        wait_for_lines(process, run / "metrics.jsonl", goal)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        assert process.wait(20) == -signal.SIGKILL, f"goals {goals}"
+    begun = (run / "config.json").exists()
+    process = start(tiny_folder, run, "--set", ANSWERS, "--resume" if begun else "--overwrite")
+    assert process.wait(60) == 0, f"goals {goals}"
+    assert adapter_bytes(run) == adapter_bytes(finished), f"goals {goals}"
+    assert state_bytes(run) == state_bytes(finished)
+    assert timeless(run) == timeless(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_rounded_and_packed_what_clients_owe_survives_a_kill_with_workers_of_which_none_is_left(
+    finished: Path, undisturbed: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    packing, rounding = ("training.packing=true", TWO_ROWS), "communication.update_dtype=int8"
+    alone, killed = undisturbed(*packing, rounding), tmp_path / "killed"
+    goal = random.Random(time.time_ns()).randrange(
+        10, len((alone / "metrics.jsonl").read_text().splitlines())
+    )
+    setting = [part for setting in (*packing, rounding) for part in ("--set", setting)]
+    process = start(tiny_folder, killed, *setting, "--workers", "3")
+    wait_for_lines(process, killed / "metrics.jsonl", 1)
+    children = descendants(process.pid)
+    assert len(children) >= 3, "the fork server and two other workers, which are there before the first round"
+    wait_for_lines(process, killed / "metrics.jsonl", goal)
+    process.kill()
+    assert process.wait(20) == -signal.SIGKILL, f"goal {goal}"
+    wait_until_gone(children)
+    tiny_run(tiny_folder, killed, *packing, rounding, existing="resume")
+    assert adapter_bytes(killed) == adapter_bytes(alone), f"goal {goal}"
+    assert state_bytes(killed) == state_bytes(alone)
+    assert len({adapter_bytes(run) for run in (finished, undisturbed(*packing), alone)}) == 3
+
+
+ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_that_is_told_to_end_says_how_to_go_on_and_goes_on_to_the_same_bytes(
+    end: signal.Signals, finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(tiny_folder, run)
+    wait_for_lines(process, run / "metrics.jsonl", 34)
+    process.send_signal(end)
+    errors = process.stderr(120)
+    assert process.returncode == 128 + end
+    kept = read_checkpoint(run).round
+    assert errors == f"fedflame: {ENDS[end]}; the same command with --resume goes on after round {kept}\n"
+    assert kept < 3
+    assert "<html" in (run / "report.html").read_text()
+    assert not (run / ".lock").exists()
+    assert start(tiny_folder, run, "--resume").wait(90) == 0
+    assert adapter_bytes(run) == adapter_bytes(finished)
+    assert state_bytes(run) == state_bytes(finished)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_worker_processes_change_no_byte(
+    workers: int, finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    run_experiment(prepare(tiny_config(tiny_folder, tmp_path / "run")), workers=workers)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+    assert state_bytes(tmp_path / "run") == state_bytes(finished)
+    assert timeless(tmp_path / "run") == timeless(finished)
+
+
+def start(model: Path, run: Path, *flags: str) -> CliProcess:
+    """`fedflame run` as a process of its own."""
+    return start_cli(*arguments(model, run), *flags)
+
+
+def wait_for_lines(process: CliProcess, metrics: Path, goal: int) -> None:
+    """Until metrics.jsonl has `goal` lines; fails if the process ends before."""
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < goal:
+        assert process.poll() is None, "ended before it could be stopped"
+        assert time.monotonic() < deadline, f"{goal} lines in a minute"
+        time.sleep(0.002)
+
+
+def timeless(run: Path) -> list[dict[str, object]]:
+    """The metrics without what a clock wrote."""
+    lines = read_lines(run / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
