@@ -75,12 +75,18 @@ def test_other_rows_have_other_noise_and_are_charged_again(
     assert one.plan != other.plan and one.data == other.data
 
 
-@pytest.mark.parametrize("what", ["versions", "plan", "rows", "persons", "device", "threads"])
+@pytest.mark.parametrize(
+    "what", ["versions", "plan", "rows", "persons", "device", "threads", "processor", "instructions"]
+)
 def test_all_by_which_sums_could_differ_is_in_the_key(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [single_turn("a", "", "b", "all")]
     before, plan, device, threads = release_key("p", rows, "cpu"), "p", "cpu", torch.get_num_threads()
     if what == "versions":
         monkeypatch.setattr(private_rounds, "version", lambda name: f"9 of {name}")
+    if what == "processor":
+        monkeypatch.setattr(private_rounds, "processor", lambda: "another")
+    if what == "instructions":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     if what == "rows":
         rows = [single_turn("a", "", "c", "all")]
     if what == "persons":
@@ -91,6 +97,13 @@ def test_all_by_which_sums_could_differ_is_in_the_key(what: str, monkeypatch: py
         assert release_key(plan, rows, device) != before
     finally:
         torch.set_num_threads(threads)
+
+
+def test_sums_that_come_out_otherwise_each_time_never_have_the_same_noise() -> None:
+    """As on a card, where the order in which numbers are added is not fixed; a CPU repeats every bit."""
+    rows = [single_turn("a", "", "b", "all")]
+    assert release_key("p", rows, "cuda:0") != release_key("p", rows, "cuda:0")
+    assert release_key("p", rows, "cpu") == release_key("p", rows, "cpu")
 
 
 def test_the_ledger_is_written_before_a_step_is_taken(

@@ -140,14 +140,36 @@ def test_a_second_list_of_a_round_is_refused_and_so_is_an_earlier_round(
     assert ask(service, first).header["kind"] == "sum"
     second = first.model_copy(update={"members": [east.model_copy(update={"rows": 6}), me, west]})
     refused = ask(make_service(PINNED), second)
-    assert refused.header["reason"] == "round 2 has been summed with others already; one list is answered"
+    assert refused.header["reason"] == (
+        "round 2 has been summed already, over another list or with another update; a round is summed once"
+    )
     earlier = replace(summed, round=1)
     answer = ask(service, a_request(earlier, trained(service, job, earlier)))
-    assert "round 1 has been summed with others already" in answer.header["reason"]
+    assert "round 1 has been summed already" in answer.header["reason"]
     later = replace(summed, round=3)
     asked = a_request(later, trained(service, job, later))
     (tmp_path / "state" / RUN / "summed").write_bytes(b"{")
     assert "cannot be read" in ask(service, asked).header["reason"]
+
+
+def test_another_update_is_not_masked_as_the_first_was(
+    make_service: Make, job: TrainingJob, summed: RoundPlan, tmp_path: Path, data: Path
+) -> None:
+    """The difference of the two would have no mask. It may come from other rows, or a card's rounding."""
+    service = make_service(PINNED)
+    asked = a_request(summed, trained(service, job, summed))
+    assert ask(service, asked).header["kind"] == "sum"
+    (tmp_path / "state" / RUN / "answer").unlink()
+    assert trained(service, job, summed) and ask(service, asked).header["kind"] == "sum"
+    (tmp_path / "state" / RUN / "answer").unlink()
+    content = data.read_text()
+    try:
+        data.write_text(content.replace('"response": "', '"response": "1'))
+        service = make_service(PINNED)
+        assert trained(service, job, summed)
+    finally:
+        data.write_text(content)
+    assert "round 2 has been summed already" in ask(service, asked).header["reason"]
 
 
 def test_without_an_update_that_waits_nothing_is_summed(

@@ -6,14 +6,12 @@ import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedflame import __version__
-
-CPU_INFO = Path("/proc/cpuinfo")
+from fedflame.base.processor import processor
 
 
 def environment() -> dict[str, Any]:
@@ -23,15 +21,8 @@ def environment() -> dict[str, Any]:
         "fedflame": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _processor() -> str:
-    """The model of the CPU; Linux tells it in a file only."""
-    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()

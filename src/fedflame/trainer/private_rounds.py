@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
+import secrets
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from fedflame import __version__
 from fedflame.atomic_file import kept_secret
+from fedflame.base.processor import processor
 from fedflame.data.conversations import Conversation
 from fedflame.messages import RoundPlan
 from fedflame.privacy.noise import SECRET_BYTES, Noise
@@ -21,6 +22,8 @@ from fedflame.trainer.refusal import Refusal
 from fedflame.trainer.site import Site
 
 SECRET_FILE = "noise.key"
+_COMPUTING = ("torch", "transformers", "peft", "numpy")
+"""The packages of whose version the bits of a sum may depend."""
 
 
 def required_terms(site: Site, plan: RoundPlan, units: int) -> Terms | None:
@@ -49,7 +52,8 @@ def release_key(plan: str, rows: Sequence[Conversation], device: str) -> str:
     """Return what identifies an answer: the plan, and all by which the sums before the noise could differ.
 
     Other rows, versions or processors give other sums. With the same noise, the difference of two answers
-    would have none.
+    would have none. On a card even the same sums come out otherwise the next time, in their last bits: there
+    no two answers have one key.
 
     Args:
         plan: the digest of plan and job.
@@ -57,8 +61,10 @@ def release_key(plan: str, rows: Sequence[Conversation], device: str) -> str:
         device: that trains.
     """
     said = [[*row.to_values(), row.owner] for row in rows]
-    versions = __version__, version("torch"), version("transformers"), platform.processor(), device
-    identity = json.dumps([plan, *versions, torch.get_num_threads(), said])
+    versions = [__version__, *map(version, _COMPUTING)]
+    machine = device, processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    once = "" if device == "cpu" else secrets.token_hex(16)
+    identity = json.dumps([plan, versions, machine, once, said])
     return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
 

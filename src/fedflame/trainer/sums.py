@@ -2,7 +2,8 @@
 
 The hub runs the network, so that it could invent members. The site adds its update only to those of the
 peers whose keys its file holds. A second sum of one update over another list would show the difference; so
-the first list of a round is written down before anything is masked, and any other is refused.
+the first list of a round is written down before anything is masked, and any other is refused. So is another
+update for the same list, which would have the same masks.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def masked_update(site: Site, run: str, message: bytes, plan: bytes, answer: byt
     request, given = SumRequest.decode(message), decode_plan(plan)
     update = decode_update(answer, given)
     me = _checked(site, run, request, given, update)
-    _write_down(site.state_path / run / LIST_FILE, request.round, hashlib.sha256(message).hexdigest())
+    summed = hashlib.sha256(hashlib.sha256(message).digest() + answer).hexdigest()
+    _write_down(site.state_path / run / LIST_FILE, request.round, summed)
     try:
         return masked_contribution(update, me, run_key(site.state_path, run), request)
     except ValueError as error:
@@ -100,7 +102,7 @@ def _checked(site: Site, run: str, request: SumRequest, plan: RoundPlan, update:
 
 
 def _write_down(path: Path, round_number: int, digest: str) -> None:
-    """Remember the list of a round. Raises Refusal if this round, or a later one, had another."""
+    """Remember list and update of a round. Raises Refusal if this round, or a later one, had others."""
     try:
         last, before = 0, ""
         if path.exists():
@@ -111,6 +113,9 @@ def _write_down(path: Path, round_number: int, digest: str) -> None:
             f"{path}: cannot be read, so that a second sum could not be told from a first"
         ) from error
     if round_number < last or (round_number == last and digest != before):
-        raise Refusal(f"round {round_number} has been summed with others already; one list is answered")
+        raise Refusal(
+            f"round {round_number} has been summed already, over another list or with another update; a "
+            "round is summed once"
+        )
     if round_number > last:
         write_atomically(path, json.dumps({"round": round_number, "digest": digest}).encode())
