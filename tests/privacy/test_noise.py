@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from scipy import stats
 
@@ -43,6 +44,20 @@ def test_the_same_answer_has_the_same_draws_and_any_other_has_others() -> None:
     ]
     for other in others:
         assert not bool((draws == other).any())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_value_of_a_sum_has_noise_of_its_own_whatever_threads_draw_it(threads: int) -> None:
+    sums = {"A": torch.rand(3, 5), "B": torch.rand(7, 2, 4), "s": torch.rand(())}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        noised = noise().added_to(sums, 1.5, 2)
+    finally:
+        torch.set_num_threads(before)
+    assert list(noised) == list(sums)
+    for name, value in sums.items():
+        assert torch.equal(noised[name], value + 1.5 * noise().normal(value.shape, 2, name)), name
 
 
 def test_sampled_rows_are_drawn_each_by_itself() -> None:

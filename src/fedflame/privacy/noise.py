@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,11 +59,16 @@ class Noise:
         return torch.from_numpy(draws.astype(np.float32)).reshape(tuple(shape))
 
     def added_to(self, sums: Mapping[str, Tensor], deviation: float, step: int) -> dict[str, Tensor]:
-        """Return the sums of a step with noise of this standard deviation on every value."""
-        return {
-            name: value + deviation * self.normal(value.shape, step, name).to(value.device)
-            for name, value in sums.items()
-        }
+        """Return the sums of a step with noise of this standard deviation on every value.
+
+        Threads share the values, as they do in torch: beside a GPU's step, drawing would take longer.
+        """
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            drawn = threads.map(lambda name: self.normal(sums[name].shape, step, name), sums)
+            return {
+                name: value + deviation * normal.to(value.device)
+                for (name, value), normal in zip(sums.items(), drawn, strict=True)
+            }
 
     def _uniform(self, count: int, *purpose: int | str) -> np.ndarray:
         """Return draws from the interval (0, 1), without its ends, in float64."""
