@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 import torch
+from tests.same_bits import assert_same_adapter, assert_same_bits
 from torch import Tensor
 
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
@@ -28,7 +29,7 @@ def random_numbers(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def an_adapter(shape: Shape, values: Callable[..., Tensor], generator: torch.Generator) -> Adapter:
+def adapter_of(shape: Shape, values: Callable[..., Tensor], generator: torch.Generator) -> Adapter:
     layers, experts, rank, hidden, width = shape
     banks = {
         "A1": (experts, 2 * rank, hidden),
@@ -47,6 +48,13 @@ def an_adapter(shape: Shape, values: Callable[..., Tensor], generator: torch.Gen
     )
 
 
+def of_rank(rank: int, seed: int = 0) -> Adapter:
+    """An adapter of this rank and otherwise of `SHAPE`, of random numbers."""
+    layers, experts, _, hidden, width = SHAPE
+    generator = torch.Generator().manual_seed(seed)
+    return adapter_of((layers, experts, rank, hidden, width), random_numbers, generator)
+
+
 def a_plan(shape: Shape = SHAPE, seed: int = 0, values: Callable[..., Tensor] = random_numbers) -> RoundPlan:
     generator = torch.Generator().manual_seed(seed)
     return RoundPlan(
@@ -56,7 +64,7 @@ def a_plan(shape: Shape = SHAPE, seed: int = 0, values: Callable[..., Tensor] = 
         active_experts=min(2, shape[1]),
         rescaler="learned",
         rescaler_values=values(generator, shape[0]),
-        adapter=an_adapter(shape, values, generator),
+        adapter=adapter_of(shape, values, generator),
         learning_rate=1e-3,
         weight_decay=0.1,
         batch_size=4,
@@ -81,7 +89,7 @@ def an_update(
     generator = torch.Generator().manual_seed(seed)
     if counts is None:
         counts = torch.randint(0, 3, shape[:2], generator=generator)
-    delta = an_adapter(shape, values, generator)
+    delta = adapter_of(shape, values, generator)
     experts = {
         name: torch.where((counts[int(name.split(".")[0])] > 0)[:, None, None], value, 0.0)
         for name, value in delta.experts.items()
@@ -109,20 +117,12 @@ def valid_update() -> ClientUpdate:
     return an_update(counts=VALID_COUNTS.clone())
 
 
-def assert_same_bits(got: Tensor, wanted: Tensor, name: str) -> None:
-    assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype), name
-    as_integers = torch.int32 if wanted.dtype == torch.float32 else wanted.dtype
-    assert torch.equal(got.contiguous().view(as_integers), wanted.contiguous().view(as_integers)), name
-
-
 def assert_same_message(got: RoundPlan | ClientUpdate, wanted: RoundPlan | ClientUpdate) -> None:
     assert type(got) is type(wanted)
     for field in fields(wanted):
         a, b = getattr(got, field.name), getattr(wanted, field.name)
         if isinstance(b, Adapter):
-            assert a.tensors().keys() == b.tensors().keys()
-            for name, value in b.tensors().items():
-                assert_same_bits(a.tensors()[name], value, name)
+            assert_same_adapter(a, b)
         elif isinstance(b, Tensor):
             assert_same_bits(a, b, field.name)
         else:

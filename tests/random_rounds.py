@@ -8,35 +8,30 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tests.message_samples import adapter_of, random_numbers
 from torch import Tensor
 
 from fedflame.config.words import Trainable
 from fedflame.messages import Adapter, ClientUpdate, is_trained
+from fedflame.strategies.base import ServerState, Strategy
 
 LAYERS, EXPERTS, RANK, HIDDEN, WIDTH = 2, 5, 3, 8, 4
-IN, OUT = 6, 9
 K = 8
 
 Products = dict[str, NDArray[np.float64]]
 
 
 def an_adapter(generator: torch.Generator, scale: float = 1.0, rank: int = RANK) -> Adapter:
-    banks = {
-        "A1": (EXPERTS, 2 * rank, HIDDEN),
-        "B1": (EXPERTS, 2 * WIDTH, rank),
-        "A2": (EXPERTS, rank, WIDTH),
-        "B2": (EXPERTS, HIDDEN, rank),
-    }
-    experts = {
-        f"{layer}.{name}": scale * torch.randn(shape, generator=generator)
-        for layer in range(LAYERS)
-        for name, shape in banks.items()
-    }
-    attention = {
-        "q_proj.A": scale * torch.randn(rank, IN, generator=generator),
-        "q_proj.B": scale * torch.randn(OUT, rank, generator=generator),
-    }
-    return Adapter(experts, attention)
+    def scaled(generator: torch.Generator, *shape: int) -> Tensor:
+        return scale * random_numbers(generator, *shape)
+
+    return adapter_of((LAYERS, EXPERTS, rank, HIDDEN, WIDTH), scaled, generator)
+
+
+def filled(value: float) -> Adapter:
+    """Of one value everywhere."""
+    like = an_adapter(torch.Generator())
+    return like.combine(like, lambda one, _: torch.full_like(one, value))
 
 
 def an_update(
@@ -72,6 +67,12 @@ def updates_of(seed: int, ranks: Sequence[int], trainable: Trainable = "both") -
     return [an_update(generator, client, rank=r, trainable=trainable) for client, r in enumerate(ranks)]
 
 
+def a_round(strategy: Strategy, seed: int, ranks: Sequence[int]) -> tuple[ServerState, list[ClientUpdate]]:
+    """A state of the method, and an update per rank."""
+    state = strategy.initialize(an_adapter(torch.Generator().manual_seed(seed)), (K,), LAYERS)
+    return state, updates_of(seed + 1, ranks)
+
+
 def half_only(adapter: Adapter, trainable: Trainable) -> Adapter:
     """The adapter with zeros in the half that is not trained."""
     return Adapter.from_tensors(
@@ -80,16 +81,6 @@ def half_only(adapter: Adapter, trainable: Trainable) -> Adapter:
             for name, value in adapter.tensors().items()
         }
     )
-
-
-def bits(value: Tensor) -> Tensor:
-    return value.contiguous().view(torch.int32)
-
-
-def assert_same_bits(got: Adapter, wanted: Adapter) -> None:
-    values, others = got.tensors(), wanted.tensors()
-    assert values.keys() == others.keys()
-    assert all(torch.equal(bits(values[name]), bits(other)) for name, other in others.items())
 
 
 def projections(adapter: Adapter) -> dict[str, tuple[Any, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.refusals import refusal_of
 
 from fedflame.checked_json import read_checked, write_checked
 from fedflame.errors import UserError
@@ -18,10 +19,8 @@ VALUE = {"seed": 3, "names": ["a", "é"], "loss": math.inf, "by_k": {4: 1.25e-7}
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as refused:
-        read_checked(path, "do this")
-    line = str(refused.value)
-    assert line.startswith(f"{path}: ") and line.endswith("; do this") and "\n" not in line
+    line = refusal_of(read_checked, path, "do this")
+    assert line.startswith(f"{path}: ") and line.endswith("; do this")
     return line.removeprefix(f"{path}: ").removesuffix("; do this")
 
 

@@ -9,16 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.message_samples import (
-    IN,
-    OUT,
-    SHAPE,
-    a_plan,
-    an_adapter,
-    assert_same_bits,
-    random_bits,
-    random_numbers,
-)
+from tests.message_samples import IN, OUT, SHAPE, a_plan, adapter_of, of_rank, random_bits, random_numbers
+from tests.same_bits import assert_same_bits
 from torch import Tensor
 
 from fedflame.config.load import load_config
@@ -54,8 +46,8 @@ def low_rank_products(adapter: Adapter) -> dict[str, Tensor]:
 
 def test_side_by_side_the_products_are_the_sums_and_the_ranks_too() -> None:
     layers, experts, rank, hidden, width = SHAPE
-    one = an_adapter(SHAPE, random_numbers, torch.Generator().manual_seed(1))
-    other = an_adapter((layers, experts, 5, hidden, width), random_numbers, torch.Generator().manual_seed(2))
+    one = adapter_of(SHAPE, random_numbers, torch.Generator().manual_seed(1))
+    other = adapter_of((layers, experts, 5, hidden, width), random_numbers, torch.Generator().manual_seed(2))
     both = one.concatenate(other)
     assert (one.rank, other.rank, both.rank) == (rank, 5, rank + 5)
     got, first, second = (low_rank_products(adapter) for adapter in (both, one, other))
@@ -70,7 +62,7 @@ def test_nothing_beside_an_adapter_is_that_adapter() -> None:
 
 
 def test_of_several_the_products_are_summed_in_their_order() -> None:
-    adapters = [a_rank(rank, seed=rank) for rank in (2, 1, 4)]
+    adapters = [of_rank(rank, seed=rank) for rank in (2, 1, 4)]
     all_of = adapters[0].concatenate(NOTHING, *adapters[1:])
     assert all_of.rank == 7
     for name, value in low_rank_products(all_of).items():
@@ -83,12 +75,6 @@ def test_of_several_the_products_are_summed_in_their_order() -> None:
 # Ranks
 
 
-def a_rank(rank: int, seed: int = 0) -> Adapter:
-    layers, experts, _, hidden, width = SHAPE
-    generator = torch.Generator().manual_seed(seed)
-    return an_adapter((layers, experts, rank, hidden, width), random_numbers, generator)
-
-
 seeds = st.integers(0, 2**32)
 ranks = st.integers(1, 9)
 
@@ -96,7 +82,7 @@ ranks = st.integers(1, 9)
 @settings(deadline=None)
 @given(ranks, ranks, seeds)
 def test_the_first_ranks_are_those_of_every_product_by_hand(rank: int, wanted: int, seed: int) -> None:
-    adapter = a_rank(rank, seed)
+    adapter = of_rank(rank, seed)
     got = adapter.with_rank(wanted).tensors()
     kept = min(rank, wanted)
     for name, value in adapter.tensors().items():
@@ -116,7 +102,7 @@ def test_the_first_ranks_are_those_of_every_product_by_hand(rank: int, wanted: i
 def test_zeros_after_the_ranks_change_no_product_and_cut_off_leave_every_bit(
     rank: int, more: int, seed: int
 ) -> None:
-    adapter = a_rank(rank, seed)
+    adapter = of_rank(rank, seed)
     padded = adapter.with_rank(rank + more)
     assert padded.rank == rank + more
     back = padded.with_rank(rank).tensors()
@@ -130,7 +116,7 @@ def test_zeros_after_the_ranks_change_no_product_and_cut_off_leave_every_bit(
 @settings(deadline=None)
 @given(ranks, ranks)
 def test_two_cuts_are_the_smaller_one(one: int, other: int) -> None:
-    adapter = a_rank(9)
+    adapter = of_rank(9)
     got = adapter.with_rank(max(one, other)).with_rank(min(one, other)).tensors()
     for name, value in adapter.with_rank(min(one, other)).tensors().items():
         assert_same_bits(got[name], value, name)

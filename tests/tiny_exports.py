@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tests.tiny_models import random_adapter
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -158,18 +159,9 @@ def adapt(
 
 
 def random_state(adapted: AdaptedModel) -> ServerState:
-    generator = torch.Generator().manual_seed(1)
-
-    def noise(value: torch.Tensor) -> torch.Tensor:
-        return torch.randn(value.shape, generator=generator) * 0.2
-
-    start = adapted.initial_adapter(0)
-    adapter = Adapter(
-        {name: noise(value) for name, value in start.experts.items()},
-        {name: noise(value) for name, value in start.attention.items()},
-    )
     return ServerState(
-        adapter, {3: torch.ones(2), 2: torch.tensor([1.25, 0.75]), 1: torch.tensor([1.5, 2.25])}
+        random_adapter(adapted, seed=1),
+        {3: torch.ones(2), 2: torch.tensor([1.25, 0.75]), 1: torch.tensor([1.5, 2.25])},
     )
 
 

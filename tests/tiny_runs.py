@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 from rich.console import Console
@@ -44,6 +46,11 @@ def start_cli(*arguments: str | Path) -> CliProcess:
     return CliProcess([str(argument) for argument in arguments])
 
 
+def set_options(*settings: str) -> list[str]:
+    """These settings as options of a command."""
+    return [part for setting in settings for part in ("--set", setting)]
+
+
 def tiny_config(model: Path, run: Path, *overrides: str) -> RunConfig:
     """Three clients with k = 4, 2, 1 of K = 4, three rounds of two steps."""
     places = (f"model.model_name_or_path={model}", f"output_dir={run}")
@@ -59,8 +66,7 @@ def tiny_run(model: Path, run: Path, *overrides: str, existing: Existing = "refu
 
 def arguments(model: Path, run: Path, *overrides: str) -> list[str]:
     """The same run as arguments of `fedflame`."""
-    settings = [part for setting in (*SETTINGS, *overrides) for part in ("--set", setting)]
-    return ["run", "--model", str(model), "--output-dir", str(run), *settings]
+    return ["run", "--model", str(model), "--output-dir", str(run), *set_options(*SETTINGS, *overrides)]
 
 
 def invoke(*command: str | Path) -> Result:
@@ -71,6 +77,21 @@ def invoke(*command: str | Path) -> Result:
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     """The events of one kind in a run's metrics.jsonl."""
     return [event for event in read_lines(run / "metrics.jsonl") if event["event"] == kind]
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    """The events of a run's metrics.jsonl without what a clock wrote."""
+    lines = read_lines(run / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def wait_for_lines(process: CliProcess | Popen[str], run: Path, goal: int) -> None:
+    """Until the run's metrics.jsonl has `goal` lines; fails if the process ends before."""
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < goal:
+        assert process.poll() is None, "ended before it could be stopped"
+        assert time.monotonic() < deadline, f"{goal} lines in a minute"
+        time.sleep(0.002)
 
 
 def adapter_bytes(run: Path) -> bytes:

@@ -9,22 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from tests.fake_cards import MODEL, fake_cards
+from tests.refusals import refusal_of
 
 from fedflame.base import device
 from fedflame.base.device import ALL_CARDS, Card, DeviceChoice, choose_device, device_facts, device_in_words
 from fedflame.base.dtype import DtypeChoice, choose_dtype
 from fedflame.cost.model_shape import read_model_shape
-from fedflame.errors import UserError
 
 TWO = (80_000_000_000, 24_000_000_000)
 CARDS = tuple(Card(f"cuda:{index}", MODEL, memory, (9, 0)) for index, memory in enumerate(TWO))
 
 
 def refusal(wanted: str, key: str = "model.device") -> str:
-    with pytest.raises(UserError) as caught:
-        choose_device(wanted, key)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal_of(choose_device, wanted, key)
 
 
 @pytest.mark.parametrize(

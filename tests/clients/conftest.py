@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.clients.workers_asked import CLIENTS, all_at_rest
+from tests.random_rows import random_rows
 from tests.tiny_models import VOCABULARY, character_tokenizer
 
 from fedflame.base.adapted import load_adapted_model
@@ -19,7 +20,6 @@ from fedflame.config.sections import AdapterConfig
 from fedflame.data.client_tests import encode_tests
 from fedflame.data.conversations import single_turn
 from fedflame.data.encoder import new_encoder
-from fedflame.data.encoding import EncodedRow
 from fedflame.training.error_feedback import Residuals
 from fedflame.training.evaluation import HeldOut
 from fedflame.training.score_tests import rows_to_score
@@ -28,11 +28,7 @@ from fedflame.training.score_tests import rows_to_score
 @pytest.fixture(scope="module")
 def setup(tiny_folder: Path) -> WorkerSetup:
     """Five clients with rows of their own."""
-    generator = torch.Generator().manual_seed(4)
-    rows = []
-    for client in range(CLIENTS):
-        ids = torch.randint(3, VOCABULARY, (3 + client, 12), generator=generator).tolist()
-        rows.append([EncodedRow(row, 5, False) for row in ids])
+    rows = [random_rows([12] * (3 + client), VOCABULARY, client, prompt=5) for client in range(CLIENTS)]
     return WorkerSetup(
         model_name_or_path=str(tiny_folder),
         dtype="float32",

@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.json_lines import write_lines
 from tests.tiny_models import character_tokenizer
-from tests.tiny_runs import events, invoke, state_bytes
+from tests.tiny_runs import events, invoke, set_options, state_bytes
 
 from fedflame.base.files import resolve_model
 from fedflame.clients.answers import Answer, OnStep
@@ -77,11 +78,11 @@ def silos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             {"messages": turns(f"{name} {n} plus 1?", f"It is {n + 1}.", "and 1?", f"{n + 2}")}
             for n in range(count)
         ]
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(Path(f"{name}.jsonl"), rows)
 
 
 def options(model: Path, run: str = "") -> list[str]:
-    sets = [part for setting in HABITS for part in ("--set", setting)]
+    sets = set_options(*HABITS)
     return ["--model", str(model), *sets, *(("--output-dir", run) if run else ())]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.tiny_models import VOCABULARY, character_tokenizer
-from tests.tiny_runs import SETTINGS, arguments, invoke
+from tests.tiny_runs import SETTINGS, arguments, invoke, set_options
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedflame.cost import refused_families
@@ -245,9 +245,7 @@ def test_debug_gives_the_traceback(tmp_path: Path) -> None:
 
 
 def test_settings_of_the_tests_are_valid_keys() -> None:
-    result = invoke(
-        "plan", *(part for setting in SETTINGS for part in ("--set", setting)), "--model", "/none"
-    )
+    result = invoke("plan", *set_options(*SETTINGS), "--model", "/none")
     assert result.stderr == (
         "fedflame: model '/none': no such folder; use 'olmoe-tiny', a folder, or a hub id\n"
     )

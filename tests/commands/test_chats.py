@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.folder_contents import contents
+from tests.json_lines import write_lines
 from tests.tiny_models import VOCABULARY, character_tokenizer
 from tests.tiny_runs import ONE_ROUND, adapter_bytes, arguments, invoke, state_bytes, tiny_config, tiny_run
 from transformers import AutoTokenizer
@@ -35,11 +37,6 @@ def turns(*contents: str, system: str = "") -> list[dict[str, str]]:
 ROWS = [{"messages": turns(f"{n} plus 1", str(n + 1), "and 1", str(n + 2)), "source": "x"} for n in range(30)]
 
 
-def write(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
 def instruct(tiny_folder: Path, tmp_path: Path) -> Path:
     """The tiny model with a chat template."""
@@ -53,7 +50,7 @@ def instruct(tiny_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return write(tmp_path / "chats.jsonl", [*ROWS, {"messages": turns("1 plus 1", "2", system="Add")}])
+    return write_lines(tmp_path / "chats.jsonl", [*ROWS, {"messages": turns("1 plus 1", "2", system="Add")}])
 
 
 def test_a_run_over_conversations_says_what_it_reads_and_keeps_it(
@@ -107,15 +104,14 @@ def test_a_run_goes_on_with_the_template_that_it_began_with_only(
     run = tmp_path / "run"
     settings = (f"data.dataset_name={data}", "server.num_server_rounds=2")
     tiny_run(instruct, run, *settings)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = contents(run)
     tokenizer = character_tokenizer()
     tokenizer.chat_template = OTHER
     tokenizer.save_pretrained(instruct)
     with pytest.raises(UserError, match="--resume needs the chat template it was started with"):
         run_experiment(prepare(tiny_config(instruct, run, *settings), "resume"))
-    assert {
-        path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"
-    } == {path: content for path, content in before.items() if path.name != ".lock"}
+    after = contents(run)
+    assert {**after, ".lock": b""} == {**before, ".lock": b""}
 
 
 def test_a_run_over_conversations_that_goes_on_ends_in_the_same_bytes(
@@ -133,7 +129,7 @@ def test_a_template_that_refuses_most_rows_stops_the_run_before_it_begins(
     instruct: Path, tmp_path: Path
 ) -> None:
     rows = [{"messages": turns(f"{n} plus 1", str(n), system="Add")} for n in range(20)]
-    data = write(tmp_path / "chats.jsonl", [*rows, *ROWS[:10]])
+    data = write_lines(tmp_path / "chats.jsonl", [*rows, *ROWS[:10]])
     result = invoke(*arguments(instruct, tmp_path / "run", f"data.dataset_name={data}"))
     assert (result.exit_code, result.stderr) == (
         2,
@@ -148,7 +144,7 @@ def test_plan_shows_the_first_row_with_its_loss_and_no_control_characters(
     instruct: Path, tmp_path: Path
 ) -> None:
     hostile = [{"messages": turns(f"[bold]\x1b[2J{n}", "4[/bold]\n5", "and", "6")} for n in range(30)]
-    data = write(tmp_path / "chats.jsonl", hostile)
+    data = write_lines(tmp_path / "chats.jsonl", hostile)
     command = [*arguments(instruct, tmp_path / "run", f"data.dataset_name={data}"), "--show-row"]
     del command[command.index("--output-dir") : command.index("--output-dir") + 2]
     shown = invoke("plan", *command[1:]).stdout
@@ -181,7 +177,7 @@ def test_prompts_that_do_not_fit_into_the_context_are_counted(tiny_folder: Path,
         {"instruction": f"{n:02} " + "x" * (475 if n % 2 else 30), "response": "y", "category": "ab"[n % 2]}
         for n in range(30)
     ]
-    data = write(tmp_path / "rows.jsonl", rows)
+    data = write_lines(tmp_path / "rows.jsonl", rows)
     settings = (f"data.dataset_name={data}", ONE_ROUND, "evaluation.max_new_tokens=2")
     shown = tiny_run(tiny_folder, tmp_path / "run", *settings)
     assert "held-out prompts" not in shown

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from tests.tiny_runs import arguments
+from tests.cli_process import wait_until_gone
+from tests.tiny_runs import arguments, wait_for_lines
 
 import fedflame
 from fedflame.run_files.checkpoints import kept_rounds
-from loopback import alive, descendants
+from loopback import descendants
 
 pytestmark = pytest.mark.slow
 
@@ -150,11 +151,7 @@ def test_a_signal_to_all_processes_of_a_run_leaves_none_of_them_and_nothing_temp
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_bytes().count(b"\n") < 10:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_lines(process, run, 10)
     children = descendants(process.pid)
     assert len(children) >= 3, "the fork server and two other workers"
     assert list(temporary.iterdir())
@@ -166,9 +163,7 @@ def test_a_signal_to_all_processes_of_a_run_leaves_none_of_them_and_nothing_temp
     assert (process.returncode, errors) == (143, f"fedflame: ended by SIGTERM; {go_on}\n")
     temporary.rmdir()  # it is empty
     assert (run / "report.html").exists() and not (run / ".lock").exists()
-    while left := [child for child in children if alive(child)]:
-        assert time.monotonic() < deadline + 30, left
-        time.sleep(0.02)
+    wait_until_gone(children)
 
 
 def environment(**more: str) -> Mapping[str, str]:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.held_out_losses import WITHOUT_ADAPTER, logged_losses, losses, scores
+from tests.json_lines import write_lines
 from tests.tiny_models import TOP_K
-from tests.tiny_runs import ANSWERS, SETTINGS, adapter_bytes, events, invoke
+from tests.tiny_runs import ANSWERS, SETTINGS, adapter_bytes, invoke, set_options
 from transformers import AutoModelForCausalLM
 
 from fedflame.data.federation import SKILLS_ROWS
@@ -21,42 +23,22 @@ def finished(undisturbed: Callable[..., Path]) -> Path:
     return undisturbed("server.num_server_rounds=2", "training.learning_rate=0.02", ANSWERS)
 
 
-def scores(*command: str | Path) -> dict[str, dict[str, dict[str, float]]]:
-    result = invoke("evaluate", *command, "--json")
-    assert result.exit_code == 0, result.stderr
-    parsed: dict[str, dict[str, dict[str, float]]] = json.loads(result.stdout)
-    return parsed
-
-
-def final_losses(run: Path) -> dict[str, float]:
-    last = [e for e in events(run, "evaluation") if e["category"] is None and e["round"] == 2]
-    return {str(event["active_experts"]): event["loss"] for event in last}
-
-
 def test_evaluating_a_run_repeats_its_last_evaluation(finished: Path) -> None:
-    again = {k: values["all"]["loss"] for k, values in scores(finished).items()}
-    assert again == pytest.approx(final_losses(finished), rel=1e-6)
+    assert losses(finished) == pytest.approx(logged_losses(finished, 2), rel=1e-6)
 
 
 def test_evaluating_the_exported_adapter_gives_the_runs_losses(finished: Path, tiny_folder: Path) -> None:
-    settings = [part for setting in SETTINGS if "adapter" not in setting for part in ("--set", setting)]
-    again = {k: values["all"]["loss"] for k, values in scores(finished / "adapter", *settings).items()}
-    assert again == pytest.approx(final_losses(finished), rel=1e-6)
+    again = losses(finished / "adapter", *WITHOUT_ADAPTER)
+    assert again == pytest.approx(logged_losses(finished, 2), rel=1e-6)
 
 
 def test_evaluating_the_base_model_gives_the_losses_before_round_1(finished: Path, tiny_folder: Path) -> None:
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    before = [e for e in events(finished, "evaluation") if e["category"] is None and e["round"] == 0]
-    base = scores(tiny_folder, *settings)
-    assert {k: values["all"]["loss"] for k, values in base.items()} == pytest.approx(
-        {str(e["active_experts"]): e["loss"] for e in before}, rel=1e-6
-    )
+    base = losses(tiny_folder, *set_options(*SETTINGS))
+    assert base == pytest.approx(logged_losses(finished, 0), rel=1e-6)
 
 
 def rows_file(path: Path, texts: list[str]) -> Path:
-    rows = [{"instruction": text, "output": text[::-1]} for text in texts]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_lines(path, [{"instruction": text, "output": text[::-1]} for text in texts])
 
 
 def test_all_rows_of_a_file_of_the_users_own_are_scored(
@@ -68,14 +50,14 @@ def test_all_rows_of_a_file_of_the_users_own_are_scored(
         found = scores(
             source, "--data", file, "--active-experts", "2", "--set", "evaluation.rows_per_category=1"
         )
-        assert found["2"]["all"]["rows"] == 23
+        assert found[2]["all"]["rows"] == 23
 
 
 def test_rows_that_a_run_was_trained_on_are_not_scored_as_if_they_were_not(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     file = rows_file(tmp_path / "rows.jsonl", [f"row {number}" for number in range(40)])
-    settings = [part for setting in (*SETTINGS, "server.num_server_rounds=1") for part in ("--set", setting)]
+    settings = set_options(*SETTINGS, "server.num_server_rounds=1")
     run = invoke(
         "run", *settings, "--model", tiny_folder, "--data", file, "--output-dir", tmp_path / "run",
         "--set", "evaluation.split=test",
@@ -92,17 +74,17 @@ def test_rows_that_a_run_was_trained_on_are_not_scored_as_if_they_were_not(
     adapter = invoke("evaluate", tmp_path / "run" / "adapter", "--set", f"data.dataset_name={file}", "--json")
     assert adapter.exit_code == 0
     assert adapter.stderr.startswith("warning: the adapter does not say which rows it was trained on; ")
-    assert scores(tmp_path / "run", "--active-experts", "2")["2"]["all"]["rows"] == 1
+    assert scores(tmp_path / "run", "--active-experts", "2")[2]["all"]["rows"] == 1
 
 
 def test_a_run_chosen_by_validation_rows_is_scored_on_a_test_file(finished: Path, tmp_path: Path) -> None:
     file = rows_file(tmp_path / "test.jsonl", ["a", "b", "c"])
     given = ("--set", "evaluation.split=validation", "--active-experts", "1")
-    assert scores(finished, "--data", file, *given)["1"]["all"]["rows"] == 3
+    assert scores(finished, "--data", file, *given)[1]["all"]["rows"] == 3
 
 
 def test_evaluate_at_a_k_that_no_client_had(finished: Path) -> None:
-    assert list(scores(finished, "--active-experts", "3")) == ["3"]
+    assert list(scores(finished, "--active-experts", "3")) == [3]
 
 
 def test_evaluate_refuses_a_k_above_the_models(finished: Path) -> None:
@@ -126,10 +108,10 @@ def test_merged_export_is_a_stock_checkpoint_with_the_runs_loss(
     assert result.exit_code == 0, result.stderr
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert stock.config.num_experts_per_tok == 1
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    settings = set_options(*SETTINGS)
     one_tier = ("--set", "clients.active_experts=1")
-    again = scores(tmp_path / "merged", *settings, *one_tier)["1"]["all"]["loss"]
-    assert again == pytest.approx(final_losses(finished)["1"], rel=1e-4)
+    again = losses(tmp_path / "merged", *settings, *one_tier)[1]
+    assert again == pytest.approx(logged_losses(finished, 2)[1], rel=1e-4)
 
 
 def test_export_refuses_active_experts_without_merge(finished: Path, tmp_path: Path) -> None:
@@ -168,16 +150,14 @@ def test_plan_loads_no_weights(tiny_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     shutil.copytree(tiny_folder, folder)
     (folder / "model.safetensors").unlink()
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    settings = set_options(*SETTINGS)
     result = invoke("plan", "--model", folder, *settings)
     assert result.exit_code == 0, result.stderr
     assert "training" in result.stdout
 
 
 def test_plan_says_what_an_evaluation_at_the_clients_sends(tiny_folder: Path) -> None:
-    settings = [
-        part for setting in (*SETTINGS, "server.fraction_evaluate=0.6") for part in ("--set", setting)
-    ]
+    settings = set_options(*SETTINGS, "server.fraction_evaluate=0.6")
     plan = json.loads(invoke("plan", "--model", tiny_folder, *settings, "--json").stdout)
     told = " ".join(invoke("plan", "--model", tiny_folder, *settings).stdout.split())
     assert (
@@ -199,7 +179,7 @@ def test_plan_refuses_tiers_that_the_model_cannot_run() -> None:
 
 def test_plan_matches_what_the_run_wrote(finished: Path, tiny_folder: Path) -> None:
     rounds = "server.num_server_rounds=2"
-    settings = [part for setting in (*SETTINGS, rounds) for part in ("--set", setting)]
+    settings = set_options(*SETTINGS, rounds)
     plan = json.loads(invoke("plan", "--model", tiny_folder, *settings, "--json").stdout)
     written = json.loads((finished / "plan.json").read_text())
     assert plan["tiers"] == written["tiers"]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.random_rounds import assert_same_bits
+from tests.altered_answers import interrupt
+from tests.held_out_losses import logged_losses, losses
+from tests.same_bits import assert_same_adapter
 from tests.tiny_models import TOP_K
-from tests.tiny_runs import adapter_bytes, arguments, events, invoke, tiny_run
+from tests.tiny_runs import adapter_bytes, arguments, events, invoke, set_options, tiny_run
 from transformers import AutoModelForCausalLM
 
 from fedflame.compare.grid import Cell
@@ -22,28 +24,15 @@ from fedflame.experiment.run_folder import Existing, saved_config
 from fedflame.report.records import read_run
 from fedflame.server.checkpoint import read_checkpoint, write_checkpoint
 from fedflame.strategies.hetlora import HetLoRA
-from fedflame.training.fine_tune import fine_tune
 
 pytestmark = pytest.mark.slow
 
+SAME_ROWS = set_options("data.max_rows=48", "data.max_length=120", "evaluation.rows_per_category=1")
 TWO_ROUNDS = ("server.num_server_rounds=2", "training.learning_rate=0.02")
 
 
 def a_run(name: str, model: Path, run: Path, *overrides: str, existing: Existing = "refuse") -> str:
     return tiny_run(model, run, *TWO_ROUNDS, f"strategy.name={name}", *overrides, existing=existing)
-
-
-def last_losses(run: Path) -> dict[str, float]:
-    last = [e for e in events(run, "evaluation") if e["category"] is None and e["round"] == 2]
-    return {str(event["active_experts"]): event["loss"] for event in last}
-
-
-def losses(*command: str | Path) -> dict[str, float]:
-    settings = ("data.max_rows=48", "data.max_length=120", "evaluation.rows_per_category=1")
-    options = [part for setting in settings for part in ("--set", setting)]
-    result = invoke("evaluate", *command, *options, "--json")
-    assert result.exit_code == 0, result.stderr
-    return {k: values["all"]["loss"] for k, values in json.loads(result.stdout).items()}
 
 
 @pytest.fixture(scope="session")
@@ -92,11 +81,11 @@ def test_a_method_that_cuts_ranks_is_evaluated_at_the_ranks_of_its_clients(
         (n, 4, rank) for n in (0, 1, 2) for rank in (2, 1)
     ]
     state = read_checkpoint(run).state
-    whole = last_losses(run)["4"]
+    whole = logged_losses(run, 2)[4]
     for event in deployed[-2:]:
         cut = replace(state, adapter=state.adapter.with_rank(event["rank"]).with_rank(3))
         write_checkpoint(run, replace(read_checkpoint(run), state=cut))
-        assert losses(run)["4"] == pytest.approx(event["loss"], rel=1e-5)
+        assert losses(run)[4] == pytest.approx(event["loss"], rel=1e-5)
         assert abs(event["loss"] - whole) > 1e-4
         assert f"its first {event['rank']} ranks at k=4: loss {event['loss']:.3f}" in shown
     assert "What small devices deploy" in (run / "report.html").read_text()
@@ -131,8 +120,8 @@ def test_a_cell_says_what_each_device_deploys(
     result, run = cell_of(name, tiny_folder, tmp_path, *overrides), tmp_path / "run"
     assert [(d.budget, d.active_experts, d.rank) for d in result.deployed] == places
     cut = {(e["active_experts"], e["rank"]): e["loss"] for e in events(run, "deployment") if e["round"] == 2}
-    whole = last_losses(run)
-    assert [d.loss for d in result.deployed] == [cut.get((k, r), whole[str(k)]) for _, k, r in places]
+    whole = logged_losses(run, 2)
+    assert [d.loss for d in result.deployed] == [cut.get((k, r), whole[k]) for _, k, r in places]
     tiers = json.loads((run / "plan.json").read_text())["tiers"]
     flops = {(tier["active_experts"], tier["rank"]): tier["forward_flops_per_token"] for tier in tiers}
     trained = 1 if "strategy.rank=1" in overrides else 3
@@ -169,14 +158,8 @@ def killed_and_resumed(
     name: str, model: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, round_number: int = 2
 ) -> None:
     """The run, killed in this round and taken up again."""
-
-    def killed(adapted, examples, plan, *more):  # type: ignore[no-untyped-def]
-        if plan.round == round_number and plan.client == 1:
-            raise KeyboardInterrupt
-        return fine_tune(adapted, examples, plan, *more)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fedflame.clients.local.fine_tune", killed)
+        interrupt(patch, (round_number, 1))
         a_run(name, model, run, *overrides)
     assert read_checkpoint(run).round == round_number - 1
     a_run(name, model, run, *overrides, existing="resume")
@@ -194,9 +177,9 @@ def test_a_run_that_was_killed_resumes_to_the_same_bytes(
     killed_and_resumed(name, tiny_folder, killed, monkeypatch)
     one, other = (read_checkpoint(run).state for run in (whole, killed))
     assert one.trainable == other.trainable
-    assert_same_bits(one.total_at(TOP_K), other.total_at(TOP_K))
+    assert_same_adapter(one.total_at(TOP_K), other.total_at(TOP_K))
     assert adapter_bytes(killed) == adapter_bytes(whole)
-    assert last_losses(killed) == last_losses(whole)
+    assert logged_losses(killed, 2) == logged_losses(whole, 2)
 
 
 def test_a_run_whose_clients_prune_their_ranks_resumes_to_the_same_bytes(
@@ -236,39 +219,37 @@ def test_clients_take_their_turns_and_every_tier_learns_an_adapter(
     assert list(state.tier_adapters) == [2, 1]
     killed_and_resumed("flame", tiny_folder, tmp_path / "killed", monkeypatch, *settings)
     for k in (4, 2, 1):
-        assert_same_bits(read_checkpoint(tmp_path / "killed").state.adapter_at(k), state.adapter_at(k))
+        assert_same_adapter(read_checkpoint(tmp_path / "killed").state.adapter_at(k), state.adapter_at(k))
 
 
 def test_every_command_takes_the_adapter_of_each_k(tiny_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     a_run("flame", tiny_folder, run)
-    wanted = last_losses(run)
+    wanted = logged_losses(run, 2)
     state = read_checkpoint(run)
     assert losses(run) == pytest.approx(wanted, rel=1e-6)
-    assert losses(run / "adapter") == pytest.approx(wanted, rel=1e-5)
+    assert losses(run / "adapter", *SAME_ROWS) == pytest.approx(wanted, rel=1e-5)
     going_on = (f"model.adapter_name_or_path={run / 'adapter'}", "server.num_server_rounds=1")
     a_run("flame", tiny_folder, tmp_path / "next", *going_on)
-    start = [e for e in events(tmp_path / "next", "evaluation") if e["category"] is None and e["round"] == 0]
-    assert {str(e["active_experts"]): e["loss"] for e in start} == pytest.approx(wanted, rel=1e-6)
+    assert logged_losses(tmp_path / "next", 0) == pytest.approx(wanted, rel=1e-6)
     result = invoke("export", run, "--to", tmp_path / "merged", "--merge", "--active-experts", "1")
     assert result.exit_code == 0, result.stderr
-    merged = losses(tmp_path / "merged", "--set", "clients.active_experts=1")
-    assert merged["1"] == pytest.approx(wanted["1"], rel=1e-5)
+    merged = losses(tmp_path / "merged", *SAME_ROWS, "--set", "clients.active_experts=1")
+    assert merged[1] == pytest.approx(wanted[1], rel=1e-5)
     shared = replace(state, state=replace(state.state, tier_adapters={}))
     write_checkpoint(run, shared)
-    assert abs(losses(run)["1"] - wanted["1"]) > 1e-4
+    assert abs(losses(run)[1] - wanted[1]) > 1e-4
 
 
 def test_every_command_counts_merged_factors_in(tiny_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     a_run("flora", tiny_folder, run)
     assert read_checkpoint(run).state.merged.rank == 2 * (3 + 1 + 1)
-    wanted = last_losses(run)
-    first = [e["loss"] for e in events(run, "evaluation") if e["category"] is None and e["round"] == 0]
-    assert abs(first[0] - wanted["4"]) > 0.05
+    wanted = logged_losses(run, 2)
+    assert abs(logged_losses(run, 0)[4] - wanted[4]) > 0.05
     assert losses(run) == pytest.approx(wanted, rel=1e-6)
-    assert losses(run / "adapter") == pytest.approx(wanted, rel=1e-5)
+    assert losses(run / "adapter", *SAME_ROWS) == pytest.approx(wanted, rel=1e-5)
     result = invoke("export", run, "--to", tmp_path / "merged", "--merge")
     assert result.exit_code == 0, result.stderr
-    assert losses(tmp_path / "merged")["4"] == pytest.approx(wanted["4"], rel=1e-5)
+    assert losses(tmp_path / "merged", *SAME_ROWS)[4] == pytest.approx(wanted[4], rel=1e-5)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.num_experts_per_tok == TOP_K

@@ -13,17 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.random_rounds import assert_same_bits
+from tests.held_out_losses import WITHOUT_ADAPTER, losses
+from tests.same_bits import assert_same_adapter
 from tests.tiny_runs import (
     ANSWERS,
     SETTINGS,
     arguments,
     events,
     invoke,
+    set_options,
     start_cli,
     state_bytes,
+    timeless,
     tiny_config,
     tiny_run,
+    wait_for_lines,
 )
 
 import fedflame
@@ -60,12 +64,6 @@ def all_kept(undisturbed: Callable[..., Path]) -> Path:
     return undisturbed(*NOISY, "server.save_total_limit=100")
 
 
-def losses(*command: str | Path) -> dict[int, float]:
-    result = invoke("evaluate", *command, "--json")
-    assert result.exit_code == 0, result.stderr
-    return {int(k): values["all"]["loss"] for k, values in json.loads(result.stdout).items()}
-
-
 def by_hand(run: Path) -> dict[int, int]:
     """The rounds with the least held-out loss, by k."""
     lines = [e for e in events(run, "evaluation") if e["category"] is None]
@@ -85,19 +83,18 @@ def test_each_k_has_the_adapter_of_its_best_round(best: Run, all_kept: Path) -> 
     assert {*kept_rounds(best.folder), *best_kept(best.folder)} == {5, 6, *rounds.values()}
     for k, number in rounds.items():
         state = read_checkpoint(all_kept, number).state
-        assert_same_bits(best.adapter(k), state.total_at(k))
+        assert_same_adapter(best.adapter(k), state.total_at(k))
         assert best.rescaler(k) == state.rescalers[k].tolist()
-    assert_same_bits(best.adapter(), best.adapter(4))
+    assert_same_adapter(best.adapter(), best.adapter(4))
     undecided = Run(all_kept)
     assert undecided.best_rounds == rounds and undecided.used_rounds == dict.fromkeys(rounds, 6)
-    assert_same_bits(undecided.adapter(1), read_checkpoint(all_kept).state.total_at(1))
+    assert_same_adapter(undecided.adapter(1), read_checkpoint(all_kept).state.total_at(1))
 
 
 def test_evaluate_and_the_adapter_folder_give_the_losses_of_the_best_rounds(best: Run) -> None:
     wanted = {k: best.scores[number][k]["loss"] for k, number in best.used_rounds.items()}
     assert losses(best.folder) == pytest.approx(wanted, rel=1e-6)
-    settings = [part for setting in SETTINGS if "adapter" not in setting for part in ("--set", setting)]
-    assert losses(best.folder / "adapter", *settings) == pytest.approx(wanted, rel=1e-6)
+    assert losses(best.folder / "adapter", *WITHOUT_ADAPTER) == pytest.approx(wanted, rel=1e-6)
     assert wanted[1] != pytest.approx(best.scores[6][1]["loss"], rel=1e-3)
 
 
@@ -111,13 +108,13 @@ def test_with_merged_factors_each_k_has_those_of_its_round(
     assert losses(run.folder) == pytest.approx(wanted, rel=1e-6)
     assert len({run.adapter(k).rank for k in rounds}) > 1, "what is merged grows from round to round"
     plain = [setting for setting in (*SETTINGS, "seed=2") if "adapter" not in setting]
-    settings = [part for setting in plain for part in ("--set", setting)]
+    settings = set_options(*plain)
     assert losses(run.folder / "adapter", *settings) == pytest.approx(wanted, rel=1e-5)
     least = min(rounds)
     options = ("--merge", "--active-experts", str(least), "--check")
     result = invoke("export", run.folder, "--to", tmp_path / "merged", *options)
     assert result.exit_code == 0, result.stderr
-    settings = [part for setting in plain if "clients" not in setting for part in ("--set", setting)]
+    settings = set_options(*(setting for setting in plain if "clients" not in setting))
     merged = losses(tmp_path / "merged", "--active-experts", str(least), *settings)
     assert merged == pytest.approx({least: wanted[least]}, rel=1e-4)
 
@@ -139,12 +136,6 @@ def test_report_card_export_and_console_name_the_rounds(best: Run, tmp_path: Pat
     assert [(e["round"], e["active_experts"]) for e in events(best.folder, "best")][-1:] != []
 
 
-def timeless(run: Path) -> list[dict[str, object]]:
-    """The lines of metrics.jsonl without their times."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "checksum")} for line in lines]
-
-
 def folder_bytes(run: Path) -> dict[str, bytes]:
     """All adapters of the adapter folder."""
     return {str(path.relative_to(run)): path.read_bytes() for path in run.glob("adapter/**/*.safetensors")}
@@ -159,18 +150,12 @@ def test_killed_at_any_instant_it_ends_in_the_same_bytes(
     command = arguments(tiny_folder, run, *NOISY, BEST)
     for number, goal in enumerate(goals):
         process = start_cli(*command, *(["--resume"] if number else []))
-        while process.poll() is None and len(lines_of(run)) < goal:
-            time.sleep(0.002)
+        wait_for_lines(process, run, goal)
         time.sleep(rng.random() * 0.05)
         process.kill()
         assert process.wait(20) == -signal.SIGKILL, f"goals {goals}"
     assert start_cli(*command, "--resume").wait(90) == 0, f"goals {goals}"
     assert_same_run(run, best.folder)
-
-
-def lines_of(run: Path) -> list[bytes]:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().splitlines() if path.exists() else []
 
 
 def assert_same_run(run: Path, other: Path) -> None:

@@ -10,11 +10,21 @@ from pathlib import Path
 
 import pytest
 from tests.cli_process import CliProcess, wait_until_gone
-from tests.tiny_runs import ANSWERS, adapter_bytes, arguments, start_cli, state_bytes, tiny_config, tiny_run
+from tests.tiny_runs import (
+    ANSWERS,
+    adapter_bytes,
+    arguments,
+    set_options,
+    start_cli,
+    state_bytes,
+    timeless,
+    tiny_config,
+    tiny_run,
+    wait_for_lines,
+)
 
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run import run_experiment
-from fedflame.run_files.lines import read_lines
 from fedflame.server.checkpoint import read_checkpoint
 from loopback import descendants
 
@@ -42,7 +52,7 @@ def test_killed_at_three_instants_and_resumed_it_ends_in_the_same_bytes(
     goals = sorted(rng.sample(range(1, lines - 1), 3))
     for number, goal in enumerate(goals):
         process = start(tiny_folder, run, "--set", ANSWERS, *(["--resume"] if number else []))
-        wait_for_lines(process, run / "metrics.jsonl", goal)
+        wait_for_lines(process, run, goal)
         time.sleep(rng.random() * 0.05)
         process.kill()
         assert process.wait(20) == -signal.SIGKILL, f"goals {goals}"
@@ -64,12 +74,12 @@ def test_rounded_and_packed_what_clients_owe_survives_a_kill_with_workers_of_whi
     goal = random.Random(time.time_ns()).randrange(
         10, len((alone / "metrics.jsonl").read_text().splitlines())
     )
-    setting = [part for setting in (*packing, rounding) for part in ("--set", setting)]
+    setting = set_options(*packing, rounding)
     process = start(tiny_folder, killed, *setting, "--workers", "3")
-    wait_for_lines(process, killed / "metrics.jsonl", 1)
+    wait_for_lines(process, killed, 1)
     children = descendants(process.pid)
     assert len(children) >= 3, "the fork server and two other workers, which are there before the first round"
-    wait_for_lines(process, killed / "metrics.jsonl", goal)
+    wait_for_lines(process, killed, goal)
     process.kill()
     assert process.wait(20) == -signal.SIGKILL, f"goal {goal}"
     wait_until_gone(children)
@@ -89,7 +99,7 @@ def test_a_run_that_is_told_to_end_says_how_to_go_on_and_goes_on_to_the_same_byt
 ) -> None:
     run = tmp_path / "run"
     process = start(tiny_folder, run)
-    wait_for_lines(process, run / "metrics.jsonl", 34)
+    wait_for_lines(process, run, 34)
     process.send_signal(end)
     errors = process.stderr(120)
     assert process.returncode == 128 + end
@@ -117,18 +127,3 @@ def test_worker_processes_change_no_byte(
 def start(model: Path, run: Path, *flags: str) -> CliProcess:
     """`fedflame run` as a process of its own."""
     return start_cli(*arguments(model, run), *flags)
-
-
-def wait_for_lines(process: CliProcess, metrics: Path, goal: int) -> None:
-    """Until metrics.jsonl has `goal` lines; fails if the process ends before."""
-    deadline = time.monotonic() + 60
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < goal:
-        assert process.poll() is None, "ended before it could be stopped"
-        assert time.monotonic() < deadline, f"{goal} lines in a minute"
-        time.sleep(0.002)
-
-
-def timeless(run: Path) -> list[dict[str, object]]:
-    """The metrics without what a clock wrote."""
-    lines = read_lines(run / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]

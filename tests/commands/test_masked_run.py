@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
+from tests.open_draws import draw_openly
 from tests.tiny_models import TOP_K
 from tests.tiny_runs import (
     ONE_ROUND,
@@ -23,8 +23,6 @@ from fedflame.config.load import load_config
 from fedflame.config.sum_options import require_groups
 from fedflame.errors import UserError
 from fedflame.experiment.prepare import prepare
-from fedflame.privacy.noise import Noise
-from fedflame.seeds import derive_seed
 from fedflame.server.checkpoint import read_checkpoint
 
 SIX = (
@@ -103,11 +101,7 @@ def test_private_rows_and_sums_together_equal_private_rows_alone(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With draws that do not follow from the plan, since the two plans differ."""
-
-    def open_draws(self: Noise, count: int, *purpose: int | str) -> np.ndarray:
-        return np.random.default_rng(derive_seed(*purpose)).uniform(1e-12, 1, count)
-
-    monkeypatch.setattr(Noise, "_uniform", open_draws)
+    draw_openly(monkeypatch)
     private = ("privacy.unit=row", "privacy.noise_multiplier=1.5", ONE_ROUND)
     tiny_run(tiny_folder, tmp_path / "alone", *PLAIN, *private)
     tiny_run(tiny_folder, tmp_path / "both", *MASKED, *private)

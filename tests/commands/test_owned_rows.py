@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.tiny_runs import ANSWERS, SETTINGS, events, invoke
+from tests.json_lines import write_lines
+from tests.tiny_runs import ANSWERS, SETTINGS, events, invoke, set_options
 
 SILOS = tuple(setting for setting in SETTINGS if not setting.startswith(("clients.", "data.max_rows")))
 
@@ -17,8 +18,7 @@ def test_clients_have_the_names_of_their_files_and_one_without_rows_takes_no_par
     monkeypatch.chdir(tmp_path)
     for name, count in (("[red]north", 9), ("south", 0), ("west", 14)):
         rows = [{"instruction": f"{name} {number}", "output": "yes"} for number in range(count)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        Path(f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_lines(Path(f"{name}.jsonl"), rows)
     Path("test").mkdir()
     Path("test/rows.jsonl").write_text('{"instruction": "test", "output": "no"}\n', encoding="utf-8")
     given = (
@@ -29,7 +29,7 @@ def test_clients_have_the_names_of_their_files_and_one_without_rows_takes_no_par
         "server.min_clients=2",
         ANSWERS,
     )
-    sets = [part for setting in (*SILOS, *given) for part in ("--set", setting)]
+    sets = set_options(*SILOS, *given)
     result = invoke("run", "--model", tiny_folder, "--output-dir", "run", *sets)
     assert result.exit_code == 0, result.output
     assert "round 1: [red]north (k=4) loss" in result.output and "round 2: west (k=" in result.output

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.random_rounds import assert_same_bits
+from tests.altered_answers import interrupt
+from tests.same_bits import assert_same_adapter
 from tests.tiny_models import TOP_K
 from tests.tiny_runs import adapter_bytes, arguments, events, invoke, tiny_run
 
@@ -16,7 +16,6 @@ from fedflame.privacy import accounting
 from fedflame.privacy.accounting import Spending, epsilon_of
 from fedflame.report.records import read_run
 from fedflame.server.checkpoint import read_checkpoint
-from fedflame.training.private import fine_tune_privately
 
 pytestmark = pytest.mark.slow
 
@@ -81,18 +80,13 @@ def test_every_method_runs_privately(name: str, tiny_folder: Path, tmp_path: Pat
 def test_killed_and_resumed_it_ends_in_the_same_bytes(
     finished: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(adapted: Any, units: Any, plan: Any, *more: Any) -> Any:
-        if (plan.round, plan.client) == (2, 1):
-            raise KeyboardInterrupt
-        return fine_tune_privately(adapted, units, plan, *more)
-
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fedflame.clients.local.fine_tune_privately", killed)
+        interrupt(patch, (2, 1))
         tiny_run(tiny_folder, run, *PRIVATE)
     tiny_run(tiny_folder, run, *PRIVATE, existing="resume")
     one, other = (read_checkpoint(path).state for path in (finished, run))
-    assert_same_bits(one.total_at(TOP_K), other.total_at(TOP_K))
+    assert_same_adapter(one.total_at(TOP_K), other.total_at(TOP_K))
     assert adapter_bytes(run) == adapter_bytes(finished)
     assert events(run, "privacy") == events(finished, "privacy")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.commands.conftest import Misbehave
-from tests.random_rounds import assert_same_bits
+from tests.same_bits import assert_same_adapter
 from tests.tiny_models import EXPERTS, LAYERS, TOP_K, tiny_olmoe
 from tests.tiny_runs import (
     ANSWERS,
@@ -104,7 +104,7 @@ def test_a_run_that_keeps_less_for_the_backward_has_the_same_bytes(
     tiny_run(tiny_folder, tmp_path / "run", f"training.gradient_checkpointing={mode}")
     one, other = (read_checkpoint(run).state for run in (tmp_path / "run", finished))
     for k in (4, 2, 1):
-        assert_same_bits(one.adapter_at(k), other.adapter_at(k))
+        assert_same_adapter(one.adapter_at(k), other.adapter_at(k))
     memory = [
         [tier["training_memory_bytes"] for tier in json.loads((run / "plan.json").read_text())["tiers"]]
         for run in (tmp_path / "run", finished)

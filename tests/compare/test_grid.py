@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.refusals import refusal_of
 
 from fedflame.compare.devices import Devices
 from fedflame.compare.grid import Cell, Grid, read_grid
@@ -39,10 +40,7 @@ def grid(tmp_path: Path, text: str = GRID, *overrides: str, output_dir: str | No
 
 
 def refused(tmp_path: Path, text: str, *overrides: str) -> str:
-    with pytest.raises(UserError) as error:
-        grid(tmp_path, text, *overrides)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refusal_of(grid, tmp_path, text, *overrides)
 
 
 def test_every_combination_is_a_cell_in_the_order_of_the_file(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.compare.synthetic import OWN, a_cell, a_result, synthetic
+from tests.refusals import refusal_of
 
 from fedflame.compare import results as results_module
 from fedflame.compare.devices import ClientWork
@@ -25,7 +26,6 @@ from fedflame.compare.results import (
     write_results,
 )
 from fedflame.config.run_config import SCHEMA_VERSION
-from fedflame.errors import UserError
 from fedflame.report.events import Evaluation
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -73,10 +73,7 @@ def file(tmp_path: Path) -> Path:
 
 def line(path: Path) -> str:
     """The one line of what is said of this file."""
-    with pytest.raises(UserError) as error:
-        read_results(path)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refusal_of(read_results, path)
 
 
 @given(st.lists(CELLS, max_size=3, unique_by=lambda result: result.cell))

@@ -7,6 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from tests.refusals import refusal_of
 
 from fedflame.config.settings import SettingsFile, keys_of
 from fedflame.engines.hub import Hub, load_hub
@@ -21,10 +22,8 @@ def refusal(load: Callable[[Path], SettingsFile], what: str, text: str, folder: 
     """What is said of a file with this text: one line that names it."""
     path = folder / f"{what}.toml"
     path.write_text(text)
-    with pytest.raises(UserError) as error:
-        load(path)
-    said = str(error.value)
-    assert said.startswith(f"{what} file {path}: ") and "\n" not in said
+    said = refusal_of(load, path)
+    assert said.startswith(f"{what} file {path}: ")
     return said
 
 

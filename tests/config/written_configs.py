@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.refusals import refusal_of
 
 from fedflame.config.load import load_config
 from fedflame.config.run_config import RunConfig
-from fedflame.errors import UserError
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -25,10 +24,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 def message(*overrides: str, path: Path | None = None) -> str:
-    with pytest.raises(UserError) as error:
-        load_config(path, list(overrides))
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refusal_of(load_config, path, list(overrides))
 
 
 def toml(tmp_path: Path, text: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.cost.shipped_configs import QKVO
 from tests.families import FAMILIES, HIDDEN, VOCABULARY, tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -19,7 +20,6 @@ from fedflame.errors import UserError
 from fedflame.moe.adapted_model import AdaptedModel
 
 RANK = 2
-FOUR = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def require_as_the_config_says(model: PreTrainedModel, folder: Path) -> AdaptedModel:
@@ -105,7 +105,7 @@ def test_auto_is_the_four_projections_where_a_model_has_these_alone(tmp_path: Pa
     for family in FAMILIES:
         tiny(family).config.save_pretrained(tmp_path / family)
         found[family] = attention_targets(read_model_shape(tmp_path / family), AUTO)
-    assert {family: names for family, names in found.items() if names != FOUR} == {
+    assert {family: names for family, names in found.items() if names != QKVO} == {
         **dict.fromkeys(
             [
                 *"axk1 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite".split(),
@@ -117,15 +117,15 @@ def test_auto_is_the_four_projections_where_a_model_has_these_alone(tmp_path: Pa
         "axk2": ("q_a_proj", "q_gate_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
         **dict.fromkeys(
             ("bailing_hybrid", "kimi_linear"),
-            (*FOUR, "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+            (*QKVO, "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
         ),
         "inkling2_text": ("q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj.linear"),
         "lfm2_moe": ("q_proj", "k_proj", "v_proj", "self_attn.out_proj"),
-        "minimax": (*FOUR, "qkv_proj", "out_proj"),
-        "qwen3_next": ("in_proj_qkvz", "out_proj", *FOUR),
+        "minimax": (*QKVO, "qkv_proj", "out_proj"),
+        "qwen3_next": ("in_proj_qkvz", "out_proj", *QKVO),
         **dict.fromkeys(
             ("lara_mini", "qwen3_5_moe_text", "qwen4_exp_text"),
-            ("in_proj_qkv", "in_proj_z", "out_proj", *FOUR),
+            ("in_proj_qkv", "in_proj_z", "out_proj", *QKVO),
         ),
     }
 

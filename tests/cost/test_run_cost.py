@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.cost.shipped_configs import OLMOE, QKVO
 
 from fedflame.config.load import load_config
 from fedflame.cost.flops import training_flops_per_token
@@ -15,7 +15,6 @@ from fedflame.cost.memory import training_memory
 from fedflame.cost.model_shape import ModelShape, read_model_shape
 from fedflame.cost.run_cost import RunCost, local_steps, run_cost, steps_of_epochs
 
-QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LENGTH, SHARE = 100, 0.25
 SETTINGS = ("clients.num_clients=5", "clients.active_experts=8,1", "training.max_steps=40")
 """Clients with k = 8, 1, 8, 1, 8."""
@@ -24,7 +23,7 @@ ROWS = (17, 8, 80, 5, 16)
 
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
-    return read_model_shape(Path(__file__).parents[2] / "configs" / "models" / "OLMoE-1B-7B-0924")
+    return read_model_shape(OLMOE)
 
 
 def cost_of(shape: ModelShape, *overrides: str) -> RunCost:

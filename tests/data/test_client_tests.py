@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.tiny_runs import invoke
+from tests.data.owned_files import numbered, write_texts
+from tests.tiny_runs import invoke, set_options
 
 from fedflame.config.load import load_config
 from fedflame.data.client_tests import split_test
@@ -21,16 +21,6 @@ ASKED = "server.fraction_evaluate=1"
 
 def rows(*texts: str) -> list[Conversation]:
     return [single_turn(text, "", text.upper(), "all") for text in texts]
-
-
-def numbered(start: str, count: int) -> list[str]:
-    return [f"{start} {number}" for number in range(count)]
-
-
-def write(path: Path, texts: Sequence[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"instruction": text, "output": text}) + "\n" for text in texts))
-    return path
 
 
 def scored_texts(texts: Sequence[str], test_size: float, seed: int = 0) -> set[str]:
@@ -105,8 +95,8 @@ def test_rows_are_capped_before_some_are_held_out() -> None:
 def silos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, count in (("silo-2", 20), ("silo-10", 30), ("silo-1", 9)):
-        write(tmp_path / "silos" / f"{name}.jsonl", numbered(name, count))
-        write(tmp_path / "tests" / f"{name}.jsonl", numbered(f"test of {name}", count // 3))
+        write_texts(tmp_path / "silos" / f"{name}.jsonl", numbered(name, count))
+        write_texts(tmp_path / "tests" / f"{name}.jsonl", numbered(f"test of {name}", count // 3))
     return tmp_path
 
 
@@ -149,7 +139,7 @@ def test_what_cannot_be_is_refused_in_a_line(silos: Path, overrides: list[str], 
 
 
 def test_split_writes_the_rows_to_score_beside_those_to_train_on(tmp_path: Path) -> None:
-    settings = [part for one in ("data.max_rows=200", ASKED) for part in ("--set", one)]
+    settings = set_options("data.max_rows=200", ASKED)
     told = invoke("split", "--output-dir", tmp_path / "silos", *settings)
     assert told.exit_code == 0, told.output
     federation = load_federation(load_config(None, ["data.max_rows=200", ASKED]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.chat_templates import byte_tokenizer
+from tests.json_lines import write_lines
 
 from fedflame.base.files import resolve_model
 from fedflame.config.load import load_config
@@ -75,10 +75,8 @@ def test_skills_say_when_no_problem_is_left_to_validate_on() -> None:
 
 
 def rows_file(folder: str, drawn: list[tuple[int, str]]) -> Path:
-    path = Path(folder) / "rows.jsonl"
     rows = [{"instruction": str(n), "output": "x", "category": label} for n, label in drawn]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_lines(Path(folder) / "rows.jsonl", rows)
 
 
 @settings(max_examples=40, deadline=None)

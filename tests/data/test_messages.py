@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.examples_drawn import MANY
+from tests.json_lines import write_lines
 
 from fedflame.data import messages
 from fedflame.data.conversations import Conversation, Turn, as_fields, single_turn
@@ -103,7 +104,7 @@ def test_instruction_and_response_named_by_the_user_come_before_messages() -> No
 
 def test_messages_in_files_of_every_kind_are_the_same_rows(tmp_path: Path) -> None:
     rows = [{"messages": OPENAI}, {"messages": [{"role": "system", "content": "Add."}, *OPENAI]}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "rows.jsonl", rows)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     with (tmp_path / "rows.csv").open("w", newline="") as file:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tests.data.owned_files import numbered, write_texts
 
 from fedflame.config.client_files import client_files
 from fedflame.config.load import load_config
 from fedflame.data.federation import Federation, load_federation
 from fedflame.errors import UserError
-
-
-def write(path: Path, texts: Sequence[str], **columns: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"instruction": text, "output": text.upper(), **columns} for text in texts]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def numbered(start: str, count: int) -> list[str]:
-    return [f"{start} {number}" for number in range(count)]
 
 
 def said(federation: Federation, client: int) -> list[str]:
@@ -38,7 +26,7 @@ def silos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three files of unequal size; a pattern would sort the third between the others as text."""
     monkeypatch.chdir(tmp_path)
     for name, count in (("silo-2", 20), ("silo-10", 30), ("silo-1", 2)):
-        write(tmp_path / "silos" / f"{name}.jsonl", numbered(name, count))
+        write_texts(tmp_path / "silos" / f"{name}.jsonl", numbered(name, count))
     return tmp_path
 
 
@@ -106,18 +94,18 @@ def test_two_sources_of_the_same_are_refused(silos: Path, overrides: list[str], 
 
 
 def test_files_of_one_name_in_several_folders_are_called_by_their_paths(tmp_path: Path) -> None:
-    paths = [write(tmp_path / ward / "rows.jsonl", numbered(ward, 10)) for ward in ("north", "south")]
+    paths = [write_texts(tmp_path / ward / "rows.jsonl", numbered(ward, 10)) for ward in ("north", "south")]
     files = f"data.client_files={','.join(map(str, paths))}"
     assert load_federation(load_config(None, [files])).names == tuple(map(str, paths))
 
 
 def test_a_name_with_control_characters_is_made_fit_to_print(tmp_path: Path) -> None:
-    path = write(tmp_path / "a\x1b[31mb.jsonl", numbered("a", 10))
+    path = write_texts(tmp_path / "a\x1b[31mb.jsonl", numbered("a", 10))
     assert load_federation(load_config(None, [f"data.client_files={path}"])).names == ("a [31mb",)
 
 
 def test_a_client_of_one_row_keeps_it_and_one_without_rows_owns_none(silos: Path) -> None:
-    write(silos / "silos" / "silo-3.jsonl", ["alone"])
+    write_texts(silos / "silos" / "silo-3.jsonl", ["alone"])
     (silos / "silos" / "silo-4.jsonl").write_text("")
     config = load_config(None, [FILES, "evaluation.rows_per_category=10"])
     for seed in range(8):
@@ -130,8 +118,8 @@ def test_a_client_of_one_row_keeps_it_and_one_without_rows_owns_none(silos: Path
 
 def test_what_is_given_back_is_not_scored_in_a_copy(tmp_path: Path) -> None:
     """Both rows of a client are held out; other clients have a copy of each."""
-    own = write(tmp_path / "a.jsonl", ["same", "too"])
-    other = write(tmp_path / "b.jsonl", ["same", "too", *numbered("b", 40)])
+    own = write_texts(tmp_path / "a.jsonl", ["same", "too"])
+    other = write_texts(tmp_path / "b.jsonl", ["same", "too", *numbered("b", 40)])
     config = load_config(None, [f"data.client_files={own},{other}", "evaluation.rows_per_category=8"])
     seen = 0
     for seed in range(60):
@@ -158,7 +146,7 @@ def test_files_without_any_row_are_one_line(tmp_path: Path) -> None:
 @pytest.fixture
 def wards(tmp_path: Path) -> Path:
     lines = [
-        write(tmp_path / f"{ward}.jsonl", numbered(ward, count), ward=ward).read_text(encoding="utf-8")
+        write_texts(tmp_path / f"{ward}.jsonl", numbered(ward, count), ward=ward).read_text(encoding="utf-8")
         for ward, count in (("west", 12), ("east", 20), ("north", 1))
     ]
     path = tmp_path / "all.jsonl"
@@ -192,7 +180,7 @@ def test_another_number_of_clients_than_the_column_names_is_refused_with_the_num
 
 
 def test_all_rows_of_a_test_file_are_scored_and_all_others_trained_on(silos: Path) -> None:
-    test = write(silos / "test.jsonl", numbered("test", 33))
+    test = write_texts(silos / "test.jsonl", numbered("test", 33))
     config = load_config(None, [FILES, f"evaluation.dataset_name={test}", "evaluation.rows_per_category=2"])
     federation = load_federation(config)
     assert scored(federation) == numbered("test", 33)
@@ -201,7 +189,7 @@ def test_all_rows_of_a_test_file_are_scored_and_all_others_trained_on(silos: Pat
 
 
 def test_generated_rows_may_be_trained_on_and_others_scored(tmp_path: Path) -> None:
-    test = write(tmp_path / "test.jsonl", numbered("test", 3))
+    test = write_texts(tmp_path / "test.jsonl", numbered("test", 3))
     federation = load_federation(load_config(None, [f"evaluation.dataset_name={test}", "data.max_rows=100"]))
     assert scored(federation) == numbered("test", 3)
     assert len(federation.training) == 100

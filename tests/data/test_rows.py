@@ -16,6 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.examples_drawn import MANY
+from tests.json_lines import write_lines
+from tests.refusals import refusal_of
 
 from fedflame.data.conversations import Conversation, single_turn
 from fedflame.data.rows import LoadedRows, SkippedRow, load_rows, sample_rows, split_held_out
@@ -26,8 +28,7 @@ DOLLY_ROW = single_turn("Name it.", "A red fox.", "fox", "qa")
 
 
 def write_jsonl(path: Path, *objects: object) -> str:
-    path.write_text("".join(json.dumps(value) + "\n" for value in objects), encoding="utf-8")
-    return str(path)
+    return str(write_lines(path, objects))
 
 
 def write_parquet(path: Path, **columns: list[Any]) -> str:
@@ -36,11 +37,7 @@ def write_parquet(path: Path, **columns: list[Any]) -> str:
 
 
 def refusal(**arguments: str) -> str:
-    with pytest.raises(UserError) as caught:
-        load_rows(**arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return refusal_of(load_rows, **arguments)
 
 
 # Rows

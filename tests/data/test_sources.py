@@ -13,11 +13,12 @@ import huggingface_hub
 import pyarrow  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
 import pytest
+from tests.json_lines import write_lines
+from tests.refusals import refusal_of
 
 from fedflame import reading
 from fedflame.data import sources
 from fedflame.data.sources import RawRow, hub_id, open_source
-from fedflame.errors import UserError
 
 DOLLY = {"instruction": "Name it.", "context": "A red fox.", "response": "fox", "category": "qa"}
 
@@ -29,11 +30,7 @@ def read(name: str | Path) -> tuple[list[str], list[RawRow]]:
 
 
 def refusal(name: str | Path) -> str:
-    with pytest.raises(UserError) as caught:
-        read(name)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return refusal_of(read, name)
 
 
 # Files
@@ -244,8 +241,7 @@ def test_an_array_of_rows_is_read_whatever_its_name(
 
 
 def test_a_json_file_with_a_row_on_each_line_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ALPACA))
+    path = write_lines(tmp_path / "rows.json", ALPACA)
     source = open_source(str(path), "", "train")
     assert [fields for _, fields in source.rows(source.columns)] == ALPACA
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.engines.sites_of_a_run import Which
+from tests.altered_answers import Which
 from tests.engines_here import Deliver
 from torch import Tensor
 

@@ -1,60 +1,47 @@
-"""Sites that hold the rows of a run's clients, the run over them, and the run that skips some of them."""
+"""Sites that hold the rows of a run's clients, their hub, and the run over them."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 from tests.engines_here import ThreadEngine, write_site
-from tests.tiny_runs import SETTINGS, invoke, tiny_config
+from tests.tiny_runs import SETTINGS, invoke, set_options, tiny_config
 
-from fedflame.clients.answers import Answer, OnStep
-from fedflame.clients.local import LocalClients
 from fedflame.commands.run import print_run
 from fedflame.engines.hub import Hub, HubRounds
 from fedflame.experiment.prepare import prepare
 from fedflame.experiment.run_folder import Existing
 from fedflame.experiment.sites import Sites
-from fedflame.wire.codec import decode_plan
 
-Which = tuple[int, int]
-"""Round and client."""
-
-
-def skipping(monkeypatch: pytest.MonkeyPatch, skipped: Iterable[Which]) -> None:
-    """Clients of one process give no answer for these rounds."""
-    known, answer = frozenset(skipped), LocalClients.answer
-
-    def told_to_skip(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
-        asked = decode_plan(plan)
-        skip = (asked.round, asked.client) in known
-        return Answer(b"", "told to skip", 0.0) if skip else answer(self, plan, on_step)
-
-    monkeypatch.setattr(LocalClients, "answer", told_to_skip)
+KS = {"north": 4, "south": 2, "west": 1}
+"""Three sites, and the k of each: that of the tiny run's client in its place."""
+NAMES = tuple(KS)
 
 
-def make_sites(model: Path, folder: Path, ks: Iterable[int], *overrides: str) -> dict[str, Path]:
-    """Sites with the rows of each client of the run, in client order."""
-    settings = [part for setting in (*SETTINGS, *overrides) for part in ("--set", setting)]
+def make_sites(model: Path, folder: Path, ks: Mapping[str, int], *overrides: str) -> dict[str, Path]:
+    """What `fedflame split` gives each site, in client order, and the site's file beside it."""
+    settings = set_options(*SETTINGS, *overrides)
     told = invoke("split", "--output-dir", folder / "silos", "--model", model, *settings)
     assert told.exit_code == 0, told.output
+    models = {str(model): str(model)}
     return {
-        f"site-{client}": write_site(
-            folder / f"site-{client}", f"site-{client}", folder / "silos" / f"client-{client}.jsonl", k,
-            {str(model): str(model)},
-        )
-        for client, k in enumerate(ks)
-    }  # fmt: skip
+        name: write_site(folder / name, name, folder / "silos" / f"client-{client}.jsonl", k, models)
+        for client, (name, k) in enumerate(ks.items())
+    }
+
+
+def a_hub(sites: Iterable[str], **rounds: float) -> Hub:
+    return Hub(sites=tuple(sites), rounds=HubRounds(**rounds))
 
 
 def run_over(
-    engine: ThreadEngine, model: Path, run: Path, *overrides: str, existing: Existing = "refuse"
+    engine: ThreadEngine, hub: Hub, model: Path, run: Path, *overrides: str, existing: Existing = "refuse"
 ) -> str:
-    hub = Hub(sites=tuple(sorted(engine.reachable)), rounds=HubRounds(rejoin_timeout=0, round_timeout=60))
+    """Run over the sites of the hub and return what the console showed."""
     shown = io.StringIO()
-    console = Console(file=shown, width=200)
-    print_run(prepare(tiny_config(model, run, *overrides), existing, Sites(hub, engine)), "", console)
+    config = tiny_config(model, run, *overrides)
+    print_run(prepare(config, existing, Sites(hub, engine)), "", Console(file=shown, width=200))
     return shown.getvalue()

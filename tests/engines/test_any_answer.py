@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.engines.driver_here import LEARNED, RUN, answer, described
 from tests.engines_here import ThreadEngine
 from tests.examples_drawn import MANY
 from tests.message_samples import a_plan
@@ -23,7 +24,6 @@ from fedflame.trainer.job import TrainingJob
 from fedflame.wire.codec import decode_plan, encode_plan
 from fedflame.wire.envelope import Envelope
 
-RUN = "0123456789abcdef" * 2
 SITES = ("north", "south")
 json_values = st.recursive(
     st.none()
@@ -49,14 +49,8 @@ class South:
         self.answer: dict[str, Any] = {}
 
     def deliver(self, site: str, request: bytes) -> bytes:
-        asked = Envelope.from_bytes(request).header
-        answer = {name: asked[name] for name in ("ticket", "run", "site")}
-        if asked["kind"] == "describe":
-            answer |= {"kind": "description", "num_examples": 7, "active_experts": 2}
-            answer |= {"max_active_experts": 2, "held": ""}
-        else:
-            answer |= {"kind": "update", "steps": 2, "tokens": 10}
-        return Envelope(answer | (self.answer if site == "south" else {}), b"learned").to_bytes()
+        honest = described if Envelope.from_bytes(request).header["kind"] == "describe" else answer
+        return honest(request, **(self.answer if site == "south" else {}))
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +92,8 @@ def test_whatever_one_site_says_the_other_is_used_and_every_line_can_be_shown(
     north, other = clients.num_examples()
     assert north == 7 and type(other) is int and 0 <= other < 2**63
     south.answer = answer
-    first, second = clients.train([(0, b"plan"), (1, b"plan")], lambda tokens: None)
-    assert first.update == b"learned" and (second.update == b"learned") != bool(second.failure)
+    first, second = clients.train([(0, b"plan 0"), (1, b"plan 1")], lambda tokens: None)
+    assert first.update == LEARNED[0] and (second.update == LEARNED[1]) != bool(second.failure)
     assert all(line.isprintable() and len(line) < 1200 for line in [*said, second.failure])
 
 

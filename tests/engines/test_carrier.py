@@ -40,14 +40,8 @@ pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And with the identity that Flower gives a ServerApp's process, without which it makes no message."""
-    for name in ("fedflame.engines.clients", "fedflame.engines.jobs"):
-        monkeypatch.setattr(f"{name}.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("fedflame.engines.clients.REJOIN_POLL_SECONDS", 0.02)
-    monkeypatch.setattr("fedflame.engines.clients.encode_addition", lambda plan, held: plan)
-    monkeypatch.setattr("fedflame.engines.clients.encoded_update_limit", lambda plan: 10**6)
-    monkeypatch.setattr("fedflame.engines.clients.encoded_plan_work", lambda plan: 1.0)
+def server_app(impatient: None, whole: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the identity that Flower gives a ServerApp's process, without which it makes no message."""
     monkeypatch.setattr(carrier, "POLL_SECONDS", 0.01)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK
 

@@ -2,79 +2,42 @@
 
 from __future__ import annotations
 
-import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from tests.engines_here import ThreadEngine, asking, trainers, write_site
+from tests.engines.sites_of_a_run import KS, NAMES, a_hub, make_sites, run_over
+from tests.engines_here import ThreadEngine, asking, trainers
 from tests.fake_cards import fake_cards, load_on_cpu
 from tests.tiny_runs import (
     ONE_ROUND,
-    SETTINGS,
     adapter_bytes,
     events,
-    invoke,
     state_bytes,
     tiny_config,
     tiny_run,
 )
 
-from fedflame.commands.run import print_run
 from fedflame.cost.memory import least_evaluation_memory
 from fedflame.cost.model_shape import read_model_shape
-from fedflame.engines.hub import Hub, HubRounds
 from fedflame.engines.link import HubLink
 from fedflame.errors import UserError
-from fedflame.experiment.prepare import prepare
-from fedflame.experiment.run_folder import Existing
-from fedflame.experiment.sites import Sites
 from fedflame.wire.envelope import Envelope
-
-NAMES = ("north", "south", "west")
-KS = (4, 2, 1)
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    tiny_run(tiny_folder, run)
-    return run
 
 
 @pytest.fixture
 def site_files(tiny_folder: Path, tmp_path: Path) -> list[Path]:
-    """What `fedflame split` gives each site, and the site's file beside it."""
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    told = invoke("split", "--output-dir", tmp_path / "silos", "--model", tiny_folder, *settings)
-    assert told.exit_code == 0, told.output
-    models = {str(tiny_folder): str(tiny_folder)}
-    return [
-        write_site(tmp_path / name, name, tmp_path / "silos" / f"client-{client}.jsonl", k, models)
-        for client, (name, k) in enumerate(zip(NAMES, KS, strict=True))
-    ]
-
-
-def hub(**rounds: float) -> Hub:
-    return Hub(sites=tuple(NAMES), rounds=HubRounds(**rounds))
-
-
-def run_over(
-    engine: ThreadEngine, hub: Hub, model: Path, run: Path, *overrides: str, existing: Existing = "refuse"
-) -> str:
-    shown = io.StringIO()
-    config = tiny_config(model, run, *overrides)
-    print_run(prepare(config, existing, Sites(hub, engine)), "", Console(file=shown, width=200))
-    return shown.getvalue()
+    return list(make_sites(tiny_folder, tmp_path, KS).values())
 
 
 @pytest.mark.timeout(120)
 def test_three_sites_give_the_bytes_of_one_process(
-    finished: Path, site_files: list[Path], tiny_folder: Path, tmp_path: Path
+    undisturbed: Callable[..., Path], site_files: list[Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
+    finished = undisturbed()
     with trainers(site_files) as sites:
-        shown = run_over(ThreadEngine(asking(sites), set(NAMES)), hub(), tiny_folder, tmp_path / "run")
+        shown = run_over(ThreadEngine(asking(sites), set(NAMES)), a_hub(NAMES), tiny_folder, tmp_path / "run")
     assert state_bytes(tmp_path / "run") == state_bytes(finished)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
     table = shown[shown.index("Sites; steps and training FLOPs per round") :]
@@ -90,7 +53,7 @@ def test_three_sites_that_train_side_by_side_lay_rows_out_as_one_process_does(
     tiny_run(tiny_folder, tmp_path / "alone", setting, ONE_ROUND)
     with trainers(site_files) as sites:
         engine = ThreadEngine(asking(sites), set(NAMES))
-        run_over(engine, hub(), tiny_folder, tmp_path / "run", setting, ONE_ROUND)
+        run_over(engine, a_hub(NAMES), tiny_folder, tmp_path / "run", setting, ONE_ROUND)
     assert state_bytes(tmp_path / "run") == state_bytes(tmp_path / "alone")
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "alone")
 
@@ -106,7 +69,9 @@ def test_the_card_of_a_hub_needs_room_for_an_evaluation_only(
         asked = load_on_cpu(monkeypatch, "fedflame.experiment.assemble")
         fake_cards(monkeypatch, tmp_path, (needed,))
         settings = ("server.num_server_rounds=1", "model.dtype=float32")
-        run_over(ThreadEngine(asking(sites), set(NAMES)), hub(), tiny_folder, tmp_path / "run", *settings)
+        run_over(
+            ThreadEngine(asking(sites), set(NAMES)), a_hub(NAMES), tiny_folder, tmp_path / "run", *settings
+        )
     assert asked == ["cuda:0"] and adapter_bytes(tmp_path / "run")
 
 
@@ -116,7 +81,9 @@ def test_the_half_that_a_method_freezes_is_sent_once(
 ) -> None:
     method = ("strategy.name=ffa_lora", "strategy.active_experts=1")
     with trainers(site_files) as sites:
-        run_over(ThreadEngine(asking(sites), set(NAMES)), hub(), tiny_folder, tmp_path / "run", *method)
+        run_over(
+            ThreadEngine(asking(sites), set(NAMES)), a_hub(NAMES), tiny_folder, tmp_path / "run", *method
+        )
     tiny_run(tiny_folder, tmp_path / "here", *method)
     assert state_bytes(tmp_path / "run") == state_bytes(tmp_path / "here")
     first, *later = ([e["bytes_down"] for e in events(tmp_path / "run", "client") if e["round"] == number]
@@ -139,7 +106,7 @@ def test_a_site_that_nobody_knew_at_the_start_takes_part_from_when_it_is_there(
 ) -> None:
     with trainers(site_files) as sites:
         engine = SouthComesLate(asking(sites), {"north", "west"})
-        run_over(engine, hub(rejoin_timeout=0.0), tiny_folder, tmp_path / "run")
+        run_over(engine, a_hub(NAMES, rejoin_timeout=0.0), tiny_folder, tmp_path / "run")
     took_part = {(event["round"], event["client"]) for event in events(tmp_path / "run", "client")}
     assert took_part >= {(number, client) for number in (1, 2, 3) for client in (0, 2)} | {(2, 1), (3, 1)}
 
@@ -150,7 +117,7 @@ def test_a_site_that_allows_no_turns_at_a_larger_k_misses_these_and_the_run_goes
 ) -> None:
     with trainers(site_files) as sites:
         engine = ThreadEngine(asking(sites), set(NAMES))
-        shown = run_over(engine, hub(), tiny_folder, tmp_path / "run", "strategy.k_rotation=all")
+        shown = run_over(engine, a_hub(NAMES), tiny_folder, tmp_path / "run", "strategy.k_rotation=all")
     assert (
         "south refuses the rounds in which it would train with more than k = 2; ask for less "
         "(strategy.k_rotation = 'smaller'), or let its owner allow more (trainer.max_active_experts = 4)"
@@ -173,7 +140,7 @@ def test_a_site_that_affords_less_than_it_is_given_is_left_out_and_the_run_is_th
             asked.append(f"{site} {Envelope.from_bytes(request).header['kind']}")
             return asking(sites)(site, request)
 
-        shown = run_over(ThreadEngine(noted, set(NAMES)), hub(), tiny_folder, tmp_path / "run")
+        shown = run_over(ThreadEngine(noted, set(NAMES)), a_hub(NAMES), tiny_folder, tmp_path / "run")
     reason = (
         "clients.active_experts gives it k = 2, its trainer affords 1; give it less, or let its owner allow "
         "more"
@@ -229,13 +196,13 @@ def test_sites_that_can_train_in_no_round_are_left_out_before_anything_is_traine
         scored = ("server.fraction_evaluate=1", ONE_ROUND)
         with pytest.raises(UserError) as refused:
             three = "server.min_clients=3"
-            run_over(engine, hub(), tiny_folder, tmp_path / "three", *method, *scored, three)
+            run_over(engine, a_hub(NAMES), tiny_folder, tmp_path / "three", *method, *scored, three)
         assert str(refused.value) == (
             f"2 of 3 sites can take part; server.min_clients = 3 are needed. south cannot: {reason}"
         )
         assert sorted(asked) == [f"{name} describe" for name in sorted(NAMES)]
         two = "server.min_clients=2"
-        shown = run_over(engine, hub(), tiny_folder, tmp_path / "run", *method, *scored, two)
+        shown = run_over(engine, a_hub(NAMES), tiny_folder, tmp_path / "run", *method, *scored, two)
     assert (
         f"south is left out of all rounds: {reason}" in shown and "south is not asked to score" not in shown
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from tests.altered_answers import Which, skip
 from tests.engines.faulty_answers import (
     KINDS,
     LIES,
@@ -19,23 +21,25 @@ from tests.engines.faulty_answers import (
     reply,
     tokens_of_62_bits,
 )
-from tests.engines.sites_of_a_run import Which, make_sites, run_over, skipping
+from tests.engines.sites_of_a_run import a_hub, make_sites, run_over
 from tests.engines_here import ThreadEngine, asking, trainers
 from tests.tiny_runs import adapter_bytes, events, state_bytes, tiny_run
 
+from fedflame.engines.hub import Hub
 from fedflame.engines.link import HubLink
 from fedflame.errors import UserError
 from fedflame.report import write_report
 from fedflame.report.records import read_run
 from fedflame.wire.envelope import Envelope
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("impatient")]
+TWO = {"site-0": 2, "site-1": 1}
+THREE = {"site-0": 4, "site-1": 2, "site-2": 1}
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedflame.engines.clients.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("fedflame.engines.jobs.POLL_SECONDS", 0.02)
+def hub_of(sites: Iterable[str]) -> Hub:
+    """It waits for no site that has gone."""
+    return a_hub(sites, rejoin_timeout=0, round_timeout=60)
 
 
 def left_out(run: Path) -> dict[Which, str]:
@@ -73,7 +77,7 @@ def test_with_thirty_percent_failing_at_random_many_rounds_equal_those_that_skip
     every = itertools.product(range(1, ROUNDS + 1), range(CLIENTS))
     kinds = {which: rng.choice(list(KINDS)) for which in every if rng.random() < SHARE}
     assert min(Counter(kinds.values())[kind] for kind in KINDS) > 5, "every kind is tried"
-    ks = [2, 1] * (CLIENTS // 2)
+    ks = {f"site-{client}": 2 - client % 2 for client in range(CLIENTS)}
     shape = (
         f"clients.num_clients={CLIENTS}",
         "clients.active_experts=2,1",
@@ -89,12 +93,12 @@ def test_with_thirty_percent_failing_at_random_many_rounds_equal_those_that_skip
     with trainers(list(files.values())) as sites:
         engine = Unreliable(failing_as(kinds, asking(sites)), set(files))
         engine.gone = frozenset(which for which, kind in kinds.items() if kind == "gone")
-        run_over(engine, tiny_folder, tmp_path / "sites", *shape)
+        run_over(engine, hub_of(files), tiny_folder, tmp_path / "sites", *shape)
     found = left_out(tmp_path / "sites")
     assert found.keys() == kinds.keys()
     assert [which for which, kind in kinds.items() if KINDS[kind] not in found[which]] == []
 
-    skipping(monkeypatch, kinds)
+    skip(monkeypatch, kinds)
     tiny_run(tiny_folder, tmp_path / "here", *shape)
     assert state_bytes(tmp_path / "sites") == state_bytes(tmp_path / "here")
     assert adapter_bytes(tmp_path / "sites") == adapter_bytes(tmp_path / "here")
@@ -113,17 +117,17 @@ def test_an_update_that_must_not_be_used_is_left_out_and_said_and_changes_nothin
         "evaluation.evaluate_every=0",
         f"server.num_server_rounds={max(LIES)[0] + 1}",
     )
-    files = make_sites(tiny_folder, tmp_path, [2, 1], *shape)
+    files = make_sites(tiny_folder, tmp_path, TWO, *shape)
     with trainers(list(files.values())) as sites:
         engine = ThreadEngine(lying(asking(sites), {}), set(files))
-        shown = run_over(engine, tiny_folder, tmp_path / "sites", *shape)
+        shown = run_over(engine, hub_of(files), tiny_folder, tmp_path / "sites", *shape)
     found = left_out(tmp_path / "sites")
     assert found.keys() == LIES.keys()
     for (number, client), (_, reason) in LIES.items():
         assert reason in found[number, client]
         assert f"round {number}: {list(files)[client]} is left out: {found[number, client]}" in shown
 
-    skipping(monkeypatch, LIES)
+    skip(monkeypatch, LIES)
     tiny_run(tiny_folder, tmp_path / "here", *shape)
     assert state_bytes(tmp_path / "sites") == state_bytes(tmp_path / "here")
 
@@ -135,18 +139,18 @@ def test_without_a_quorum_the_run_ends_and_goes_on_when_sites_are_back(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     shape = ("clients.num_clients=3", "server.min_clients=2", "server.num_server_rounds=3")
-    files = make_sites(tiny_folder, tmp_path, [4, 2, 1], *shape)
+    files = make_sites(tiny_folder, tmp_path, THREE, *shape)
     with trainers(list(files.values())) as sites:
         lost: dict[Which, str] = {(2, 0): "fails", (2, 2): "garbage"}
         engine = ThreadEngine(failing_as(lost, asking(sites)), set(files))
         with pytest.raises(UserError) as ended:
-            run_over(engine, tiny_folder, tmp_path / "sites", *shape)
+            run_over(engine, hub_of(files), tiny_folder, tmp_path / "sites", *shape)
         assert str(ended.value) == (
             "round 2: 1 usable updates; server.min_clients = 2 are needed. "
             "The checkpoint of the round before is kept; --resume tries this round again"
         )
         engine = ThreadEngine(asking(sites), set(files))
-        run_over(engine, tiny_folder, tmp_path / "sites", *shape, existing="resume")
+        run_over(engine, hub_of(files), tiny_folder, tmp_path / "sites", *shape, existing="resume")
     tiny_run(tiny_folder, tmp_path / "here", *shape)
     assert state_bytes(tmp_path / "sites") == state_bytes(tmp_path / "here")
     assert not events(tmp_path / "sites", "excluded"), "what was logged of the round is tried again, too"
@@ -162,7 +166,7 @@ def test_a_site_that_answers_nonsense_ends_a_run_without_the_others_in_a_line_al
         "server.num_server_rounds=2",
         "training.max_steps=1",
     )
-    files = make_sites(tiny_folder, tmp_path, [2, 1], *shape)
+    files = make_sites(tiny_folder, tmp_path, TWO, *shape)
     with trainers(list(files.values())) as sites:
         honest = asking(sites)
 
@@ -177,9 +181,9 @@ def test_a_site_that_answers_nonsense_ends_a_run_without_the_others_in_a_line_al
         for existing in ("refuse", "resume"):
             engine = ThreadEngine(nonsense, set(files))
             with pytest.raises(UserError, match="round 2: 1 usable updates"):
-                run_over(engine, tiny_folder, tmp_path / "sites", *shape, existing=existing)
+                run_over(engine, hub_of(files), tiny_folder, tmp_path / "sites", *shape, existing=existing)
         engine = ThreadEngine(honest, set(files))
-        run_over(engine, tiny_folder, tmp_path / "sites", *shape, existing="resume")
+        run_over(engine, hub_of(files), tiny_folder, tmp_path / "sites", *shape, existing="resume")
     tiny_run(tiny_folder, tmp_path / "here", *shape)
     assert state_bytes(tmp_path / "sites") == state_bytes(tmp_path / "here")
 
@@ -188,12 +192,12 @@ def test_a_site_that_claims_rows_without_end_weighs_as_ten_of_the_median_and_thi
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     shape = ("strategy.counted_rows=held", "training.max_steps=1", "server.num_server_rounds=1")
-    files = make_sites(tiny_folder, tmp_path, [4, 2, 1], *shape)
+    files = make_sites(tiny_folder, tmp_path, THREE, *shape)
     shown, claims = "", [2**40]
     with trainers(list(files.values())) as sites:
         for run in ("without-end", "ten"):
             engine = ThreadEngine(claiming(claims[-1], asking(sites), "site-2"), set(files))
-            shown += run_over(engine, tiny_folder, tmp_path / run, *shape)
+            shown += run_over(engine, hub_of(files), tiny_folder, tmp_path / run, *shape)
             rows = {event["client"]: event["num_examples"] for event in events(tmp_path / run, "client")}
             assert rows[2] == claims[-1], "what is claimed is logged"
             claims.append(10 * max(rows[0], rows[1]))
@@ -206,12 +210,12 @@ def test_sites_that_withhold_their_loss_are_shown_without_one_and_no_figure_is_m
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     shape = ("training.max_steps=1", "server.num_server_rounds=2")
-    files = make_sites(tiny_folder, tmp_path, [4, 2, 1], *shape)
+    files = make_sites(tiny_folder, tmp_path, THREE, *shape)
     for name, disclosure in (("site-1", "rounded"), ("site-2", "withheld")):
         files[name].write_text(files[name].read_text() + f'[limits]\ndisclosure = "{disclosure}"\n')
     with trainers(list(files.values())) as sites:
         engine = ThreadEngine(asking(sites), set(files))
-        shown = run_over(engine, tiny_folder, tmp_path / "sites", *shape)
+        shown = run_over(engine, hub_of(files), tiny_folder, tmp_path / "sites", *shape)
     updates = events(tmp_path / "sites", "client")
     losses = {event["client"]: event["loss"] for event in updates}
     assert losses[2] is None and losses[1] == round(losses[1], 1) and losses[0] != round(losses[0], 1)

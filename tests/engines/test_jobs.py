@@ -17,12 +17,7 @@ from fedflame.engines.jobs import EngineJobEnded, EngineJobs, engine_jobs
 from fedflame.engines.link import HubLink
 from fedflame.wire.envelope import Envelope, send
 
-pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedflame.engines.jobs.POLL_SECONDS", 0.02)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("impatient")]
 
 
 @dataclass

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.engines.test_engine_run import run_over
-from tests.engines_here import ThreadEngine, asking, trainers, write_site
-from tests.tiny_runs import SETTINGS, adapter_bytes, events, invoke, state_bytes, tiny_run
+from tests.engines.sites_of_a_run import a_hub, make_sites, run_over
+from tests.engines_here import ThreadEngine, asking, trainers
+from tests.tiny_runs import adapter_bytes, events, state_bytes, tiny_run
 
-from fedflame.engines.hub import Hub, HubRounds
+from fedflame.engines.hub import Hub
 from fedflame.errors import UserError
 from fedflame.privacy.identity import identity, public
 from fedflame.wire.envelope import Envelope
@@ -22,23 +22,16 @@ MASKED = ("clients.num_clients=4", "clients.active_experts=2", "privacy.secure_a
 @pytest.fixture
 def site_files(tiny_folder: Path, tmp_path: Path) -> list[Path]:
     """Four sites of equal k, each with the keys of the others."""
-    settings = [part for setting in (*SETTINGS, *MASKED) for part in ("--set", setting)]
-    told = invoke("split", "--output-dir", tmp_path / "silos", "--model", tiny_folder, *settings)
-    assert told.exit_code == 0, told.output
-    keys = {name: public(identity(tmp_path / name / "state")) for name in NAMES}
-    models = {str(tiny_folder): str(tiny_folder)}
-    files = []
-    for client, name in enumerate(NAMES):
-        data = tmp_path / "silos" / f"client-{client}.jsonl"
-        path = write_site(tmp_path / name, name, data, 2, models)
+    files = make_sites(tiny_folder, tmp_path, dict.fromkeys(NAMES, 2), *MASKED)
+    keys = {name: public(identity(path.parent / "state")) for name, path in files.items()}
+    for name, path in files.items():
         others = "".join(f'{other} = "{key}"\n' for other, key in keys.items() if other != name)
         path.write_text(f"{path.read_text()}[peers]\n{others}")
-        files.append(path)
-    return files
+    return list(files.values())
 
 
 def hub() -> Hub:
-    return Hub(sites=NAMES, rounds=HubRounds(rejoin_timeout=0, max_resubmissions=0))
+    return a_hub(NAMES, rejoin_timeout=0, max_resubmissions=0)
 
 
 def states(run: Path) -> tuple[object, object]:

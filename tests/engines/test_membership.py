@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from tests.folder_contents import contents
 from tests.tiny_runs import invoke
 
 from fedflame.engines.nvflare import membership as membership_module
@@ -36,10 +37,6 @@ def hub(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "hub")
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_the_authority_lasts_ten_years_and_its_members_one(hub: Path) -> None:
     found = read_membership(hub)
     assert {member.name: member.role for member in found.members} == {
@@ -54,12 +51,12 @@ def test_the_authority_lasts_ten_years_and_its_members_one(hub: Path) -> None:
 
 
 def test_a_renewal_is_of_those_that_are_named_by_the_same_authority(hub: Path) -> None:
-    before = files(hub / "kits")
+    before = contents(hub / "kits")
     shutil.rmtree(hub / "kits" / "site-2")  # it was sent away
     told = invoke("hub", "renew", hub / "hub.toml", "site-2", "localhost")
     assert told.exit_code == 0, told.output
     assert f"{hub}/kits/site-2/startup" in told.output and "Start the server again" in told.output
-    after = files(hub / "kits")
+    after = contents(hub / "kits")
     assert after.keys() == before.keys(), "also the narrowed rights of the kit that was not there"
     changed = {name for name in after if after[name] != before[name]}
     assert {name.split("/")[0] for name in changed} == {"site-2", "localhost"}
@@ -70,7 +67,7 @@ def test_a_renewal_is_of_those_that_are_named_by_the_same_authority(hub: Path) -
         assert read_certificate(hub / "kits" / kit).name == kit
     later = invoke("hub", "init", hub, "--sites", "site-3", *OPTIONS)
     assert later.exit_code == 0, later.output
-    assert {name: content for name, content in files(hub / "kits").items() if name in after} == after
+    assert {name: content for name, content in contents(hub / "kits").items() if name in after} == after
 
 
 def test_without_a_name_those_are_renewed_whose_certificates_end_soon(
@@ -95,10 +92,10 @@ def test_a_renewal_that_fails_leaves_everything_as_it_was(hub: Path, monkeypatch
         raise UserError("nvflare provision: no")
 
     monkeypatch.setattr(membership_module, "make_kits", fails)
-    before = files(hub)
+    before = contents(hub)
     told = invoke("hub", "renew", hub / "hub.toml", "site-1")
     assert (told.exit_code, told.output) == (2, "fedflame: nvflare provision: no\n")
-    assert files(hub) == before
+    assert contents(hub) == before
 
 
 def test_a_hub_whose_authority_is_older_takes_sites_and_says_when_it_ends(
@@ -121,11 +118,11 @@ def test_a_hub_whose_authority_is_older_takes_sites_and_says_when_it_ends(
 
 
 def test_a_site_that_is_revoked_while_the_server_is_down_is_on_the_list_that_it_reads(hub: Path) -> None:
-    before = files(hub)
+    before = contents(hub)
     told = invoke("hub", "revoke", hub / "hub.toml", "site-2")
     assert told.exit_code == 0, told.output
     assert told.output.startswith("site-2 is revoked: ") and "`sites`" in told.output
-    after = files(hub)
+    after = contents(hub)
     assert {name for name in after if after[name] != before.get(name)} == {
         "kits/localhost/disabled_clients.json"
     }
@@ -146,12 +143,12 @@ def test_a_site_that_is_revoked_while_the_server_is_down_is_on_the_list_that_it_
 )
 def test_a_name_that_was_revoked_gets_no_certificate_again(command: tuple[str, ...], hub: Path) -> None:
     revoke_offline(hub / "kits" / "localhost", "site-2")
-    before = files(hub)
+    before = contents(hub)
     told = invoke("hub", *(word.replace("HUB", str(hub)) for word in command))
     assert told.exit_code == 2
     reason = "site-2 was revoked, and its name stays so; give the site another name"
     assert told.output == f"fedflame: {reason}\n"
-    assert files(hub) == before
+    assert contents(hub) == before
 
 
 @pytest.mark.parametrize(

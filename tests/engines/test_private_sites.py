@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tests.engines.test_engine_run import NAMES, hub, run_over, site_files
+from tests.engines.sites_of_a_run import KS, NAMES, a_hub, make_sites, run_over
 from tests.engines_here import ThreadEngine, asking, trainers
+from tests.open_draws import draw_openly
 from tests.tiny_runs import adapter_bytes, events, state_bytes, tiny_run
 
-from fedflame.privacy.noise import Noise
-from fedflame.seeds import derive_seed
-
-__all__ = ["site_files"]
 PRIVATE = ("privacy.unit=row", "privacy.epsilon=6", "server.num_server_rounds=2")
 
 
 def test_with_the_same_draws_sites_end_in_the_bytes_of_one_process(
-    site_files: list[Path], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_draws(self: Noise, count: int, *purpose: int | str) -> np.ndarray:
-        return np.random.default_rng(derive_seed(*purpose)).uniform(1e-12, 1, count)
-
     own, at_sites = tmp_path / "own", tmp_path / "at-sites"
+    site_files = make_sites(tiny_folder, tmp_path, KS).values()
     with monkeypatch.context() as patch:
-        patch.setattr(Noise, "_uniform", open_draws)
+        draw_openly(patch)
         tiny_run(tiny_folder, own, *PRIVATE)
-        with trainers(site_files) as sites:
-            run_over(ThreadEngine(asking(sites), set(NAMES)), hub(), tiny_folder, at_sites, *PRIVATE)
+        with trainers([*site_files]) as sites:
+            run_over(ThreadEngine(asking(sites), set(NAMES)), a_hub(NAMES), tiny_folder, at_sites, *PRIVATE)
     assert state_bytes(own) == state_bytes(at_sites) and adapter_bytes(own) == adapter_bytes(at_sites)
     assert events(own, "privacy") == events(at_sites, "privacy") != []

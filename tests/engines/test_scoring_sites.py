@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engines.test_engine_run import KS, NAMES, hub, run_over
-from tests.engines_here import Deliver, ThreadEngine, asking, trainers, write_site
+from tests.engines.sites_of_a_run import KS, NAMES, a_hub, make_sites, run_over
+from tests.engines_here import Deliver, ThreadEngine, asking, trainers
 from tests.same_runs import sums, tiers
-from tests.tiny_runs import ANSWERS, SETTINGS, events, invoke, state_bytes, tiny_run
+from tests.tiny_runs import ANSWERS, events, state_bytes
 
 from fedflame.engines.link import HubLink
 from fedflame.errors import UserError
@@ -26,25 +26,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    tiny_run(tiny_folder, run, *ASKED)
-    return run
+def finished(undisturbed: Callable[..., Path]) -> Path:
+    return undisturbed(*ASKED)
 
 
 @pytest.fixture
 def site_files(tiny_folder: Path, tmp_path: Path) -> list[Path]:
     """Rows to train on and rows to score, as `fedflame split` gives them to each site."""
-    settings = [part for setting in (*SETTINGS, *ASKED) for part in ("--set", setting)]
-    told = invoke("split", "--output-dir", tmp_path / "silos", "--model", tiny_folder, *settings)
-    assert told.exit_code == 0, told.output
-    paths = []
-    for client, (name, k) in enumerate(zip(NAMES, KS, strict=True)):
-        rows = tmp_path / "silos" / f"client-{client}.jsonl"
-        path = write_site(tmp_path / name, name, rows, k, {str(tiny_folder): str(tiny_folder)})
-        test = tmp_path / "silos" / "test" / rows.name
+    paths = list(make_sites(tiny_folder, tmp_path, KS, *ASKED).values())
+    for client, path in enumerate(paths):
+        test = tmp_path / "silos" / "test" / f"client-{client}.jsonl"
         path.write_text(path.read_text().replace("[data]\n", f'[data]\ntest_dataset_name = "{test}"\n'))
-        paths.append(path)
     return paths
 
 
@@ -58,7 +50,7 @@ def test_three_sites_tell_the_sums_of_one_process(
             asked[Envelope.from_bytes(request).header["kind"]] += 1
             return asking(sites)(site, request)
 
-        shown = run_over(ThreadEngine(noted, set(NAMES)), hub(), tiny_folder, tmp_path / "run", *ASKED)
+        shown = run_over(ThreadEngine(noted, set(NAMES)), a_hub(NAMES), tiny_folder, tmp_path / "run", *ASKED)
     assert sums(tmp_path / "run") == sums(finished) and tiers(tmp_path / "run") == tiers(finished)
     assert state_bytes(tmp_path / "run") == state_bytes(finished)
     assert asked == {"describe": 3, "evaluate": 12, "train": 9}, "a round before training, and three"
@@ -72,7 +64,9 @@ def test_a_plan_whose_adapter_was_scored_is_not_sent_again(
     """Without turns at another k, a site trains what it has just scored."""
     same = "strategy.k_rotation=none"
     with trainers(site_files) as sites:
-        run_over(ThreadEngine(asking(sites), set(NAMES)), hub(), tiny_folder, tmp_path / "run", *ASKED, same)
+        run_over(
+            ThreadEngine(asking(sites), set(NAMES)), a_hub(NAMES), tiny_folder, tmp_path / "run", *ASKED, same
+        )
     scored = {
         (e["round"], e["client"]): e["bytes_down"] for e in events(tmp_path / "run", "client_evaluation")
     }
@@ -89,7 +83,7 @@ def test_a_site_that_scores_nothing_is_not_asked_and_this_is_said(
     south.write_text(south.read_text() + '[limits]\ndisclosure = "withheld"\n')
     with trainers(site_files) as sites:
         run = tmp_path / "run"
-        shown = run_over(ThreadEngine(asking(sites), set(NAMES)), hub(), tiny_folder, run, *ASKED)
+        shown = run_over(ThreadEngine(asking(sites), set(NAMES)), a_hub(NAMES), tiny_folder, run, *ASKED)
     assert "south is not asked to score: its file holds out no rows for it" in shown
     assert {event["client"] for event in events(run, "client_evaluation")} == {0, 2}
     assert not events(run, "evaluation_excluded") and len(events(run, "client")) == 9
@@ -142,7 +136,7 @@ def test_a_false_evaluation_of_a_site_is_left_out_and_the_run_goes_on(
     rounds = (f"server.num_server_rounds={len(FALSE) - 1}", "training.max_steps=1")
     with trainers(site_files) as sites:
         engine = ThreadEngine(misbehaving(sites, lambda given: next(left)(given)), set(NAMES))
-        run_over(engine, hub(), tiny_folder, tmp_path / "run", *ASKED, *rounds)
+        run_over(engine, a_hub(NAMES), tiny_folder, tmp_path / "run", *ASKED, *rounds)
     excluded = events(tmp_path / "run", "evaluation_excluded")
     assert [(event["round"], event["client"]) for event in excluded] == [(at, 1) for at in range(len(FALSE))]
     for event, (_, reason) in zip(excluded, FALSE, strict=True):
@@ -184,9 +178,9 @@ def test_a_run_that_ends_in_an_evaluation_is_resumed_without_scoring_twice(
 
         engines.append(EndsInAnEvaluation(ends, set(NAMES)))
         with pytest.raises(UserError, match="--resume goes on"):
-            run_over(engines[0], hub(max_resubmissions=1), tiny_folder, tmp_path / "run", *ASKED)
+            run_over(engines[0], a_hub(NAMES, max_resubmissions=1), tiny_folder, tmp_path / "run", *ASKED)
         engines[0].broken = False
-        run_over(engines[0], hub(), tiny_folder, tmp_path / "run", *ASKED, existing="resume")
+        run_over(engines[0], a_hub(NAMES), tiny_folder, tmp_path / "run", *ASKED, existing="resume")
         ledgers = [(site.state_path / "ledger.jsonl").read_text() for site in sites.values()]
     assert sums(tmp_path / "run") == sums(finished)
     assert state_bytes(tmp_path / "run") == state_bytes(finished)
@@ -211,7 +205,7 @@ def test_a_site_that_is_lost_in_an_evaluation_is_left_out_of_it(
     one = (*ASKED, "server.num_server_rounds=1")
     with trainers(site_files) as sites:
         engine = WestLeaves(asking(sites), set(NAMES))
-        run_over(engine, hub(rejoin_timeout=0.1), tiny_folder, tmp_path / "run", *one)
+        run_over(engine, a_hub(NAMES, rejoin_timeout=0.1), tiny_folder, tmp_path / "run", *one)
     assert {event["client"] for event in events(tmp_path / "run", "client_evaluation")} == {0, 1}
     excluded = events(tmp_path / "run", "evaluation_excluded")
     assert [(e["round"], e["client"], e["reason"]) for e in excluded] == [

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.altered_answers import interrupt
+from tests.held_out_losses import WITHOUT_ADAPTER, logged_losses, losses
 from tests.tiny_models import ATTENTION, EXPERTS, HIDDEN, PAD, TOP_K, VOCABULARY, WIDTH, character_tokenizer
 from tests.tiny_runs import (
     ONE_ROUND,
-    SETTINGS,
     adapter_bytes,
     checkpoint_bytes,
-    events,
     invoke,
     tiny_config,
     tiny_run,
@@ -28,7 +28,6 @@ from fedflame.errors import UserError
 from fedflame.experiment.prepare import with_target_modules
 from fedflame.exports import load_rescalers
 from fedflame.server.checkpoint import read_checkpoint
-from fedflame.training.fine_tune import fine_tune
 
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -56,11 +55,6 @@ def going_on_from(folder: Path) -> str:
     return f"model.adapter_name_or_path={folder}"
 
 
-def losses(run: Path, round_number: int) -> dict[int, float]:
-    together = [event for event in events(run, "evaluation") if event["category"] is None]
-    return {event["active_experts"]: event["loss"] for event in together if event["round"] == round_number}
-
-
 @pytest.mark.parametrize("layout", ["per-expert", "fused"])
 def test_a_run_starts_at_the_loss_of_its_adapter(
     layout: str, first: Path, tiny_folder: Path, tmp_path: Path
@@ -70,8 +64,8 @@ def test_a_run_starts_at_the_loss_of_its_adapter(
     assert "".join(result.stdout.split()) == f"written:{tmp_path / 'a'}"
     shown = tiny_run(tiny_folder, tmp_path / "run", going_on_from(tmp_path / "a"), ONE_ROUND)
     assert f"goes on from {tmp_path / 'a'}, trained on {tiny_folder}" in shown
-    assert losses(tmp_path / "run", 0) == losses(first, 2)  # at every k: s is there too
-    assert losses(tmp_path / "run", 1) != losses(first, 2)
+    assert logged_losses(tmp_path / "run", 0) == logged_losses(first, 2)  # at every k: s is there too
+    assert logged_losses(tmp_path / "run", 1) != logged_losses(first, 2)
     before, after = read_checkpoint(first).state, read_checkpoint(tmp_path / "run").state
     moved = {
         name
@@ -97,13 +91,8 @@ def test_resumption_needs_no_adapter_folder(
     shutil.copytree(first / "adapter", folder)
     tiny_run(tiny_folder, tmp_path / "whole", going_on_from(folder))
 
-    def killed_in_round_2(adapted, examples, plan, *more):  # type: ignore[no-untyped-def]
-        if plan.round == 2:
-            raise KeyboardInterrupt
-        return fine_tune(adapted, examples, plan, *more)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fedflame.clients.local.fine_tune", killed_in_round_2)
+        interrupt(patch, (2, 0))
         tiny_run(tiny_folder, tmp_path / "killed", going_on_from(folder))
     shutil.rmtree(folder)
     tiny_run(tiny_folder, tmp_path / "killed", going_on_from(folder), existing="resume")
@@ -120,7 +109,7 @@ def test_a_run_may_replace_the_run_whose_adapter_it_goes_on_from(
     run = tmp_path / "run"
     shutil.copytree(first, run)
     tiny_run(tiny_folder, run, going_on_from(run / "adapter"), ONE_ROUND, existing="overwrite")
-    assert losses(run, 0) == losses(first, 2)
+    assert logged_losses(run, 0) == logged_losses(first, 2)
 
 
 def peft_adapter(base: Path, folder: Path, **settings: object) -> None:
@@ -149,13 +138,10 @@ def test_training_goes_on_from_an_adapter_of_peft(qwen_folder: Path, tmp_path: P
     assert "adapter in the fused layout: PEFT reads none per expert for qwen2_moe models" in " ".join(
         shown.split()
     )
-    settings = [part for setting in SETTINGS if "adapter" not in setting for part in ("--set", setting)]
-    result = invoke("evaluate", tmp_path / "a", "--active-experts", "4", "--json", *settings)
-    assert result.exit_code == 0, result.stderr
-    loss = json.loads(result.stdout)["4"]["all"]["loss"]
-    assert losses(tmp_path / "run", 0)[4] == pytest.approx(loss, rel=1e-6)
-    plain = invoke("evaluate", qwen_folder, "--active-experts", "4", "--json", *settings)
-    assert json.loads(plain.stdout)["4"]["all"]["loss"] != pytest.approx(loss, rel=1e-3)
+    options = ("--active-experts", "4", *WITHOUT_ADAPTER)
+    loss = losses(tmp_path / "a", *options)[4]
+    assert logged_losses(tmp_path / "run", 0)[4] == pytest.approx(loss, rel=1e-6)
+    assert losses(qwen_folder, *options)[4] != pytest.approx(loss, rel=1e-3)
 
 
 def test_every_family_ends_with_an_adapter_that_holds_the_runs_loss(
@@ -164,11 +150,7 @@ def test_every_family_ends_with_an_adapter_that_holds_the_runs_loss(
     run = tmp_path / "run"
     tiny_run(qwen_folder, run, "training.learning_rate=0.02", ONE_ROUND)
     assert "target_parameters" in json.loads((run / "adapter" / "adapter_config.json").read_text())
-    settings = [part for setting in SETTINGS if "adapter" not in setting for part in ("--set", setting)]
-    result = invoke("evaluate", run / "adapter", "--json", *settings)
-    assert result.exit_code == 0, result.stderr
-    found = {int(k): scores["all"]["loss"] for k, scores in json.loads(result.stdout).items()}
-    assert found == pytest.approx(losses(run, 1), rel=1e-6)
+    assert losses(run / "adapter", *WITHOUT_ADAPTER) == pytest.approx(logged_losses(run, 1), rel=1e-6)
 
 
 def test_a_layout_that_peft_does_not_read_is_one_line(qwen_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.json_lines import write_lines
 from tests.tiny_runs import ANSWERS, ONE_ROUND, SETTINGS, adapter_bytes, tiny_config
 
 import fedflame
@@ -155,8 +156,7 @@ def test_scores_adapters_and_rescalers_are_those_of_the_files(first: fedflame.Ru
 
 @pytest.mark.parametrize("kind", ["list", "dataset", "file"])
 def test_rows_in_memory_are_split_as_those_of_a_file(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
     config = config_of(tiny_folder, tmp_path / "run", f"data.dataset_name={path}")
     data: Any = {"list": ROWS, "dataset": datasets.Dataset.from_list(ROWS), "file": None}[kind]
     run = fedflame.run(config, data=data)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.folder_contents import contents
 from tests.tiny_runs import adapter_bytes, state_bytes, tiny_config, tiny_run
 
 import fedflame
@@ -70,11 +71,9 @@ def opened() -> Iterator[Opened]:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(undisturbed: Callable[..., Path]) -> Path:
     """Three rounds with rounded updates, so that clients owe something; two checkpoints."""
-    run = tmp_path_factory.mktemp("damage") / "finished"
-    tiny_run(tiny_folder, run, *SETTINGS)
-    return run
+    return undisturbed(*SETTINGS)
 
 
 def report(run: Path, model: Path) -> str:
@@ -163,7 +162,9 @@ def test_ten_flipped_bits_in_each_file_are_refused_or_harmless(
     run, rng = tmp_path / "work" / "run", random.Random(20)
     with opened() as files:
         wanted = reader(copy(finished, run), tiny_folder)
-    read, renewed = (sorted(inside(run, paths) & names(finished)) for paths in (files.found, files.renewed))
+    read, renewed = (
+        sorted(inside(run, paths) & contents(finished).keys()) for paths in (files.found, files.renewed)
+    )
     assert READ[reader] <= {Path(name).name.removesuffix(".sealed") for name in (*read, *renewed)}
     for name in renewed:  # all at once: whatever stood there is gone before anyone looks
         content = (finished / name).read_bytes()
@@ -199,14 +200,6 @@ def flipped(content: bytes, places: Sequence[int]) -> bytes:
     return bytes(changed)
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    return {name: (run / name).read_bytes() for name in names(run)}
-
-
-def names(run: Path) -> set[str]:
-    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "a folder", "a list", "no UTF-8", "deep"])
 def test_files_that_are_missing_cut_or_of_another_type_are_refused(
     damage: str, finished: Path, tiny_folder: Path, tmp_path: Path
@@ -214,7 +207,7 @@ def test_files_that_are_missing_cut_or_of_another_type_are_refused(
     run = tmp_path / "work" / "run"
     damaged = {"empty": b"", "a list": b"[1, 2]\n", "no UTF-8": b'{"a": "\xff"}\n', "deep": b"[" * 100_000}
     for reader in (report, metrics, values, export, resume):
-        for name in sorted(names(finished)):
+        for name in sorted(contents(finished)):
             if Path(name).name.removesuffix(".sealed") not in READ[reader]:
                 continue
             path = copy(finished, run) / name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.fake_cards import MODEL, fake_cards, load_on_cpu
-from tests.tiny_runs import SETTINGS, adapter_bytes, arguments, invoke, tiny_config, tiny_run
+from tests.tiny_runs import SETTINGS, adapter_bytes, arguments, invoke, set_options, tiny_config, tiny_run
 
 from fedflame.base import device
 from fedflame.clients.local import LocalClients
@@ -55,7 +55,7 @@ def test_a_run_shows_and_keeps_its_card_and_a_plan_shows_it_before(
     expected |= {"driver": "580.65.06", "dtype": "float32"}
     assert {key: kept[key] for key in expected} == expected
     asked = ["plan", "--model", tiny_folder]
-    asked += [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
+    asked += set_options(*SETTINGS, *settings)
     assert LINE in invoke(*asked).stdout
     planned = json.loads(invoke(*asked, "--json").stdout)
     assert {key: planned[key] for key in expected if key != "dtype"} == {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from tests.fake_hub import MAY_WRITE, fake_hub
+from tests.folder_contents import contents
 from tests.tiny_runs import invoke
 from transformers import AutoModelForCausalLM
 from typer.testing import Result
@@ -31,10 +32,6 @@ def pushed(patch: pytest.MonkeyPatch, address: str, token: str, run: Path, to: P
     patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     patch.setenv("HF_TOKEN", token)
     return invoke(*DRY_RUN, run, "--to", to, "--push-to-hub", "--hub-private-repo", *options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_what_is_pushed_is_what_a_dry_run_writes_and_a_refusal_keeps_the_folder(

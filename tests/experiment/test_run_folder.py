@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.folder_contents import contents
 from tests.tiny_runs import ONE_ROUND, checkpoint_bytes, invoke, tiny_run
 
 from fedflame.checked_json import read_checked, write_checked
@@ -35,7 +36,7 @@ def test_a_run_folder_of_another_version_is_refused_and_may_be_replaced(
         write_checked(path, values)
     else:
         path.write_text(json.dumps(values))
-    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    before = contents(run)
     line = (
         f"{run}: its settings have schema version {version!r}; this fedflame reads version {SCHEMA_VERSION}. "
         "Use the fedflame that made it, or start a new run"
@@ -48,7 +49,7 @@ def test_a_run_folder_of_another_version_is_refused_and_may_be_replaced(
         assert (result.exit_code, result.stderr) == (2, f"fedflame: {line}\n")
     with pytest.raises(UserError, match="exists already"):
         tiny_run(tiny_folder, run, ONE_ROUND)
-    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    assert contents(run) == before
     tiny_run(tiny_folder, run, ONE_ROUND, "seed=5", existing="overwrite")
     assert saved_config(run).seed == 5 and checkpoint_bytes(run)
 

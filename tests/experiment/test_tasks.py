@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tests.json_lines import write_lines
 from tests.tiny_runs import invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,7 +80,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with four tasks over nine rows, and a group of one of them."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": f"what is {i}? ", "answer": i % 3, "words": f"{i} is odd"} for i in range(9)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "rows.jsonl", rows)
     for text in (CHOICES, LIKELIHOOD, WITHOUT_EXAMPLES, ANSWERS):
         name = text.split()[1]
         (folder / f"{name}.yaml").write_text(DATA.format(rows=folder / "rows.jsonl") + text)

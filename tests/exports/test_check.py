@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny_exports import TIERS, K, adapt, random_state, run_config, save_base
+from tests.tiny_exports import TIERS, K, adapt, random_state, run_config, save_base, with_tiers
 from tests.tiny_runs import invoke
 
 from fedflame.checked_json import read_checked, write_checked
@@ -31,9 +30,7 @@ class Export:
     def __init__(self, kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.base = save_base(kind, folder, dtype)
         self.adapted: AdaptedModel = adapt(self.base)
-        random = random_state(self.adapted)
-        own = {k: random.adapter.combine(random.adapter, lambda a, _, k=k: a * (1 + k)) for k in (2, 1)}  # type: ignore[misc]
-        self.state: ServerState = replace(random, tier_adapters=own)
+        self.state: ServerState = with_tiers(random_state(self.adapted))
         self.run: TrainedRun = trained_run(run_config(self.base), 1)
 
     def adapter(self, to: Path, layout: Layout | None = None) -> Path:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tests.families import tiny
 from tests.tiny_exports import ALPHA, MODELS, K, R, adapt, random_state, run_config, save_base
+from tests.tiny_models import random_adapter
 
 from fedflame.errors import UserError
 from fedflame.experiment.adapter_folder import trained_run
@@ -117,12 +118,6 @@ def test_llama_cpp_knows_every_weight_of_the_families_that_are_written(family: s
     assert {name.removesuffix(".weight") for name in got} <= known
     for name, product in expert_products(state.adapter, 2).items():
         np.testing.assert_allclose(got[name], product, rtol=1e-6, atol=1e-7, err_msg=name)
-
-
-def random_adapter(adapted: AdaptedModel) -> Adapter:
-    generator = torch.Generator().manual_seed(1)
-    start = adapted.initial_adapter(0).tensors()
-    return Adapter.from_tensors({n: torch.randn(v.shape, generator=generator) for n, v in start.items()})
 
 
 def test_factors_that_the_method_merged_are_further_ranks(olmoe: AdaptedModel, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tests.exports.both_layouts import EXPERTS, LAYOUTS, Export
 from tests.families import tiny as tiny_family
+from tests.same_bits import assert_same_adapter
 from tests.tiny_exports import MODELS, K, R, assert_same_logits, load, our_logits, peft_logits, run_config
 from torch import Tensor
 
@@ -24,7 +25,6 @@ from fedflame.exports import (
     load_rescalers,
     read_settings,
 )
-from fedflame.messages import Adapter
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.strategies.base import ServerState
 
@@ -37,12 +37,6 @@ def in_peft(
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     jobs = [(exports[kind].base, exports[kind].folders[layout]) for kind, layout in CASES]
     return dict(zip(CASES, peft_logits(jobs), strict=True))
-
-
-def assert_same_bits(one: Adapter, other: Adapter) -> None:
-    assert one.tensors().keys() == other.tensors().keys()
-    for name, value in one.tensors().items():
-        assert torch.equal(other.tensors()[name], value), name
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
@@ -62,7 +56,7 @@ def test_peft_in_a_fresh_process_gives_our_logits(
 def test_import_of_an_export_has_the_same_bits(kind: str, layout: Layout, exports: dict[str, Export]) -> None:
     export, folder = exports[kind], exports[kind].folders[layout]
     assert read_settings(folder).adapter == run_config(export.base).adapter
-    assert_same_bits(export.state.adapter, load_adapter(folder, export.adapted, seed=0))
+    assert_same_adapter(export.state.adapter, load_adapter(folder, export.adapted, seed=0))
     assert {k: s.tolist() for k, s in load_rescalers(folder, export.adapted).items()} == {
         k: s.tolist() for k, s in export.state.rescalers.items()
     }
@@ -161,7 +155,7 @@ def test_peft_saves_our_per_expert_adapter_as_our_fused_one(
     )
     assert all(settings[key] == written[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"))
     assert read_settings(tmp_path).adapter.r == R
-    assert_same_bits(export.state.adapter, load_adapter(tmp_path, export.adapted, seed=0))
+    assert_same_adapter(export.state.adapter, load_adapter(tmp_path, export.adapted, seed=0))
 
 
 @pytest.mark.parametrize("kind", list(LAYOUTS))

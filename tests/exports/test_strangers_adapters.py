@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tests.refusals import refusal_of
 from tests.tiny_runs import arguments, invoke
 
 from fedflame.errors import UserError
@@ -49,10 +50,10 @@ def no_memory_to_take() -> Iterator[None]:
 
 
 def refusal(folder: Path) -> str:
-    with no_memory_to_take(), pytest.raises(UserError) as refused:
-        read_settings(folder)
-    assert "\n" not in str(refused.value) and str(refused.value).startswith(str(folder))
-    return str(refused.value).removeprefix(str(folder))
+    with no_memory_to_take():
+        line = refusal_of(read_settings, folder)
+    assert line.startswith(str(folder))
+    return line.removeprefix(str(folder))
 
 
 def test_the_adapter_that_is_spoilt_below_is_good(tmp_path: Path) -> None:

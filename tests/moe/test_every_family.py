@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tests.families import EXPERTS, FAMILIES, PAGE, TOP_K, VOCABULARY, causal_class, page, tiny
+from tests.random_rows import random_rows
 from tests.tiny_models import random_adapter, random_batch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -136,11 +137,7 @@ def test_a_pre_activation_that_is_computed_again_changes_no_bit(family: str) -> 
 
 
 def rows(count: int = 4) -> list[EncodedRow]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        EncodedRow(torch.randint(3, VOCABULARY, (20 + row,), generator=generator).tolist(), 1, False)
-        for row in range(count)
-    ]
+    return random_rows(range(20, 20 + count), VOCABULARY, seed=3, prompt=1)
 
 
 @every_family

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.random_rows import random_rows
 from tests.tiny_models import (
     ALPHA,
     ATTENTION,
@@ -32,7 +33,6 @@ from fedflame.bench.methods import Pass
 from fedflame.config.words import Checkpointed
 from fedflame.cost.memory import training_memory
 from fedflame.cost.model_shape import read_model_shape
-from fedflame.data.encoding import EncodedRow
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe import fused_experts
 from fedflame.moe.adapted_model import AdaptedModel
@@ -155,11 +155,10 @@ def plan(adapted: AdaptedModel, **changes: Any) -> RoundPlan:
 
 def update(checkpointing: Checkpointed = "none", **changes: Any) -> ClientUpdate:
     adapted = AdaptedModel(tiny_olmoe(), RANK, ALPHA, ATTENTION, checkpointing)
-    generator = torch.Generator().manual_seed(3)
-    rows = torch.randint(3, VOCABULARY, (5, 9), generator=generator).tolist()
+    rows = random_rows((9, 8, 7, 6, 5), VOCABULARY, seed=3, prompt=3)
     return fine_tune(
         adapted,
-        [EncodedRow(row[: 9 - i], 3, False) for i, row in enumerate(rows)],
+        rows,
         plan(adapted, **changes),
         PAD,
     )

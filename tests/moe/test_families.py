@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.families import tiny
+from tests.refusals import refusal_of
 from tests.tiny_models import ALPHA, EXPERTS, HIDDEN, RANK, SCALING, TOP_K, WIDTH, random_adapter, tiny_olmoe
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from fedflame.errors import UserError
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.moe.families import find_moe_layers
 
@@ -40,10 +40,7 @@ def test_the_rescaler_leaves_a_shared_expert_alone() -> None:
 
 
 def refusal(model: PreTrainedModel) -> str:
-    with pytest.raises(UserError) as caught:
-        find_moe_layers(model)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal_of(find_moe_layers, model)
 
 
 def test_a_dense_model_is_refused() -> None:

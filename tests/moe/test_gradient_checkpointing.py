@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from tests.random_rows import random_rows
 from tests.tiny_models import (
     ALPHA,
     ATTENTION,
@@ -22,7 +23,6 @@ from fedflame.bench.measurement import saved_bytes
 from fedflame.bench.methods import Pass
 from fedflame.config.words import Checkpointed
 from fedflame.data.batches import IGNORE_INDEX
-from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
@@ -36,13 +36,12 @@ def adapted_model(checkpointing: Checkpointed) -> AdaptedModel:
 
 
 def update(adapted: AdaptedModel, k: int) -> ClientUpdate:
-    generator = torch.Generator().manual_seed(3)
-    rows = torch.randint(3, VOCABULARY, (5, 9), generator=generator).tolist()
+    rows = random_rows((9, 8, 7, 6, 5), VOCABULARY, seed=3, prompt=3)
     plan = RoundPlan(
         round=1, client=0, seed=0, active_experts=k, rescaler="learned", rescaler_values=torch.ones(2),
         adapter=adapted.initial_adapter(0), learning_rate=0.01, weight_decay=0.1, batch_size=2, max_steps=3,
     )  # fmt: skip
-    return fine_tune(adapted, [EncodedRow(row[: 9 - i], 3, False) for i, row in enumerate(rows)], plan, PAD)
+    return fine_tune(adapted, rows, plan, PAD)
 
 
 @pytest.mark.parametrize("k", [1, TOP_K])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.families import FAMILIES, VOCABULARY, tiny
+from tests.random_rows import random_rows
 from tests.tiny_models import ALPHA, ATTENTION, random_adapter, tiny_olmoe
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -52,14 +53,6 @@ every_model = pytest.mark.parametrize(
 )
 
 
-def some_rows(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[EncodedRow]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        EncodedRow(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist(), 2, False)
-        for length in lengths
-    ]
-
-
 def sequences_of(rows: Sequence[EncodedRow]) -> Batch:
     """Three rows in one sequence, and two in another that is padded."""
     return collate_packed([rows[:3], rows[3:]], 0)
@@ -72,7 +65,7 @@ def losses(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def leaked(model: PreTrainedModel) -> float:
     """How far the losses of other rows move when the last token of the first row is another one."""
-    rows = some_rows()
+    rows = random_rows(LENGTHS, VOCABULARY)
     ids = rows[0].ids
     others = [EncodedRow([*ids[:-1], 3 + ids[-1] % 80], 2, False), *rows[1:]]
     adapted, answers = AdaptedModel(model, 2, ALPHA, []), LENGTHS[0] - 2
@@ -89,7 +82,7 @@ def test_no_row_changes_the_loss_of_another(family: str, sizes: dict[str, Any]) 
 
 @every_model
 def test_every_row_has_the_loss_that_it_has_alone(family: str, sizes: dict[str, Any]) -> None:
-    model, rows = tiny(family, **sizes), some_rows()
+    model, rows = tiny(family, **sizes), random_rows(LENGTHS, VOCABULARY)
     alone = torch.cat([losses(model, collate([row], 0)) for row in rows])
     torch.testing.assert_close(losses(model, sequences_of(rows)), alone, rtol=5e-6, atol=5e-6)
 
@@ -142,7 +135,7 @@ STEPPED: list[tuple[str, dict[str, Any], Sequence[str]]] = [
 def test_loss_gradients_and_counts_are_those_of_padded_rows(
     family: str, sizes: dict[str, Any], targets: Sequence[str], layout: str
 ) -> None:
-    rows, cpu = some_rows(), torch.device("cpu")
+    rows, cpu = random_rows(LENGTHS, VOCABULARY), torch.device("cpu")
     placed = {
         "packed": sequences_of(rows).on(cpu),
         "padding_free": collate_packed([rows], 0).on(cpu),
@@ -186,7 +179,7 @@ def test_all_layers_keep_one_mask_for_the_backward(kind: str) -> None:
     """Of truths, torch would make one in numbers for each layer."""
     model = tiny_olmoe()
     model.set_attn_implementation(kind)
-    rows, width = some_rows(), sum(LENGTHS)
+    rows, width = random_rows(LENGTHS, VOCABULARY), sum(LENGTHS)
     adapted, kept = AdaptedModel(model, 2, ALPHA, ATTENTION), set()
 
     def keep(value: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from queue import SimpleQueue
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.random_rows import random_rows
 from tests.tiny_models import ALPHA, ATTENTION, PAD, RANK, TOP_K, random_batch, tiny_olmoe
 
 from fedflame.base.mapped import load_mapped
 from fedflame.config.words import Checkpointed
-from fedflame.data.encoding import EncodedRow
 from fedflame.messages import RoundPlan
 from fedflame.moe import read_ahead as module
 from fedflame.moe.adapted_model import AdaptedModel
@@ -35,8 +35,8 @@ def update_bytes(adapted: AdaptedModel) -> bytes:
         round=1, client=0, seed=0, active_experts=2, rescaler="learned", rescaler_values=torch.ones(LAYERS),
         adapter=adapted.initial_adapter(0), learning_rate=0.01, weight_decay=0.1, batch_size=2, max_steps=3,
     )  # fmt: skip
-    rows = torch.randint(3, 50, (4, 13), generator=torch.Generator().manual_seed(3)).tolist()
-    update = fine_tune(adapted, [EncodedRow(row, 3, False) for row in rows], plan, PAD)
+    rows = random_rows([13] * 4, 50, seed=3, prompt=3)
+    update = fine_tune(adapted, rows, plan, PAD)
     return encode_update(update, plan)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.refusals import refusal_of
 
 from fedflame.errors import UserError
 from fedflame.run_files.checkpoints import (
@@ -46,10 +47,8 @@ def put(run: Path, content: bytes) -> Path:
 
 
 def refusal(run: Path) -> str:
-    with pytest.raises(UserError) as error:
-        last_kept(run)
-    said = str(error.value)
-    assert said.startswith(f"{checkpoint_path(run, 3)}: ") and "\n" not in said
+    said = refusal_of(last_kept, run)
+    assert said.startswith(f"{checkpoint_path(run, 3)}: ")
     return said
 
 

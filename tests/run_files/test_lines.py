@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.refusals import refusal_of
 
 from fedflame.errors import UserError
 from fedflame.run_files import ADVICE
@@ -40,10 +41,8 @@ def read(path: Path, kept: int = 0, most: int | None = None) -> str:
 
 
 def refusal(path: Path, kept: int = 0) -> str:
-    with pytest.raises(UserError) as refused:
-        read(path, kept)
-    line = str(refused.value)
-    assert line.startswith(f"{path}") and line.endswith(f"; {ADVICE}") and "\n" not in line
+    line = refusal_of(read, path, kept)
+    assert line.startswith(f"{path}") and line.endswith(f"; {ADVICE}")
     return line.removeprefix(f"{path}").removesuffix(f"; {ADVICE}")
 
 

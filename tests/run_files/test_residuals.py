@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+from tests.refusals import refusal_of
 
-from fedflame.errors import UserError
 from fedflame.run_files.residuals import read_residual, residual_path, residual_rounds, write_residual
 from fedflame.wire.frame import seal
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as refused:
-        read_residual(path)
-    line = str(refused.value)
+    line = refusal_of(read_residual, path)
     assert line.startswith(f"{path}: ") and line.endswith("; put back a copy of the file")
     return line.removeprefix(f"{path}: ").removesuffix("; put back a copy of the file")
 

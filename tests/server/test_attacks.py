@@ -3,69 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tests.altered_answers import Change, falsify, huge, times
 from tests.tiny_runs import events, tiny_run
 
-from fedflame.clients.answers import Answer, OnStep
-from fedflame.clients.local import LocalClients
 from fedflame.config.methods import NAMED_METHODS
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.server.clipping import FACTOR, taken
 from fedflame.training.reach import longest_way, trained_reach
-from fedflame.wire.codec import decode_plan, decode_update, encode_update
 
 pytestmark = pytest.mark.slow
 
-Falsify = Callable[[ClientUpdate, RoundPlan], ClientUpdate]
 HOSTILE = 1
 """The client with k = 2 of K = 4, whose rescaler is learned."""
 
 
-def attack(monkeypatch: pytest.MonkeyPatch, falsify: Falsify) -> list[tuple[ClientUpdate, RoundPlan]]:
-    """Falsify what the hostile client answers; return the list of what it sent."""
-    answer, sent = LocalClients.answer, list[tuple[ClientUpdate, RoundPlan]]()
+def attack(monkeypatch: pytest.MonkeyPatch, change: Change) -> list[tuple[ClientUpdate, RoundPlan]]:
+    """Change what the hostile client answers; return the list of what it sent."""
+    sent: list[tuple[ClientUpdate, RoundPlan]] = []
 
-    def falsified(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
-        told, honest = decode_plan(plan), answer(self, plan, on_step)
-        if told.client != HOSTILE:
-            return honest
-        update = falsify(decode_update(honest.update, told), told)
-        sent.append((update, told))
-        return replace(honest, update=encode_update(update, told))
+    def hostile(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
+        if plan.client != HOSTILE:
+            return update
+        sent.append((change(update, plan), plan))
+        return sent[-1][0]
 
-    monkeypatch.setattr(LocalClients, "answer", falsified)
+    falsify(monkeypatch, hostile)
     return sent
 
 
-def times(factor: float) -> Falsify:
-    def falsify(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
-        return replace(update, delta=update.delta.combine(update.delta, lambda value, _: factor * value))
-
-    return falsify
-
-
-def rescaler(s: float) -> Falsify:
+def rescaler(s: float) -> Change:
     def falsify(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
         return replace(update, rescaler_values=torch.full_like(update.rescaler_values, s))
 
     return falsify
 
 
-def huge(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
-    """Finite values whose sum is not."""
-    return replace(update, delta=update.delta.combine(update.delta, lambda value, _: 3e38 * value.sign()))
-
-
 def many_rows(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
     return replace(update, num_examples=2**40)
 
 
-REFUSED: dict[str, tuple[Falsify, str]] = {
+REFUSED: dict[str, tuple[Change, str]] = {
     "delta x 1e6": (times(1e6), "an honest client moves one by at most"),
     "delta near 3e38": (huge, "moves a value by 3e+38"),
     "sign-flip x 10": (times(-10.0), "an honest client moves one by at most"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.message_samples import MAX_LENGTH, an_adapter, random_numbers
+from tests.json_lines import write_lines
+from tests.message_samples import MAX_LENGTH, adapter_of, random_numbers
 from tests.tiny_runs import ANSWERS, events, state_bytes, tiny_config, tiny_run
 
 from fedflame.clients.answers import Answer, OnStep
@@ -91,7 +91,7 @@ def test_the_sums_of_a_tier_are_those_of_its_rows_in_one_place(
         {"instruction": row.turns[0].content, "context": row.turns[0].context, "response": row.response}
         for row in rows
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in fields))
+    write_lines(path, fields)
     together = score_run(tmp_path / "run", overrides=[f"evaluation.dataset_name={path}"])[2]["all"]
     by_tier, everyone = [e for e in events(tmp_path / "run", "federated_evaluation") if e["round"] == 1]
     assert (by_tier["active_experts"], by_tier["rank"], by_tier["clients"]) == (2, 3, 3)
@@ -154,8 +154,7 @@ def test_what_clients_score_changes_nothing_of_the_training(tiny_folder: Path, t
         lines = [
             {"instruction": f"say {n}", "output": str(n)} for n in range(client * 100, client * 100 + count)
         ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / f"silo-{client}.jsonl").write_text(text)
+        text = write_lines(tmp_path / f"silo-{client}.jsonl", lines).read_text()
         (tmp_path / f"test-{client}.jsonl").write_text(text.replace("say", "tell")[: text.index("\n") + 1])
     files = (f"data.client_files={tmp_path}/silo-*.jsonl", "data.max_rows=0")
     tests = (f"data.client_test_files={tmp_path}/test-*.jsonl", "server.fraction_evaluate=1")
@@ -237,7 +236,7 @@ def test_a_run_whose_clients_all_fail_goes_on_without_a_figure(
 def test_a_client_without_rows_to_score_is_not_asked(tiny_folder: Path, tmp_path: Path) -> None:
     for client, texts in enumerate((["a", "b", "c"], ["alone"], ["d", "e", "f"])):
         lines = [{"instruction": text, "output": text} for text in texts]
-        (tmp_path / f"silo-{client}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(tmp_path / f"silo-{client}.jsonl", lines)
     files = f"data.client_files={tmp_path}/silo-*.jsonl"
     tiny_run(tiny_folder, tmp_path / "run", *ASKED, files, "server.num_server_rounds=1")
     assert {event["client"] for event in scores(tmp_path / "run")} <= {0, 2}
@@ -245,7 +244,7 @@ def test_a_client_without_rows_to_score_is_not_asked(tiny_folder: Path, tmp_path
 
 
 PLAN = EvaluationPlan(
-    3, 7, 2, torch.ones(2), an_adapter((2, 5, 3, 7, 4), random_numbers, torch.Generator()), max_new_tokens=4
+    3, 7, 2, torch.ones(2), adapter_of((2, 5, 3, 7, 4), random_numbers, torch.Generator()), max_new_tokens=4
 )
 TOLD = ClientEvaluation(3, 7, 2, 5, 40, 60.0, 2, 2.5)
 

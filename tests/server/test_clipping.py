@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.random_rounds import LAYERS, an_adapter, assert_same_bits, updates_of
+from tests.altered_answers import interrupt
+from tests.random_rounds import LAYERS, an_adapter, updates_of
+from tests.same_bits import assert_same_adapter
 from tests.tiny_runs import adapter_bytes, events, state_bytes, tiny_run
 
 from fedflame.clients.answers import Answer, OnStep
@@ -159,7 +161,7 @@ def test_nothing_goes_further_than_the_limits_and_what_is_within_keeps_its_bits(
         assert again.rescaler == pytest.approx(min(found.rescaler, usual.rescaler), rel=1e-6, abs=rounding)
         assert after.share == pytest.approx(min(1.0, delta, rescaler), rel=1e-9)
         if delta >= 1:
-            assert_same_bits(after.update.delta, one.update.delta)
+            assert_same_adapter(after.update.delta, one.update.delta)
         if rescaler >= 1:
             assert torch.equal(after.update.rescaler_values, one.update.rescaler_values)
         assert torch.equal(after.update.counts, one.update.counts)
@@ -178,7 +180,7 @@ def test_one_that_went_far_goes_no_further_than_the_factor_in_the_first_round_an
         paces = [taken(one.update, a_plan(one.update)).pace.delta for one in after]
         assert paces[2] == pytest.approx(FACTOR * usual, rel=1e-6)
         for at in (0, 1, 3):
-            assert_same_bits(after[at].update.delta, stream[at].update.delta)
+            assert_same_adapter(after[at].update.delta, stream[at].update.delta)
 
 
 def far_of(one: Taken, size: float) -> Taken:
@@ -226,7 +228,7 @@ def test_without_clipping_every_bit_and_every_order_of_names_stays(tmp_path: Pat
         for before, after in zip(stream, clipped(iter(stream), past, rule, tmp_path), strict=True):
             assert list(after.update.delta.tensors()) == list(before.update.delta.tensors())
             if rule == "none" or past.paces:
-                assert_same_bits(after.update.delta, before.update.delta)
+                assert_same_adapter(after.update.delta, before.update.delta)
 
 
 # Outliers
@@ -259,15 +261,8 @@ def test_a_run_that_goes_on_clips_by_the_same_paces(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedflame.server.clipping.FACTOR", 0.9)  # so that most updates are clipped
-    answer = LocalClients.answer
-
-    def end_in_round_two(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
-        if decode_plan(plan).round == 2:
-            raise KeyboardInterrupt
-        return answer(self, plan, on_step)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(LocalClients, "answer", end_in_round_two)
+        interrupt(patch, (2, 0))
         tiny_run(tiny_folder, tmp_path / "ended")
     tiny_run(tiny_folder, tmp_path / "ended", existing="resume")
     tiny_run(tiny_folder, tmp_path / "whole")

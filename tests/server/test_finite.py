@@ -5,19 +5,18 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from tests.altered_answers import Change, falsify, huge, skip, times
 from tests.message_samples import an_update
 from tests.random_rounds import LAYERS, an_adapter
 from tests.tiny_runs import adapter_bytes, events, tiny_run
 from torch.linalg import LinAlgError
 
-from fedflame.clients.answers import Answer, OnStep
-from fedflame.clients.local import LocalClients
 from fedflame.errors import UserError
 from fedflame.messages import Adapter, ClientUpdate, RoundPlan
 from fedflame.server.checkpoint import read_checkpoint
@@ -26,7 +25,6 @@ from fedflame.server.scoring import evaluate_tiers
 from fedflame.server.updates import _aggregate, _not_finite_alone
 from fedflame.strategies.base import ServerState
 from fedflame.training.scores import Scores
-from fedflame.wire.codec import decode_plan, decode_update, encode_update
 
 pytestmark = pytest.mark.slow
 
@@ -135,42 +133,15 @@ def test_the_loss_of_the_first_ranks_must_be_finite_too(monkeypatch: pytest.Monk
 # Runs
 
 
-def falsify(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[ClientUpdate, RoundPlan], ClientUpdate]
-) -> None:
+def falsify_unbounded(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     """Change what clients answer, where the bound of AdamW would not refuse it."""
     monkeypatch.setattr("fedflame.server.updates.require_within_reach", lambda *_: None)
-    answer = LocalClients.answer
-
-    def falsified(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
-        told, honest = decode_plan(plan), answer(self, plan, on_step)
-        update = change(decode_update(honest.update, told), told)
-        return replace(honest, update=encode_update(update, told))
-
-    monkeypatch.setattr(LocalClients, "answer", falsified)
-
-
-def times(update: ClientUpdate, factor: float) -> ClientUpdate:
-    return replace(update, delta=update.delta.combine(update.delta, lambda value, _: value * factor))
-
-
-def skip(monkeypatch: pytest.MonkeyPatch, client: int, rounds: set[int]) -> None:
-    answer = LocalClients.answer
-
-    def told_to_skip(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
-        told = decode_plan(plan)
-        skipped = told.client == client and told.round in rounds
-        return Answer(b"", "told to skip", 0.0) if skipped else answer(self, plan, on_step)
-
-    monkeypatch.setattr(LocalClients, "answer", told_to_skip)
+    falsify(monkeypatch, change)
 
 
 def far(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
     """Client 1 sends finite values whose sum is not, in round 2."""
-    if (plan.client, plan.round) != (1, 2):
-        return update
-    delta = update.delta.combine(update.delta, lambda value, _: value.sign() * 3e38)
-    return replace(update, delta=delta)
+    return huge(update, plan) if (plan.client, plan.round) == (1, 2) else update
 
 
 @pytest.mark.parametrize("overrides", [(), ("evaluation.evaluate_every=0",), ("strategy.name=flexlora",)])
@@ -178,9 +149,9 @@ def test_a_round_is_undone_without_the_client_that_caused_it_and_equals_one_with
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
 ) -> None:
     with monkeypatch.context() as patch:
-        skip(patch, 1, {2})
+        skip(patch, {(2, 1)})
         tiny_run(tiny_folder, tmp_path / "without", *UNBOUNDED, *overrides)
-    falsify(monkeypatch, far)
+    falsify_unbounded(monkeypatch, far)
     shown = tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED, *overrides)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "without")
     (undone,) = events(tmp_path / "run", "undone")
@@ -200,9 +171,9 @@ def test_a_loss_that_is_not_finite_undoes_a_round_whose_values_are(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     def large(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
-        return times(update, 1e25) if (plan.client, plan.round) == (2, 1) else update
+        return times(1e25)(update, plan) if (plan.client, plan.round) == (2, 1) else update
 
-    falsify(monkeypatch, large)
+    falsify_unbounded(monkeypatch, large)
     tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED, f"evaluation.evaluate_every={every}")
     (undone,) = events(tmp_path / "run", "undone")
     assert "the held-out loss of the global model" in undone["reason"]
@@ -213,7 +184,7 @@ def test_a_loss_that_is_not_finite_undoes_a_round_whose_values_are(
 def test_where_no_client_alone_is_to_blame_the_run_ends_in_one_line_with_the_last_checkpoint(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    falsify(monkeypatch, far)
+    falsify_unbounded(monkeypatch, far)
     with monkeypatch.context() as patch, pytest.raises(UserError) as error:
         patch.setattr("fedflame.server.updates._not_finite_alone", lambda *_: "")
         tiny_run(tiny_folder, tmp_path / "run", *UNBOUNDED)

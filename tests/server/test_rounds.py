@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.altered_answers import interrupt
 from tests.message_samples import an_update
 from tests.tiny_runs import events, state_bytes, tiny_config, tiny_run
 
@@ -96,16 +97,8 @@ def test_a_run_of_epochs_that_is_resumed_gives_the_bytes_of_one_that_was_not(
         "training.warmup_ratio=0.5",
     )
     tiny_run(tiny_folder, tmp_path / "whole", *habits)
-    answer, asked = LocalClients.answer, list[int]()
-
-    def ends(self: LocalClients, plan: bytes, on_step: OnStep) -> Answer:
-        asked.append(1)
-        if len(asked) == 5:
-            raise KeyboardInterrupt
-        return answer(self, plan, on_step)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(LocalClients, "answer", ends)
+        interrupt(patch, (2, 1))
         tiny_run(tiny_folder, tmp_path / "ended", *habits)
     tiny_run(tiny_folder, tmp_path / "ended", *habits, existing="resume")
     assert state_bytes(tmp_path / "ended") == state_bytes(tmp_path / "whole")

@@ -18,12 +18,12 @@ from tests.random_rounds import (
     an_adapter,
     an_update,
     assert_close,
-    assert_same_bits,
     cut_values,
     half_only,
     products,
     updates_of,
 )
+from tests.same_bits import assert_same_adapter
 from torch import Tensor
 
 from fedflame.config.load import load_config
@@ -79,8 +79,8 @@ def plus(dense: Products, merged: Adapter) -> Products:
 
 
 def assert_same_state(got: ServerState, wanted: ServerState) -> None:
-    assert_same_bits(got.adapter, wanted.adapter)
-    assert_same_bits(got.merged, wanted.merged)
+    assert_same_adapter(got.adapter, wanted.adapter)
+    assert_same_adapter(got.merged, wanted.merged)
     assert got.trainable == wanted.trainable
     assert got.rescalers.keys() == wanted.rescalers.keys()
     assert all(torch.equal(got.rescalers[k], s) for k, s in wanted.rescalers.items())
@@ -129,7 +129,7 @@ def test_aggregation_leaves_the_old_state_and_the_updates_alone(name: str) -> No
     STRATEGIES[name].aggregate_train(state, updates)
     assert_same_state(state, same_state)
     for update, same in zip(updates, same_updates, strict=True):
-        assert_same_bits(update.delta, same.delta)
+        assert_same_adapter(update.delta, same.delta)
 
 
 @every_strategy
@@ -218,7 +218,7 @@ def test_a_client_is_told_the_rank_that_it_affords_where_the_method_adapts_it(na
         assert strategy.configure_train(state, ClientProfile(3, 2, 1, 5)).adapter is state.adapter
         return
     assert (told.active_experts, told.rescaler) == (K, "fixed")
-    assert_same_bits(
+    assert_same_adapter(
         strategy.configure_train(state, ClientProfile(3, 2, 1, 5)).adapter, state.adapter.with_rank(1)
     )
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from tests.random_rounds import LAYERS, assert_same_bits, projections, updates_of
+from tests.random_rounds import LAYERS, projections, updates_of
 from tests.random_rounds import an_adapter as random_adapter
+from tests.same_bits import assert_same_adapter
 
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies import FedAvg
@@ -93,7 +94,7 @@ def test_at_a_smaller_rank_clients_train_the_first_ranks_and_the_others_stay() -
     strategy, wanted = FedAvg(2, rank=2), random_adapter(generator)
     state = strategy.initialize(wanted, (2,), LAYERS)
     told = strategy.configure_train(state, ClientProfile(0, 2, rank=1, num_examples=10))
-    assert_same_bits(told.adapter, wanted.with_rank(2))
+    assert_same_adapter(told.adapter, wanted.with_rank(2))
     updates = updates_of(7, (2, 2))
     new = strategy.aggregate_train(state, updates).adapter
     rows = [update.num_examples for update in updates]

@@ -11,11 +11,11 @@ from tests.random_rounds import (
     Products,
     an_adapter,
     assert_close,
-    assert_same_bits,
     mean_products,
     products,
     updates_of,
 )
+from tests.same_bits import assert_same_adapter
 
 from fedflame.strategies import FedAvg, FedExLoRA
 
@@ -27,7 +27,7 @@ def test_means_and_residue_together_are_the_mean_of_the_products(clients: int) -
     for number in (1, 2):
         updates = updates_of(number, (RANK,) * clients)
         new = FedExLoRA(K).aggregate_train(state, updates)
-        assert_same_bits(new.adapter, FedAvg(K).aggregate_train(state, updates).adapter)
+        assert_same_adapter(new.adapter, FedAvg(K).aggregate_train(state, updates).adapter)
         dense, averaged = mean_products(state.adapter, updates), products(new.adapter)
         residue = {name: value - averaged[name] for name, value in dense.items()}
         merged = {name: merged.get(name, 0.0) + value for name, value in residue.items()}

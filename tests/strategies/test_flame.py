@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.random_rounds import EXPERTS, LAYERS, RANK, K, an_adapter, an_update, bits
+from tests.random_rounds import EXPERTS, LAYERS, RANK, K, an_adapter, an_update, filled
+from tests.same_bits import bits
 
 from fedflame.config.words import CountNormalization
-from fedflame.messages import Adapter, ClientUpdate
+from fedflame.messages import ClientUpdate
 from fedflame.server.validation import believed
 from fedflame.strategies import FedAvg, Flame
 from fedflame.strategies.base import ClientProfile, ServerState
@@ -279,11 +280,6 @@ def test_at_the_models_own_k_the_rescaler_is_one_and_fixed(rescaler: str) -> Non
     state = strategy.initialize(filled(0.5), (K, 2), LAYERS)
     told = strategy.configure_train(state, ClientProfile(4, K, rank=RANK, num_examples=10))
     assert (told.rescaler, told.rescaler_values.tolist()) == ("fixed", [1.0, 1.0])
-
-
-def filled(value: float) -> Adapter:
-    like = an_adapter(torch.Generator())
-    return like.combine(like, lambda one, _: torch.full_like(one, value))
 
 
 def zero_update(client: int, active_experts: int = 2) -> ClientUpdate:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.random_rounds import EXPERTS, LAYERS, RANK, K, an_adapter, an_update, assert_same_bits
+from tests.random_rounds import EXPERTS, LAYERS, RANK, K, an_adapter, an_update, filled
+from tests.same_bits import assert_same_adapter
 
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies import Flame
@@ -99,7 +100,7 @@ def test_affinity_zero_is_a_federation_for_each_tier(seed: int, clients: int) ->
         alone = ServerState(state.adapter_at(k), {k: state.rescalers[k]})
         of_tier = [update for update in updates if update.active_experts == k]
         wanted = Flame(K).aggregate_train(alone, of_tier)
-        assert_same_bits(new.adapter_at(k), wanted.adapter)
+        assert_same_adapter(new.adapter_at(k), wanted.adapter)
         assert torch.equal(new.rescalers[k], wanted.rescalers[k])
 
 
@@ -109,7 +110,7 @@ def test_affinity_one_keeps_one_adapter_and_any_other_one_for_each_smaller_tier(
     state = Flame(K, tier_affinity=0.5).initialize(adapter, TIERS, LAYERS)
     assert list(state.tier_adapters) == [4, 1]
     for k in TIERS:
-        assert_same_bits(state.adapter_at(k), adapter)
+        assert_same_adapter(state.adapter_at(k), adapter)
     assert state.adapter_at(2) is state.adapter, "a k that nobody has"
 
 
@@ -139,8 +140,3 @@ def test_the_learning_rate_grows_with_a_power_of_the_experts_that_are_left_out()
         for exponent in (0.0, 0.5, 1.0)
     }
     assert factors == {0.0: [1, 1, 1], 0.5: [1, 2**0.5, 8**0.5], 1.0: [1, 2, 8]}
-
-
-def filled(value: float) -> Adapter:
-    like = an_adapter(torch.Generator())
-    return like.combine(like, lambda one, _: torch.full_like(one, value))

@@ -8,27 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.random_rounds import (
-    LAYERS,
     RANK,
     K,
     Products,
+    a_round,
     an_adapter,
     assert_close,
     mean_products,
     products,
     projections,
-    updates_of,
 )
 
-from fedflame.messages import ClientUpdate
 from fedflame.strategies import FedAvg, FlexLoRA
-from fedflame.strategies.base import ClientProfile, ServerState
+from fedflame.strategies.base import ClientProfile
 from fedflame.strategies.flexlora import nearest_of_rank
-
-
-def a_round(seed: int, ranks: tuple[int, ...]) -> tuple[ServerState, list[ClientUpdate]]:
-    state = FlexLoRA(K).initialize(an_adapter(torch.Generator().manual_seed(seed)), (K,), LAYERS)
-    return state, updates_of(seed + 1, ranks)
 
 
 def truncated(dense: Products, rank: int) -> Products:
@@ -43,7 +36,7 @@ def truncated(dense: Products, rank: int) -> Products:
 def test_the_new_product_is_the_best_approximation_of_the_mean_of_the_products(
     ranks: tuple[int, ...],
 ) -> None:
-    state, updates = a_round(5, ranks)
+    state, updates = a_round(FlexLoRA(K), 5, ranks)
     new = FlexLoRA(K).aggregate_train(state, updates)
     dense = mean_products(state.adapter, updates)
     assert_close(products(new.adapter), truncated(dense, RANK))
@@ -54,7 +47,7 @@ def test_the_new_product_is_the_best_approximation_of_the_mean_of_the_products(
 
 def test_b_carries_falling_singular_values_and_the_rows_of_a_are_orthonormal_also_without_any() -> None:
     """With clients of one rank the product has two ranks; the third row of A is there to learn from."""
-    state, updates = a_round(6, (1, 1))
+    state, updates = a_round(FlexLoRA(K), 6, (1, 1))
     new = FlexLoRA(K).aggregate_train(state, updates)
     for b, a in projections(new.adapter).values():
         np.testing.assert_allclose(a @ a.T, np.eye(RANK), rtol=0, atol=1e-6)
@@ -75,7 +68,7 @@ def test_of_any_rank_the_nearest_of_another_is_numpys_truncated_svd(
 
 
 def test_one_client_of_full_rank_gives_the_product_of_fedavg() -> None:
-    state, updates = a_round(7, (3,))
+    state, updates = a_round(FlexLoRA(K), 7, (3,))
     one, other = (strategy.aggregate_train(state, updates) for strategy in (FlexLoRA(K), FedAvg(K)))
     assert_close(products(one.adapter), products(other.adapter))
 
@@ -90,5 +83,5 @@ def test_no_dense_matrix_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
         return svd(matrix, full_matrices=full_matrices)
 
     monkeypatch.setattr(torch.linalg, "svd", watched)
-    FlexLoRA(K).aggregate_train(*a_round(8, (2, 1)))
+    FlexLoRA(K).aggregate_train(*a_round(FlexLoRA(K), 8, (2, 1)))
     assert max(sizes) == 6

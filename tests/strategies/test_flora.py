@@ -12,13 +12,13 @@ from tests.random_rounds import (
     Products,
     an_adapter,
     assert_close,
-    assert_same_bits,
     half_only,
     mean_products,
     products,
     projections,
     updates_of,
 )
+from tests.same_bits import assert_same_adapter
 
 from fedflame.messages import NOTHING, Adapter
 from fedflame.strategies import FLoRA
@@ -62,7 +62,7 @@ def test_after_a_round_b_is_zero_and_a_is_drawn_anew_from_the_seed() -> None:
         assert (one != 0).double().mean() > 0.3
         assert all(not torch.equal(one, other) for other in all_of[:index])
     again = FLoRA(K, seed=1).aggregate_train(a_state(FLoRA(K, seed=1)), updates_of(1, (3, 1)))
-    assert_same_bits(again.adapter, draws[1, 1])
+    assert_same_adapter(again.adapter, draws[1, 1])
 
 
 def test_draws_fill_their_range_and_differ_from_expert_to_expert_and_module_to_module() -> None:

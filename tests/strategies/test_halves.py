@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.random_rounds import (
-    LAYERS,
-    K,
-    an_adapter,
-    assert_close,
-    assert_same_bits,
-    mean_products,
-    products,
-    updates_of,
-)
+from tests.random_rounds import LAYERS, K, an_adapter, assert_close, mean_products, products, updates_of
+from tests.same_bits import assert_same_adapter
 
 from fedflame.messages import is_trained
 from fedflame.strategies import FedAvg, FFALoRA, RoLoRA
@@ -32,7 +24,7 @@ def test_rounds_are_exact_and_move_the_half_whose_turn_it_is(method: str) -> Non
         assert_close(products(new.adapter), mean_products(state.adapter, updates))
         for name, value in new.adapter.tensors().items():
             assert torch.equal(value, state.adapter.tensors()[name]) != is_trained(name, state.trainable)
-        assert_same_bits(new.adapter, FedAvg(K).aggregate_train(state, updates).adapter)
+        assert_same_adapter(new.adapter, FedAvg(K).aggregate_train(state, updates).adapter)
         state = new
 
 

@@ -10,27 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.random_rounds import (
-    LAYERS,
     RANK,
     K,
+    a_round,
     an_adapter,
     assert_close,
-    assert_same_bits,
     cut_values,
     products,
     projections,
-    updates_of,
 )
+from tests.same_bits import assert_same_adapter
 
 from fedflame.messages import Adapter, ClientUpdate
 from fedflame.strategies import FedAvg, HetLoRA
 from fedflame.strategies.base import ClientProfile, ServerState
 from fedflame.strategies.hetlora import product_norm
-
-
-def a_round(seed: int, ranks: tuple[int, ...]) -> tuple[ServerState, list[ClientUpdate]]:
-    state = HetLoRA(K).initialize(an_adapter(torch.Generator().manual_seed(seed)), (K,), LAYERS)
-    return state, updates_of(seed + 1, ranks)
 
 
 @settings(max_examples=20, deadline=None)
@@ -48,7 +42,7 @@ def test_the_norm_of_nothing_is_zero() -> None:
 
 @pytest.mark.parametrize("ranks", [(3,), (3, 1), (1, 2, 3), (2, 3, 1, 1)])
 def test_values_padded_with_zeros_are_averaged_by_the_norm_of_the_product(ranks: tuple[int, ...]) -> None:
-    state, updates = a_round(5, ranks)
+    state, updates = a_round(HetLoRA(K), 5, ranks)
     new = projections(HetLoRA(K).aggregate_train(state, updates).adapter)
     clients = [cut_values(state.adapter, update) for update in updates]
     norms = [np.sqrt(sum(((b @ a) ** 2).sum() for b, a in client.values())) for client in clients]
@@ -61,7 +55,7 @@ def test_values_padded_with_zeros_are_averaged_by_the_norm_of_the_product(ranks:
 
 
 def test_ranks_beyond_those_of_every_client_of_the_round_keep_their_bits() -> None:
-    state, updates = a_round(6, (1, 2))
+    state, updates = a_round(HetLoRA(K), 6, (1, 2))
     new = HetLoRA(K).aggregate_train(state, updates).adapter
     for name, (b, a) in projections(new).items():
         start_b, start_a = projections(state.adapter)[name]
@@ -71,7 +65,7 @@ def test_ranks_beyond_those_of_every_client_of_the_round_keep_their_bits() -> No
 
 
 def test_a_client_whose_product_is_zero_has_no_weight() -> None:
-    state, (one, other) = a_round(7, (3, 3))
+    state, (one, other) = a_round(HetLoRA(K), 7, (3, 3))
     still = Adapter.from_factors({name: (-b, 0 * a) for name, (b, a) in state.adapter.factors().items()})
     silent = replace(other, delta=still)
     new = HetLoRA(K).aggregate_train(state, [one, silent])
@@ -81,7 +75,7 @@ def test_a_client_whose_product_is_zero_has_no_weight() -> None:
 
 def test_full_ranks_of_equal_norm_and_rows_give_fedavg() -> None:
     """Rank r of one client with its sign turned in A and B has the same product, so the same norm."""
-    state, (one,) = a_round(8, (3,))
+    state, (one,) = a_round(HetLoRA(K), 8, (3,))
     sign = torch.tensor([1.0, -1.0, 1.0])
     mirrored = {
         name: (sign * (b + db) - b, sign[:, None] * (a + da) - a)
@@ -96,10 +90,10 @@ def test_full_ranks_of_equal_norm_and_rows_give_fedavg() -> None:
 
 
 def test_rows_and_counts_do_not_matter() -> None:
-    state, updates = a_round(9, (3, 2))
+    state, updates = a_round(HetLoRA(K), 9, (3, 2))
     others = [replace(u, num_examples=5 + u.client, counts=u.counts.flip(1)) for u in updates]
     one, other = (HetLoRA(K).aggregate_train(state, given) for given in (updates, others))
-    assert_same_bits(one.adapter, other.adapter)
+    assert_same_adapter(one.adapter, other.adapter)
 
 
 # Rank self-pruning
@@ -118,17 +112,17 @@ def with_last_rank(state: ServerState, update: ClientUpdate, factor: float) -> C
 
 def test_a_client_whose_last_ranks_shrank_goes_on_without_them_and_counts_without_them() -> None:
     strategy = HetLoRA(K, rank_decay=0.7, rank_penalty=0.2)
-    state, (one, other) = a_round(10, (3, 3))
+    state, (one, other) = a_round(HetLoRA(K), 10, (3, 3))
     smaller, larger = with_last_rank(state, one, 0.9), with_last_rank(state, other, 1.1)
     new = strategy.aggregate_train(state, [smaller, larger])
     assert new.ranks == {0: 2}
     cut = replace(smaller, delta=smaller.delta.with_rank(2))
-    assert_same_bits(new.adapter, HetLoRA(K).aggregate_train(state, [cut, larger]).adapter)
+    assert_same_adapter(new.adapter, HetLoRA(K).aggregate_train(state, [cut, larger]).adapter)
 
 
 def test_a_pruned_rank_stays_and_is_the_clients_from_then_on() -> None:
     strategy = HetLoRA(K, rank_decay=0.7, rank_penalty=0.2)
-    state, updates = a_round(11, (3, 3))
+    state, updates = a_round(HetLoRA(K), 11, (3, 3))
     state = replace(state, ranks={0: 2, 5: 1})
     asked = [strategy.configure_train(state, ClientProfile(client, K, 3, 10)) for client in (0, 1, 5)]
     assert [told.adapter.rank for told in asked] == [2, 3, 1]
@@ -137,7 +131,7 @@ def test_a_pruned_rank_stays_and_is_the_clients_from_then_on() -> None:
 
 
 def test_without_decay_nothing_is_penalised_or_pruned() -> None:
-    state, updates = a_round(12, (3,))
+    state, updates = a_round(HetLoRA(K), 12, (3,))
     told = HetLoRA(K, rank_penalty=0.2).configure_train(state, ClientProfile(0, K, 3, 10))
     assert (told.kept_rank, told.rank_penalty) == (0, 0.0)
     assert HetLoRA(K).aggregate_train(state, [with_last_rank(state, updates[0], 0.9)]).ranks == {}
@@ -145,7 +139,7 @@ def test_without_decay_nothing_is_penalised_or_pruned() -> None:
 
 def test_an_adapter_at_its_start_is_not_pruned() -> None:
     """B is zero before the first round: nothing can be smaller."""
-    state, updates = a_round(13, (3, 2))
+    state, updates = a_round(HetLoRA(K), 13, (3, 2))
     start = {name: (torch.zeros_like(b), a) for name, (b, a) in state.adapter.factors().items()}
     state = replace(state, adapter=Adapter.from_factors(start))
     assert HetLoRA(K, rank_decay=0.9).aggregate_train(state, updates).ranks == {}

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tests.random_rounds import LAYERS, K, an_adapter, assert_same_bits, updates_of
+from tests.random_rounds import LAYERS, K, an_adapter, updates_of
+from tests.same_bits import assert_same_adapter
 from tests.tiny_runs import adapter_bytes, state_bytes, tiny_run
 from torch import Tensor
 
@@ -210,7 +211,7 @@ def test_without_a_robust_rule_every_bit_is_that_of_the_weighted_mean(name: str)
     assert plain == built(name, "none")
     state, updates = a_round(plain, 3)
     one, other = (s.aggregate_train(state, iter(updates)) for s in (plain, built(name, "none")))
-    assert_same_bits(one.adapter, other.adapter)
+    assert_same_adapter(one.adapter, other.adapter)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMED_METHODS) - set(HAVE)))

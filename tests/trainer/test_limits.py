@@ -26,7 +26,7 @@ from fedflame.wire.envelope import Envelope
         ("min_rows_per_update = 7", "the update would be of 6 rows; this site asks for at least 7"),
     ],
 )
-def test_what_the_sites_file_does_not_allow_is_refused_before_anything_is_loaded(
+def test_a_rank_memory_or_few_rows_that_the_site_does_not_allow_are_refused_before_anything_is_loaded(
     limits: str, reason: str, make_service: Make, job: TrainingJob, plan: RoundPlan, told: Told
 ) -> None:
     answer = make_service(LIMITS + limits).answer(request(job, plan))

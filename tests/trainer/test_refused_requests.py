@@ -30,7 +30,7 @@ from fedflame.wire.envelope import Envelope
         ("max_flops = 1e3", 4, {}, "FLOPs; this site allows at most 1e+03"),
     ],
 )  # fmt: skip
-def test_what_the_sites_file_does_not_allow_is_refused_before_anything_is_loaded(
+def test_more_work_than_the_sites_file_allows_is_refused_before_anything_is_loaded(
     limits: str, k: int, change: dict[str, int], reason: str,
     make_service: Callable[..., TrainerService], job: TrainingJob, plan: RoundPlan, told: Told,
 ) -> None:  # fmt: skip

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.families import FAMILIES, tiny
-from tests.moe.test_packed_rows import some_rows
+from tests.families import FAMILIES, VOCABULARY, tiny
+from tests.random_rows import random_rows
 from tests.tiny_models import ALPHA, random_adapter
 
 from fedflame.config.sections import AUTO
@@ -18,6 +18,7 @@ from fedflame.training.clipped_sums import clipped_sums
 pytestmark = pytest.mark.slow
 
 CLIP = 0.05
+LENGTHS = (13, 9, 17, 5, 21)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -27,7 +28,7 @@ def test_by_norms_the_sum_is_that_of_one_row_at_a_time(family: str, tmp_path: Pa
     adapted = AdaptedModel(model, 2, ALPHA, attention_targets(read_model_shape(tmp_path), AUTO))
     layers = len(adapted.loras)
     adapted.load(random_adapter(adapted), torch.linspace(0.8, 1.2, layers))
-    units = [[row] for row in some_rows()]
+    units = [[row] for row in random_rows(LENGTHS, VOCABULARY)]
     with adapted.training(1):
         one, other = (clipped_sums(adapted, units, CLIP, clipping, 0) for clipping in ("row", "ghost"))
     norm = torch.cat([value.flatten() for value in one.values()]).double().norm()

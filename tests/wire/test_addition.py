@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.message_samples import SHAPE, a_plan, an_adapter, assert_same_bits, random_bits, random_numbers
+from tests.message_samples import SHAPE, a_plan, of_rank, random_bits
+from tests.same_bits import assert_same_bits
 from torch import Tensor
 
 from fedflame.errors import InvalidMessage
@@ -26,12 +27,6 @@ def moved(plan: RoundPlan, bank: str, expert: int) -> RoundPlan:
     experts = {name: value.clone() for name, value in plan.adapter.experts.items()}
     experts[bank][expert] = -experts[bank][expert]
     return replace(plan, round=plan.round + 1, adapter=Adapter(experts, plan.adapter.attention))
-
-
-def factors(rank: int, seed: int) -> Adapter:
-    layers, experts, _, hidden, width = SHAPE
-    generator = torch.Generator().manual_seed(seed)
-    return an_adapter((layers, experts, rank, hidden, width), random_numbers, generator)
 
 
 def travelled(plan: RoundPlan, held: RoundPlan) -> bytes:
@@ -64,7 +59,7 @@ def test_any_plan_comes_back_to_the_byte_whatever_is_held(seed: int, other: int,
 
 
 def test_views_of_a_packed_plan_are_its_values() -> None:
-    plan = replace(a_plan(values=random_bits), merged=factors(2, 1))
+    plan = replace(a_plan(values=random_bits), merged=of_rank(2, 1))
     wanted, header = unpack(bytes(opened(encode_plan(plan))))
     for buffer in (opened(encode_plan(plan)), opened(memoryview(bytearray(encode_plan(plan))))):
         values, said = views(buffer)
@@ -120,7 +115,7 @@ def test_a_zero_that_changed_its_sign_travels() -> None:
 
 
 def test_of_merged_factors_that_grew_the_new_ranks_travel() -> None:
-    first, second = factors(5, 1), factors(2, 2)
+    first, second = of_rank(5, 1), of_rank(2, 2)
     held = a_plan()
     grown = replace(held, merged=first.concatenate(second))
     parts = parts_of(travelled(grown, replace(held, merged=first)))
@@ -135,7 +130,7 @@ def test_of_merged_factors_that_grew_the_new_ranks_travel() -> None:
 
 
 def test_merged_factors_of_fewer_ranks_or_other_names_travel_whole() -> None:
-    held, merged = a_plan(), factors(2, 1)
+    held, merged = a_plan(), of_rank(2, 1)
     longer = merged.with_rank(5)  # the ranks that are gone were zero: what is left begins alike
     experts_alone = Adapter(merged.experts, {})
     for wanted, there in ((merged, longer), (experts_alone, merged), (merged, experts_alone)):
@@ -144,7 +139,7 @@ def test_merged_factors_of_fewer_ranks_or_other_names_travel_whole() -> None:
 
 
 def test_an_adapter_of_another_rank_travels_whole() -> None:
-    travelled(replace(a_plan(), adapter=factors(4, 3)), a_plan())
+    travelled(replace(a_plan(), adapter=of_rank(4, 3)), a_plan())
 
 
 def test_of_a_plan_in_which_every_value_is_new_there_is_no_addition() -> None:
@@ -192,9 +187,9 @@ FORGED: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("kind", FORGED)
 def test_an_addition_that_does_not_fit_is_refused(kind: str) -> None:
-    first = factors(5, 1)
+    first = of_rank(5, 1)
     held = replace(a_plan(), merged=first)
-    plan = replace(moved(held, "1.B2", 2), merged=first.concatenate(factors(2, 2)))
+    plan = replace(moved(held, "1.B2", 2), merged=first.concatenate(of_rank(2, 2)))
     parts, about = unpack(unseal(addition(encode_plan(plan), encode_plan(held))))
     FORGED[kind](parts, about)
     with pytest.raises(InvalidMessage):

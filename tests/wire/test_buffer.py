@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.message_samples import assert_same_bits
+from tests.same_bits import assert_same_bits
 
 from fedflame.wire.buffer import pack, unpack
 

@@ -15,12 +15,12 @@ from tests.message_samples import (
     SHAPE,
     Shape,
     a_plan,
-    an_adapter,
+    adapter_of,
     an_update,
-    assert_same_bits,
     assert_same_message,
     random_bits,
 )
+from tests.same_bits import assert_same_bits
 from tests.wire.forged_messages import any_float, half_update, read_update, tensor_bytes, update_bytes
 from torch import Tensor
 
@@ -85,7 +85,7 @@ def test_a_plan_without_attention_lora_comes_back() -> None:
 
 def test_a_plan_with_merged_factors_of_another_rank_comes_back_bit_for_bit() -> None:
     layers, experts, _, hidden, width = SHAPE
-    merged = an_adapter((layers, experts, 11, hidden, width), random_bits, torch.Generator().manual_seed(4))
+    merged = adapter_of((layers, experts, 11, hidden, width), random_bits, torch.Generator().manual_seed(4))
     plan = replace(a_plan(), merged=merged, trainable="B")
     buffer = encode_plan(plan)
     assert_same_message(decode_plan(buffer), plan)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.examples_drawn import MANY
-from tests.message_samples import MAX_LENGTH, SHAPE, a_plan, an_adapter, assert_same_message, random_bits
+from tests.message_samples import MAX_LENGTH, SHAPE, a_plan, adapter_of, assert_same_message, random_bits
 
 from fedflame.cost.scoring_cost import SUMS_BYTES
 from fedflame.errors import InvalidMessage
@@ -36,9 +36,9 @@ TOLD = ClientEvaluation(0, 2**31, 2, 5, 40, 0.1 + 0.2, 3, 2.5)
 
 def a_plan_to_score(seed: int = 0, **changes: Any) -> EvaluationPlan:
     generator = torch.Generator().manual_seed(seed)
-    adapter = an_adapter(SHAPE, random_bits, generator)
+    adapter = adapter_of(SHAPE, random_bits, generator)
     plan = EvaluationPlan(
-        0, 7, 2, random_bits(generator, SHAPE[0]), adapter, an_adapter(SHAPE, random_bits, generator), 24
+        0, 7, 2, random_bits(generator, SHAPE[0]), adapter, adapter_of(SHAPE, random_bits, generator), 24
     )
     return replace(plan, **changes)
 
