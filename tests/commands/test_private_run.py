@@ -124,7 +124,10 @@ def test_a_plan_says_what_each_client_will_spend(tiny_folder: Path, finished: Pa
     ("settings", "line"),
     [
         (("privacy.delta=0.5",), "it must be below"),
-        (("privacy.clipping=ghost", "training.gradient_checkpointing=layers"), "runs back twice"),
+        (
+            ("privacy.clipping=ghost", "training.gradient_checkpointing=layers"),
+            "keeps what layers would compute again",
+        ),
     ],
 )
 def test_what_cannot_be_private_is_refused_before_the_folder_is_there(

@@ -15,7 +15,7 @@ from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow
 from fedflame.errors import UserError
 from fedflame.moe.adapted_model import AdaptedModel
-from fedflame.moe.row_norms import row_norms
+from fedflame.moe.row_norms import RowNorms, row_norms
 from fedflame.training import clipped_sums as module
 from fedflame.training.clipped_sums import clipped_sums, require_clippable, trained_values
 from fedflame.training.token_loss import row_losses
@@ -68,12 +68,23 @@ def test_norms_are_those_of_each_row_alone() -> None:
             wanted.append(math.sqrt(sum(float(value.double().square().sum()) for value in gradient.values())))
         adapted.counts.begin_step(batch.real_tokens)
         with row_norms(adapted, batch.attention_mask) as norms:
-            losses = row_losses(adapted, batch)
-            norms.recording = True
-            losses.sum().backward()
+            row_losses(adapted, batch).sum().backward()
         adapted.counts.abandon_step()
     assert norms.squares.sqrt().tolist() == pytest.approx(wanted, rel=1e-5)
     assert max(wanted) > CLIP > min(wanted) or max(wanted) > 1.5 * min(wanted)
+
+
+def test_a_module_that_rows_pass_twice_is_refused() -> None:
+    """Its gradient is the sum of two, whose squares do not add up to that of the sum."""
+    weight, d_out, x = torch.rand(3, 5), torch.rand(2, 4, 3), torch.rand(2, 4, 5)
+    norms = RowNorms(torch.tensor([0, 1]), 2)
+    norms.linear(weight, d_out, x)
+    factors = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    by_hand = d_out[0].T @ x[0] + 0.5 * d_out[1].T @ x[1]
+    torch.testing.assert_close(norms.sums(factors)[weight], by_hand)
+    norms.linear(weight, d_out, x)
+    with pytest.raises(UserError, match="pass a module of this model twice"):
+        norms.sums(factors)
 
 
 def test_rows_are_taken_in_batches_of_similar_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +133,7 @@ def test_an_empty_answer_adds_nothing_and_spoils_nothing() -> None:
     [
         ("float16", "none", "row", "float16 would skip steps"),
         ("bfloat16", "none", "ghost", "base in bfloat16: its sums are rounded"),
-        ("float32", "layers", "ghost", "runs back twice"),
+        ("float32", "layers", "ghost", "keeps what layers would compute again"),
     ],
 )
 def test_what_cannot_be_clipped_so_is_refused(

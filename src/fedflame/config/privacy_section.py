@@ -29,9 +29,9 @@ class PrivacyConfig(Section):
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """The largest L2 norm of the gradient of a row, over all that the client trains."""
     clipping: Clipping = "row"
-    """How gradients are clipped; the result is the same. `row`: one row at a time. `ghost`: many rows in two
-    backwards, of which the first gives the norms alone, which is faster where rows are short. It needs a base
-    in float32, and `training.gradient_checkpointing` other than `layers`."""
+    """How gradients are clipped; the result is the same. `row`: one row at a time. `ghost`: many rows
+    at once, by their norms alone, which is faster where rows are short. It needs a base in float32, and
+    `training.gradient_checkpointing` other than `layers`."""
     secure_aggregation: bool = False
     """Whether clients hide their updates from the hub: it sees sums alone, one over all clients that train
     with equal k (docs/privacy.md)."""

@@ -138,7 +138,7 @@ def _real_tokens_forward(lora: ExpertLoRA, x: Tensor, top_k_index: Tensor, top_k
     banks, experts = lora.banks().values(), lora.written()
     weights, norms = rescale(top_k_weights, lora.s), lora.row_norms
     if norms is not None and lora.s.requires_grad:
-        weights.register_hook(lambda d: norms.add_scalar((d * top_k_weights.detach()).sum(1)))
+        weights.register_hook(lambda d: norms.scalar(lora.s, (d * top_k_weights.detach()).sum(1)))
     options = lora.recompute, lora.dropout, norms
     output: Tensor
     output, per_expert = FusedExperts.apply(  # type: ignore[no-untyped-call]

@@ -58,8 +58,8 @@ class FusedExperts(torch.autograd.Function):
     x is [N,H], the routing weights and the experts' numbers `index` are [N,k]. The banks A1 [E,nR,H],
     B1 [E,nI,R], A2 [E,R,I] and B2 [E,H,R] are float32; `experts` holds their values already. With `recompute`
     the backward computes the pre-activation again, with the same bits, instead of keeping it. p is the chance
-    that an input of an A is dropped; gate and up see the same inputs. While `norms` are recorded, the
-    backward gives no gradient of a bank.
+    that an input of an A is dropped; gate and up see the same inputs. With `norms` the backward gives no
+    gradient of a bank, but leaves it to them.
     """
 
     @staticmethod
@@ -82,7 +82,7 @@ class FusedExperts(torch.autograd.Function):
         output, rows, kept = _forward(x, weights, index, masks, experts, factor, recompute)
         ctx.save_for_backward(x, weights, *rows, *masks, *kept)
         ctx.experts, ctx.rank, ctx.masks, ctx.factor = experts, bank_b2.shape[2], len(masks), factor
-        ctx.norms = norms
+        ctx.norms, ctx.banks = norms, (bank_a1, bank_b1, bank_a2, bank_b2)
         ctx.mark_non_differentiable(per_expert := rows.per_expert)
         return output, per_expert
 
@@ -92,11 +92,18 @@ class FusedExperts(torch.autograd.Function):
         x, weights, *saved = ctx.saved_tensors
         rows, masks, kept = RoutedRows(*saved[:4]), saved[4 : 4 + ctx.masks], saved[4 + ctx.masks :]
         needs_x, _, *needs_banks = ctx.needs_input_grad[:6]
-        constants = ctx.experts, ctx.factor, ctx.rank, needs_x, needs_banks
-        if ctx.norms is None or not ctx.norms.recording:
-            found = _backward(d_y, x, weights, rows, masks, kept, *constants, None)
+        given = x, weights, rows, masks, kept, ctx.experts, ctx.factor, ctx.rank
+        norms: RowNorms | None = ctx.norms
+        if norms is None:
+            found = _backward(d_y, *given, needs_x, needs_banks, None)
         else:  # how many groups there are is known only then: not compiled
-            found = _uncompiled_backward(d_y, x, weights, rows, masks, kept, *constants, ctx.norms)
+            found = _uncompiled_backward(d_y, *given, needs_x, needs_banks, norms)
+
+            def scaled(factors: Tensor) -> Sequence[Tensor | None]:
+                by_token = factors.to(d_y.dtype)[norms.row_of_token].unsqueeze(1)
+                return _backward(d_y * by_token, *given, False, needs_banks, None)[2:]
+
+            norms.keep(ctx.banks, scaled)
         return *found, None, None, None, None, None
 
 

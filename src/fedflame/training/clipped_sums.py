@@ -47,8 +47,8 @@ def require_clippable(adapted: AdaptedModel, clipping: Clipping) -> None:
         )
     if adapted.gradient_checkpointing == "layers":
         raise UserError(
-            "privacy.clipping = 'ghost' runs back twice through kept activations; set "
-            "gradient_checkpointing to experts or none, or privacy.clipping=row"
+            "privacy.clipping = 'ghost' keeps what layers would compute again; set gradient_checkpointing to "
+            "experts or none, or privacy.clipping=row"
         )
 
 
@@ -103,24 +103,21 @@ def _add_by_norms(
     clip_norm: float,
     pad_token_id: int,
 ) -> None:
-    values, batch = list(trained_values(adapted).values()), collate(rows, pad_token_id)
+    trained, batch = trained_values(adapted), collate(rows, pad_token_id)
     adapted.counts.begin_step(batch.on(adapted.device).real_tokens)
     try:
         with row_norms(adapted, batch.attention_mask) as norms:
             losses = row_losses(adapted, batch)
-            norms.recording = True
-            torch.autograd.grad(losses.sum(), values, retain_graph=True, allow_unused=True)
-            norms.recording = False
-            factors = clip_factors(norms.squares.sqrt(), clip_norm).to(losses)
-            adds = (factors > 0).tolist()
-            if all(adds):
-                gradients = torch.autograd.grad((losses * factors).sum(), values)
+            torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
     finally:
         adapted.counts.abandon_step()
+    factors = clip_factors(norms.squares.sqrt(), clip_norm)
+    adds = (factors > 0).tolist()
     if not all(adds):  # zero times what is not finite would not be zero
         finite = [row for row, some in zip(rows, adds, strict=True) if some]
         if finite:
             _add_by_norms(sums, adapted, finite, clip_norm, pad_token_id)
         return
-    for total, gradient in zip(sums.values(), gradients, strict=True):
-        total += gradient
+    found = norms.sums(factors)
+    for name, value in trained.items():
+        sums[name] += found[value]
