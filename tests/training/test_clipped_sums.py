@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_norms_are_those_of_each_row_alone() -> None:
         adapted.counts.abandon_step()
     assert norms.squares.sqrt().tolist() == pytest.approx(wanted, rel=1e-5)
     assert max(wanted) > CLIP > min(wanted) or max(wanted) > 1.5 * min(wanted)
+
+
+def test_a_client_of_a_smaller_rank_comes_next_and_nothing_of_the_first_is_kept() -> None:
+    """What is kept of a batch goes without the garbage collector: it is as much as a step takes."""
+    adapted, examples = ready(), rows(5)
+    both(adapted, examples, 2)
+    adapted.load(random_adapter(adapted).with_rank(1), torch.ones(LAYERS))
+    batch = collate(examples, PAD)
+    with adapted.training(2):
+        adapted.counts.begin_step(batch.real_tokens)
+        with row_norms(adapted, batch.attention_mask) as norms:
+            row_losses(adapted, batch).sum().backward()
+        adapted.counts.abandon_step()
+    known = weakref.ref(norms)
+    del norms
+    assert known() is None
+    assert_close(*both(adapted, examples, 2))
 
 
 def test_a_module_that_rows_pass_twice_is_refused() -> None:

@@ -92,15 +92,17 @@ class FusedExperts(torch.autograd.Function):
         x, weights, *saved = ctx.saved_tensors
         rows, masks, kept = RoutedRows(*saved[:4]), saved[4 : 4 + ctx.masks], saved[4 + ctx.masks :]
         needs_x, _, *needs_banks = ctx.needs_input_grad[:6]
-        given = x, weights, rows, masks, kept, ctx.experts, ctx.factor, ctx.rank
+        rest = rows, masks, kept, ctx.experts, ctx.factor, ctx.rank
         norms: RowNorms | None = ctx.norms
         if norms is None:
-            found = _backward(d_y, *given, needs_x, needs_banks, None)
+            found = _backward(d_y, x, weights, *rest, needs_x, needs_banks, None)
         else:  # how many groups there are is known only then: not compiled
-            found = _uncompiled_backward(d_y, *given, needs_x, needs_banks, norms)
+            found = _uncompiled_backward(d_y, x, weights, *rest, needs_x, needs_banks, norms)
+            given = x.detach(), weights.detach(), *rest  # the graph is not kept, nor what it holds
+            row_of_token = norms.row_of_token
 
             def scaled(factors: Tensor) -> Sequence[Tensor | None]:
-                by_token = factors.to(d_y.dtype)[norms.row_of_token].unsqueeze(1)
+                by_token = factors.to(d_y.dtype)[row_of_token].unsqueeze(1)
                 return _backward(d_y * by_token, *given, False, needs_banks, None)[2:]
 
             norms.keep(ctx.banks, scaled)
