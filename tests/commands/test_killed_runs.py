@@ -42,6 +42,7 @@ def test_another_seed_gives_other_bytes(finished: Path, tiny_folder: Path, tmp_p
     assert adapter_bytes(tmp_path / "other") != adapter_bytes(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_killed_at_three_instants_and_resumed_it_ends_in_the_same_bytes(
     undisturbed: Callable[..., Path], tiny_folder: Path, tmp_path: Path
@@ -114,7 +115,7 @@ def test_a_run_that_is_told_to_end_says_how_to_go_on_and_goes_on_to_the_same_byt
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_worker_processes_change_no_byte(
     workers: int, finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_rows_without_unit_stride_are_refused() -> None:
             refused()
 
 
+@pytest.mark.slow
 def test_values_by_the_interpreter() -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     cases = Path(__file__).with_name("interpreted_triton_products.py")
