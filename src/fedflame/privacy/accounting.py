@@ -21,6 +21,7 @@ _LEAST_NOISE, _MOST_NOISE = 0.1, 1e4
 _MOST_LOSS = 1000.0
 """Beyond about this, in nats, epsilon says nothing and takes minutes to compute: it is called infinite."""
 _LEAST_EPSILON = 1e-6
+"""What a smaller one counts as where its logarithm is taken, since it may be 0."""
 _PRECISION = 1e-3
 """Relative, of a noise multiplier that is searched for; it is rounded up."""
 

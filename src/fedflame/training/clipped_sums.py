@@ -65,7 +65,7 @@ def clipped_sums(
     together = clipping == "ghost" and all(len(unit) < 2 for unit in units)
     if together:
         for rows in _alike([row for unit in units for row in unit]):
-            _add_by_norms(sums, adapted, rows, clip_norm, pad_token_id)
+            _add_by_norms(sums, adapted, trained, rows, clip_norm, pad_token_id)
     else:
         for unit in units:
             add_clipped(sums, _gradient(adapted, trained, unit, pad_token_id), clip_norm)
@@ -99,16 +99,17 @@ def _alike(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
 def _add_by_norms(
     sums: Mapping[str, Tensor],
     adapted: AdaptedModel,
+    trained: Mapping[str, nn.Parameter],
     rows: Sequence[EncodedRow],
     clip_norm: float,
     pad_token_id: int,
 ) -> None:
-    trained, batch = trained_values(adapted), collate(rows, pad_token_id)
+    batch = collate(rows, pad_token_id)
     adapted.counts.begin_step(batch.on(adapted.device).real_tokens)
     try:
         with row_norms(adapted, batch.attention_mask) as norms:
-            losses = row_losses(adapted, batch)
-            torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
+            loss = row_losses(adapted, batch).sum()
+            torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     finally:
         adapted.counts.abandon_step()
     factors = clip_factors(norms.squares.sqrt(), clip_norm)
@@ -116,7 +117,7 @@ def _add_by_norms(
     if not all(adds):  # zero times what is not finite would not be zero
         finite = [row for row, some in zip(rows, adds, strict=True) if some]
         if finite:
-            _add_by_norms(sums, adapted, finite, clip_norm, pad_token_id)
+            _add_by_norms(sums, adapted, trained, finite, clip_norm, pad_token_id)
         return
     found = norms.sums(factors)
     for name, value in trained.items():
