@@ -4,6 +4,8 @@ PYTHON ?= python3
 PYTEST_FLAGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+# Many images set it. Every process would compile all that it imports anew, which takes longer than most tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-slow test-federation test-others lint types docs check clean
