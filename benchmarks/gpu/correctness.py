@@ -29,6 +29,7 @@ from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow
 from fedflame.moe.expert_lora import BANKS
 from fedflame.moe.masked_adamw import Moments, masked_adamw
+from fedflame.training.clipped_sums import clipped_sums
 from fedflame.training.steps import training_steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +42,9 @@ TOKENS = 40
 LOADS = (0, 37, 1, 0, 0, 150, 16, 0)
 """Rows of each expert, for a product alone."""
 CONFIG = olmoe_config(SMALL.config, 2)
+ROWS = [EncodedRow(list(range(3, 3 + length)), 2, False) for length in (21, 13, 7)]
+CLIP_NORM = 1e-3
+"""Below the norm of any of these rows' gradients."""
 
 
 def measure(sizes: Sizes, findings: Findings) -> None:
@@ -55,6 +59,8 @@ def measure(sizes: Sizes, findings: Findings) -> None:
         check_adamw(sizes.device, findings)
     with findings.attempt("whole steps"):
         check_steps(sizes.device, findings)
+    with findings.attempt("clipped rows"):
+        check_clipped(sizes.device, findings)
 
 
 def check(findings: Findings, name: str, error: float, allowed: float) -> None:
@@ -208,8 +214,7 @@ def small_round(device: str, launched: Launched) -> tuple[list[float], Tensor]:
     adapted = adapt(random_olmoe(CONFIG, torch.bfloat16, device))
     optimizer = step_optimizer(adapted)
     step = training_steps(adapted, optimizer, capture=launched == "captured")
-    rows = [EncodedRow(list(range(3, 3 + length)), 2, False) for length in (21, 13, 7)]
-    batches = [labelled_batch(CONFIG.vocab_size, 3, 20), collate(rows, 0)]
+    batches = [labelled_batch(CONFIG.vocab_size, 3, 20), collate(ROWS, 0)]
     with adapted.training(8):
         losses = []
         for number in range(10):
@@ -238,13 +243,30 @@ def small_steps(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Tenso
     """Training steps on one model, with padding and without, at K and at k = 1."""
     adapted = adapt(random_olmoe(CONFIG, dtype, device))
     optimizer = step_optimizer(adapted)
-    rows = [EncodedRow(list(range(3, 3 + length)), 2, False) for length in (21, 13, 7)]
     batches = {
         "rows of one length": labelled_batch(CONFIG.vocab_size, 3, 20),
-        "padded rows": collate(rows, 0),
+        "padded rows": collate(ROWS, 0),
     }
     return {
         f"{name}, k = {k}": training_step(adapted, optimizer, batch, k)
         for name, batch in batches.items()
         for k in (8, 1)
     }
+
+
+def check_clipped(device: str, findings: Findings) -> None:
+    """The clipped sum of a private step by ghost norms, twice, against one row at a time, in float32."""
+    adapted = adapt(random_olmoe(CONFIG, torch.float32, device))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for lora in adapted.loras:
+            for bank in lora.banks().values():
+                bank.normal_(std=0.1)
+    units = [[row] for row in ROWS]
+    with adapted.training(8):
+        sums = [clipped_sums(adapted, units, CLIP_NORM, how, 0) for how in ("ghost", "ghost", "row")]
+    found, again, alone = (torch.cat([value.flatten() for value in of.values()]) for of in sums)
+    error = relative_error(found, alone.double())
+    check(findings, "clipped rows, by norms against one at a time", error, 1e-4)
+    check(findings, "clipped rows: the norm of the sum, at most", float(found.norm()), len(ROWS) * CLIP_NORM)
+    check(findings, "clipped rows: other bytes when run again", float(not torch.equal(found, again)), 0.0)

@@ -65,6 +65,7 @@ def assert_correct(tables: Tables) -> None:
         (worst,) = [e for name, e in errors.items() if f"eager experts, {dtype}, k = {k}: worst" in name]
         assert worst > 0, "rounding differs from a loop in float64"
     assert sum("captured steps" in name for name in errors) == 3
+    assert errors["clipped rows: the norm of the sum, at most"] > 0
     assert len(tables["waits"]) == 12
 
 
