@@ -36,7 +36,7 @@ def epsilon(setting: Setting) -> float:
 
 
 def entry(results: list[CellResult], k: int, first: bool = False) -> Entry:
-    """The loss over the seeds, mean and deviation, and the mean exact match; of the last round, or the first."""
+    """Mean and deviation of the loss over seeds, and mean exact match, of the last round or the first."""
 
     def values(measure: str) -> list[float]:
         found = [of.value(measure, k, 0) if first else of.last(measure, k) for of in results]
