@@ -22,6 +22,7 @@ from tests.tiny_runs import (
 from fedflame.config.load import load_config
 from fedflame.config.sum_options import require_groups
 from fedflame.errors import UserError
+from fedflame.experiment.plan import plan_run
 from fedflame.experiment.prepare import prepare
 from fedflame.server.checkpoint import read_checkpoint
 
@@ -136,12 +137,17 @@ def test_what_needs_single_updates_is_refused_by_name(setting: str, words: str) 
         load_config(None, ["privacy.secure_aggregation=true", setting])
 
 
+TOO_FEW = r"clients that train with k = 4: 1; .*privacy\.min_group = 3\."
+
+
 def test_a_group_that_can_never_be_summed_is_refused_before_anything_is_loaded(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(tiny_folder, tmp_path / "run", "privacy.secure_aggregation=true")
-    with pytest.raises(UserError, match=r"1 clients train with k = 4; .*privacy\.min_group = 3"):
+    with pytest.raises(UserError, match=TOO_FEW):
         prepare(config)
+    with pytest.raises(UserError, match=TOO_FEW):
+        plan_run(config)
     require_groups(tiny_config(tiny_folder, tmp_path / "run", *MASKED), TOP_K)
     require_groups(tiny_config(tiny_folder, tmp_path / "run"), TOP_K)
 

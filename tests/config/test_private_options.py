@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from fedflame.config.load import load_config
+from fedflame.config.privacy_section import PrivacyConfig
+from fedflame.config.private_options import _SWITCHES
 from fedflame.config.run_config import RunConfig
 from fedflame.errors import UserError
 
@@ -59,3 +61,34 @@ def test_an_option_that_would_break_the_guarantee_is_refused_by_name(setting: st
 def test_a_section_of_another_form_is_one_line(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^config: "):
         load_config(values)
+
+
+@pytest.mark.parametrize(
+    "key, switch",
+    [
+        ("epsilon", "unit"),
+        ("delta", "unit"),
+        ("noise_multiplier", "unit"),
+        ("clip_norm", "unit"),
+        ("clipping", "unit"),
+        ("min_group", "secure_aggregation"),
+    ],
+)
+def test_how_to_protect_without_whether_is_refused(key: str, switch: str) -> None:
+    given = {key: PrivacyConfig.model_fields[key].default}
+    wanted = rf"^config: privacy\.{key} is set without privacy\.{switch}, .*; set privacy\.{switch} to "
+    for config in ({"privacy": given}, RunConfig(privacy=PrivacyConfig(**given))):
+        with pytest.raises(UserError, match=wanted):
+            load_config(config)
+    off = PrivacyConfig.model_fields[switch].default
+    assert load_config({"privacy": {**given, switch: off}}) == RunConfig()
+
+
+def test_no_key_of_privacy_but_the_switches_can_be_set_alone() -> None:
+    assert {*_SWITCHES, *(key for _, _, keys in _SWITCHES.values() for key in keys)} == {
+        *PrivacyConfig.model_fields
+    }
+
+
+def test_a_configuration_that_says_everything_is_read() -> None:
+    assert load_config(RunConfig().model_dump()) == RunConfig()

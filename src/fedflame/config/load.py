@@ -10,7 +10,11 @@ from typing import Any
 from fedflame.config.client_files import client_files
 from fedflame.config.lists import list_parts
 from fedflame.config.methods import METHODS, OF_ALL_METHODS
-from fedflame.config.private_options import refuse_what_tells_of_rows, set_private_defaults
+from fedflame.config.private_options import (
+    refuse_privacy_without_its_switch,
+    refuse_what_tells_of_rows,
+    set_private_defaults,
+)
 from fedflame.config.run_config import RunConfig
 from fedflame.config.sections import SKILLS, ClientsConfig
 from fedflame.config.settings import refuse_unknown_keys, validated
@@ -42,6 +46,7 @@ def load_config(
     set_defaults_of_sums(values)
     refuse_unknown_keys(values, RunConfig, "config")
     loaded = validated(RunConfig, values, "config")
+    refuse_privacy_without_its_switch(values)
     _refuse_contradictions(loaded)
     return loaded
 

@@ -16,7 +16,7 @@ class PrivacyConfig(Section):
     unit: Literal["none", "row"] = "none"
     """What is protected (docs/privacy.md). `none`: nothing is. `row`: each row of a client. In every step the
     client samples its rows at random, scales the gradient of each down to `clip_norm`, and adds noise that
-    only it knows. Needs `fedflame[privacy]`."""
+    only it knows. Needs `fedflame[privacy]`. Whoever sets one of the next five keys must set this one."""
     epsilon: Annotated[float, Field(gt=0, le=1000)] = 8.0
     """The most that all rounds together tell of a row: whoever sees every message of the client believes in
     the row being there at most exp(epsilon) times as much as before, but for a chance of `delta`. Each client
@@ -34,6 +34,6 @@ class PrivacyConfig(Section):
     `training.gradient_checkpointing` other than `layers`."""
     secure_aggregation: bool = False
     """Whether clients hide their updates from the hub: it sees sums alone, one over all clients that train
-    with equal k (docs/privacy.md)."""
+    with equal k (docs/privacy.md). Whoever sets `min_group` must set it."""
     min_group: Annotated[int, Field(ge=2)] = 3
     """With `secure_aggregation`: the fewest clients of a sum. A smaller group is left out of the round."""

@@ -29,6 +29,27 @@ _NEVER = {
     "model.dtype": ("float16", "steps that overflow are skipped, which tells of rows"),
 }
 """A value that a key may not have, and why."""
+_SWITCHES = {
+    "unit": ("'row'", "'none'", ("epsilon", "delta", "noise_multiplier", "clip_norm", "clipping")),
+    "secure_aggregation": ("true", "false", ("min_group",)),
+}
+"""The keys that turn protection on: how, how not, and the keys that say nothing without it."""
+
+
+def refuse_privacy_without_its_switch(values: dict[str, Any]) -> None:
+    """Raise UserError if the values of a configuration say how to protect, and not whether.
+
+    Nothing would be protected, and nothing would say so. A switch that is off is a word.
+    """
+    privacy = values.get("privacy")
+    if not isinstance(privacy, dict):
+        return
+    for switch, (on, off, keys) in _SWITCHES.items():
+        if switch not in privacy and (given := [key for key in keys if key in privacy]):
+            raise UserError(
+                f"config: privacy.{given[0]} is set without privacy.{switch}, so that nothing is protected; "
+                f"set privacy.{switch} to {on}, or to {off} if that is meant"
+            )
 
 
 def set_private_defaults(values: dict[str, Any]) -> None:

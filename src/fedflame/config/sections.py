@@ -33,7 +33,7 @@ SKILLS = "skills"
 
 
 LARGEST_RANK = 65_536
-"""Of any adapter; `prepare.require_runnable` knows the model and allows less."""
+"""Of any adapter; `prepare.require_fitting` knows the model and allows less."""
 MOST_STEPS = MOST_ROUNDS = 1_000_000
 """Steps of a client in a round; rounds of a run."""
 Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]

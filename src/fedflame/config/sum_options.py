@@ -58,7 +58,7 @@ def require_groups(config: RunConfig, num_experts_per_tok: int) -> None:
         most = max(ks.count(k) for ks in of_rounds)
         if most < config.privacy.min_group:
             raise UserError(
-                f"config: {most} clients train with k = {k}; with privacy.secure_aggregation a group has at "
-                f"least privacy.min_group = {config.privacy.min_group}. Give it more clients, or let these "
-                "train with another k"
+                f"config: clients that train with k = {k}: {most}; with privacy.secure_aggregation, there "
+                f"must be at least privacy.min_group = {config.privacy.min_group}. Let more clients train "
+                "with this k, or none"
             )

@@ -12,17 +12,15 @@ from fedflame.base.files import has_tokenizer, model_config_path
 from fedflame.base.tokenizer import read_tokenizer
 from fedflame.config.run_config import RunConfig
 from fedflame.cost.model_shape import read_model_shape
-from fedflame.cost.refused_families import require_trainable
 from fedflame.cost.row_length import prompt_length, row_length
 from fedflame.cost.run_cost import RunCost, run_cost
-from fedflame.cost.tiers import require_possible, require_rank
 from fedflame.data.encoded_federation import encode_federation
 from fedflame.data.encoder import new_encoder
 from fedflame.data.encoding import Shown, shown_row
 from fedflame.data.federation import describe, load_federation
 from fedflame.data.given import GivenRows
 from fedflame.experiment.placement import place
-from fedflame.experiment.prepare import with_target_modules
+from fedflame.experiment.prepare import require_fitting, with_target_modules
 from fedflame.experiment.private_clients import PrivateClient, private_clients
 
 
@@ -78,15 +76,13 @@ def plan_run(config: RunConfig, sequence_length: int | None = None, given: Given
         given: rows that a program hands over, instead of `data.dataset_name`.
 
     Raises:
-        UserError: data, model or device cannot be used, the model cannot run a client's k, or a card has too
+        UserError: data or device cannot be used, the model cannot run what is asked for, or a card has too
             little memory.
     """
     config = with_target_modules(config)
     path = model_config_path(config.model.model_name_or_path)
     shape = read_model_shape(path)
-    require_rank(config.adapter.r, shape)
-    require_possible(config.evaluated_experts(shape.num_experts_per_tok), shape)
-    require_trainable(shape.model_type, config.training.packs, config.training.router_aux_loss_coef)
+    require_fitting(config, shape)
     federation = load_federation(config, given)
     most, answer = row_length(config.data.max_length, shape), config.evaluation.max_new_tokens
     most_prompt = prompt_length(answer, shape)

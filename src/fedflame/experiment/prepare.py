@@ -90,16 +90,31 @@ def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
 
     Args:
         config: what is to run.
-        adapter_rank: the rank of an adapter that is there; a larger one than the model's matrices is then no
-            mistake, since merged factors add ranks.
+        adapter_rank: see `require_fitting`.
 
     Raises:
-        UserError: the model's files are not complete, it cannot run a k or a rank of the configuration or
-            pack rows, or a row or an answer does not fit into its context.
+        UserError: the model's files are not complete, or see `require_fitting`.
     """
     name = config.model.model_name_or_path
     shape = read_model_shape(model_config_path(name))
     require_folder_complete(resolve_model(name))
+    require_fitting(config, shape, adapter_rank)
+    return shape
+
+
+def require_fitting(config: RunConfig, shape: ModelShape, adapter_rank: int = 0) -> None:
+    """Check what a configuration asks of a model.
+
+    Args:
+        config: what is to run.
+        shape: of its model.
+        adapter_rank: the rank of an adapter that is there; a larger one than the model's matrices is then no
+            mistake, since merged factors add ranks.
+
+    Raises:
+        UserError: the model cannot run a k or a rank of the configuration or pack rows, a row or an answer
+            does not fit into its context, or too few clients train with some k to be summed.
+    """
     if config.adapter.r > adapter_rank:
         require_rank(config.adapter.r, shape)
     full = shape.num_experts_per_tok
@@ -114,4 +129,3 @@ def require_runnable(config: RunConfig, adapter_rank: int = 0) -> ModelShape:
     require_trainable(shape.model_type, config.training.packs, config.training.router_aux_loss_coef)
     row_length(config.data.max_length, shape)
     prompt_length(config.evaluation.max_new_tokens, shape)
-    return shape
