@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tests.altered_answers import interrupt
 from tests.same_bits import assert_same_adapter
-from tests.tiny_models import TOP_K
-from tests.tiny_runs import adapter_bytes, arguments, events, invoke, tiny_run
+from tests.tiny_models import TOP_K, tiny_adapted
+from tests.tiny_runs import adapter_bytes, arguments, events, invoke, tiny_config, tiny_run
 
+from fedflame.commands.tables import print_privacy
 from fedflame.config.methods import NAMED_METHODS
+from fedflame.experiment.plan import plan_run
 from fedflame.privacy import accounting
 from fedflame.privacy.accounting import Spending, epsilon_of
 from fedflame.report.records import read_run
@@ -118,6 +123,24 @@ def test_a_plan_says_what_each_client_will_spend(tiny_folder: Path, finished: Pa
         told = last[client["client"]]
         for name in ("epsilon", "noise_multiplier", "sampling_rate", "steps"):
             assert client[name] == told[name], name
+
+
+@pytest.mark.parametrize(
+    ("batch", "helps"), [(4, "More rows in a step (training."), (64, "More rows at the client or")]
+)
+def test_noise_is_heard_against_the_rows_that_a_step_can_have(
+    batch: int, helps: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    alone = ("clients.num_clients=1", "clients.active_experts=4", "privacy.unit=row",
+             "privacy.noise_multiplier=5", f"training.per_device_train_batch_size={batch}")  # fmt: skip
+    (client,) = plan_run(tiny_config(tiny_folder, tmp_path / "run", *alone)).privacy
+    values = sum(value.numel() for value in tiny_adapted(r=3).adapter().tensors().values())
+    assert 4 < client.rows < 64
+    assert client.noise_over_clip == pytest.approx(5 * math.sqrt(values) / min(batch, client.rows))
+    shown = io.StringIO()
+    print_privacy([client], 1e-5, Console(file=shown, width=400))
+    assert f"the noise of a step is {client.noise_over_clip:.0f} times" in shown.getvalue()
+    assert helps in shown.getvalue()
 
 
 @pytest.mark.parametrize(

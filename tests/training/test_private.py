@@ -157,6 +157,15 @@ def test_a_step_whose_sample_is_empty_is_a_step_like_any_other() -> None:
         assert bool((delta != (before.delta.tensors()[name] if before else 0)).all())
 
 
+def test_a_step_for_more_rows_than_there_are_is_one_of_all_rows() -> None:
+    adapted, examples = tiny_adapted(), rows(4)
+    of_all, of_more = (
+        train(adapted, examples, private_plan(adapted, batch_size=size, proximal_mu=0.3)) for size in (4, 50)
+    )
+    for name, delta in of_all.delta.tensors().items():
+        assert torch.equal(delta, of_more.delta.tensors()[name])
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_what_is_told_beside_the_values_follows_from_the_plan_alone(k: int) -> None:
     adapted, examples = tiny_adapted(), rows(9)

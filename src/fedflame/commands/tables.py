@@ -118,14 +118,19 @@ def print_privacy(clients: Sequence[PrivateClient], delta: float, console: Conso
             f"{client.noise_over_clip:.3g}",
         )
     console.print(table)
-    loudest = max(client.noise_over_clip for client in clients)
-    if loudest > LOUD_NOISE:
+    loudest = max(clients, key=lambda client: client.noise_over_clip)
+    if loudest.noise_over_clip > LOUD_NOISE:
         say_line(
             console,
-            f"the noise of a step is {loudest:.0f} times as long as the longest gradient of a row, so "
-            "that little of it is heard. More rows in a step (training.per_device_train_batch_size), more "
-            "rows at the client or a larger privacy.epsilon help",
+            f"the noise of a step is {loudest.noise_over_clip:.0f} times as long as the longest gradient of "
+            f"a row, so that little of it is heard. {_more_rows(loudest)} or a larger privacy.epsilon help",
         )
+
+
+def _more_rows(client: PrivateClient) -> str:
+    if client.sampling_rate == 1:
+        return "More rows at the client"
+    return "More rows in a step (training.per_device_train_batch_size), more rows at the client"
 
 
 def result_table(run: Run) -> Table:

@@ -35,7 +35,7 @@ class PrivateClient:
     """At `privacy.delta`."""
     noise_over_clip: float
     """The norm of the noise in the mean of a step, over the clip norm: what a gradient must be heard against.
-    It is noise_multiplier sqrt(values trained) / rows of a step."""
+    It is noise_multiplier sqrt(values of the adapter) / expected rows of a step."""
 
 
 def private_clients(
@@ -88,5 +88,5 @@ def _private_client(
         steps=whole,
         noise_multiplier=terms.noise_multiplier,
         epsilon=epsilon_of([terms.spending(whole)], privacy.delta),
-        noise_over_clip=terms.noise_multiplier * math.sqrt(values) / batch,
+        noise_over_clip=terms.noise_multiplier * math.sqrt(values) / terms.expected_units,
     )

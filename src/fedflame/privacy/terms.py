@@ -18,6 +18,8 @@ class Terms:
 
     sampling_rate: float
     """The chance of each row, or of each person's rows, to be in a step."""
+    expected_units: int
+    """The expected number of rows, or persons, in a step."""
     noise_multiplier: float
     """The standard deviation of the noise over the clip norm."""
 
@@ -57,8 +59,9 @@ def private_terms(
             f"privacy.delta = {delta:g} with {units:,} rows: it must be below {1 / units:.2g}, one over the "
             "rows, or whole rows may leave; set a smaller one"
         )
-    rate = min(1.0, batch_size / units)
-    return Terms(rate, noise_multiplier or noise_for(epsilon, delta, rate, steps))
+    expected = min(batch_size, units)
+    rate = expected / units
+    return Terms(rate, expected, noise_multiplier or noise_for(epsilon, delta, rate, steps))
 
 
 def _require_private(plan: RoundPlan) -> None:

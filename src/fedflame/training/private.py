@@ -62,7 +62,7 @@ def fine_tune_privately(
             noised = noise.added_to(sums, terms.noise_multiplier * plan.clip_norm, step)
             _add_regularizer(adapted, plan, start)
             for name, value in trained.items():
-                mean = noised[name] / plan.batch_size
+                mean = noised[name] / terms.expected_units
                 value.grad = mean if value.grad is None else value.grad + mean
             optimizer.set_learning_rate(rate)
             optimizer.step(all_experts)
