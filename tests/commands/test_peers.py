@@ -49,6 +49,13 @@ def test_too_few_peers_and_the_own_key_among_them_are_bad(tmp_path: Path) -> Non
     assert only.good
 
 
+def test_peers_that_are_asked_for_and_not_named_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"privacy\.min_peers is set without \[peers\], so that no update is "
+    ):
+        a_site(tmp_path, {}, "[privacy]\nmin_peers = 2\n")
+
+
 def test_the_hub_shows_fingerprints_and_who_has_none() -> None:
     assert not list(keys_of_hub(Hub(sites=("east", "west"))))
     found = list(keys_of_hub(Hub(sites=("east", "north"), peers=OTHERS)))

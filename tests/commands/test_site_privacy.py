@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,29 @@ def test_it_shows_runs_and_what_is_spent_and_left(site: Path) -> None:
     assert f"rows.jsonl: epsilon = {whole:.3g} of 6 spent (delta = 1e-05)" in text
     assert "/before/rows.jsonl: epsilon = " in text
     assert "1 round without noise: nothing bounds what was told" in text
-    assert "privacy.require = true refuses them" in text
+    assert "plans without noise" not in text
+
+
+def test_without_a_word_of_privacy_plans_without_noise_are_carried_out_and_it_says_so(site: Path) -> None:
+    assert "plans without noise are carried out, too; privacy.require = true" in shown(
+        "site", "privacy", site
+    )
+
+
+@pytest.mark.parametrize(
+    ("person_field", "people", "bad"),
+    [("", 2, 5), ('person_field = "who"', 2, 2), ('person_field = "who"', 5, 5), ("", 5, 5)],
+)
+def test_a_delta_that_no_private_plan_may_have_here_is_found(
+    person_field: str, people: int, bad: int, site: Path
+) -> None:
+    rows = [{"instruction": "a", "response": "b", "who": f"{number % people}"} for number in range(5)]
+    (site.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = site.read_text().replace("[trainer]", f"{person_field}\n[trainer]")
+    for delta, found in ((1 / bad, True), (0.99 / bad, False)):
+        site.write_text(f"{named}[privacy]\nmax_epsilon = 9\ndelta = {delta}\n")
+        text = " ".join(invoke("site", "check", site).stdout.split())
+        assert (f"is no smaller than one over {bad} rows or persons" in text) == found
 
 
 def test_before_any_private_round_nothing_is_spent(site: Path) -> None:

@@ -21,8 +21,9 @@ from fedflame.trainer import private_rounds, service
 from fedflame.trainer.budget import require_within_budget
 from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.ledger import FILE_NAME, Round, read_ledger
-from fedflame.trainer.private_rounds import SECRET_FILE, release_key, site_noise, units_of
+from fedflame.trainer.private_rounds import SECRET_FILE, release_key, site_noise
 from fedflame.trainer.refusal import Refusal
+from fedflame.trainer.rows import units_of
 from fedflame.trainer.site import SitePrivacy
 from fedflame.wire.codec import decode_update
 from fedflame.wire.envelope import Envelope
@@ -163,11 +164,12 @@ def test_a_delta_that_lets_whole_rows_leave_is_refused() -> None:
         require_within_budget([], begun(1), 1, 10, SitePrivacy(max_epsilon=8, delta=0.1))
 
 
-def test_a_site_that_requires_privacy_trains_and_scores_nothing_without(
-    make_service: Make, job: TrainingJob, plan: RoundPlan, private: RoundPlan, told: Told
+@pytest.mark.parametrize("asks", ["require = true", "max_epsilon = 500"])
+def test_a_site_that_asks_for_privacy_trains_and_scores_nothing_without(
+    asks: str, make_service: Make, job: TrainingJob, plan: RoundPlan, private: RoundPlan
 ) -> None:
-    site = make_service("[privacy]\nrequire = true\n")
-    assert "private runs only (privacy.require)" in refused(site.answer(request(job, plan)))
+    site = make_service(f"[privacy]\n{asks}\n")
+    assert "asks for privacy of rows; set privacy.unit = 'row'" in refused(site.answer(request(job, plan)))
     assert site.test_rows == 0
     assert site.answer(request(job, private)).header["kind"] == "update"
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fedflame.commands.check import Finding
 from fedflame.engines.hub import Hub
 from fedflame.privacy.identity import fingerprint, identity, public
+from fedflame.report.numbers import plural
 from fedflame.trainer.site import Site
 
 _COMPARE = "ask each site for its fingerprint on another way than through the hub"
@@ -20,7 +21,8 @@ def keys_of_site(site: Site) -> Iterator[Finding]:
         yield Finding(key != own, f"peer {name} has fingerprint {fingerprint(key)}", "it is this site's own")
     if site.peers:
         least = site.privacy.min_peers
-        what = f"{len(site.peers)} peers; sums with at least {least} of them are answered ({_COMPARE})"
+        named = plural(len(site.peers), "peer")
+        what = f"{named}; sums with at least {least} of them are answered ({_COMPARE})"
         yield Finding(len(site.peers) >= least, what, "name more in [peers], or lower privacy.min_peers")
 
 

@@ -28,14 +28,14 @@ from fedflame.commands.check import (
 )
 from fedflame.commands.peers import keys_of_site
 from fedflame.commands.service_units import service_unit
-from fedflame.commands.site_privacy import privacy_finding
+from fedflame.commands.site_privacy import delta_finding, privacy_finding
 from fedflame.engines.address import host_and_port
 from fedflame.engines.command import installed_command
 from fedflame.engines.flower.key import make_key
 from fedflame.engines.nvflare.certificate import read_certificate
 from fedflame.errors import InvalidMessage, UserError
 from fedflame.trainer.ask import SOCKET_VARIABLE, ask
-from fedflame.trainer.rows import load_site_rows
+from fedflame.trainer.rows import load_site_rows, units_of
 from fedflame.trainer.site import SITE_NAME, Site, load_site
 from fedflame.wire.envelope import Envelope
 
@@ -157,6 +157,7 @@ def _own(site: Site) -> Iterator[Finding]:
     scored = f" and {len(loaded.tests)} to score" if loaded.tests else ""
     read = f"{len(loaded.training)} rows{scored}, {len(loaded.skipped)} skipped; {loaded.columns}"
     yield Finding(True, f"{site.dataset}: {read}")
+    yield from delta_finding(site, len(units_of(loaded.training)))
     for name, place in site.models.items():
         yield Finding(True, f"model {name} has digest {model_digest(place)}; the hub must have the same")
 
@@ -238,7 +239,7 @@ active_experts = {new.active_experts} # k: experts per token that this machine a
 
 [privacy] # of single rows; needs fedflame[privacy]
 # require = true # only runs with privacy.unit = "row"
-# max_epsilon = 8.0 # of all private runs together
+# max_epsilon = 8.0 # of all private runs together; the others are refused
 
 [models] # the base models that may be trained: the hub's name, and the folder or hub id here
 {models}

@@ -30,13 +30,13 @@ def print_privacy_of(site: Site, console: Console) -> None:
         say_line(console, f"{data}: {spent_in_words(private, data, site.privacy)}")
     if others := len(rounds) - len(private):
         say_line(console, f"{plural(others, 'round')} without noise: nothing bounds what was told")
-    if not site.privacy.require:
+    if not site.privacy.only_private:
         say_line(console, "plans without noise are carried out, too; privacy.require = true refuses them")
 
 
 def privacy_finding(site: Site) -> Iterator[Finding]:
     """Yield what is left for private runs, for a site whose file speaks of privacy."""
-    if not site.privacy.require and not site.privacy.max_epsilon:
+    if not site.privacy.only_private:
         return
     try:
         require_accounting()
@@ -50,6 +50,14 @@ def privacy_finding(site: Site) -> Iterator[Finding]:
     yield Finding(
         good, f"privacy: {spent_in_words(rounds, site.dataset, site.privacy)}", "" if good else advice
     )
+
+
+def delta_finding(site: Site, units: int) -> Iterator[Finding]:
+    """Yield what speaks against the delta of a site with so many rows, or persons, and a limit."""
+    delta = site.privacy.delta
+    if site.privacy.max_epsilon and delta >= 1 / max(units, 1):
+        what = f"privacy.delta = {delta:g} is no smaller than one over {units:,} rows or persons"
+        yield Finding(False, what, "no private run is carried out: set a smaller one")
 
 
 def _table(private: Sequence[Round], delta: float) -> Table:

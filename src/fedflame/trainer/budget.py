@@ -60,4 +60,4 @@ def spent_in_words(rounds: Sequence[Round], data: str, privacy: SitePrivacy) -> 
 
 def speaks_of_privacy(site: Site, rounds: Sequence[Round]) -> bool:
     """Return whether the site's file asks for privacy, or a private round was trained."""
-    return site.privacy.require or site.privacy.max_epsilon > 0 or any(known.steps for known in rounds)
+    return site.privacy.only_private or any(known.steps for known in rounds)

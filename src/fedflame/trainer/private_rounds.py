@@ -35,17 +35,9 @@ def required_terms(site: Site, plan: RoundPlan, units: int) -> Terms | None:
     """
     if plan.is_private:
         return terms_of(plan, units)
-    if site.privacy.require:
-        raise Refusal('this site takes part in private runs only (privacy.require); set privacy.unit = "row"')
+    if site.privacy.only_private:
+        raise Refusal("this site's file asks for privacy of rows; set privacy.unit = 'row'")
     return None
-
-
-def units_of(rows: Sequence[Conversation]) -> list[list[int]]:
-    """Return the numbers of the rows that are protected together: those of a person, or each by itself."""
-    units: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        units.setdefault(row.owner or f"\0{number}", []).append(number)
-    return list(units.values())
 
 
 def release_key(plan: str, rows: Sequence[Conversation], device: str) -> str:

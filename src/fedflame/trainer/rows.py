@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedflame.data.client_tests import split_test
@@ -43,11 +44,19 @@ def load_site_rows(site: Site) -> SiteRows:
     )
 
 
+def units_of(rows: Sequence[Conversation]) -> list[list[int]]:
+    """Return the numbers of the rows that are protected together: those of a person, or each by itself."""
+    units: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        units.setdefault(row.owner or f"\0{number}", []).append(number)
+    return list(units.values())
+
+
 def require_tests(rows: int, site: Site) -> None:
     """Raise Refusal if the site scores nothing for the hub: by its file, or with so few rows to score."""
     limits = site.limits
-    if site.privacy.require:
-        raise Refusal("this site takes part in private runs only (privacy.require); scores have no noise")
+    if site.privacy.only_private:
+        raise Refusal("this site's file asks for privacy of rows, and scores have no noise")
     if limits.disclosure == "withheld":
         raise Refusal("this site withholds what its rows tell (limits.disclosure)")
     if not rows:

@@ -30,9 +30,9 @@ from fedflame.trainer.job import TrainingJob
 from fedflame.trainer.journal import Journal
 from fedflame.trainer.ledger import Round, begin_round
 from fedflame.trainer.model import SiteModel
-from fedflame.trainer.private_rounds import release_key, required_terms, site_noise, units_of
+from fedflame.trainer.private_rounds import release_key, required_terms, site_noise
 from fedflame.trainer.refusal import Refusal
-from fedflame.trainer.rows import load_site_rows, require_tests
+from fedflame.trainer.rows import load_site_rows, require_tests, units_of
 from fedflame.trainer.site import Site
 from fedflame.trainer.sums import masked_update, ready, require_summed_with_peers
 from fedflame.trainer.work import Work

@@ -13,6 +13,7 @@ from fedflame.config.settings import Section, SettingsFile, load_file
 from fedflame.config.values import Device, PublicKeys
 from fedflame.config.words import Checkpointed, Disclosure
 from fedflame.data.templates import PLAIN
+from fedflame.errors import UserError
 
 TRAINER_LOCK = "trainer.lock"
 """The file of the state folder by which one trainer serves the site; see `folder_lock`."""
@@ -128,14 +129,20 @@ class SitePrivacy(Section):
 
     require: bool = False
     """Whether only private plans are carried out (`privacy.unit = "row"` at the hub), and nothing is scored
-    for the hub."""
+    for the hub. With `max_epsilon` it is so anyway."""
     max_epsilon: Annotated[float, Field(ge=0)] = 0.0
     """The most that all private rounds on this data set may spend together. A run that would go beyond it is
-    refused before its first round; 0 means no limit."""
+    refused before its first round, and so is one without noise; 0 means no limit."""
     delta: Annotated[float, Field(gt=0, lt=1)] = DELTA
     """The delta for which `max_epsilon` is computed, below one over the rows."""
     min_peers: Annotated[int, Field(ge=2)] = 2
-    """The fewest other sites in a masked sum: with one, that one knows this site's update."""
+    """The fewest other sites in a masked sum: with one, that one knows this site's update. Needs
+    `[peers]`."""
+
+    @property
+    def only_private(self) -> bool:
+        """Whether plans without noise are refused. They spend more than any `max_epsilon`."""
+        return self.require or self.max_epsilon > 0
 
 
 class SiteNvflare(Section):
@@ -222,5 +229,11 @@ class Site(SettingsFile):
 
 
 def load_site(path: Path) -> Site:
-    """Read a site's file. Raises UserError as `load_file` does."""
-    return load_file(Site, path, "site file")
+    """Read a site's file. Raises UserError as `load_file` does, or if it asks for peers and names none."""
+    site = load_file(Site, path, "site file")
+    if not site.peers and "min_peers" in site.privacy.model_fields_set:
+        raise UserError(
+            f"site file {path}: privacy.min_peers is set without [peers], so that no update is hidden; name "
+            "the peers, or leave it out"
+        )
+    return site
