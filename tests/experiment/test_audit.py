@@ -11,6 +11,7 @@ from tests.tiny_runs import SETTINGS, arguments, invoke, tiny_config
 from fedflame.errors import UserError
 from fedflame.experiment import audit as module
 from fedflame.experiment.audit import audit
+from fedflame.server.sampling import rounds_of
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +39,38 @@ def test_what_is_learned_by_heart_is_found_and_noise_hides_it(tiny_folder: Path,
     assert open_run.attack.auc > 0.8 and open_run.attack.proved_epsilon > 0.5
     assert private.attack.auc < 0.75 and private.attack.proved_epsilon <= private.epsilon
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("client", [0, 2])
+def test_in_a_masked_sum_the_hub_attacks_the_sum_whoever_of_the_group_it_looks_for(
+    client: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spies = []
+
+    class Watched(module._Spy):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            spies.append(self)
+
+    monkeypatch.setattr(module, "_Spy", Watched)
+    summed = ("privacy.secure_aggregation=true", "clients.active_experts=4", "server.num_server_rounds=2")
+    audit(tiny_config(tiny_folder, tmp_path / "never", *summed), 30, client)
+    (spy,) = spies
+    assert spy.seen == 2, "the one sum of each of two rounds"
+    assert (spy.fallen != 0).all()
+
+
+def test_a_client_that_was_in_no_round_is_one_line_and_no_figure(tiny_folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_folder, tmp_path / "run", "server.fraction_train=0.4", "server.num_server_rounds=1"
+    )
+    (asked,) = {number for number in range(3) if rounds_of(config, range(3), number, 1)}
+    for client in range(3):
+        if client == asked:
+            assert audit(config, 20, client).attack.canaries == 20
+        else:
+            with pytest.raises(UserError, match=f"client {client} was in no round of this run"):
+                audit(config, 20, client)
 
 
 def test_canaries_are_rows_of_their_own_and_in_by_a_coin() -> None:
@@ -78,7 +111,7 @@ def test_the_command_says_both_and_what_it_means(
     result = invoke("audit", *command[:place], *command[place + 2 :], "--canaries", "30", "--client", "1")
     assert result.exit_code == 0, result.stderr
     text = " ".join(result.stdout.split())
-    assert "running private, with 30 canaries at client 1" in text and "without privacy" in text
+    assert "running as configured, with 30 canaries at client 1" in text and "without privacy" in text
     assert "epsilon claimed" in text and "AUC 0.5 is guessing" in text and "This is a bug" not in text
 
 

@@ -13,11 +13,10 @@ from fedflame.report.numbers import MISSING, decimal, percent
 
 
 def print_audit(config: RunConfig, canaries: int, client: int, console: Console) -> None:
-    """Attack the run as it is configured and, if that is private, as it would be without."""
-    ways = {"private" if config.privacy.unit != "none" else "without privacy": config}
-    if config.privacy.unit != "none":
-        without = config.privacy.model_copy(update={"unit": "none"})
-        ways["without privacy"] = config.model_copy(update={"privacy": without})
+    """Attack the run as it is configured and, if rows or updates are protected, as it would be without."""
+    off = config.privacy.model_copy(update={"unit": "none", "secure_aggregation": False})
+    ways = {} if config.privacy == off else {"as configured": config}
+    ways["without privacy"] = config.model_copy(update={"privacy": off})
     found = {}
     for name, way in ways.items():
         say_line(console, f"running {name}, with {canaries} canaries at client {client}")

@@ -1,7 +1,8 @@
 """Attack a run: what the hub can tell of canary rows that a client may have trained on.
 
 Canaries are rows of random letters. Each is among the client's rows by the toss of a fair coin. The attacker
-is the hub: it sees every update of the client, and scores a canary by how far its loss falls with each.
+is the hub: it sees every update of the client, or of the group in whose sum the client is, and scores a
+canary by how far its loss falls with each.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def audit(config: RunConfig, canaries: int, client: int) -> Audited:
         client: whose rows they are among.
 
     Raises:
-        UserError: the client has no rows, or what `prepare` and `run_experiment` refuse.
+        UserError: the client has no rows or is in no round, or what `prepare` and `run_experiment` refuse.
     """
     if not 0 <= client < config.clients.num_clients:
         raise UserError(f"client {client}: must be from 0 to {config.clients.num_clients - 1}")
@@ -74,8 +75,13 @@ def audit(config: RunConfig, canaries: int, client: int) -> Audited:
         among = _with_rows(
             prepared.federation, client, [row for row, there in zip(rows, inside, strict=True) if there]
         )
-        spy = _Spy(build_strategy(config, prepared.shape.num_experts_per_tok), client, rows)
+        method = build_strategy(config, prepared.shape.num_experts_per_tok)
+        spy = _Spy(method, client, rows, config.privacy.secure_aggregation)
         run_experiment(replace(prepared, federation=among), strategy=spy, watch=spy.watch)
+        if not spy.seen:
+            raise UserError(
+                f"client {client} was in no round of this run; name another one, or take more rounds"
+            )
         spent = [event.epsilon for event in read_run(run).spent if event.client == client]
     return Audited(attack(spy.fallen, inside, config.privacy.delta), max(spent, default=None))
 
@@ -108,8 +114,12 @@ class _Spy:
     method: Strategy
     client: int
     rows: Sequence[Conversation]
+    summed: bool
+    """Whether the hub sees one update for all clients that train with equal k."""
     fallen: np.ndarray = field(init=False)
     """[canaries] nats by which the loss of each fell with the client's updates, all rounds together."""
+    seen: int = field(init=False, default=0)
+    """How many updates these are."""
 
     def __post_init__(self) -> None:
         self.fallen = np.zeros(len(self.rows))
@@ -136,18 +146,25 @@ class _Spy:
         return instructions
 
     def aggregate_train(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
+        self._given = None  # until the round asks the client, while it passes over the updates
         return self.method.aggregate_train(state, self._seen(state, updates))
 
     def _seen(self, state: ServerState, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
         for update in updates:
-            if update.client == self.client and self._given is not None:
+            if self._given is not None and self._has_client(update, self._given):
                 given, merged = self._given, state.merged
+                self.seen += 1
                 before = self._losses(given.adapter, given.rescaler_values, merged, update.active_experts)
                 after = given.adapter.combine(update.delta, torch.add)
                 self.fallen += before - self._losses(
                     after, update.rescaler_values, merged, update.active_experts
                 )
             yield update
+
+    def _has_client(self, update: ClientUpdate, given: TrainInstructions) -> bool:
+        if self.summed:
+            return update.active_experts == given.active_experts
+        return update.client == self.client
 
     @torch.no_grad()
     def _losses(self, adapter: Adapter, s: Tensor, merged: Adapter, k: int) -> np.ndarray:
