@@ -148,6 +148,9 @@ def test_a_group_that_can_never_be_summed_is_refused_before_anything_is_loaded(
         prepare(config)
     with pytest.raises(UserError, match=TOO_FEW):
         plan_run(config)
+    few = tiny_config(tiny_folder, tmp_path / "run", *MASKED, "server.fraction_train=0.34")
+    with pytest.raises(UserError, match=r"fraction_train = 0\.34 samples 2 clients .*min_group = 3\."):
+        prepare(few)
     require_groups(tiny_config(tiny_folder, tmp_path / "run", *MASKED), TOP_K)
     require_groups(tiny_config(tiny_folder, tmp_path / "run"), TOP_K)
 

@@ -49,7 +49,7 @@ def refuse_what_no_sum_tells(config: RunConfig) -> None:
 
 
 def require_groups(config: RunConfig, num_experts_per_tok: int) -> None:
-    """Raise UserError if some k has too few clients in every round, so that they would never be in a sum."""
+    """Raise UserError if clients would never be in a sum: too few of a k, or too few in every round."""
     if not config.privacy.secure_aggregation:
         return
     rounds = range(1, config.server.num_server_rounds + 1)
@@ -62,3 +62,9 @@ def require_groups(config: RunConfig, num_experts_per_tok: int) -> None:
                 f"must be at least privacy.min_group = {config.privacy.min_group}. Let more clients train "
                 "with this k, or none"
             )
+    if (sampled := config.clients_per_round()) < config.privacy.min_group:
+        raise UserError(
+            f"config: server.fraction_train = {config.server.fraction_train} samples {sampled} clients for a "
+            f"round; with privacy.secure_aggregation, there must be at least privacy.min_group = "
+            f"{config.privacy.min_group}. Sample more"
+        )
