@@ -158,6 +158,15 @@ def test_a_number_that_is_not_finite_is_refused(key: str, value: str) -> None:
     assert message(f"{key}={value}").startswith(f"config: {key} = '{value}': Input should be ")
 
 
+@pytest.mark.parametrize(
+    "key", [key for key, value in flat(RunConfig()).items() if type(value) in (int, float)]
+)
+def test_true_is_no_number(key: str) -> None:
+    section, _, name = key.rpartition(".")
+    with pytest.raises(UserError, match=f"^config: {key} = True: Value error, must be a number$"):
+        load_config({section: {name: True}} if section else {name: True})
+
+
 def test_a_warm_up_has_an_end_and_steps_to_count() -> None:
     few = ("training.max_steps=10", "server.num_server_rounds=3")
     load_config(None, [*few, "training.warmup_steps=29", "training.warmup_ratio=0.99"])
