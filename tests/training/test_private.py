@@ -21,7 +21,7 @@ from fedflame.errors import UserError
 from fedflame.messages import ClientUpdate, RoundPlan
 from fedflame.moe.adapted_model import AdaptedModel
 from fedflame.privacy.noise import Noise
-from fedflame.privacy.terms import terms_of
+from fedflame.privacy.terms import MOST_STEPS, terms_of
 from fedflame.server.validation import validate_update
 from fedflame.training import private
 from fedflame.training.clipped_sums import clipped_sums, trained_values
@@ -201,6 +201,13 @@ def test_a_frozen_half_and_a_fixed_rescaler_stay() -> None:
     for name, delta in update.delta.tensors().items():
         moves = name.rpartition(".")[2].startswith("B")
         assert bool((delta != 0).all()) if moves else not bool(delta.any())
+
+
+def test_a_run_of_more_steps_than_can_be_accounted_for_is_one_line() -> None:
+    plan = private_plan(tiny_adapted(), private_steps=MOST_STEPS)
+    assert terms_of(plan, 20).noise_multiplier == 0.8
+    with pytest.raises(UserError, match=r"a private run of 1,000,001 steps; it may have 1,000,000 at most\."):
+        terms_of(replace(plan, private_steps=MOST_STEPS + 1), 20)
 
 
 def test_terms_of_a_method_enter_after_the_noise() -> None:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from fedflame.messages import RoundPlan
 
 
+MOST_STEPS = 1_000_000
+"""Of a client in a run. To account for ten times as many takes minutes."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What is the same in all private rounds of a client."""
@@ -32,8 +36,8 @@ def terms_of(plan: RoundPlan, units: int) -> Terms:
     """Return the terms of a private plan for a client with so many rows, or persons.
 
     Raises:
-        UserError: the plan asks for what would tell of rows, its delta is too large for so many rows, or no
-            noise is enough for its epsilon.
+        UserError: the plan asks for what would tell of rows, its delta is too large for so many rows, it has
+            more than `MOST_STEPS` steps, or no noise is enough for its epsilon.
     """
     _require_private(plan)
     return private_terms(
@@ -58,6 +62,11 @@ def private_terms(
         raise UserError(
             f"privacy.delta = {delta:g} with {units:,} rows: it must be below {1 / units:.2g}, one over the "
             "rows, or whole rows may leave; set a smaller one"
+        )
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"a private run of {steps:,} steps; it may have {MOST_STEPS:,} at most. Take fewer, larger steps "
+            "(training.per_device_train_batch_size)"
         )
     expected = min(batch_size, units)
     rate = expected / units
