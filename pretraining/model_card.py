@@ -98,7 +98,9 @@ def parameters(recipe: Recipe, active_experts: int) -> int:
         model = OlmoeForCausalLM(config)
     idle = config.num_experts - active_experts
     expert: int = 3 * config.hidden_size * config.intermediate_size
-    return sum(value.numel() for value in model.parameters()) - config.num_hidden_layers * idle * expert
+    whole = sum(value.numel() for value in model.parameters())
+    active: int = whole - config.num_hidden_layers * idle * expert
+    return active
 
 
 def card(recipe: Recipe, results: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # also where there are cards, the tests compute on the CPU
 
 settings.register_profile("local", max_examples=25, deadline=None)
-settings.register_profile("checked", settings.get_profile("ci"), max_examples=50)  # the same ones each time
+settings.register_profile("checked", settings.get_profile("ci"), max_examples=30)  # the same ones each time
 settings.load_profile("checked" if os.environ.get("CI") else "local")
 
 CHECKOUT = Path(__file__).parents[1]

@@ -60,10 +60,10 @@ def trained(
     """The losses of a few steps, and the adapter after them.
 
     A layer is compiled once for an input that needs no gradient, as that of the first one does not, and once
-    for one that does. Only the steps on `BATCHES` do both, with all of attention adapted: in the others every
+    for one that does. Only the steps on `BATCHES` do both, with queries and keys adapted: in the others every
     input needs one, and the queries alone are adapted.
     """
-    model, attention = tiny_olmoe(num_hidden_layers=LAYERS), ATTENTION
+    model, attention = tiny_olmoe(num_hidden_layers=LAYERS), ATTENTION[:2]
     if batches is not BATCHES:
         model.enable_input_require_grads()
         attention = ATTENTION[:1]

@@ -104,7 +104,8 @@ class AdaptedModel:
     @property
     def device(self) -> torch.device:
         """Where the model takes its input."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def devices(self) -> list[torch.device]:

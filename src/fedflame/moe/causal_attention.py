@@ -90,7 +90,10 @@ def _unless_needed(
     within = local_size is None or kv_length < local_size
     if allow_is_causal_skip and within:
         return None
-    return sdpa_mask(kv_length=kv_length, local_size=local_size, allow_is_causal_skip=False, **rest)
+    mask: Tensor | None = sdpa_mask(
+        kv_length=kv_length, local_size=local_size, allow_is_causal_skip=False, **rest
+    )
+    return mask
 
 
 def _within_rows(

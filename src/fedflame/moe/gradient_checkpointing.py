@@ -40,7 +40,7 @@ def layers_checkpointed(model: nn.Module) -> Iterator[None]:
     layers, run_again = checkpointable_layers(model), partial(checkpoint, use_reentrant=False)
     for layer in layers:
         layer.gradient_checkpointing = layer.training = True
-        layer._gradient_checkpointing_func = run_again  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = run_again
     try:
         yield
     finally:
