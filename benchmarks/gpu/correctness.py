@@ -27,7 +27,7 @@ from fedflame.bench.step import (
 )
 from fedflame.data.batches import collate
 from fedflame.data.encoding import EncodedRow
-from fedflame.moe.expert_lora import BANKS
+from fedflame.moe.expert_lora import BANKS, ExpertLoRA
 from fedflame.moe.masked_adamw import Moments, masked_adamw
 from fedflame.training.clipped_sums import clipped_sums
 from fedflame.training.steps import training_steps
@@ -93,16 +93,20 @@ def experts_case(
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    banks = adapted.loras[0].banks()
-    with torch.no_grad():
-        for bank in banks.values():
-            bank.copy_(0.1 * drawn(*bank.shape))
+    draw_banks(adapted.loras[0], generator)
     x, d_y = (drawn(TOKENS, CONFIG.hidden_size).to(dtype) for _ in range(2))
     preference = drawn(TOKENS, CONFIG.num_experts)
     preference[:, IDLE] = -torch.inf
     weights, chosen = preference.softmax(1).topk(k)
-    leaves = {"x": x.requires_grad_(), "weights": weights.to(dtype).requires_grad_(), **banks}
-    return adapted.layers[0].experts, leaves, chosen, d_y
+    leaves = {"x": x.requires_grad_(), "weights": weights.to(dtype).requires_grad_()}
+    return adapted.layers[0].experts, leaves | adapted.loras[0].banks(), chosen, d_y
+
+
+def draw_banks(lora: ExpertLoRA, generator: torch.Generator) -> None:
+    """Give the banks of a layer values without a zero: the same ones on every device."""
+    with torch.no_grad():
+        for bank in lora.banks().values():
+            bank.copy_(0.1 * torch.randn(bank.shape, generator=generator))
 
 
 def fused(experts: nn.Module, values: Mapping[str, Tensor], chosen: Tensor, d_y: Tensor) -> dict[str, Tensor]:
@@ -257,11 +261,9 @@ def small_steps(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Tenso
 def check_clipped(device: str, findings: Findings) -> None:
     """The clipped sum of a private step by ghost norms, twice, against one row at a time, in float32."""
     adapted = adapt(random_olmoe(CONFIG, torch.float32, device))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for lora in adapted.loras:
-            for bank in lora.banks().values():
-                bank.normal_(std=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for lora in adapted.loras:
+        draw_banks(lora, generator)
     units = [[row] for row in ROWS]
     with adapted.training(8):
         sums = [clipped_sums(adapted, units, CLIP_NORM, how, 0) for how in ("ghost", "ghost", "row")]

@@ -15,7 +15,7 @@ from fedflame.commands.progress import say_line
 from fedflame.errors import UserError
 from fedflame.privacy.accounting import epsilon_of, require_accounting
 from fedflame.report.numbers import plural
-from fedflame.trainer.budget import spendings, spent_in_words
+from fedflame.trainer.budget import problem_of_delta, spendings, spent_in_words
 from fedflame.trainer.ledger import FILE_NAME, Round, read_ledger
 from fedflame.trainer.site import Site
 
@@ -54,10 +54,8 @@ def privacy_finding(site: Site) -> Iterator[Finding]:
 
 def delta_finding(site: Site, units: int) -> Iterator[Finding]:
     """Yield what speaks against the delta of a site with so many rows, or persons, and a limit."""
-    delta = site.privacy.delta
-    if site.privacy.max_epsilon and delta >= 1 / max(units, 1):
-        what = f"privacy.delta = {delta:g} is no smaller than one over {units:,} rows or persons"
-        yield Finding(False, what, "no private run is carried out: set a smaller one")
+    if problem := problem_of_delta(site.privacy, units):
+        yield Finding(False, problem, "no private run is carried out: set a smaller one")
 
 
 def _table(private: Sequence[Round], delta: float) -> Table:

@@ -24,8 +24,8 @@ def require_within_budget(
     """
     if not privacy.max_epsilon:
         return
-    if privacy.delta >= 1 / units:
-        raise Refusal(f"privacy.delta = {privacy.delta:g} is no smaller than one over {units:,} rows here")
+    if problem := problem_of_delta(privacy, units):
+        raise Refusal(problem)
     before = list(spendings(rounds, begun.data))
     own = sum(known.steps for known in rounds if (known.run, known.data) == (begun.run, begun.data))
     still = max(begun.steps, run_steps - own)
@@ -37,6 +37,13 @@ def require_within_budget(
             f"{privacy.delta:g}), {spent:.3g} of it before; this site allows at most {privacy.max_epsilon:g} "
             "(privacy.max_epsilon)"
         )
+
+
+def problem_of_delta(privacy: SitePrivacy, units: int) -> str:
+    """Return what speaks against the delta of a limit for so many rows, or persons; empty if nothing does."""
+    if privacy.max_epsilon and privacy.delta >= 1 / max(units, 1):
+        return f"privacy.delta = {privacy.delta:g} is no smaller than one over {units:,} rows or persons here"
+    return ""
 
 
 def spendings(rounds: Sequence[Round], data: str) -> Iterator[Spending]:
