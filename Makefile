@@ -47,14 +47,16 @@ clean: ## Remove .venv, caches and builds; runs/ stays
 	rm -rf .venv dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# --no-compile: most modules of the packages are never imported, and compiling all of them takes longer than
-# what is left. --no-build-isolation: the build back end is pinned beside everything else, so nothing unpinned is fetched.
+# The pinned pip comes first: it takes two thirds of the time that the one of Python 3.11 takes. --no-compile: most
+# modules of the packages are never imported, and compiling all of them takes longer than what is left.
+# --no-build-isolation: the build back end is pinned beside everything else, so nothing unpinned is fetched.
 $(READY): requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		found=$$($(PYTHON) --version 2>&1) || found="not there"; \
 		echo "fedflame needs Python 3.11 or newer, $(PYTHON) is $$found; try: make PYTHON=python3.11" >&2; exit 1; }
 	@echo "Setting up .venv (once, a few minutes)"
 	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$$(grep '^pip==' requirements-dev.txt)"
 	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -r requirements-dev.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

@@ -63,6 +63,7 @@ def comparison() -> Iterator[Comparison]:
     yield Comparison(start, run_library(adapted, rows, start), example)
 
 
+@pytest.mark.slow
 def test_adapters_are_equal_after_every_round(comparison: Comparison) -> None:
     # AdamW divides by the gradient's size, so where a gradient is mere rounding, single values differ more.
     for library, example in zip(comparison.library, comparison.example, strict=True):
@@ -139,6 +140,7 @@ def test_the_start_is_the_base_model_and_the_initial_values_are_those_of_the_lib
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_main_prints_a_falling_loss_at_every_k_for_every_round(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 EXAMPLE = Path(__file__).parents[1] / "examples" / "python_api.py"
 
 
+@pytest.mark.slow
 def test_the_example_runs_from_its_first_cell_to_its_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ ANY_JSON = st.recursive(
 ).map(lambda value: json.dumps(value).encode())
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TEXTS | ANY_JSON)
 @example(b"[" * 5000)

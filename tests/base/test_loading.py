@@ -266,6 +266,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_refused_soon_and_in_one_line(tmp_path: Path) -> None:
     # Nothing listens on port 9: the connection is refused, as without any network.
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}

@@ -175,6 +175,7 @@ def test_a_checkpoint_without_a_weight_is_refused_as_ever(
         load_base_model(str(folder), "float32", memory_map=True)
 
 
+@pytest.mark.slow
 def test_a_run_on_mapped_weights_has_the_adapter_of_one_without(
     tiny_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

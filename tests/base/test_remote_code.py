@@ -62,6 +62,7 @@ def test_no_code_of_a_model_runs(
     assert not (tmp_path / "mark").exists() and not run.exists()
 
 
+@pytest.mark.slow
 def test_code_beside_a_family_that_transformers_knows_is_left_alone(
     stranger: Path, tmp_path: Path, nobody_answers: None
 ) -> None:

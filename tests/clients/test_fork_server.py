@@ -31,6 +31,7 @@ print("quiet")
 """
 
 
+@pytest.mark.slow
 def test_what_is_imported_before_the_fork_asks_nothing_of_cuda() -> None:
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=120)
     assert done.stdout == "quiet\n", done.stderr

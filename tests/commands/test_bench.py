@@ -47,6 +47,7 @@ def prepared(name: str, tokens: int, k: int) -> Pass:
     return method.prepare(method.build(frozen_model(GEOMETRY), GEOMETRY), GEOMETRY, tokens, k)
 
 
+@pytest.mark.slow
 def test_json_has_every_method_at_every_size(measured: dict[str, Any]) -> None:
     rows = measured["measurements"]
     cells = [(row["tokens"], row["active_experts"], row["method"]) for row in rows]

@@ -114,6 +114,7 @@ def test_a_run_goes_on_with_the_template_that_it_began_with_only(
     assert {**after, ".lock": b""} == {**before, ".lock": b""}
 
 
+@pytest.mark.slow
 def test_a_run_over_conversations_that_goes_on_ends_in_the_same_bytes(
     instruct: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_split_writes_conversations_that_a_run_reads_as_they_were(
     )
 
 
+@pytest.mark.slow
 def test_prompts_that_do_not_fit_into_the_context_are_counted(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [
         {"instruction": f"{n:02} " + "x" * (475 if n % 2 else 30), "response": "y", "category": "ab"[n % 2]}
@@ -197,6 +199,7 @@ def with_tokenizer(tiny_folder: Path, folder: Path, **special: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_padding_token_that_the_model_does_not_have_gives_way_to_the_end_token(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -216,6 +219,7 @@ def test_a_padding_token_that_the_model_does_not_have_gives_way_to_the_end_token
     assert torch.equal(one, other), "padding is masked"
 
 
+@pytest.mark.slow
 def test_an_end_token_that_the_model_does_not_have_is_refused_in_a_line(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ def finished(undisturbed: Callable[..., Path]) -> Path:
     return undisturbed("server.num_server_rounds=2", "training.learning_rate=0.02", ANSWERS)
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_repeats_its_last_evaluation(finished: Path) -> None:
     assert losses(finished) == pytest.approx(logged_losses(finished, 2), rel=1e-6)
 
@@ -53,6 +54,7 @@ def test_all_rows_of_a_file_of_the_users_own_are_scored(
         assert found[2]["all"]["rows"] == 23
 
 
+@pytest.mark.slow
 def test_rows_that_a_run_was_trained_on_are_not_scored_as_if_they_were_not(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -133,6 +135,7 @@ def test_report_of_a_folder_that_is_no_run(tmp_path: Path) -> None:
     assert result.stderr == f"fedflame: {tmp_path}: not a run folder: config.json is missing\n"
 
 
+@pytest.mark.slow
 def test_plan_answers_for_a_model_that_is_only_a_config() -> None:
     settings = ("--set", "adapter.r=16", "--set", "strategy.k_rotation=none")
     settings += ("--sequence-length", "128", "--json")
@@ -194,6 +197,7 @@ def test_merged_weights_are_finite(finished: Path, tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(value).all()) for value in stock.state_dict().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "command"),
     [

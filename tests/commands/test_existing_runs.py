@@ -124,6 +124,7 @@ def test_a_truncated_checkpoint_is_refused_and_left_alone(
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_checkpointing_loses_nothing(
     monkeypatch: pytest.MonkeyPatch, finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

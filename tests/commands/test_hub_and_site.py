@@ -105,6 +105,7 @@ def test_a_server_whose_certificate_is_about_to_end_is_found(days: int, good: bo
     assert (found.good, found.what) == (good, f"TLS: 127.0.0.1:{port} is localhost, signed by ca.crt; {end}")
 
 
+@pytest.mark.slow
 def test_a_hub_in_a_relative_folder_takes_another_site_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

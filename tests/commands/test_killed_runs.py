@@ -37,6 +37,7 @@ def test_the_same_run_twice_gives_the_same_bytes(finished: Path, tiny_folder: Pa
     assert state_bytes(tmp_path / "again") == state_bytes(finished)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_bytes(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
     tiny_run(tiny_folder, tmp_path / "other", "seed=1")
     assert adapter_bytes(tmp_path / "other") != adapter_bytes(finished)
@@ -93,6 +94,7 @@ def test_rounded_and_packed_what_clients_owe_survives_a_kill_with_workers_of_whi
 ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("end", ENDS)
 def test_a_run_that_is_told_to_end_says_how_to_go_on_and_goes_on_to_the_same_bytes(
@@ -114,6 +116,7 @@ def test_a_run_that_is_told_to_end_says_how_to_go_on_and_goes_on_to_the_same_byt
     assert state_bytes(run) == state_bytes(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_worker_processes_change_no_byte(

@@ -61,6 +61,7 @@ def test_nonsense_is_left_out_with_its_reason(
     assert all(bool(torch.isfinite(value).all()) for value in values)
 
 
+@pytest.mark.slow
 def test_too_few_usable_updates_stop_the_run_and_it_resumes_from_the_round_before(
     misbehave: Callable[[Misbehave], None],
     monkeypatch: pytest.MonkeyPatch,

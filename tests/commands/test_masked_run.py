@@ -45,6 +45,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run
 
 
+@pytest.mark.slow
 def test_a_round_of_sums_ends_where_one_of_updates_does(
     finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -63,6 +64,7 @@ def test_a_round_of_sums_ends_where_one_of_updates_does(
     assert lines == of_sums[: len(lines)] != []
 
 
+@pytest.mark.slow
 def test_workers_change_no_byte(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
     longer = invoke(*arguments(tiny_folder, tmp_path / "workers", *MASKED), "--workers", "2")
     assert longer.exit_code == 0, longer.stderr
@@ -87,6 +89,7 @@ def test_the_log_and_the_page_hold_no_loss_and_no_count(finished: Path) -> None:
     assert "seen in sums only" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [("strategy.name=fedavg",), ("strategy.name=ffa_lora",), ("strategy.name=rolora",)]
 )
@@ -98,6 +101,7 @@ def test_plain_means_sum_too_and_with_private_rows(
     assert len(events(tmp_path / "run", "privacy")) == 12 and len(events(tmp_path / "run", "client")) == 12
 
 
+@pytest.mark.slow
 def test_private_rows_and_sums_together_equal_private_rows_alone(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +116,7 @@ def test_private_rows_and_sums_together_equal_private_rows_alone(
     assert events(tmp_path / "alone", "privacy") == events(tmp_path / "both", "privacy") != []
 
 
+@pytest.mark.slow
 def test_clients_of_unequal_rows_go_over_their_own_once_and_are_in_one_sum(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ from fedflame.run_files.checkpoints import kept_rounds
 from fedflame.training import evaluation
 from fedflame.training.scores import Scores
 
+pytestmark = pytest.mark.slow
+
 TWO_ROUNDS = "server.num_server_rounds=2"
 
 

@@ -97,6 +97,7 @@ def test_plans_say_how_rows_are_laid_out(
     assert [(plan.packed_length, plan.padding_free) for plan in plans] == [layout] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["experts", "layers"])
 def test_a_run_that_keeps_less_for_the_backward_has_the_same_bytes(
     mode: str, finished: Path, tiny_folder: Path, tmp_path: Path
@@ -184,6 +185,7 @@ def test_the_exported_adapter_is_the_last_checkpoint(
     assert any(bool(bank.abs().max() > 0) for bank in checkpoint.state.adapter.experts.values())
 
 
+@pytest.mark.slow
 def test_rounded_updates_take_less_than_half_the_bytes(
     finished: Path, undisturbed: Callable[..., Path]
 ) -> None:
@@ -200,6 +202,7 @@ def test_fedavg_at_the_smallest_k_runs_and_is_evaluated_at_every_tier(
     assert {e["active_experts"] for e in events(tmp_path / "run", "evaluation")} == {4, 2, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "rounds"), [(1, {0, 1, 2, 3}), (2, {0, 2, 3}), (0, {0, 3})])
 def test_a_run_is_evaluated_as_often_as_asked_and_learns_the_same(
     every: int, rounds: set[int], finished: Path, tiny_folder: Path, tmp_path: Path
@@ -237,6 +240,7 @@ def test_every_rescaler_option_runs(rescaler: str, tiny_folder: Path, tmp_path: 
         assert all(1 < mass < TOP_K for mass in values[1])
 
 
+@pytest.mark.slow
 def test_a_fraction_of_the_clients_is_sampled(tiny_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tiny_run(tiny_folder, run, "server.fraction_train=0.4", "server.num_server_rounds=6")

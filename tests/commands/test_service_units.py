@@ -44,6 +44,7 @@ def service_of(unit: Path) -> configparser.SectionProxy:
     return parser["Service"]
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_killed_is_started_again_and_answers(site: Path) -> None:
     service = service_of(site / "fedflame-trainer.service")
     assert (service["Restart"], service["RestartSec"], service["KillMode"]) == (

@@ -62,6 +62,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_help_plans_and_checks_load_no_torch(folder: Path) -> None:
     found = shown(
         folder,
@@ -79,6 +80,7 @@ def test_help_plans_and_checks_load_no_torch(folder: Path) -> None:
     assert found[3][1].startswith("BAD  no trainer at ") and found[4][1].startswith("BAD  ")
 
 
+@pytest.mark.slow
 def test_refusals_that_need_no_weights_load_no_torch(folder: Path) -> None:
     refusals = {
         "run --set sed=1": "config: unknown key 'sed'; the nearest valid key is 'seed'",

@@ -76,6 +76,7 @@ def line(path: Path) -> str:
     return refusal_of(read_results, path)
 
 
+@pytest.mark.slow
 @given(st.lists(CELLS, max_size=3, unique_by=lambda result: result.cell))
 def test_what_is_written_is_read_exactly(
     tmp_path_factory: pytest.TempPathFactory, results: list[CellResult]

@@ -209,6 +209,7 @@ def test_a_row_is_shown_as_it_is_trained_on() -> None:
     )
 
 
+@pytest.mark.slow
 def test_rows_are_encoded_without_torch(tmp_path: Path) -> None:
     tokenizer_of("llama3").save_pretrained(tmp_path)
     program = (

@@ -65,6 +65,7 @@ def test_default_rows_are_those_that_results_were_reported_with() -> None:
     )
 
 
+@pytest.mark.slow
 def test_skills_say_when_no_problem_is_left_to_validate_on() -> None:
     with pytest.raises(UserError) as caught:
         both_splits("evaluation.rows_per_category=1000", "data.max_rows=40")

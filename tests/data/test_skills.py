@@ -169,6 +169,7 @@ def oracle(row: Conversation) -> str | None:
     return answers[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_answers_agree_with_an_oracle_that_reads_the_question(split: Split) -> None:
     checked: Counter[str] = Counter()

@@ -61,6 +61,7 @@ def jobs() -> Iterator[tuple[South, ThreadEngine, EngineJobs]]:
         yield south, engine, found
 
 
+@pytest.mark.slow
 @settings(max_examples=MANY, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     description=changes(

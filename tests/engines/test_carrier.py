@@ -147,6 +147,7 @@ def test_a_site_whose_node_is_back_still_takes_part_in_the_round(tmp_path: Path)
         assert updates(hub.round()) == LEARNED
 
 
+@pytest.mark.slow
 def test_a_slow_site_holds_nobody_up_and_its_late_reply_is_refused(tmp_path: Path) -> None:
     late: list[Message] = []
 

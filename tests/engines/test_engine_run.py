@@ -31,6 +31,7 @@ def site_files(tiny_folder: Path, tmp_path: Path) -> list[Path]:
     return list(make_sites(tiny_folder, tmp_path, KS).values())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_three_sites_give_the_bytes_of_one_process(
     undisturbed: Callable[..., Path], site_files: list[Path], tiny_folder: Path, tmp_path: Path
@@ -45,6 +46,7 @@ def test_three_sites_give_the_bytes_of_one_process(
     assert re.search(r"round 1: south \(k=\d\) loss ", shown)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("setting", ["training.packing=true", "training.padding_free=true"])
 def test_three_sites_that_train_side_by_side_lay_rows_out_as_one_process_does(
@@ -75,6 +77,7 @@ def test_the_card_of_a_hub_needs_room_for_an_evaluation_only(
     assert asked == ["cuda:0"] and adapter_bytes(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_half_that_a_method_freezes_is_sent_once(
     site_files: list[Path], tiny_folder: Path, tmp_path: Path
@@ -100,6 +103,7 @@ class SouthComesLate(ThreadEngine):
             self.reachable.add("south")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_site_that_nobody_knew_at_the_start_takes_part_from_when_it_is_there(
     site_files: list[Path], tiny_folder: Path, tmp_path: Path
@@ -111,6 +115,7 @@ def test_a_site_that_nobody_knew_at_the_start_takes_part_from_when_it_is_there(
     assert took_part >= {(number, client) for number in (1, 2, 3) for client in (0, 2)} | {(2, 1), (3, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_site_that_allows_no_turns_at_a_larger_k_misses_these_and_the_run_goes_on(
     site_files: list[Path], tiny_folder: Path, tmp_path: Path
@@ -127,6 +132,7 @@ def test_a_site_that_allows_no_turns_at_a_larger_k_misses_these_and_the_run_goes
     assert {event["client"] for event in events(tmp_path / "run", "client")} == {0, 1, 2}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_site_that_affords_less_than_it_is_given_is_left_out_and_the_run_is_that_of_the_others(
     site_files: list[Path], tiny_folder: Path, tmp_path: Path

@@ -38,6 +38,7 @@ def states(run: Path) -> tuple[object, object]:
     return state_bytes(run), adapter_bytes(run)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("more", [(), ("communication.update_dtype=int8", "strategy.temperature=0")])
 def test_four_sites_give_the_bytes_of_one_process_and_no_loss(
@@ -52,6 +53,7 @@ def test_four_sites_give_the_bytes_of_one_process_and_no_loss(
     assert len(found) == 12 and all(one["loss"] is None and not one["counts"] for one in found)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_who_is_not_ready_is_in_no_sum_and_who_is_lost_after_the_list_costs_one_round(
     site_files: list[Path], tiny_folder: Path, tmp_path: Path

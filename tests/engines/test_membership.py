@@ -37,6 +37,7 @@ def hub(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "hub")
 
 
+@pytest.mark.slow
 def test_the_authority_lasts_ten_years_and_its_members_one(hub: Path) -> None:
     found = read_membership(hub)
     assert {member.name: member.role for member in found.members} == {
@@ -50,6 +51,7 @@ def test_the_authority_lasts_ten_years_and_its_members_one(hub: Path) -> None:
     assert (found.port, found.server_kit) == (9, hub / "kits" / "localhost")
 
 
+@pytest.mark.slow
 def test_a_renewal_is_of_those_that_are_named_by_the_same_authority(hub: Path) -> None:
     before = contents(hub / "kits")
     shutil.rmtree(hub / "kits" / "site-2")  # it was sent away
@@ -70,6 +72,7 @@ def test_a_renewal_is_of_those_that_are_named_by_the_same_authority(hub: Path) -
     assert {name: content for name, content in contents(hub / "kits").items() if name in after} == after
 
 
+@pytest.mark.slow
 def test_without_a_name_those_are_renewed_whose_certificates_end_soon(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +101,7 @@ def test_a_renewal_that_fails_leaves_everything_as_it_was(hub: Path, monkeypatch
     assert contents(hub) == before
 
 
+@pytest.mark.slow
 def test_a_hub_whose_authority_is_older_takes_sites_and_says_when_it_ends(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

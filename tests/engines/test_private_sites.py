@@ -13,6 +13,7 @@ from tests.tiny_runs import adapter_bytes, events, state_bytes, tiny_run
 PRIVATE = ("privacy.unit=row", "privacy.epsilon=6", "server.num_server_rounds=2")
 
 
+@pytest.mark.slow
 def test_with_the_same_draws_sites_end_in_the_bytes_of_one_process(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ def test_at_the_end_of_a_rounds_time_a_site_that_is_gone_is_said_to_be_gone(tmp_
         assert hub.clients._patience["train"].wait("south", 1.0) is None, "to be gone is not to be slow"
 
 
+@pytest.mark.slow
 def test_a_site_that_is_back_does_not_interrupt_those_that_work(tmp_path: Path) -> None:
     asked = Counter[str]()
 
@@ -80,6 +81,7 @@ def test_a_site_that_is_back_does_not_interrupt_those_that_work(tmp_path: Path) 
     assert asked == {"north": 1, "south": 1, "west": 1}
 
 
+@pytest.mark.slow
 def test_a_site_that_was_back_is_waited_for_again_when_it_is_gone_again(tmp_path: Path) -> None:
     with driver(honest, tmp_path, rejoin_timeout=0.5) as hub:
         hub.engine.reachable.discard("south")
@@ -101,6 +103,7 @@ def test_where_no_site_is_waited_for_a_round_takes_no_longer(
         assert hub.round()[1].failure == "not connected" and time.monotonic() - start < 10
 
 
+@pytest.mark.slow
 def test_the_engine_is_asked_who_is_there_only_where_somebody_is_not_and_not_without_a_pause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ SHAPE = (
 )
 
 
+@pytest.mark.slow
 def test_a_round_over_sites_is_undone_without_the_site_that_caused_it(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

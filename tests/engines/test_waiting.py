@@ -15,6 +15,7 @@ from fedflame.wire.envelope import Envelope
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("impatient", "whole")]
 
 
+@pytest.mark.slow
 def test_a_site_without_an_answer_in_time_is_left_out_and_refused_when_it_is_late(tmp_path: Path) -> None:
     released = threading.Event()
 
@@ -57,6 +58,7 @@ def test_with_a_quorum_the_others_have_the_grace_and_no_longer(tmp_path: Path) -
         end.set()
 
 
+@pytest.mark.slow
 def test_the_grace_begins_with_the_quorum_and_not_before(tmp_path: Path) -> None:
     def slow(site: str, request: bytes) -> bytes:
         time.sleep(0 if site == "north" else 0.6)
@@ -66,6 +68,7 @@ def test_the_grace_begins_with_the_quorum_and_not_before(tmp_path: Path) -> None
         assert updates(hub.round()) == LEARNED
 
 
+@pytest.mark.slow
 def test_a_site_that_fell_silent_is_waited_for_by_what_it_took_and_again_once_it_is_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +124,7 @@ def test_what_it_takes_to_score_says_nothing_of_what_it_takes_to_train(
             assert updates(list(hub.clients.evaluate(plans))) == LEARNED
 
 
+@pytest.mark.slow
 def test_a_site_that_never_answered_is_waited_for_to_the_end_of_a_round_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +143,7 @@ def test_a_site_that_never_answered_is_waited_for_to_the_end_of_a_round_once(
     assert second.failure == "no answer within 0 s, by what was taken before (rounds.straggler_grace)"
 
 
+@pytest.mark.slow
 def test_without_a_quorum_nothing_that_was_learned_ends_the_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +160,7 @@ def test_without_a_quorum_nothing_that_was_learned_ends_the_wait(
         assert sum(map(bool, updates(hub.round()))) >= 2
 
 
+@pytest.mark.slow
 def test_a_grace_of_zero_waits_until_the_rounds_time_whatever_was_taken_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def going_on_from(folder: Path) -> str:
     return f"model.adapter_name_or_path={folder}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["per-expert", "fused"])
 def test_a_run_starts_at_the_loss_of_its_adapter(
     layout: str, first: Path, tiny_folder: Path, tmp_path: Path
@@ -75,6 +76,7 @@ def test_a_run_starts_at_the_loss_of_its_adapter(
     assert moved == before.adapter.tensors().keys()
 
 
+@pytest.mark.slow
 def test_a_method_that_fixes_s_starts_with_its_own(first: Path, tiny_folder: Path, tmp_path: Path) -> None:
     learned = read_checkpoint(first).state.rescalers
     assert learned[1].tolist() != [1.0] * 2
@@ -84,6 +86,7 @@ def test_a_method_that_fixes_s_starts_with_its_own(first: Path, tiny_folder: Pat
         assert read_checkpoint(run).state.rescalers[1].tolist() == [expected] * 2
 
 
+@pytest.mark.slow
 def test_resumption_needs_no_adapter_folder(
     first: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +135,7 @@ def peft_adapter(base: Path, folder: Path, **settings: object) -> None:
     model.save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter_of_peft(qwen_folder: Path, tmp_path: Path) -> None:
     peft_adapter(qwen_folder, tmp_path / "a")
     shown = tiny_run(qwen_folder, tmp_path / "run", going_on_from(tmp_path / "a"), ONE_ROUND)

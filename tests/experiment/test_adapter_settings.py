@@ -24,6 +24,7 @@ def family_folder(family: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "names"),
     [
@@ -50,6 +51,7 @@ def test_a_run_of_another_attention_says_what_carries_lora(
         assert checked.exit_code == 0, checked.output
 
 
+@pytest.mark.slow
 def test_auto_and_the_four_names_give_the_same_bytes_and_go_on_from_each_other(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -79,6 +81,7 @@ def test_a_name_that_carries_no_lora_is_refused_at_once(name: str, tiny_folder: 
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_other_habits_of_the_adapter_reach_the_run_and_its_export(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

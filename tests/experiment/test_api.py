@@ -82,6 +82,7 @@ def test_every_name_is_there_and_documented_and_costs_nothing_before_it_is_used(
     assert shown.stdout == "1\n"
 
 
+@pytest.mark.slow
 def test_the_api_and_the_command_line_do_the_same(
     first: fedflame.Run, undisturbed: Callable[..., Path]
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_method_in_the_programs_own_file_trains_in_fifteen_lines(
     assert sorted(scores) == [0, 1, 2, 3] and scores[3][4]["loss"] < scores[0][4]["loss"]
 
 
+@pytest.mark.slow
 def test_a_path_a_dict_and_a_configuration_are_the_same_run(tiny_folder: Path, tmp_path: Path) -> None:
     config = config_of(tiny_folder, tmp_path / "one")
     values = json.loads(config.model_dump_json()) | {"output_dir": str(tmp_path / "two")}
@@ -205,6 +207,7 @@ def test_a_method_that_is_handed_over_makes_the_adapter(tiny_folder: Path, tmp_p
     assert {m["active_experts"] for m in run.metrics if m["event"] == "client"} == {2}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_method_of_its_own_goes_on_and_is_scored_and_exported(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

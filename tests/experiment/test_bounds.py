@@ -81,6 +81,7 @@ def as_row(row: Conversation) -> dict[str, str]:
     return {"instruction": row.turns[0].content, "output": row.response, "category": row.category}
 
 
+@pytest.mark.slow
 def test_centralised_is_a_run_with_one_client_that_has_all_rows(tiny_folder: Path, tmp_path: Path) -> None:
     config = bound("centralised", "centralised", tiny_folder, tmp_path / "run")
     run = fedflame.run(config)

@@ -71,6 +71,7 @@ def test_a_run_on_a_cpu_says_so(tiny_folder: Path, tmp_path: Path, monkeypatch: 
     assert kept["device"] == "cpu" and kept.keys().isdisjoint({"gpu", "cuda", "driver"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["run", "plan", "evaluate"])
 def test_a_command_takes_the_device_of_its_option(command: str, tiny_folder: Path, tmp_path: Path) -> None:
     given = {"run": arguments(tiny_folder, tmp_path / "run"), "plan": ["plan"]}
@@ -91,6 +92,7 @@ def test_a_plan_of_a_run_on_a_card_that_is_not_there_is_refused(tiny_folder: Pat
         plan_run(tiny_config(tiny_folder, tmp_path, "model.device=cuda"))
 
 
+@pytest.mark.slow
 def test_a_resumption_with_another_device_goes_on_and_says_so_in_one_line(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ def too_large(*arguments: object, **settings: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB.\nGPU 0 has")
 
 
+@pytest.mark.slow
 def test_a_run_whose_training_fills_the_memory_goes_on_with_less_kept_for_the_backward(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +62,7 @@ def test_a_run_whose_evaluation_fills_the_memory(
     assert invoke(*command, "--resume").exit_code == 0
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fills_the_memory(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedflame.training.evaluation.evaluate", too_large)
     ended = invoke("evaluate", tiny_folder, "--active-experts", "2")

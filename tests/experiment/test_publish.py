@@ -34,6 +34,7 @@ def pushed(patch: pytest.MonkeyPatch, address: str, token: str, run: Path, to: P
     return invoke(*DRY_RUN, run, "--to", to, "--push-to-hub", "--hub-private-repo", *options)
 
 
+@pytest.mark.slow
 def test_what_is_pushed_is_what_a_dry_run_writes_and_a_refusal_keeps_the_folder(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -65,6 +66,7 @@ def test_what_is_pushed_is_what_a_dry_run_writes_and_a_refusal_keeps_the_folder(
         assert contents(folder) == dry
 
 
+@pytest.mark.slow
 def test_what_the_hub_says_of_a_card_is_passed_on(finished: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, fake_hub(tmp_path / "hub") as hub:
         licence = ("--license", "nonsense")

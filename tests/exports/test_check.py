@@ -72,6 +72,7 @@ def test_an_adapter_folder_passes_at_every_k_that_it_has_an_adapter_for(
         assert "too little" not in one.in_words()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral"])
 def test_other_families_pass(kind: str, tmp_path: Path) -> None:
     export = Export(kind, tmp_path / "base")
@@ -155,6 +156,7 @@ def test_a_renamed_tensor_in_a_merged_checkpoint_fails(olmoe: Export, tmp_path: 
         check_export(sealed(folder), olmoe.state, olmoe.run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--merge", "--active-experts", "1")])
 def test_the_command_checks_what_it_writes(
     options: tuple[str, ...], undisturbed: Callable[..., Path], tmp_path: Path

@@ -39,6 +39,7 @@ def in_peft(
     return dict(zip(CASES, peft_logits(jobs), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_peft_in_a_fresh_process_gives_our_logits(
     kind: str,

@@ -84,6 +84,7 @@ def test_attention_is_scaled_as_peft_scales_it(base: Path, adapted: AdaptedModel
     assert_same_logits(logits(stock.eval()), our_logits(adapted, only, K))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["per-expert", "fused"])
 def test_peft_computes_the_same_from_both_layouts(
     layout: Layout, base: Path, adapted: AdaptedModel, state: ServerState, tmp_path: Path

@@ -283,6 +283,7 @@ def test_families_are_refused_for_having_no_causal_model_only_if_so() -> None:
             assert causal_class(family) is None, family
 
 
+@pytest.mark.slow
 def test_the_page_of_families_is_as_generated() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.families writes it"
 

@@ -127,6 +127,7 @@ def test_masks_keep_the_share_and_are_drawn_for_each_row_and_width() -> None:
     assert draw_masks(3000, (24, 20), 0.0, CPU) == []
 
 
+@pytest.mark.slow
 def test_the_mean_over_masks_is_the_product_without_dropout() -> None:
     experts = attached(False, False)
     experts.fedflame.get_parameter("B1").data.zero_()  # what follows is linear in the masks of A2

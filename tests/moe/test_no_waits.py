@@ -122,6 +122,7 @@ def fake_step(head: str) -> None:
         adapted.counts.end_step()
 
 
+@pytest.mark.slow
 def test_a_step_mixes_no_devices() -> None:
     fake_step("meta")
     with pytest.raises(RuntimeError, match="device"):

@@ -75,11 +75,13 @@ def leaked(model: PreTrainedModel) -> float:
     return float((one[answers:] - other[answers:]).abs().max())
 
 
+@pytest.mark.slow
 @every_model
 def test_no_row_changes_the_loss_of_another(family: str, sizes: dict[str, Any]) -> None:
     assert leaked(tiny(family, **sizes)) == 0.0
 
 
+@pytest.mark.slow
 @every_model
 def test_every_row_has_the_loss_that_it_has_alone(family: str, sizes: dict[str, Any]) -> None:
     model, rows = tiny(family, **sizes), random_rows(LENGTHS, VOCABULARY)

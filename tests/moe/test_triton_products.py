@@ -134,6 +134,7 @@ TARGETS = (  # the code for float16 is that for bfloat16 but for the type: one c
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(("dtype", "card"), TARGETS)
 def test_kernels_compile_without_spilling(

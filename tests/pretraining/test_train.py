@@ -62,6 +62,7 @@ def test_every_expert_is_the_chosen_experts() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # the router computes in float32
 
 
+@pytest.mark.slow
 def test_the_stream_is_the_phases_one_after_another(tmp_path: Path) -> None:
     """Each phase by itself: documents in turn, so that the share of skills text is held, token by token."""
     write_open_text(tmp_path)

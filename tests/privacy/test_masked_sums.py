@@ -114,6 +114,7 @@ def least_weight(updates: Sequence[ClientUpdate], name: str, temperature: float)
     return min(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
 @settings(max_examples=10, deadline=None)
 @given(seed=seeds)

@@ -48,6 +48,7 @@ def now(run: Path) -> str:
     return " ".join(re.sub(r"<[^>]*>", " ", re.sub(r"<title>.*?</title>", "", section[1])).split())
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_its_report_below(run: Path) -> None:
     assert now(run) == "Finished. All 3 rounds are done."
     titles = re.findall(r"<h2>(.*?)</h2>", live_page(run)())

@@ -107,6 +107,7 @@ def test_a_missing_file_is_named(path: Path) -> None:
     assert refusal(path) == ": Is a directory"
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_refused(path: Path) -> None:
     whole = path.read_bytes()
     for place in range(8 * len(whole)):

@@ -50,6 +50,7 @@ def loaded(run: Path, tiny_folder: Path) -> Experiment:
     return assemble(config, load_federation(config))
 
 
+@pytest.mark.slow
 def test_each_client_scores_its_rows_at_its_k_with_the_adapter_and_rescaler_of_its_tier(
     run: Path, tiny_folder: Path
 ) -> None:
@@ -121,11 +122,13 @@ def test_every_evaluated_round_is_scored_and_answers_are_generated_in_turn(run: 
         assert event["loss"] == pytest.approx(sum(e["loss_sum"] for e in of) / tokens)
 
 
+@pytest.mark.slow
 def test_rounds_that_are_not_evaluated_ask_no_client(tiny_folder: Path, tmp_path: Path) -> None:
     tiny_run(tiny_folder, tmp_path / "run", *ASKED, "evaluation.evaluate_every=2")
     assert {event["round"] for event in scores(tmp_path / "run")} == {0, 2, 3}
 
 
+@pytest.mark.slow
 def test_a_share_of_the_clients_is_drawn_anew_for_each_round(tiny_folder: Path, tmp_path: Path) -> None:
     few = ("server.fraction_evaluate=0.34", "server.num_server_rounds=8", "training.max_steps=1")
     tiny_run(tiny_folder, tmp_path / "run", *ASKED, *few)
@@ -133,6 +136,7 @@ def test_a_share_of_the_clients_is_drawn_anew_for_each_round(tiny_folder: Path, 
     assert len(drawn) == 9 and len(set(drawn)) > 1
 
 
+@pytest.mark.slow
 def test_a_device_with_a_cut_adapter_scores_its_first_ranks(tiny_folder: Path, tmp_path: Path) -> None:
     method = ("strategy.name=hetlora", "clients.ranks=3,2,1", "server.num_server_rounds=1")
     tiny_run(tiny_folder, tmp_path / "run", *ASKED, *method)
@@ -149,6 +153,7 @@ def test_a_device_with_a_cut_adapter_scores_its_first_ranks(tiny_folder: Path, t
     assert [e["rank"] for e in tiers] == [3, 2, 1, None]
 
 
+@pytest.mark.slow
 def test_what_clients_score_changes_nothing_of_the_training(tiny_folder: Path, tmp_path: Path) -> None:
     for client, count in enumerate((20, 12, 9)):
         lines = [
@@ -181,6 +186,7 @@ def evaluating(
     monkeypatch.setattr(LocalClients, "answer", changed)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_sums_and_the_bytes_of_one_that_was_not(
     run: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +213,7 @@ NONSENSE: list[Callable[[ClientEvaluation], Answer | ClientEvaluation]] = [
 ]
 
 
+@pytest.mark.slow
 def test_a_client_that_answers_nonsense_is_left_out_and_the_others_are_summed(
     run: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +231,7 @@ def test_a_client_that_answers_nonsense_is_left_out_and_the_others_are_summed(
         assert all(0 < event["loss"] < 100 for event in of_round)
 
 
+@pytest.mark.slow
 def test_a_run_whose_clients_all_fail_goes_on_without_a_figure(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,6 +242,7 @@ def test_an_outlier_has_over_three_times_the_median() -> None:
 # Runs
 
 
+@pytest.mark.slow
 def test_clipping_is_on_by_default_and_said(
     undisturbed: Callable[..., Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -257,6 +258,7 @@ def test_clipping_is_on_by_default_and_said(
         assert event["pace"] > 0.3
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_clips_by_the_same_paces(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +273,7 @@ def test_a_run_that_goes_on_clips_by_the_same_paces(
     assert events(tmp_path / "ended", "clipped") == events(tmp_path / "whole", "clipped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["median", "none"])
 def test_an_outlier_is_warned_of_in_metrics_report_and_console(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str

@@ -88,6 +88,7 @@ def test_the_habits_of_a_configuration_are_in_every_plan(
     assert {plan.round: plan.learning_rate for plan in plans} == pytest.approx({1: 5e-3, 2: 5e-3 * 2 / 3})
 
 
+@pytest.mark.slow
 def test_a_run_of_epochs_that_is_resumed_gives_the_bytes_of_one_that_was_not(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_run_of_epochs_that_is_resumed_gives_the_bytes_of_one_that_was_not(
     assert state_bytes(tmp_path / "ended") == state_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_within_its_first_round_does_not_evaluate_twice_before_it(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

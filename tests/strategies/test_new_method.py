@@ -12,6 +12,8 @@ from tests.tiny_runs import arguments, events, invoke
 from fedflame.config.methods import METHODS, Method
 from fedflame.server.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "new-method.md"
 ROW = Method(
     "FedNova (arXiv 2007.07481)",

@@ -234,6 +234,7 @@ def test_an_adapter_is_averaged_by_expert_and_by_name() -> None:
     torch.testing.assert_close(got[1], values[:, 1].sort(0).values[1:-1].mean(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_a_run_with_a_robust_mean_differs_and_repeats_bit_for_bit(
     rule: str, tiny_folder: Path, tmp_path: Path

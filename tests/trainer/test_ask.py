@@ -84,6 +84,7 @@ def test_a_trainer_that_ends_while_it_works_is_asked_again(tmp_path: Path) -> No
     assert seen == ["hangs_up", "hangs_up_within_its_answer", "answers"]
 
 
+@pytest.mark.slow
 def test_the_time_that_it_works_is_no_time_that_it_is_away(tmp_path: Path) -> None:
     def works_and_hangs_up(connection: socket.socket) -> None:
         hangs_up(connection)

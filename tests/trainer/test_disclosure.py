@@ -42,6 +42,7 @@ def update_with(tokens: int, counts: Any) -> ClientUpdate:
     return replace(update, tokens=tokens, loss=1.2345, steps=25, trained_examples=1)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(honest_counts(), st.sampled_from(["rounded", "withheld"]))
 def test_rough_counts_are_usable_and_show_who_was_used(

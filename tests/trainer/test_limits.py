@@ -92,6 +92,7 @@ def test_a_round_that_takes_too_long_is_stopped_between_steps_and_the_next_plan_
     assert answer.header["kind"] == "update" and answer.body == fresh.body, "nothing of it is left"
 
 
+@pytest.mark.slow
 def test_while_a_round_trains_another_request_is_answered_and_after_its_time_the_next_is_trained(
     make_service: Make, job: TrainingJob, plan: RoundPlan, told: Told
 ) -> None:

@@ -31,6 +31,7 @@ def test_merged_factors_count_in_the_memory_of_a_round(
     assert not told.heard("training")
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_much_memory_is_refused_before_it_is_taken(
     make_service: Make, job: TrainingJob, plan: RoundPlan, tiny_folder: Path, told: Told
 ) -> None:

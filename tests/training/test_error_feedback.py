@@ -47,6 +47,7 @@ def add(sums: dict[str, Tensor], adapter: Adapter) -> None:
         sums[name] = sums.get(name, 0) + value.double()
 
 
+@pytest.mark.slow
 @LOSSY
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

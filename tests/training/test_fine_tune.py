@@ -194,6 +194,7 @@ def test_the_reported_loss_is_the_mean_over_the_steps() -> None:
     assert min(abs(update.loss - mean) for mean in means) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_a_task_that_can_be_learned_by_heart() -> None:
     adapted, examples = tiny_adapted(), rows(4)
     first = fine_tune(adapted, examples, plan_for(adapted, max_steps=1), PAD)

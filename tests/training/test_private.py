@@ -210,6 +210,7 @@ def test_a_run_of_more_steps_than_can_be_accounted_for_is_one_line() -> None:
         terms_of(replace(plan, private_steps=MOST_STEPS + 1), 20)
 
 
+@pytest.mark.slow
 def test_terms_of_a_method_enter_after_the_noise() -> None:
     """FedProx pulls back what noise has moved, however small the clip norm is."""
     adapted = tiny_adapted()
@@ -247,6 +248,7 @@ def test_a_plan_that_would_tell_of_rows_is_refused(changes: dict[str, Any], line
         train(adapted, rows(9), private_plan(adapted, **changes))
 
 
+@pytest.mark.slow
 def test_noise_follows_from_epsilon_where_no_multiplier_is_given() -> None:
     adapted = tiny_adapted()
     plan = private_plan(adapted, noise_multiplier=0.0, target_epsilon=4.0)

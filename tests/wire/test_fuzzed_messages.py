@@ -94,6 +94,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @both_kinds
 @settings(max_examples=MANY, deadline=None)
 @given(data=st.data())
@@ -118,6 +119,7 @@ dtypes = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @both_kinds
 @settings(max_examples=MANY, deadline=None)
 @given(data=st.data())
