@@ -15,6 +15,26 @@ from fedflame.wire.envelope import Envelope
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("impatient", "whole")]
 
 
+class Silence:
+    """Three sites that answer; west does not while it is silent, and then answers late."""
+
+    def __init__(self, kind: str = "update") -> None:
+        self._kind = kind
+        self._begun, self._over = threading.Event(), threading.Event()
+
+    def __call__(self, site: str, request: bytes) -> bytes:
+        if site == "west" and self._begun.is_set():
+            self._over.wait(20)
+        return answer(request, kind=self._kind)
+
+    def begin(self) -> None:
+        self._begun.set()
+
+    def end(self) -> None:
+        self._begun.clear()
+        self._over.set()
+
+
 @pytest.mark.slow
 def test_a_site_without_an_answer_in_time_is_left_out_and_refused_when_it_is_late(tmp_path: Path) -> None:
     released = threading.Event()
@@ -73,23 +93,16 @@ def test_a_site_that_fell_silent_is_waited_for_by_what_it_took_and_again_once_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedflame.engines.patience.LEAST_SECONDS", 0.3)
-    silent, end = threading.Event(), threading.Event()
-
-    def falls_silent(site: str, request: bytes) -> bytes:
-        if site == "west" and silent.is_set():
-            end.wait(20)
-        return answer(request)
-
-    with driver(falls_silent, tmp_path, quorum=2) as hub:
+    west = Silence()
+    with driver(west, tmp_path, quorum=2) as hub:
         assert updates(hub.round()) == LEARNED
-        silent.set()
+        west.begin()
         for _ in range(2):
             answers = hub.round()
             assert updates(answers) == [LEARNED[0], LEARNED[1], b""]
             assert "by what was taken before (rounds.straggler_grace)" in answers[2].failure
             assert 0.3 <= answers[2].seconds < 10
-        silent.clear()
-        end.set()
+        west.end()
         deadline = time.monotonic() + 20
         while hub.clients._patience["train"].wait("west", 1.0) < 0.9:  # type: ignore[operator]
             assert time.monotonic() < deadline, "the late answer counts, three times its 0.3 s or more"
@@ -100,24 +113,17 @@ def test_what_it_takes_to_score_says_nothing_of_what_it_takes_to_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedflame.engines.patience.LEAST_SECONDS", 0.3)
-    silent, end = threading.Event(), threading.Event()
-
-    def scores(site: str, request: bytes) -> bytes:
-        if site == "west" and silent.is_set():
-            end.wait(20)
-        return answer(request, kind="evaluation")
-
-    with driver(scores, tmp_path, quorum=2) as hub:
+    west = Silence(kind="evaluation")
+    with driver(west, tmp_path, quorum=2) as hub:
         plans = [(client, f"plan {client}".encode()) for client in range(3)]
         assert updates(list(hub.clients.evaluate(plans))) == LEARNED and hub.tokens == []
         patience = hub.clients._patience
         assert patience["train"].wait("west", 1.0) is None and patience["evaluate"].wait("west", 1.0) == 0.3
-        silent.set()
+        west.begin()
         answers = list(hub.clients.evaluate(plans))
         assert updates(answers) == [LEARNED[0], LEARNED[1], b""]
         assert "by what was taken before (rounds.straggler_grace)" in answers[2].failure
-        silent.clear()
-        end.set()
+        west.end()
         deadline = time.monotonic() + 20
         while patience["evaluate"].wait("west", 1.0) < 0.9:  # type: ignore[operator]
             assert time.monotonic() < deadline, "the late evaluation counts"

@@ -24,21 +24,7 @@ from fedflame.moe.expert_adamw import ExpertAdamW
 from fedflame.training.steps import training_steps
 from fedflame.training.token_loss import token_losses
 
-READ_THE_MASK = {
-    "bailing_hybrid",
-    "granitemoehybrid",
-    "inkling2_text",
-    "inkling_text",
-    "jamba",
-    "kimi_linear",
-    "lara_mini",
-    "lfm2_moe",
-    "minimax",
-    "nemotron_h",
-    "qwen3_5_moe_text",
-    "qwen3_next",
-    "qwen4_exp_text",
-}
+READ_THE_MASK = NOT_PACKABLE.keys() - {"minimax_m3_vl_text"}
 """Families with recurrent layers: transformers asks for these whether the padding mask is all ones, once a
 step."""
 
