@@ -2,8 +2,8 @@
 
     python benchmarks/privacy/leaks.py
 
-Both are asked of an update without privacy, and of the first update of a run with `privacy.unit = "row"`:
-of one round, which spends the whole epsilon in this update, and of five.
+Both are asked of an update without privacy, and of the first update of runs with `privacy.unit = "row"`. In a
+run of one round, this update spends the whole epsilon.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from fedflame.training.fine_tune import fine_tune
 from fedflame.training.private import fine_tune_privately
 from fedflame.training.token_loss import row_losses
 
-EPSILON, DELTA = 8.0, 1e-5
-ROUNDS = (0, 1, 5)
-"""Of the run in which epsilon is spent; the update is that of its first round. 0: without privacy."""
+DELTA = 1e-5
+Private = tuple[float, int] | None
+"""Epsilon, and the rounds of the run in which it is spent; None without privacy."""
+RUNS: tuple[Private, ...] = (None, (8.0, 1), (8.0, 5), (3.0, 1))
 ROWS, TRIALS = 100, 16
+REFERENCES = 8
+"""Clients that the hub plays itself, with rows of its own: what falls with theirs, too, tells nothing."""
 OPEN_STEPS, PRIVATE_STEPS = 100, 20
 """Of 8 rows, and of 50."""
 SITES, SITE_ROWS, SHARE, SITE_STEPS = 40, 60, 0.7, 10
@@ -48,13 +51,14 @@ class Bench:
         for row in instructions(6000, 0, "train"):
             self.rows.setdefault(row.category, []).append(encode(row, encoder))
 
-    def update(self, rows: Sequence[EncodedRow], steps: int, rounds: int, seed: int) -> ClientUpdate:
+    def update(self, rows: Sequence[EncodedRow], steps: int, run: Private, seed: int) -> ClientUpdate:
         """One round of a client; privately, its steps have half of its rows."""
-        batch = len(rows) // 2 if rounds else 8
+        batch = len(rows) // 2 if run else 8
         plan = RoundPlan(1, 0, seed, 8, "fixed", self.s, self.start, 5e-3, 0.0, batch, steps)
-        if not rounds:
+        if run is None:
             return fine_tune(self.adapted, rows, plan, self.pad)
-        private = {"clip_norm": 1.0, "clipping": "ghost", "target_epsilon": EPSILON, "target_delta": DELTA}
+        epsilon, rounds = run
+        private = {"clip_norm": 1.0, "clipping": "ghost", "target_epsilon": epsilon, "target_delta": DELTA}
         plan = RoundPlan(**vars(plan) | private | {"private_steps": rounds * steps})
         noise = Noise(simulated_secret(seed, 0), (f"{seed} {rounds}",))
         units = [[row] for row in rows]
@@ -67,16 +71,27 @@ class Bench:
             return row_losses(self.adapted, collate(rows, self.pad)).numpy()
 
 
-def membership(bench: Bench, rounds: int) -> list[float]:
-    """AUC of telling 100 rows of a client from 100 others of the same kind, by how far their losses fall."""
+def membership(bench: Bench, run: Private) -> np.ndarray:
+    """AUC [trial,2] of telling 100 rows of a client from 100 others of the same kind.
+
+    They are told by how far their losses fall, and by how much further than with the updates of the hub's own
+    clients (difficulty calibration, arXiv 2111.08440).
+    """
     every = [row for rows in bench.rows.values() for row in rows]
-    found = []
+    random.Random("membership").shuffle(every)
+    own, others = every[: REFERENCES * ROWS], every[REFERENCES * ROWS :]
+    steps = PRIVATE_STEPS if run else OPEN_STEPS
+    references = [
+        bench.update(own[number * ROWS :][:ROWS], steps, run, TRIALS + number) for number in range(REFERENCES)
+    ]
+    inside, found = np.arange(2 * ROWS) < ROWS, []
     for trial in range(TRIALS):
-        drawn = random.Random(trial).sample(every, 2 * ROWS)
-        update = bench.update(drawn[:ROWS], PRIVATE_STEPS if rounds else OPEN_STEPS, rounds, trial)
-        fallen = bench.losses(drawn, None) - bench.losses(drawn, update)
-        found.append(attack(fallen, np.arange(2 * ROWS) < ROWS, DELTA).auc)
-    return found
+        drawn = random.Random(trial).sample(others, 2 * ROWS)
+        before = bench.losses(drawn, None)
+        fallen = before - bench.losses(drawn, bench.update(drawn[:ROWS], steps, run, trial))
+        usual = before - np.mean([bench.losses(drawn, update) for update in references], axis=0)
+        found.append([attack(scores, inside, DELTA).auc for scores in (fallen, fallen - usual)])
+    return np.array(found)
 
 
 def profile(update: ClientUpdate) -> np.ndarray:
@@ -85,32 +100,39 @@ def profile(update: ClientUpdate) -> np.ndarray:
     return (counts / counts.sum(1, keepdim=True)).flatten().numpy()
 
 
-def named_categories(bench: Bench, rounds: int) -> int:
+def named_categories(bench: Bench, run: Private) -> int:
     """Of 40 sites, whose main category is told by the counts: it has the nearest profile of the hub's own."""
     names = sorted(bench.rows)
-    own = {name: profile(bench.update(bench.rows[name][:SITE_ROWS], SITE_STEPS, 0, 0)) for name in names}
+    own = {name: profile(bench.update(bench.rows[name][:SITE_ROWS], SITE_STEPS, None, 0)) for name in names}
     right = 0
     for site in range(SITES):
         draw, main = random.Random(f"site {site}"), names[site % len(names)]
         of_main = draw.sample(bench.rows[main][SITE_ROWS:], round(SHARE * SITE_ROWS))
         every = [row for rows in bench.rows.values() for row in rows]
         others = draw.choices(every, k=SITE_ROWS - len(of_main))
-        seen = profile(bench.update([*of_main, *others], SITE_STEPS, rounds, site))
+        seen = profile(bench.update([*of_main, *others], SITE_STEPS, run, site))
         right += main == min(names, key=lambda name: float(np.abs(own[name] - seen).sum()))
     return right
+
+
+def in_words(run: Private) -> str:
+    if run is None:
+        return "none"
+    epsilon, rounds = run
+    return f"epsilon = {epsilon:g}, first update of a run of {rounds} round{'s' * (rounds > 1)}"
 
 
 def main() -> None:
     torch.set_num_threads(1)
     bench = Bench()
-    seen = f"membership, AUC: mean (least to most of {TRIALS} clients)"
-    print(f"| privacy | {seen} | main category named, of {SITES} sites |")
-    print("| --- | --- | --- |")
-    for rounds in ROUNDS:
-        auc = membership(bench, rounds)
-        spread = f"{np.mean(auc):.3f} ({min(auc):.2f} to {max(auc):.2f})"
-        privacy = f"epsilon = {EPSILON:g}, spent in {rounds} rounds" if rounds else "none"
-        print(f"| {privacy} | {spread} | {named_categories(bench, rounds)} |", flush=True)
+    print("| privacy | membership, AUC | beside own clients | main category named |")
+    print("| --- | --- | --- | --- |")
+    for run in RUNS:
+        plain, calibrated = (
+            f"{auc.mean():.3f} ({auc.min():.2f} to {auc.max():.2f})" for auc in membership(bench, run).T
+        )
+        named = f"{named_categories(bench, run)} of {SITES}"
+        print(f"| {in_words(run)} | {plain} | {calibrated} | {named} |", flush=True)
     print(f"\n{len(bench.rows)} categories: guessing names {SITES / len(bench.rows):.0f} of {SITES}")
 
 

@@ -20,8 +20,12 @@ from fedflame.report.numbers import MISSING
 from fedflame.report.results import tier_label
 
 FOLDER = Path(__file__).parent
-TABLES = {"Skills": ("open", "skills"), "Dolly": ("dolly-open", "dolly"), "What helps": ("helps",)}
-"""The grids of each table; the first of two has the runs without privacy."""
+TABLES = {
+    "Skills": ("open", "skills-20", "skills"),
+    "Dolly": ("dolly-open", "dolly"),
+    "What helps": ("helps",),
+}
+"""The grids of each table; the first of several has the runs without privacy."""
 
 
 def finished(grid: str) -> Comparison:
@@ -62,7 +66,7 @@ def rows(comparison: Comparison) -> Iterator[list[Entry]]:
 def table(title: str, comparisons: list[Comparison]) -> ResultTable:
     """One table of some grids over the same rows."""
     tiers = comparisons[0].tiers(comparisons[0].settings()[0])
-    results = [result for _, result in comparisons[0].finished]
+    results = list({result.seed: result for _, result in comparisons[0].finished}.values())
     start = [Entry(""), Entry(START), Entry(""), *(entry(results, k, first=True) for k in tiers)]
     body = [row for comparison in comparisons for row in rows(comparison)]
     return ResultTable(title, ["epsilon", "method", "seeds", *map(tier_label, tiers)], [start, *body])
