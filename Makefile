@@ -47,8 +47,8 @@ clean: ## Remove .venv, caches and builds; runs/ stays
 	rm -rf .venv dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The pinned pip comes first: it takes two thirds of the time that the one of Python 3.11 takes. --no-compile: most
-# modules of the packages are never imported, and compiling all of them takes longer than what is left.
+# The pinned pip comes first: it takes half of the time that the one of Python 3.11 takes. --no-compile: most modules
+# of the packages are never imported, and compiling all of them takes longer than what is left.
 # --no-build-isolation: the build back end is pinned beside everything else, so nothing unpinned is fetched.
 $(READY): requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -41,7 +41,7 @@ SITES, SITE_ROWS, SHARE, SITE_STEPS = 40, 60, 0.7, 10
 
 
 class Bench:
-    """The embedded model, and rows of every category."""
+    """The embedded model, rows of every category, and the counts of the hub's own rows of each."""
 
     def __init__(self) -> None:
         self.adapted, tokenizer = load_adapted_model("olmoe-tiny", "float32", ADAPTER)
@@ -50,6 +50,11 @@ class Bench:
         self.rows: dict[str, list[EncodedRow]] = {}
         for row in instructions(6000, 0, "train"):
             self.rows.setdefault(row.category, []).append(encode(row, encoder))
+        self.every = [row for rows in self.rows.values() for row in rows]
+        first = {name: self.rows[name][:SITE_ROWS] for name in sorted(self.rows)}
+        self.profiles = {
+            name: profile(self.update(rows, SITE_STEPS, None, 0)) for name, rows in first.items()
+        }
 
     def update(self, rows: Sequence[EncodedRow], steps: int, run: Private, seed: int) -> ClientUpdate:
         """One round of a client; privately, its steps have half of its rows."""
@@ -77,9 +82,9 @@ def membership(bench: Bench, run: Private) -> np.ndarray:
     They are told by how far their losses fall, and by how much further than with the updates of the hub's own
     clients (difficulty calibration, arXiv 2111.08440).
     """
-    every = [row for rows in bench.rows.values() for row in rows]
-    random.Random("membership").shuffle(every)
-    own, others = every[: REFERENCES * ROWS], every[REFERENCES * ROWS :]
+    shuffled = bench.every.copy()
+    random.Random("membership").shuffle(shuffled)
+    own, others = shuffled[: REFERENCES * ROWS], shuffled[REFERENCES * ROWS :]
     steps = PRIVATE_STEPS if run else OPEN_STEPS
     references = [
         bench.update(own[number * ROWS :][:ROWS], steps, run, TRIALS + number) for number in range(REFERENCES)
@@ -102,14 +107,12 @@ def profile(update: ClientUpdate) -> np.ndarray:
 
 def named_categories(bench: Bench, run: Private) -> int:
     """Of 40 sites, whose main category is told by the counts: it has the nearest profile of the hub's own."""
-    names = sorted(bench.rows)
-    own = {name: profile(bench.update(bench.rows[name][:SITE_ROWS], SITE_STEPS, None, 0)) for name in names}
+    own, names = bench.profiles, list(bench.profiles)
     right = 0
     for site in range(SITES):
         draw, main = random.Random(f"site {site}"), names[site % len(names)]
         of_main = draw.sample(bench.rows[main][SITE_ROWS:], round(SHARE * SITE_ROWS))
-        every = [row for rows in bench.rows.values() for row in rows]
-        others = draw.choices(every, k=SITE_ROWS - len(of_main))
+        others = draw.choices(bench.every, k=SITE_ROWS - len(of_main))
         seen = profile(bench.update([*of_main, *others], SITE_STEPS, run, site))
         right += main == min(names, key=lambda name: float(np.abs(own[name] - seen).sum()))
     return right
