@@ -122,8 +122,8 @@ def test_the_other_kind_is_refused() -> None:
 
 def test_a_message_of_the_other_version_and_a_foreign_file_are_refused() -> None:
     message = UPDATE
-    with pytest.raises(InvalidMessage, match=r"message of version 2; this fedflame reads version 3"):
-        read_update(message[:8] + (2).to_bytes(8, "little") + message[16:])
+    with pytest.raises(InvalidMessage, match=r"message of version 3; this fedflame reads version 4"):
+        read_update(message[:8] + (3).to_bytes(8, "little") + message[16:])
     with pytest.raises(InvalidMessage, match="bytes that are no fedflame message"):
         read_update(bytes(unseal(message)))
 

@@ -11,7 +11,7 @@ import struct
 from fedflame.errors import InvalidMessage
 from fedflame.wire.envelope import Bytes
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _MAGIC = b"fedflame"
 _HEAD = struct.Struct("<8sQ32s")
 """Magic, version, BLAKE2b-256 of the body."""
