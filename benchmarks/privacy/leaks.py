@@ -3,7 +3,8 @@
     python benchmarks/privacy/leaks.py
 
 Both are asked of an update without privacy, and of the first update of runs with `privacy.unit = "row"`. In a
-run of one round, this update spends the whole epsilon.
+run of one round, this update spends the whole epsilon. Membership is asked of the mean of a group, too, which
+is all that the hub sees with masked sums.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ Private = tuple[float, int] | None
 """Epsilon, and the rounds of the run in which it is spent; None without privacy."""
 RUNS: tuple[Private, ...] = (None, (8.0, 1), (8.0, 5), (3.0, 1))
 ROWS, TRIALS = 100, 16
+GROUP = 3
+"""The clients of a masked sum: as few as `privacy.min_group` allows by default."""
 REFERENCES = 8
 """Clients that the hub plays itself, with rows of its own: what falls with theirs, too, tells nothing."""
 OPEN_STEPS, PRIVATE_STEPS = 100, 20
@@ -69,18 +72,21 @@ class Bench:
         units = [[row] for row in rows]
         return fine_tune_privately(self.adapted, units, plan, self.pad, noise, lambda _: None)
 
-    def losses(self, rows: Sequence[EncodedRow], update: ClientUpdate | None) -> np.ndarray:
-        adapter = self.start if update is None else self.start.combine(update.delta, torch.add)
+    def losses(self, rows: Sequence[EncodedRow], *updates: ClientUpdate) -> np.ndarray:
+        """Of each row, with the mean of some updates, or before any."""
+        adapter = self.start
+        for update in updates:
+            adapter = adapter.combine(update.delta, lambda value, delta: value + delta / len(updates))
         self.adapted.load(adapter, self.s)
         with torch.no_grad(), self.adapted.active_experts(8):
             return row_losses(self.adapted, collate(rows, self.pad)).numpy()
 
 
 def membership(bench: Bench, run: Private) -> np.ndarray:
-    """AUC [trial,2] of telling 100 rows of a client from 100 others of the same kind.
+    """AUC [trial,4] of telling 100 rows of a client from 100 others of the same kind.
 
     They are told by how far their losses fall, and by how much further than with the updates of the hub's own
-    clients (difficulty calibration, arXiv 2111.08440).
+    clients (difficulty calibration, arXiv 2111.08440): with the client's update, and with its group's mean.
     """
     shuffled = bench.every.copy()
     random.Random("membership").shuffle(shuffled)
@@ -89,13 +95,16 @@ def membership(bench: Bench, run: Private) -> np.ndarray:
     references = [
         bench.update(own[number * ROWS :][:ROWS], steps, run, TRIALS + number) for number in range(REFERENCES)
     ]
+    drawn = [random.Random(trial).sample(others, 2 * ROWS) for trial in range(TRIALS)]
+    updates = [bench.update(rows[:ROWS], steps, run, trial) for trial, rows in enumerate(drawn)]
     inside, found = np.arange(2 * ROWS) < ROWS, []
-    for trial in range(TRIALS):
-        drawn = random.Random(trial).sample(others, 2 * ROWS)
-        before = bench.losses(drawn, None)
-        fallen = before - bench.losses(drawn, bench.update(drawn[:ROWS], steps, run, trial))
-        usual = before - np.mean([bench.losses(drawn, update) for update in references], axis=0)
-        found.append([attack(scores, inside, DELTA).auc for scores in (fallen, fallen - usual)])
+    for trial, rows in enumerate(drawn):
+        before = bench.losses(rows)
+        usual = before - np.mean([bench.losses(rows, update) for update in references], axis=0)
+        group = [updates[(trial + number) % TRIALS] for number in range(GROUP)]
+        fallen = [before - bench.losses(rows, *seen) for seen in ([updates[trial]], group)]
+        scores = [one for fall in fallen for one in (fall, fall - usual)]
+        found.append([attack(each, inside, DELTA).auc for each in scores])
     return np.array(found)
 
 
@@ -128,14 +137,13 @@ def in_words(run: Private) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     bench = Bench()
-    print("| privacy | membership, AUC | beside own clients | main category named |")
-    print("| --- | --- | --- | --- |")
+    attacks = f"one update | beside own clients | sum of {GROUP} | beside own clients"
+    print(f"| privacy | {attacks} | main category named |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for run in RUNS:
-        plain, calibrated = (
-            f"{auc.mean():.3f} ({auc.min():.2f} to {auc.max():.2f})" for auc in membership(bench, run).T
-        )
+        aucs = [f"{auc.mean():.3f} ({auc.min():.2f} to {auc.max():.2f})" for auc in membership(bench, run).T]
         named = f"{named_categories(bench, run)} of {SITES}"
-        print(f"| {in_words(run)} | {plain} | {calibrated} | {named} |", flush=True)
+        print(f"| {in_words(run)} | {' | '.join(aucs)} | {named} |", flush=True)
     print(f"\n{len(bench.rows)} categories: guessing names {SITES / len(bench.rows):.0f} of {SITES}")
 
 
