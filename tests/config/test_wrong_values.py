@@ -33,6 +33,10 @@ LIST_ERROR = 'Value error, must be integers of at least 1, such as [8, 4, 2, 1] 
             "servers.min_clients=1",
             "config: unknown key 'servers.min_clients'; the nearest valid key is 'server.min_clients'",
         ),
+        (
+            "training.dropout=0.1",
+            "config: unknown key 'training.dropout'; the nearest valid key is 'adapter.lora_dropout'",
+        ),
         ("seed.x=1", "config: unknown key 'seed.x'; the nearest valid key is 'seed'"),
         ("data=1", "config: data is a section; write data.key=value"),
         ("seed", "--set 'seed': must be section.key=value, such as data.alpha=0.1"),

@@ -120,8 +120,14 @@ def _has_names_of_users(model: type[BaseModel], name: str) -> bool:
 
 
 def _nearest(key: str, valid: Collection[str]) -> str:
-    """The most similar key, of those that have its letters in order, as `lr` is in `learning_rate`."""
-    longer = [name for name in valid if _abbreviates(key, name)]
+    """The most similar key, of those that have its letters in order, as `lr` is in `learning_rate`.
+
+    Where there is none: of those whose name has this name in it, in whatever section.
+    """
+    name = key.rpartition(".")[2]
+    longer = [other for other in valid if _abbreviates(key, other)]
+    if not longer and len(name) > 2:
+        longer = [other for other in valid if name in other.rpartition(".")[2]]
     return difflib.get_close_matches(key, longer or valid, n=1, cutoff=0.0)[0]
 
 
