@@ -53,10 +53,12 @@ def is_silent(connection: socket.socket) -> None:
 def a_trainer(path: Path, *manners: Manner, away: float = 0.0) -> Iterator[list[str]]:
     """Deals with one connection after another, and notes how; the door opens after `away` seconds."""
     seen: list[str] = []
+    opened = threading.Event()
 
     def work() -> None:
         time.sleep(away)
         with listening(path) as listener:
+            opened.set()
             for manner in manners:
                 connection, _ = listener.accept()
                 with connection:
@@ -65,8 +67,8 @@ def a_trainer(path: Path, *manners: Manner, away: float = 0.0) -> Iterator[list[
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    while not away and not path.exists():
-        time.sleep(0.001)
+    if not away:
+        opened.wait(10)
     yield seen
     thread.join(10)
     assert not thread.is_alive(), "it was asked as often as it was ready to be"
