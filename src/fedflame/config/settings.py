@@ -122,7 +122,8 @@ def _has_names_of_users(model: type[BaseModel], name: str) -> bool:
 def _nearest(key: str, valid: Collection[str]) -> str:
     """The most similar key, of those that have its letters in order, as `lr` is in `learning_rate`.
 
-    Where there is none: of those whose name has this name in it, in whatever section.
+    Where there is none: of those, in any section, whose last part contains that of `key`, as `lora_dropout`
+    has `dropout`. One or two letters are in too many.
     """
     name = key.rpartition(".")[2]
     longer = [other for other in valid if _abbreviates(key, other)]
